@@ -1,0 +1,1 @@
+"""Operations of the model: their definitions and, one after another, their Triton kernels."""

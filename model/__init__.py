@@ -1,0 +1,6 @@
+"""The model: student, VAE, encoders, sampler and checkpoints. Imports `kernels`, never `streaming`."""
+
+from importlib.util import find_spec
+
+if find_spec("kernels.conv") is None:
+    raise ImportError("another distribution named 'kernels' hides flashtalk-triton's; run: pip uninstall kernels")

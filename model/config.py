@@ -1,0 +1,304 @@
+"""Every number of the model and of the loop, as frozen dataclasses, and the presets built from them.
+
+Field names are the official ones (`config.json` of the checkpoint and the reference's constructors), so that an
+official mapping becomes a config by `from_official`. Defaults are the values of SoulX-FlashTalk-14B.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The student: a 3-D patch transformer with text, image and audio conditioning."""
+
+    in_dim: int = 36  # 16 noisy latent + 4 mask + 16 condition latent channels
+    out_dim: int = 16
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    num_heads: int = 40
+    freq_dim: int = 256  # width of the timestep sinusoid
+    text_dim: int = 4096
+    text_len: int = 512
+    img_dim: int = 1280
+    img_tokens: int = 257
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    audio_window: int = 5
+    audio_blocks: int = 12  # speech-encoder layers stacked into one audio feature
+    audio_channels: int = 768
+    intermediate_dim: int = 512
+    output_dim: int = 768
+    context_tokens: int = 32  # audio tokens per latent frame and speaker
+    vae_scale: int = 4  # video frames per latent frame
+    class_range: int = 24  # two speakers: audio position axis, speaker 1 at its start, speaker 2 at its end
+    class_interval: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of even size")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size}: patches span one latent frame, so it begins with 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Wan2.1 causal video VAE, stride 4 x 8 x 8 at four levels."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # [sic], the reference's spelling
+    latent_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latent_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError("temperal_downsample needs one entry fewer than dim_mult")
+        if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
+            raise ValueError(f"latent_mean and latent_std need z_dim = {self.z_dim} entries")
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent row and column."""
+        return 2 ** len(self.temperal_downsample)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames per latent frame, after the first."""
+        return 2 ** sum(self.temperal_downsample)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """umT5-xxl encoder. `tokenizer` is a folder of the checkpoint, or "bytes" for UTF-8 bytes without a file."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_dist: int = 128
+    norm_eps: float = 1e-6
+    tokenizer: str = "google/umt5-xxl"
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Visual tower of CLIP ViT-H/14; the last of its `vision_layers` is loaded and never run."""
+
+    vision_dim: int = 1280
+    vision_heads: int = 16
+    vision_layers: int = 32
+    vision_mlp_ratio: int = 4
+    embed_dim: int = 1024  # width of `visual.head`, which is loaded and never run
+    image_size: int = 224
+    patch_size: int = 14
+    norm_eps: float = 1e-5
+    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """wav2vec2-base; the names of transformers' `Wav2Vec2Config`, whose defaults fill in the rest."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    feat_extract_norm: str = "group"
+    do_stable_layer_norm: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    layer_norm_eps: float = 1e-5
+    do_normalize: bool = True  # zero mean and unit variance over the whole array handed in
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """Geometry and timing of one chunk, and how it is sampled."""
+
+    height: int = 768  # pixels
+    width: int = 448
+    frame_num: int = 33  # video frames generated together
+    motion_frames_num: int = 5  # of these, the known ones it begins with
+    tgt_fps: int = 25
+    sample_rate: int = 16000  # of the audio that the speech encoder hears, Hz
+    cached_audio_duration: int = 8  # seconds of audio the speech encoder sees at once
+    sample_steps: int = 4
+    sample_shift: float = 5.0
+    color_correction_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.motion_frames_num < self.frame_num:
+            raise ValueError(f"motion_frames_num {self.motion_frames_num} must be in 1..{self.frame_num - 1}")
+        if self.sample_steps < 1:
+            raise ValueError(f"sample_steps must be at least 1, not {self.sample_steps}")
+        if self.frame_num > self.cached_audio_duration * self.tgt_fps:
+            raise ValueError("a chunk is longer than the cached audio")
+        if self.sample_rate % self.tgt_fps:
+            raise ValueError(f"sample_rate {self.sample_rate} is not a multiple of tgt_fps {self.tgt_fps}")
+
+    @property
+    def new_frames(self) -> int:
+        """Frames of a chunk that are shown: all but the motion frames."""
+        return self.frame_num - self.motion_frames_num
+
+    @property
+    def frame_samples(self) -> int:
+        """Audio samples per video frame."""
+        return self.sample_rate // self.tgt_fps
+
+    @property
+    def slice_samples(self) -> int:
+        """Audio samples that one chunk's new frames last."""
+        return self.new_frames * self.frame_samples
+
+    @property
+    def cached_samples(self) -> int:
+        """Samples the speech encoder sees at once."""
+        return self.cached_audio_duration * self.sample_rate
+
+    @property
+    def cached_frames(self) -> int:
+        """Video frames that the speech encoder's audio lasts."""
+        return self.cached_audio_duration * self.tgt_fps
+
+
+DEFAULT_PROMPT = "A person is talking. Only the foreground characters are moving, the background remains static."
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole system: five networks and the chunk they generate."""
+
+    name: str
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    chunk: ChunkConfig = field(default_factory=ChunkConfig)
+
+    def __post_init__(self) -> None:
+        stride, patch = self.vae.spatial_stride, self.dit.patch_size[1]
+        for side in ("height", "width"):
+            if getattr(self.chunk, side) % (stride * patch):
+                raise ValueError(f"{side} {getattr(self.chunk, side)} is not a multiple of {stride * patch}")
+        for count in ("frame_num", "motion_frames_num"):
+            if (getattr(self.chunk, count) - 1) % self.vae.temporal_stride:
+                raise ValueError(f"{count} {getattr(self.chunk, count)} is not 1 + a multiple of the temporal stride")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Latent frames, channels, rows, columns of one chunk's latent."""
+        chunk, stride = self.chunk, self.vae.spatial_stride
+        frames = (chunk.frame_num - 1) // self.vae.temporal_stride + 1
+        return (frames, self.vae.z_dim, chunk.height // stride, chunk.width // stride)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token grid of one chunk: latent frames, rows, columns of patches."""
+        frames, _, rows, columns = self.latent_shape
+        return (frames, rows // self.dit.patch_size[1], columns // self.dit.patch_size[2])
+
+
+FLASHTALK_14B = Config(name="flashtalk-14b")
+
+TINY = Config(
+    name="tiny",
+    dit=DiTConfig(
+        dim=256, ffn_dim=512, num_layers=4, num_heads=2, text_dim=64, text_len=128, img_dim=64, img_tokens=65,
+        audio_blocks=4, audio_channels=96, intermediate_dim=64, output_dim=96,
+    ),
+    vae=VAEConfig(dim=8, num_res_blocks=1),
+    text=TextConfig(
+        vocab_size=384, dim=64, dim_attn=64, dim_ffn=160, num_heads=4, num_layers=2, tokenizer="bytes"
+    ),
+    image=ImageConfig(vision_dim=64, vision_heads=2, vision_layers=4, embed_dim=32, image_size=112),
+    audio=AudioConfig(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, conv_dim=(32,) * 7
+    ),
+    chunk=ChunkConfig(height=128, width=128),
+)  # fmt: skip
+
+PRESETS = {preset.name: preset for preset in (TINY, FLASHTALK_14B)}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Storage and matrix-product dtype of each network; norms, modulation and colour are float32 in all of them."""
+
+    dit: torch.dtype
+    vae: torch.dtype
+    text: torch.dtype
+    image: torch.dtype
+    audio: torch.dtype
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
+    "bf16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32),
+}
+
+# What the reference's configurations also name: values that change nothing here, or that only one value of is
+# implemented (and `from_official` refuses the others).
+_FIXED: dict[str, Any] = {
+    "model_type": "i2v",
+    "window_size": [-1, -1],
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "norm_input_visual": True,
+    "norm_output_audio": True,
+    "shared_pos": False,
+    "activation": "gelu",
+    "attn_scales": [],
+}
+_UNUSED = {"dropout", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"}  # of a text tower
+
+C = TypeVar("C", DiTConfig, VAEConfig, TextConfig, ImageConfig, AudioConfig, ChunkConfig)
+
+
+def from_official(cls: type[C], values: Mapping[str, Any]) -> C:
+    """The config that an official mapping (a `config.json`, a constructor's arguments) describes.
+
+    Keys beginning with `_` (diffusers' notes) and those that only concern unused parts are dropped. Raises
+    `UserError` for an option this implementation does not have, so that no setting is silently ignored.
+    """
+    names = {f.name for f in dataclasses.fields(cls)}
+    kept = {}
+    for key, value in values.items():
+        if key in names:
+            kept[key] = tuple(value) if isinstance(value, list) else value
+        elif key in _FIXED:
+            if value != _FIXED[key]:
+                raise UserError(f"{key} = {value!r} is not supported, only {_FIXED[key]!r}")
+        elif key not in _UNUSED and not key.startswith("_"):
+            raise UserError(f"{key} = {value!r} is not a setting of {cls.__name__}")
+    return cls(**kept)

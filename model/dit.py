@@ -1,0 +1,420 @@
+"""The student: SoulX-FlashTalk's 14B diffusion transformer, as the definition every faster form is held to.
+
+One call predicts the velocity (noise minus data) of a whole chunk. Tokens are 2 x 2 latent patches of all latent
+frames, S = frames x rows x columns, in that order, and attend to each other in full: there is no causal structure
+inside a chunk. Nothing here has a batch axis; one chunk of one session goes through at a time.
+
+A call's inputs that do not change from step to step are values computed beforehand, by the methods named:
+
+    once per prompt and portrait   ContextKV    `embed_context`   keys and values of text and image, all blocks
+    once per chunk                 AudioKV      `embed_audio`     keys and values of the audio tokens, all blocks
+    once per timestep              Modulation   `modulate`        shift, scale and gate of all blocks and the head
+    once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
+
+Parameter names and shapes are those of the official checkpoint. Numbers: products in the parameters' dtype; norms,
+rotation, modulation, gated residuals and the head in float32.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.config import DiTConfig
+
+
+class ContextKV(NamedTuple):
+    """Keys and values of the text + image attention of all blocks, each [block, key, head, head channel]."""
+
+    text_k: Tensor
+    text_v: Tensor
+    image_k: Tensor
+    image_v: Tensor
+
+
+class AudioKV(NamedTuple):
+    """Keys and values of the audio attention of all blocks, each [block, latent frame, key, head, head channel]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Modulation(NamedTuple):
+    """What one timestep adds to the network, float32.
+
+    `blocks` [block, 6, D]: shift, scale, gate of self-attention, then of the feed-forward. `head` [2, D]: shift, scale.
+    """
+
+    blocks: Tensor
+    head: Tensor
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Cosine and sine of the rotary angles of every token, float32 [S, head_dim / 2, 2], from float64 angles.
+
+    The c = head_dim / 2 channel pairs split into c - 2 (c // 3) for the latent frame f, c // 3 for the row and c // 3
+    for the column of a token; pair j of an axis with n pairs turns by position x 10000^(-j / n). Positions count from 0
+    in every chunk. `grid` is (latent frames, rows, columns) of tokens.
+    """
+    third = head_dim // 2 // 3
+    axes = []
+    for length, pairs in zip(grid, (head_dim // 2 - 2 * third, third, third), strict=True):
+        frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+        axes.append(torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies))
+    frames, rows, columns = axes
+    angles = torch.cat(
+        [
+            frames[:, None, None].expand(*grid, -1),
+            rows[None, :, None].expand(*grid, -1),
+            columns[None, None, :].expand(*grid, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 2)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates the adjacent channel pairs of every head: (a, b) -> (a cos - b sin, a sin + b cos), in float32.
+
+    x [..., token, head, head channel], table [token, head channel / 2, 2]; result like x.
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table[:, None].unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in full: q [B, S, head, d], k and v [B, keys, head, d] -> [B, S, head x d]."""
+    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return x.transpose(1, 2).flatten(2)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift over the last axis, in float32, rounded once to x's dtype."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + branch gate, in float32, rounded once to x's dtype."""
+    return (x.float() + branch.float() * gate).to(x.dtype)
+
+
+def in_float32(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The layers in turn, linear ones in float32 whatever their parameters are stored in.
+
+    For the few rows that modulate every token, and for the head.
+    """
+    for layer in layers:
+        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+    return x
+
+
+def resize_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Speaker masks [3, height, width] (person 1, person 2, background) at the patches of one latent frame.
+
+    Nearest neighbour, then > 0; float32 [3, rows x columns].
+    """
+    return (F.interpolate(masks[None].float(), size=grid[1:])[0] > 0).float().flatten(1)
+
+
+def speaker_positions(q: Tensor, k: Tensor, masks: Tensor, config: DiTConfig) -> Tensor:
+    """Where each token stands on the audio position axis: near speaker 1, near speaker 2, or between; float32 [S].
+
+    From the rotated self-attention q and k [S, head, d] and masks [3, n] over the n tokens of latent frame 0: a token's
+    affinity to a region is the mean over heads of the softmax weight it gives, among the keys of frame 0, to the
+    region, per token of the region. The strongest region decides. A speaker's affinity, rescaled to 0..1 by its range
+    over all tokens, becomes a position in an interval at that speaker's end of the axis; background is the middle.
+    """
+    first = k[: masks.shape[1]]
+    # The reference averages two halves of floor(heads / 2) heads: with an odd number the last one does not count.
+    heads = 2 * (q.shape[1] // 2)
+    affinity = torch.zeros(q.shape[0], 3, device=q.device)
+    for h in range(heads):
+        weights = (q[:, h].float() @ first[:, h].float().T / math.sqrt(q.shape[2])).softmax(-1)
+        affinity += weights @ masks.T / heads
+    affinity = affinity / masks.sum(1)
+    speakers = affinity[:, :2]
+    low, high = speakers.amin(0), speakers.amax(0)
+    offsets = torch.tensor([0.0, config.class_range - config.class_interval], device=q.device)
+    positions = (speakers - low) / (high - low + 1e-8) * config.class_interval + offsets
+    background = torch.full_like(positions[:, :1], config.class_range / 2)
+    return torch.cat((positions, background), 1).gather(1, affinity.argmax(1, keepdim=True))[:, 0]
+
+
+def audio_rope(positions: Tensor, head_dim: int) -> Tensor:
+    """Rotary table [n, head_dim / 2, 2] of real-valued positions [n], in float32 as the reference has it."""
+    frequencies = 1 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = torch.outer(positions.float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Full attention among the tokens of a chunk; q and k RMS-normalised over all channels, then rotated."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [S, D] -> the output [S, D], and the q and k [S, head, d] that speaker positions are read from."""
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        q, k = rotate(q, rope), rotate(k, rope)
+        return self.o(attention(q[None], k[None], v[None])[0]), q, k
+
+
+class CrossAttention(nn.Module):
+    """Attention to text and to image: one query, two separate softmaxes, the results added before the projection."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o, self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(6))
+        self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
+
+    def embed(self, text: Tensor, image: Tensor) -> ContextKV:
+        """This block's keys and values [key, head, d] of the embedded text [text_len, D] and image [img_tokens, D]."""
+        kv = (self.norm_k(self.k(text)), self.v(text), self.norm_k_img(self.k_img(image)), self.v_img(image))
+        return ContextKV(*(x.unflatten(-1, (self.heads, -1)) for x in kv))
+
+    def forward(self, x: Tensor, context: ContextKV) -> Tensor:
+        """x [S, D] -> [S, D]. All text keys take part, those of the padding as well: the model was trained so."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))[None]
+        text_k, text_v, image_k, image_v = (y[None] for y in context)
+        return self.o((attention(q, text_k, text_v) + attention(q, image_k, image_v))[0])
+
+
+class AudioAttention(nn.Module):
+    """Attention of each latent frame's tokens to that frame's audio tokens; no norm, and rotation for two speakers."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.q_linear = nn.Linear(config.dim, config.dim)
+        self.kv_linear = nn.Linear(config.output_dim, 2 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def embed(self, tokens: Tensor) -> AudioKV:
+        """Audio tokens [speaker, frame, context_tokens, output_dim] -> k, v [frame, speaker x context_tokens, head, d].
+
+        Two speakers' keys are rotated to the middle of their interval on the audio position axis.
+        """
+        config, speakers, per_speaker = self.config, tokens.shape[0], tokens.shape[2]
+        tokens = rearrange(tokens, "p f n c -> f (p n) c")
+        k, v = self.kv_linear(tokens).unflatten(-1, (2, config.num_heads, -1)).unbind(-3)
+        if speakers == 2:
+            middle = config.class_interval / 2
+            places = torch.tensor([middle, config.class_range - middle], device=k.device)
+            k = rotate(k, audio_rope(places.repeat_interleave(per_speaker), config.head_dim))
+        return AudioKV(k, v)
+
+    def forward(self, x: Tensor, audio: AudioKV, positions: Tensor | None) -> Tensor:
+        """x [S, D] -> [S, D]; `positions` [S] on the audio position axis with two speakers, else None."""
+        q = self.q_linear(x).unflatten(-1, (self.config.num_heads, -1))
+        if positions is not None:
+            q = rotate(q, audio_rope(positions, self.config.head_dim))
+        return self.proj(attention(q.unflatten(0, (audio.k.shape[0], -1)), audio.k, audio.v).flatten(0, 1))
+
+
+class Block(nn.Module):
+    """Self-attention, text + image attention, audio attention, feed-forward; the first and last modulated and gated."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm_x = nn.LayerNorm(config.dim, config.eps)
+        self.audio_cross_attn = AudioAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, rope: Tensor, context: ContextKV, audio: AudioKV, masks: Tensor | None
+    ) -> Tensor:
+        """x [S, D] -> [S, D]; `modulation` [6, D], `context` and `audio` of this block."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        branch, q, k = self.self_attn(layer_norm_modulate(x, shift1, scale1, self.config.eps), rope)
+        x = add_gated(x, branch, gate1)
+        x = x + self.cross_attn(self.norm3(x), context)
+        positions = None if masks is None else speaker_positions(q, k, masks, self.config)
+        x = x + self.audio_cross_attn(self.norm_x(x), audio, positions)
+        return add_gated(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.config.eps)), gate2)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection of every token to its patch, in float32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [S, D], modulation [2, D] -> float32 [S, patch rows x patch columns x out_dim], channel fastest."""
+        return in_float32([self.head], layer_norm_modulate(x.float(), modulation[0], modulation[1], self.eps))
+
+
+class AudioProjector(nn.Module):
+    """Windows of speech features -> audio tokens: two first layers (first frame, later frames), three shared ones."""
+
+    def __init__(self, window: int, later_window: int, features: int, hidden: int, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj1 = nn.Linear(window * features, hidden)
+        self.proj1_vf = nn.Linear(later_window * features, hidden)
+        self.proj2 = nn.Linear(hidden, hidden)
+        self.proj3 = nn.Linear(hidden, tokens * dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, first: Tensor, later: Tensor) -> Tensor:
+        """`first` [P, 1, window, layer, channel], `later` [P, n, later window, ...] -> [P, 1 + n, tokens, dim]."""
+        x = torch.cat((self.proj1(first.flatten(2)), self.proj1_vf(later.flatten(2))), dim=1).relu()
+        return self.norm(self.proj3(self.proj2(x).relu()).unflatten(-1, (self.tokens, -1)))
+
+
+def group_audio(audio: Tensor, frames_per_latent: int) -> tuple[Tensor, Tensor]:
+    """Windows of video frames [P, frame, window, layer, channel] -> those of latent frame 0 and of the later ones.
+
+    Latent frame 0 takes frame 0's window. A later one covers `frames_per_latent` frames and takes the first one's
+    window up to its centre, the centres between, and the last one's window from its centre: consecutive frames, with
+    window / 2 neighbours on either side. -> [P, 1, window, ...] and [P, n, window + frames_per_latent - 1, ...].
+    """
+    groups = audio[:, 1:].unflatten(1, (-1, frames_per_latent))  # [P, n, frame in group, window, layer, channel]
+    centre = audio.shape[2] // 2
+    parts = (groups[:, :, 0, : centre + 1], groups[:, :, 1:-1, centre], groups[:, :, -1, centre:])
+    return audio[:, :1], torch.cat(parts, dim=2)
+
+
+class ImageEmbedding(nn.Module):
+    """Image features [img_tokens, img_dim] -> [img_tokens, D]; exact GELU, and norms with eps 1e-5, unlike the rest."""
+
+    def __init__(self, img_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(img_dim), nn.Linear(img_dim, img_dim), nn.GELU(), nn.Linear(img_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [img_tokens, img_dim] -> [img_tokens, D]."""
+        return self.proj(x)
+
+
+class DiT(nn.Module):
+    """The student; see the module's first lines for how its inputs are prepared."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.img_emb = ImageEmbedding(config.img_dim, dim)
+        self.audio_proj = AudioProjector(
+            config.audio_window,
+            config.audio_window + config.vae_scale - 1,
+            config.audio_blocks * config.audio_channels,
+            config.intermediate_dim,
+            config.context_tokens,
+            config.output_dim,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage and product dtype of the parameters."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def embed_context(self, text: Tensor, image: Tensor) -> ContextKV:
+        """Keys and values of prompt and portrait for all blocks.
+
+        text [L, text_dim], the L <= text_len real tokens of the text encoder; image [img_tokens, img_dim]. The text is
+        padded with zero rows to text_len *before* its embedding, and the padding is attended to like any other key.
+        """
+        config = self.config
+        if text.ndim != 2 or text.shape[1] != config.text_dim or not 0 < text.shape[0] <= config.text_len:
+            raise ValueError(f"text: got {list(text.shape)}, want [1..{config.text_len}, {config.text_dim}]")
+        if image.shape != (config.img_tokens, config.img_dim):
+            raise ValueError(f"image: got {list(image.shape)}, want [{config.img_tokens}, {config.img_dim}]")
+        padded = F.pad(text.to(self.dtype), (0, 0, 0, config.text_len - text.shape[0]))
+        text, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
+        blocks = [block.cross_attn.embed(text, image) for block in self._blocks]
+        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)))
+
+    def embed_audio(self, audio: Tensor) -> AudioKV:
+        """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel], all blocks."""
+        config = self.config
+        want = (config.audio_window, config.audio_blocks, config.audio_channels)
+        if audio.ndim != 5 or audio.shape[2:] != want or audio.shape[0] not in (1, 2):
+            raise ValueError(f"audio: got {list(audio.shape)}, want [1 or 2, frames, {', '.join(map(str, want))}]")
+        tokens = self.audio_proj(*group_audio(audio.to(self.dtype), config.vae_scale))
+        blocks = [block.audio_cross_attn.embed(tokens) for block in self._blocks]
+        return AudioKV(*(torch.stack(x) for x in zip(*blocks, strict=True)))
+
+    def modulate(self, t: float) -> Modulation:
+        """The modulation of timestep t in 0..1000.
+
+        e = W2 silu(W1 s(t) + b1) + b2, with s the sinusoid (cosines first) of t 10000^(-i / 128) in float64; every
+        block adds its table to the six vectors W silu(e) + b, the head adds its two to e itself.
+        """
+        half = self.config.freq_dim // 2
+        device = self.patch_embedding.weight.device
+        angles = t * 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+        sinusoid = torch.cat((angles.cos(), angles.sin())).float()
+        e = in_float32(self.time_embedding, sinusoid)
+        e0 = in_float32(self.time_projection, e).unflatten(0, (6, -1))
+        blocks = torch.stack([block.modulation[0].float() + e0 for block in self._blocks])
+        return Modulation(blocks, self.head.modulation[0].float() + e)
+
+    def forward(
+        self,
+        latent: Tensor,
+        condition: Tensor,
+        modulation: Modulation,
+        rope: Tensor,
+        context: ContextKV,
+        audio: AudioKV,
+        masks: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity of a chunk at one timestep, float32 [F, out_dim, h, w].
+
+        Args:
+            latent: noisy latent [F, 16, h, w].
+            condition: mask and condition latents [F, 4 + 16, h, w]; they follow the latent on the channel axis.
+            modulation: of the timestep, from `modulate`.
+            rope: `rope_table` of the token grid (F, h / 2, w / 2).
+            context: from `embed_context`.
+            audio: of the chunk, from `embed_audio`.
+            masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens of one latent frame].
+        """
+        _, p, q = self.config.patch_size
+        frames, _, rows, columns = latent.shape
+        if rope.shape[0] != frames * (rows // p) * (columns // q):
+            raise ValueError(f"rope: got {rope.shape[0]} tokens, want those of a latent {list(latent.shape)}")
+        if (masks is None) != (audio.k.shape[2] == self.config.context_tokens):
+            raise ValueError("masks: wanted with two speakers, and only then")
+        x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
+        x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        for i, block in enumerate(self._blocks):
+            block_context, block_audio = ContextKV(*(y[i] for y in context)), AudioKV(audio.k[i], audio.v[i])
+            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks)
+        x = self.head(x, modulation.head)
+        return rearrange(x, "(f h w) (p q c) -> f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)

@@ -1,0 +1,162 @@
+"""From a portrait file to pixels and to image features: reading, cropping, the CLIP vision tower."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoder
+
+from model.config import ImageConfig
+from model.errors import UserError
+from model.slots import Slot, named_slots
+
+# An image far longer than the crop grows far beyond it when its short side is fitted; 32 Mpx are 128 MiB.
+MAX_RESIZED_PIXELS = 2**25
+
+
+def load_image(path: Path) -> Image.Image:
+    """The image file at `path` as 8-bit RGB, as a viewer shows it.
+
+    EXIF orientation is applied, transparency lies over white, 16-bit channels are scaled to 8 bits, the first of
+    several frames is taken. Raises `UserError` if there is no image that can be read, or one too large to be meant.
+    """
+    try:
+        with Image.open(path) as file:
+            return _to_rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError as error:
+        raise UserError(f"no image file {path}") from error
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over in a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read the image {path} ({reason}): give an intact PNG or JPEG file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_center_crop(image: Image.Image, height: int, width: int) -> Tensor:
+    """The 8-bit RGB `image` scaled to cover `height` x `width` pixels, its centre cut out: uint8 [3, height, width].
+
+    scale = max(height / h, width / w); new size ceil(scale h) x ceil(scale w), in double precision, where rounding may
+    add a pixel; Pillow's bilinear filter, antialiased when shrinking; the crop begins at round((new - wanted) / 2),
+    halves to even. Raises `UserError` for an image so much longer than the crop that the scaled one would exceed
+    `MAX_RESIZED_PIXELS`.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image: got mode {image.mode}, wanted RGB")
+    scale = max(height / image.height, width / image.width)
+    rows, columns = math.ceil(scale * image.height), math.ceil(scale * image.width)
+    if rows * columns > MAX_RESIZED_PIXELS:
+        raise UserError(
+            f"the image of {image.width} x {image.height} pixels is too long for {width} x {height}: crop it first"
+        )
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    resized = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    crop = np.array(resized.crop((left, top, left + width, top + height)))  # [H, W, 3]
+    return torch.from_numpy(crop).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """uint8 RGB of any shape -> float32 in [-1, 1]: (p / 255 - 0.5) * 2."""
+    if image.dtype != torch.uint8:
+        raise ValueError(f"image: got {image.dtype}, wanted uint8")
+    return (image.float() / 255 - 0.5) * 2
+
+
+# Official name: ours.
+NAMES: dict[str, str | tuple[str, ...]] = {
+    "visual.cls_embedding": "cls_embedding",
+    "visual.pos_embedding": "pos_embedding",
+    "visual.patch_embedding.weight": "patch_embedding.weight",
+    "visual.pre_norm.weight": "pre_norm.weight",
+    "visual.pre_norm.bias": "pre_norm.bias",
+    "visual.transformer.{i}.norm1.weight": "encoder.layers.{i}.layer_norm1.weight",
+    "visual.transformer.{i}.norm1.bias": "encoder.layers.{i}.layer_norm1.bias",
+    "visual.transformer.{i}.attn.to_qkv.weight": (
+        "encoder.layers.{i}.self_attn.q_proj.weight",
+        "encoder.layers.{i}.self_attn.k_proj.weight",
+        "encoder.layers.{i}.self_attn.v_proj.weight",
+    ),
+    "visual.transformer.{i}.attn.to_qkv.bias": (
+        "encoder.layers.{i}.self_attn.q_proj.bias",
+        "encoder.layers.{i}.self_attn.k_proj.bias",
+        "encoder.layers.{i}.self_attn.v_proj.bias",
+    ),
+    "visual.transformer.{i}.attn.proj.weight": "encoder.layers.{i}.self_attn.out_proj.weight",
+    "visual.transformer.{i}.attn.proj.bias": "encoder.layers.{i}.self_attn.out_proj.bias",
+    "visual.transformer.{i}.norm2.weight": "encoder.layers.{i}.layer_norm2.weight",
+    "visual.transformer.{i}.norm2.bias": "encoder.layers.{i}.layer_norm2.bias",
+    "visual.transformer.{i}.mlp.0.weight": "encoder.layers.{i}.mlp.fc1.weight",
+    "visual.transformer.{i}.mlp.0.bias": "encoder.layers.{i}.mlp.fc1.bias",
+    "visual.transformer.{i}.mlp.2.weight": "encoder.layers.{i}.mlp.fc2.weight",
+    "visual.transformer.{i}.mlp.2.bias": "encoder.layers.{i}.mlp.fc2.bias",
+}
+
+
+def unused(key: str, config: ImageConfig) -> bool:
+    """Whether the official image-text checkpoint holds `key` without `ImageEncoder` needing it.
+
+    These are the text tower, the logit scale, the last block and what follows it.
+    """
+    last = f"visual.transformer.{config.vision_layers - 1}."
+    return key in ("log_scale", "visual.head") or key.startswith(("textual.", "visual.post_norm.", last))
+
+
+class ImageEncoder(nn.Module):
+    """Vision tower of CLIP ViT-H/14 up to the input of its last block: the features of every patch, not one vector."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.vision_dim, config.patch_size
+        self.cls_embedding = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        tokens = 1 + (config.image_size // patch) ** 2
+        self.pos_embedding = nn.Parameter(torch.randn(1, tokens, dim) * dim**-0.5)
+        self.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        settings = {
+            "hidden_size": dim,
+            "intermediate_size": dim * config.vision_mlp_ratio,
+            "num_hidden_layers": config.vision_layers - 1,
+            "num_attention_heads": config.vision_heads,
+            "hidden_act": "gelu",
+            "layer_norm_eps": config.norm_eps,
+            "attn_implementation": "sdpa",
+        }
+        # Annotated for the joint configuration; its own library hands it that of the vision tower.
+        self.encoder = CLIPEncoder(CLIPVisionConfig(**settings))  # pyright: ignore[reportArgumentType]
+        self.eval()
+
+    def slots(self) -> dict[str, Slot]:
+        """Where the tensors of the official image-text checkpoint go that are used."""
+        return named_slots(self, NAMES, self.config.vision_layers - 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features of an RGB image in [-1, 1], float [3, H, W] -> [1 + patches, vision_dim] in the weights' dtype.
+
+        The image is squeezed to `image_size` squared (bicubic, not antialiased, aspect ratio not kept, not clamped),
+        brought to [0, 1] and normalised by the mean and deviation of each channel, all in float32; then patches row
+        by row behind the class token, positions, norm and all blocks but the last.
+        """
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, wanted float [3, H, W]")
+        size = (self.config.image_size, self.config.image_size)
+        square = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)
+        mean = square.new_tensor(self.config.pixel_mean)[:, None, None]
+        std = square.new_tensor(self.config.pixel_std)[:, None, None]
+        pixels = ((square * 0.5 + 0.5 - mean) / std).to(self.pos_embedding.dtype)  # [1, 3, S, S]
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, D]
+        x = torch.cat((self.cls_embedding, patches), dim=1) + self.pos_embedding
+        return self.encoder(inputs_embeds=self.pre_norm(x)).last_hidden_state[0]

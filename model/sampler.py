@@ -1,0 +1,87 @@
+"""Few-step sampling with re-noising: timesteps, update, counter-based noise.
+
+From noise x at timestep t_0 the student is called at t_0 > t_1 > ... > t_(n-1) and the sample ends at t_n = 0. With
+sigma_i = t_i / 1000 and v the predicted velocity (noise minus data), one step is
+
+    clean = x - sigma_i v
+    x     = (1 - sigma_(i+1)) clean + sigma_(i+1) noise_(i+1)          with fresh noise
+
+and the known latents at a chunk's beginning are written back, clean, before the first step and after every step.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+# The student was distilled at these points; any other number of steps is spread evenly.
+_DISTILLED = {2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0)}
+
+
+def timesteps(steps: int, shift: float) -> Tensor:
+    """The shifted timesteps t_0 .. t_steps = 0, float32 [steps + 1].
+
+    u -> shift u / (1 + (shift - 1) u) of u = t / 1000, in float32, so that 2/3 becomes 833.33331298828125.
+    """
+    base = torch.tensor(_DISTILLED[steps]) if steps in _DISTILLED else torch.linspace(NUM_TIMESTEPS, 1, steps)
+    u = torch.cat((base, torch.zeros(1))) / NUM_TIMESTEPS
+    return shift * u / (1 + (shift - 1) * u) * NUM_TIMESTEPS
+
+
+def denoise(
+    velocity: Callable[[int, Tensor], Tensor], noise: Callable[[int], Tensor], times: Tensor, motion: Tensor
+) -> Tensor:
+    """The latents of a chunk, float32 [F, 16, h, w], whose first n frames are `motion` [n, 16, h, w].
+
+    Args:
+        velocity: (i, x) -> the student's prediction at step i for the latents x.
+        noise: k -> standard normal noise [F, 16, h, w]; k = 0 is the start, k = i + 1 is drawn after step i.
+        times: from `timesteps`, on the CPU.
+        motion: the known latents at the chunk's beginning.
+    """
+    sigmas = times / NUM_TIMESTEPS
+    motion = motion.float()
+    x = torch.cat((motion, noise(0)[len(motion) :]))
+    for i in range(len(sigmas) - 1):
+        sigma, following = sigmas[i].item(), sigmas[i + 1].item()
+        x = (1 - following) * (x - sigma * velocity(i, x))
+        if following > 0:  # the last step's noise has no weight, and being counted, not drawn in turn, may be skipped
+            x += following * noise(i + 1)
+        x[: len(motion)] = motion
+    return x
+
+
+def normal_noise(shape: tuple[int, ...], seed: int, chunk: int, step: int, device: torch.device | str) -> Tensor:
+    """Standard normal noise, float32, a pure function of (seed, chunk, step, position in `shape`).
+
+    The value at flat position 4 p + lane comes from Philox4x32-10 of the counter (p, step, chunk, 0) under the 64-bit
+    key `seed`: no state to keep, to split between ranks or to restore. Pairs of its 32-bit words become normals by
+    Box-Muller in float64: sqrt(-2 ln u) (cos, sin)(2 pi w), u in (0, 1].
+    """
+    count = math.prod(shape)
+    position = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
+    counter = (position, *(torch.full_like(position, word) for word in (step, chunk, 0)))
+    words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    u = torch.stack(words, dim=-1).double().unflatten(-1, (2, 2))  # [counter, pair, (radius, angle)]
+    radius = (-2 * ((u[..., 0] + 1) / 2**32).log()).sqrt()
+    angle = 2 * math.pi / 2**32 * u[..., 1]
+    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return normals.float().flatten()[:count].view(shape)
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011): four 32-bit words of counter -> four of noise, each int64 in 0 .. 2^32 - 1.
+
+    A 64-bit product of two words may wrap int64, which leaves its bits, and so both halves, intact.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((high >> 32) & mask) ^ c1 ^ k0, ((low >> 32) & mask) ^ c3 ^ k1
+        c1, c3 = high & mask, low & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3

@@ -1,0 +1,42 @@
+"""Where each tensor of an official checkpoint goes in a module of ours.
+
+The student and the VAE carry the official names, so theirs is the identity. The encoders are transformers' modules,
+whose parameters are named, and for CLIP cut, differently; a table of name patterns describes that.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Slot(NamedTuple):
+    """A tensor of the official checkpoint: its shape there, and our parameters that it fills.
+
+    Several names: the official tensor is their concatenation along dimension 0, in this order.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def own_slots(module: nn.Module) -> dict[str, Slot]:
+    """The slots of a module that carries the official names itself."""
+    return {name: Slot(tuple(tensor.shape), (name,)) for name, tensor in module.state_dict().items()}
+
+
+def named_slots(module: nn.Module, names: Mapping[str, str | tuple[str, ...]], layers: int) -> dict[str, Slot]:
+    """The slots of `module` by a table {official name: our name or names}.
+
+    `{i}` in a pair of names stands for each of 0 .. layers - 1. The official shape is that of our parameters, joined.
+    """
+    own = module.state_dict()
+    slots = {}
+    for official, ours in names.items():
+        ours = (ours,) if isinstance(ours, str) else ours
+        for i in range(layers) if "{i}" in official else (0,):
+            targets = tuple(name.format(i=i) for name in ours)
+            first, *rest = (tuple(own[name].shape) for name in targets)
+            rows = sum(shape[0] for shape in (first, *rest)) if rest else None
+            slots[official.format(i=i)] = Slot(first if rows is None else (rows, *first[1:]), targets)
+    return slots

@@ -1,0 +1,299 @@
+"""The video VAE of Wan2.1: pixels <-> latents, 4 x 8 x 8 times smaller, streaming with its state passed in and out.
+
+The first frame of a clip makes one latent frame, every further four frames one more, and back. All is causal in time,
+so a clip is coded step by step, and what a step must know of the frames before it is its *state*: nested tuples of the
+last input frames of every convolution in time, None at the start of a clip. Steps neither keep nor change a state:
+handing one in twice gives the same result twice. Shapes below are of one step: T frames in, and T varies by layer.
+
+State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
+the dtype of the parameters; only the norms' statistics are at least float32.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.conv import causal_conv3d, conv3d
+from model.config import VAEConfig
+
+State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
+
+
+class CausalConv3d(nn.Module):
+    """Causal convolution of kernel kt x k x k; its state is its last kt - 1 input frames."""
+
+    def __init__(self, in_channels: int, out_channels: int, kt: int, k: int) -> None:
+        super().__init__()
+        bound = (in_channels * kt * k * k) ** -0.5
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kt, k, k).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], next past."""
+        y = causal_conv3d(x, self.weight, self.bias, past)
+        keep = self.weight.shape[2] - 1
+        if len(x) >= keep:
+            return y, x[-keep:].clone()  # a view would keep all of x alive
+        if past is None:
+            past = _zeros(keep, x)
+        return y, torch.cat([past[len(x) :], x])
+
+
+class RMSNorm(nn.Module):
+    """y = x / max(||x||, 1e-12) * sqrt(C) * gamma, with the norm over a pixel's C channels."""
+
+    def __init__(self, channels: int, axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A fresh tensor like x [T, C, H, W]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
+        scale = self.gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5
+        return (x / norm).mul_(scale).to(x.dtype)
+
+
+class Head(nn.ModuleDict):
+    """Norm, SiLU, causal 3 x 3 x 3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__({"0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels, 3, 3)})
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past."""
+        return self["2"](F.silu(self["0"](x), inplace=True), past)
+
+
+class ResidualBlock(nn.Module):
+    """Twice (norm, SiLU, causal 3 x 3 x 3 convolution), plus the input or a 1 x 1 x 1 convolution of it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels),
+                "2": CausalConv3d(in_channels, out_channels, 3, 3),
+                "3": RMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels, 3, 3),
+            }
+        )
+        self.shortcut = CausalConv3d(in_channels, out_channels, 1, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
+        past1, past2 = state or (None, None)
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y, past1 = conv1(F.silu(norm1(x), inplace=True), past1)
+        y, past2 = conv2(F.silu(norm2(y), inplace=True), past2)
+        y += x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
+        return y, (past1, past2)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention among the pixels of each frame, with one head of all channels, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:  # noqa: ARG002
+        """x [T, C, H, W] -> y [T, C, H, W]; the state, there because all layers have one, is empty."""
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # [T, 1, H * W, 3 * C]
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [T, 1, H * W, C]
+        y = y[:, 0].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return self.proj(y).add_(x), ()
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns (zero padding right and below only), then, if `temporal`, frames.
+
+    In time the clip's first frame passes as it is; output j >= 1 is a convolution of frames 2j - 2, 2j - 1, 2j. The
+    state is the last frame.
+    """
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, 3, 1) if temporal else None
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """x [T, C, H, W] -> y [T or ceil(T / 2), C, ceil(H / 2), ceil(W / 2)], next state."""
+        x = self.resample(x)
+        if self.time_conv is None:
+            return x, ()
+        if state is None:
+            return x, (x,)
+        y = conv3d(torch.cat([state[0], x]), self.time_conv.weight, self.time_conv.bias, stride=2)
+        return y, (x[-1:].clone(),)
+
+
+class Upsample(nn.Module):
+    """Doubles frames, if `temporal`, then rows and columns (nearest), halving the channels.
+
+    In time the clip's first frame passes as it is and leaves nothing behind. From the second on, each gives two frames
+    by a causal convolution that has zeros as its past at that second frame: channels 0 .. C - 1 are the earlier one.
+    """
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1) if temporal else None
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """x [T, C, H, W] -> y [T or, after the first step, 2 T, C / 2, 2 H, 2 W], next state."""
+        if self.time_conv is None:
+            return self.resample(x), ()
+        if state is None:
+            return self.resample(x), (_zeros(2, x),)
+        y, past = self.time_conv(x, state[0])
+        y = rearrange(y, "t (two c) h w -> (t two) h w c", two=2).contiguous()
+        return self.resample(y.permute(0, 3, 1, 2)), (past,)
+
+
+class Encoder(nn.Module):
+    """Pixels -> mean and log-variance of the latent, up to the last 1 x 1 x 1 convolution (`VAE.conv1`)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * mult for mult in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3, widths[0], 3, 3)
+        self.downsamples = nn.ModuleList()
+        for level, width in enumerate(widths[1:]):
+            for block in range(config.num_res_blocks):
+                self.downsamples.append(ResidualBlock(width if block else widths[level], width))
+            if level < len(config.temperal_downsample):
+                self.downsamples.append(Downsample(width, config.temperal_downsample[level]))
+        self.middle = _middle(widths[-1])
+        self.head = Head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Pixels [1 or 4, 3, H, W] -> [1, 2 z, H / 8, W / 8], next state."""
+        return _run((self.conv1, *self.downsamples, *self.middle, self.head), x, state)
+
+
+class Decoder(nn.Module):
+    """Latents, after the first 1 x 1 x 1 convolution (`VAE.conv2`) -> pixels, not yet clamped."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * mult for mult in reversed(config.dim_mult)]
+        self.conv1 = CausalConv3d(config.z_dim, widths[0], 3, 3)
+        self.middle = _middle(widths[0])
+        self.upsamples = nn.ModuleList()
+        inputs = widths[0]
+        for width, temporal in zip(widths, (*reversed(config.temperal_downsample), None), strict=True):
+            for block in range(config.num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(width if block else inputs, width))
+            if temporal is not None:
+                self.upsamples.append(Upsample(width, temporal))
+            inputs = width // 2
+        self.head = Head(widths[-1], 3)
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Latent [1, z, h, w] -> [1 or 4, 3, 8 h, 8 w], next state."""
+        return _run((self.conv1, *self.middle, *self.upsamples, self.head), x, state)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with the official parameters, for inference only."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1, 1)
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1, 1)
+        self.decoder = Decoder(config)
+        self.requires_grad_(False)  # or a state would hold the graph of its whole clip
+
+    def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The next latent frame (mean, normalised) and the state after it.
+
+        frames [1, 3, H, W] at the start of a clip, where `state` is None, [temporal_stride, 3, H, W] after it; RGB in
+        [-1, 1], H and W multiples of spatial_stride, any memory format. The latent is [1, z, H / 8, W / 8].
+        Raises ValueError for another shape or dtype than the parameters'.
+        """
+        count, stride = 1 if state is None else self.config.temporal_stride, self.config.spatial_stride
+        if frames.ndim != 4 or frames.shape[:2] != (count, 3) or frames.shape[2] % stride or frames.shape[3] % stride:
+            raise ValueError(
+                f"frames: shape {list(frames.shape)}, wanted [{count}, 3, height, width], multiples of {stride}"
+            )
+        self._check_dtype("frames", frames)
+        x, after = self.encoder(frames.contiguous(memory_format=torch.channels_last), state)
+        z = self.config.z_dim
+        mean = conv3d(x, self.conv1.weight[:z], self.conv1.bias[:z])  # the other half would be the log-variance
+        shift, scale = self._statistics()
+        return (mean - shift) * scale, after
+
+    def decode_step(self, latent: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The next pixel frames and the state after them.
+
+        latent [1, z, h, w], normalised, any memory format; the frames are [1, 3, 8 h, 8 w] at the start of a clip,
+        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1].
+        Raises ValueError for another shape or dtype than the parameters'.
+        """
+        if latent.ndim != 4 or latent.shape[:2] != (1, self.config.z_dim):
+            raise ValueError(f"latent: shape {list(latent.shape)}, wanted [1, {self.config.z_dim}, rows, columns]")
+        self._check_dtype("latent", latent)
+        shift, scale = self._statistics()
+        x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
+        frames, after = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state)
+        return frames.clamp_(-1, 1), after
+
+    def encode(self, frames: Tensor) -> Iterator[Tensor]:
+        """Each latent frame [1, z, H / 8, W / 8] of a clip [1 + temporal_stride * k, 3, H, W], as in `encode_step`."""
+        stride = self.config.temporal_stride
+        if len(frames) % stride != 1 % stride:
+            raise ValueError(f"frames: {len(frames)} of them, wanted 1 + a multiple of {stride}")
+        state = None
+        for end in range(1, len(frames) + 1, stride):
+            latent, state = self.encode_step(frames[max(0, end - stride) : end], state)
+            yield latent
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """The pixel frames of each latent frame of a clip [F, z, h, w], as in `decode_step`."""
+        state = None
+        for latent in latents.split(1):
+            frames, state = self.decode_step(latent, state)
+            yield frames
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        if x.dtype != self.conv1.weight.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype}, wanted the parameters', {self.conv1.weight.dtype}")
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal deviation of a latent, [z, 1, 1], each rounded to the dtype of the parameters."""
+        like = self.conv1.bias.new_tensor
+        shift, deviation = like(self.config.latent_mean), like(self.config.latent_std)
+        return shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
+
+
+def _middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
+
+
+def _run(layers: Iterable[nn.Module], x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """All layers one after the other; the state is the tuple of theirs."""
+    layers = tuple(layers)
+    after = []
+    for layer, before in zip(layers, state or (None,) * len(layers), strict=True):
+        x, new = layer(x, before)
+        after.append(new)
+    return x, tuple(after)
+
+
+def _zeros(frames: int, like: Tensor) -> Tensor:
+    """Zero frames [frames, C, H, W] for x `like` [T, C, H, W], in channels-last memory."""
+    _, channels, rows, columns = like.shape
+    return like.new_zeros(frames, rows, columns, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""Measures the other packages; none of them imports it."""

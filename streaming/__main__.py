@@ -1,0 +1,167 @@
+"""`python -m streaming run`: a portrait and a voice in, a talking video out."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+try:
+    from model.errors import UserError
+except ImportError as error:  # a package of the same name as one of ours came first
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Turns a portrait and a voice into a talking video, chunk by chunk.",
+)
+
+
+@app.callback()
+def _streaming() -> None:
+    """Keeps `run` a subcommand while it is the only one."""
+
+
+@app.command()
+def run(
+    image: Annotated[str, typer.Option(help="Portrait: any picture Pillow reads; the middle is cut out to size.")],
+    audio: Annotated[
+        str, typer.Option(help="Voice: WAV, FLAC, OGG, MP3 ...; '-' for 16-bit mono 16 kHz PCM on standard input.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="Video: NAME.mp4, a folder for PNG frames, or '-' for raw RGB24 on standard output.")
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the system: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a GPU)."
+            " Default: flashtalk-14b if there are a GPU and a checkpoint, else tiny."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of the official weights. Without one, tiny draws coloured noise.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Run flashtalk-14b without a checkpoint, for timing: noise.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 9999,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU, else fp32.")] = "auto",
+    steps: Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")] = 4,
+    audio_mode: Annotated[
+        str, typer.Option(help="stream hears up to now, as a live session must; once hears the whole file first.")
+    ] = "stream",
+    report: Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")] = None,
+) -> None:
+    """Generates a video of the portrait speaking the voice, as long as the voice."""
+    # The command line answers at once; what takes seconds to import waits until there is something to do.
+    import torch
+
+    from model.checkpoint import load_models, random_models
+    from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
+    from model.image import load_image, resize_center_crop
+    from model.text import tokenize
+    from streaming.generator import ChunkGenerator
+    from streaming.progress import show
+    from streaming.session import Session, once_listener, stream_listener
+    from streaming.session import report as report_of
+    from streaming.session import run as perform
+    from streaming.sinks import open_sink
+    from streaming.sources import open_source
+    from streaming.spans import Spans
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if preset is None:
+        preset = "flashtalk-14b" if device == "cuda" and checkpoint else "tiny"
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    _choice("--device", device, ("cpu", "cuda"))
+    _choice("--preset", preset, PRESETS)
+    _choice("--precision", precision, PRECISIONS)
+    _choice("--audio-mode", audio_mode, ("stream", "once"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least 1 is needed")
+    if checkpoint is None and preset != "tiny" and not random_weights:
+        raise UserError(f"--preset {preset} needs --checkpoint FOLDER (or --random-weights, which draws noise)")
+    if checkpoint is not None and random_weights:
+        raise UserError("--checkpoint and --random-weights exclude each other")
+    if report is not None and not report.parent.is_dir():
+        raise UserError(f"--report {report}: there is no folder {report.parent}")
+
+    config = replace(PRESETS[preset], chunk=replace(PRESETS[preset].chunk, sample_steps=steps))
+    chunk, where = config.chunk, torch.device(device)
+    settings = {
+        "preset": preset, "checkpoint": str(checkpoint) if checkpoint else None, "precision": precision,
+        "seed": seed, "steps": steps, "audio_mode": audio_mode, "chunk": asdict(chunk),
+    }  # fmt: skip
+    portrait = resize_center_crop(load_image(Path(image)), chunk.height, chunk.width)
+    with (
+        open_source(audio, chunk) as source,
+        open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.channels) as sink,
+    ):
+        if checkpoint is None:
+            print(f"{preset} has random weights: the video will be coloured noise, not a face.", file=sys.stderr)
+            models = random_models(config, where, PRECISIONS[precision])
+        else:
+            models = load_models(config, checkpoint, where, PRECISIONS[precision])
+        spans = Spans(where)
+        ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
+        generator = ChunkGenerator(models, spans)
+        session = Session(generator, generator.prepare(portrait, ids), seed)
+        if audio_mode == "once":
+            slices = list(source)
+            listener = once_listener(models.audio, chunk, slices)
+        else:
+            slices, listener = source, stream_listener(models.audio, chunk)
+        progress = show(perform(session, slices, listener, sink, chunk, spans), spans, chunk.tgt_fps, source.duration)
+    if report is not None:
+        text = json.dumps(report_of(progress, spans, where, settings), indent=2)
+        temporary = report.with_name(report.name + ".tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(report)
+
+
+def _choice(option: str, value: str, known: Iterable[str]) -> None:
+    if value not in (names := list(known)):
+        raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or a polite kill; passes through everything that handles exceptions, closing files on its way."""
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise _Interrupted
+
+
+def main() -> int:
+    """Runs the command line; a user's mistake ends in one line and exit code 2, an interruption in 130."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except typer.TyperException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        return 2
+    except _Interrupted:
+        print("interrupted: the frames made so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

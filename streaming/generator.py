@@ -1,0 +1,133 @@
+"""The chunk loop: a known state and a window of audio in, frames out as they are decoded, the next state at the end.
+
+    window -> audio K/V -> 4 steps of the student over noise, the motion latents written back each time
+           -> VAE decode, latent frame by latent frame -> colour -> frames
+           -> the last motion frames, encoded again -> next state
+
+Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
+two and the same window give the same frames, on any machine count and after any restart.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.color import lab_statistics, lab_transfer
+from model.checkpoint import Models
+from model.dit import ContextKV, rope_table
+from model.image import to_pixels
+from model.sampler import denoise, normal_noise, timesteps
+from streaming.spans import Spans
+
+Noise = Callable[[int, int, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is constant for a portrait and a prompt."""
+
+    context: ContextKV  # keys and values of text and portrait
+    condition: Tensor  # mask and condition latents [F, 4 + 16, h, w]
+    lab: tuple[Tensor, Tensor]  # mean and standard deviation of the portrait's Lab channels
+    motion: Tensor  # motion latents of the first chunk [1, 16, h, w]: the portrait itself
+
+
+@dataclass(frozen=True)
+class State:
+    """All that one chunk hands to the next."""
+
+    seed: int
+    chunk: int  # index of the chunk to come
+    motion: Tensor  # motion latents it begins with [n, 16, h, w]
+
+
+def first_frame_mask(latents: Tensor, channels: int) -> Tensor:
+    """The mask [F, channels, h, w] of latents [F, 16, h, w]: 1 where the condition is a picture, in latent frame 0.
+
+    It stays so in every chunk, also when several motion latents are given.
+    """
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1)
+    mask[0] = 1
+    return mask
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels [frame, 3, height, width] in [-1, 1] -> uint8 [frame, height, width, 3]; truncated, as the reference."""
+    return (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class ChunkGenerator:
+    """Generates chunks with the models and geometry of `models.config`; holds constants only."""
+
+    def __init__(self, models: Models, spans: Spans, noise: Noise | None = None) -> None:
+        """`noise` replaces the counter-based noise, to follow a recorded run."""
+        config = models.config
+        self.models, self.config, self._spans = models, config, spans
+        with torch.inference_mode():
+            self._times = timesteps(config.chunk.sample_steps, config.chunk.sample_shift)
+            self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
+            self._rope = rope_table(config.grid, config.dit.head_dim, models.device)
+        self._noise = noise or partial(normal_noise, config.latent_shape, device=models.device)
+
+    @torch.inference_mode()
+    def prepare(self, image: Tensor, ids: Tensor) -> Conditions:
+        """The conditions of a portrait, uint8 [3, height, width] of the chunk's size, and a prompt's token ids [L]."""
+        models, chunk = self.models, self.config.chunk
+        if image.shape != (3, chunk.height, chunk.width):
+            raise ValueError(f"image: got {list(image.shape)}, want [3, {chunk.height}, {chunk.width}]")
+        portrait = to_pixels(image).to(models.device)
+        context = models.dit.embed_context(models.text(ids.to(models.device)), models.image(portrait))
+        # The clip that the condition latents describe: the portrait, then mid grey.
+        clip = torch.zeros(chunk.frame_num, *portrait.shape, dtype=self._vae_dtype, device=models.device)
+        clip[0] = portrait
+        latents = torch.cat(list(models.vae.encode(clip)))
+        condition = torch.cat((first_frame_mask(latents, self.config.dit.vae_scale), latents), dim=1)
+        # The encoder is causal, so the clip's first latent is that of the portrait alone.
+        return Conditions(context, condition, lab_statistics(portrait[None]), latents[:1])
+
+    def start(self, conditions: Conditions, seed: int) -> State:
+        """The state before the first chunk."""
+        return State(seed, 0, conditions.motion)
+
+    @torch.inference_mode()
+    def chunk(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Tensor, None, State]:
+        """Yields a chunk's new frames, float32 [n, 3, height, width] in [-1, 1] on the device; returns the next state.
+
+        window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
+        `state = yield from generator.chunk(...)`. Frames come in groups of one latent frame, each as soon as decoded.
+        """
+        models, chunk, spans = self.models, self.config.chunk, self._spans
+        with spans.span("audio"):
+            audio = models.dit.embed_audio(window[None].to(models.device))
+
+        def velocity(i: int, latents: Tensor) -> Tensor:
+            with spans.span("denoise/step"):
+                return models.dit(
+                    latents, conditions.condition, self._modulations[i], self._rope, conditions.context, audio
+                )
+
+        latents = denoise(velocity, partial(self._noise, state.seed, state.chunk), self._times, state.motion)
+
+        first_shown, first_fed_back = chunk.motion_frames_num, chunk.frame_num - chunk.motion_frames_num
+        end, past, fed_back = 0, None, []
+        for latent in latents.to(self._vae_dtype):
+            with spans.span("decode"):
+                frames, past = models.vae.decode_step(latent[None], past)
+            begin, end = end, end + len(frames)
+            if end <= min(first_shown, first_fed_back):
+                continue
+            with spans.span("color"):
+                frames = lab_transfer(frames.float(), *conditions.lab, chunk.color_correction_strength)
+            fed_back.append(frames[max(first_fed_back - begin, 0) :])
+            if end > first_shown:
+                yield frames[max(first_shown - begin, 0) :]
+        with spans.span("motion"):
+            motion = torch.cat(list(models.vae.encode(torch.cat(fed_back).to(self._vae_dtype))))
+        return State(state.seed, state.chunk + 1, motion)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.models.vae.parameters()).dtype

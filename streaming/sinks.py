@@ -1,0 +1,323 @@
+"""Where the frames go: an MP4 file, a folder of PNGs, or raw pixels on stdout.
+
+When `write` returns, its frames are the operating system's: no later death of this process, not even SIGKILL, loses
+them. Frame k is shown at k / fps seconds and sample j is heard at j / SOUND_RATE, whatever the sizes of the writes.
+"""
+
+import io
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
+from fractions import Fraction
+from io import FileIO, RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
+from av.packet import Packet
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.errors import UserError
+from streaming.sources import SOUND_RATE
+
+_FORMS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
+
+_TICK = Fraction(1, SOUND_RATE)  # unit of all times in an MP4, seconds
+_DELAY = 1024  # ticks by which the AAC encoder's first packet comes before the first sample
+_LAYOUTS = {1: "mono", 2: "stereo"}
+_WAV_HEADER = 44  # bytes
+
+
+class Sink(ABC):
+    """Takes frames and their sound in order; a context manager that closes it, whether or not an exception came.
+
+    Closed after at least one frame, the output is whole and playable; after none, nothing is left behind.
+    """
+
+    def __init__(self, width: int, height: int, channels: int) -> None:
+        if channels not in _LAYOUTS:
+            raise ValueError(f"channels: {channels}, wanted 1 or 2")
+        self._wanted = {"frames": ("uint8", (height, width, 3)), "sound": ("float32", (channels,))}
+        self.frames = 0  # taken so far
+
+    def write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+        """Appends frames uint8 [n, height, width, 3], RGB, and sound float32 [m, channels] at SOUND_RATE in [-1, 1].
+
+        Either may be empty. Raises `ValueError` for other shapes or dtypes and `UserError` if the output cannot take
+        them (disk full, reader gone); then everything written before is still there, and the sink takes no more.
+        """
+        for name, array in (("frames", frames), ("sound", sound)):
+            dtype, shape = self._wanted[name]
+            if array.dtype != dtype or array.shape[1:] != shape:
+                wanted = f"{dtype} of shape (any, {', '.join(map(str, shape))})"
+                raise ValueError(f"{name}: {array.dtype} of shape {array.shape}, wanted {wanted}")
+        self._write(frames, sound)
+        self.frames += len(frames)
+
+    @abstractmethod
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finishes the output. Raises `UserError` if that fails; the frames are still there, where the error says."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class Mp4Sink(Sink):
+    """H.264 (BT.709, limited range, 4:2:0) and AAC in an MP4 that can be played while it loads.
+
+    Until closed, the frames are in `NAME.part.mp4` beside the target: a fragmented MP4 to which every `write` adds one
+    complete fragment, so that it can be played at any time and after any death; its sound then lacks up to the last
+    3071 samples (64 ms), which are on their way through the encoder. Closing copies the packets into an ordinary MP4
+    under a temporary name, which then takes the target's.
+
+    The AAC encoder's first packet holds 1024 samples of silence, which an edit list of the finished file skips. A
+    fragmented file has none, so there both streams begin that much later instead.
+
+    Equal calls give equal bytes: x264 runs on one thread, and nothing records the time.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, fps: int, channels: int) -> None:
+        super().__init__(width, height, channels)
+        if width % 2 or height % 2:
+            raise ValueError(f"width, height: {width} x {height}, wanted even numbers (4:2:0 halves both)")
+        if SOUND_RATE % fps:
+            raise ValueError(f"fps: {fps}, wanted a divisor of {SOUND_RATE}")
+        if path.is_dir():
+            raise UserError(f"{str(path)!r} is a directory; name a file, or end it in / for a folder of PNG files")
+        self._path, self._layout = path, _LAYOUTS[channels]
+        self._period = SOUND_RATE // fps  # ticks from frame to frame
+        self._samples = self._fragments = self._size = 0
+        self._torn = False  # a write was broken off: what the encoders hold does not follow what the file holds
+        self._full = False  # the part file can grow no more
+        self._to_yuv = VideoReformatter()
+        self._encoder, self._video, self._audio = _encoders(width, height, fps, channels)
+        self._header = self._muxed([])
+        self._part = path.with_name(path.stem + ".part.mp4")
+        try:
+            self._file = self._part.open("xb", buffering=0)
+        except FileExistsError as error:
+            raise UserError(f"{str(self._part)!r} holds the frames of another run; move or delete it first") from error
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); name another place") from error
+        try:
+            self._append(self._header)
+        except UserError:
+            self.close()
+            raise
+
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+        self._torn = True
+        packets: list[Packet] = []
+        for index, pixels in enumerate(frames, self.frames):
+            frame = self._to_yuv.reformat(
+                av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+            )
+            frame.pts, frame.duration, frame.time_base = _DELAY + index * self._period, self._period, _TICK
+            packets += self._video.encode(frame)
+        if len(sound):
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.T), format="fltp", layout=self._layout)
+            heard.sample_rate, heard.pts, heard.time_base = SOUND_RATE, _DELAY + self._samples, _TICK
+            packets += self._audio.encode(heard)
+            self._samples += len(sound)
+        self._append(self._muxed(packets)[len(self._header) :])
+        self._torn = False
+
+    def close(self) -> None:
+        """Turns the part file into the target. Raises `UserError`, leaving the part file, if there is no room."""
+        if self._file.closed:
+            return
+        with self._file:
+            if self.frames and not self._torn:
+                rest = [*self._video.encode(None), *self._audio.encode(None)]
+                self._append(self._muxed(rest)[len(self._header) :])
+        if not self.frames:
+            self._part.unlink()
+        elif not self._full:
+            temporary = self._path.with_name(f".{self._path.name}.tmp")
+            try:
+                _remux(self._part, temporary)
+                temporary.replace(self._path)
+            except OSError as error:
+                raise self._failure(error) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._part.unlink()
+
+    def _muxed(self, packets: Iterable[Packet]) -> bytes:
+        """A fragmented MP4 of these packets: the header, which is always the same, and at most one fragment."""
+        self._fragments += 1
+        buffer = io.BytesIO()
+        options = {
+            "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
+            "use_editlist": "0",
+            "avoid_negative_ts": "disabled",
+            "fragment_index": str(self._fragments),
+        }
+        with av.open(buffer, "w", format="mp4", options=options) as muxer:
+            streams = [muxer.add_stream_from_template(stream) for stream in (self._video, self._audio)]
+            muxer.start_encoding()
+            for packet in packets:
+                packet.stream = streams[packet.stream_index]
+                muxer.mux(packet)
+        return buffer.getvalue()
+
+    def _append(self, data: bytes) -> None:
+        """Adds `data` to the part file as a whole or, raising, not at all."""
+        self._file.seek(self._size)
+        try:
+            _write_all(self._file, data)
+        except BaseException as error:
+            self._file.truncate(self._size)
+            if isinstance(error, OSError):
+                self._full = True
+                raise self._failure(error) from error
+            raise
+        self._size += len(data)
+
+    def _failure(self, error: OSError) -> UserError:
+        rest = (
+            f"the {self.frames} frames made so far are in {str(self._part)!r}" if self.frames else "name another place"
+        )
+        return UserError(f"{str(self._path)!r} cannot be written ({error.strerror}); {rest}")
+
+
+class FolderSink(Sink):
+    """Frames as 000000.png, 000001.png, ... and the sound as sound.wav (16 bit), all whole after every `write`."""
+
+    def __init__(self, path: Path, width: int, height: int, channels: int) -> None:
+        super().__init__(width, height, channels)
+        self._path, self._channels, self._made = path, channels, not path.exists()
+        self._sound = path / "sound.wav"
+        self._size = 0  # bytes of samples
+        try:
+            path.mkdir(exist_ok=True)
+            if any(path.iterdir()):
+                raise UserError(f"{str(path)!r} is not empty; name a new folder")
+            self._file = self._sound.open("xb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); name another place") from error
+
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+        temporary = self._path / ".frame.tmp"
+        samples = np.rint(np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes()
+        size = self._size + len(samples)
+        try:
+            self._file.seek(_WAV_HEADER + self._size)
+            _write_all(self._file, samples)
+            self._file.seek(0)
+            _write_all(self._file, _wav_header(self._channels, size))
+            self._size = size
+            for index, pixels in enumerate(frames, self.frames):
+                Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
+                temporary.replace(self._path / f"{index:06d}.png")
+        except OSError as error:
+            raise UserError(
+                f"{str(self._path)!r} takes no more ({error.strerror}); it keeps the frames so far"
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes sound.wav; without a frame, removes it, and the folder if it was made here."""
+        if self._file.closed:
+            return
+        self._file.close()
+        if not any(self._path.glob("*.png")):
+            self._sound.unlink()
+            if self._made:
+                self._path.rmdir()
+
+
+class StdoutSink(Sink):
+    """Raw RGB24 pixels, frame after frame, on a binary stream; the sound has no place there and is dropped."""
+
+    def __init__(self, file: RawIOBase, width: int, height: int, channels: int) -> None:
+        super().__init__(width, height, channels)
+        self._file = file
+
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:  # noqa: ARG002
+        try:
+            _write_all(self._file, np.ascontiguousarray(frames).data.cast("B"))
+        except OSError as error:
+            reason = f"stdout takes no more after {self.frames} frames ({error.strerror})"
+            raise UserError(f"{reason}; keep its reader running") from error
+
+    def close(self) -> None:
+        """Does nothing: stdout was open before and stays so."""
+
+
+def open_sink(out: str, width: int, height: int, fps: int, channels: int) -> Sink:
+    """The sink that the user means by `out`.
+
+    NAME.mp4 is a video (`Mp4Sink`), a path that ends in / or has no suffix a folder of PNG files (`FolderSink`), "-"
+    raw pixels on stdout (`StdoutSink`). Frames are `width` x `height` pixels, `fps` a second; the sound has `channels`
+    (1 or 2). Raises `UserError` for another suffix and for a place that cannot be written.
+    """
+    path = Path(out)
+    if out == "-":
+        return StdoutSink(FileIO(1, "wb", closefd=False), width, height, channels)
+    if out.endswith("/") or not path.suffix:
+        return FolderSink(path, width, height, channels)
+    if path.suffix.lower() == ".mp4":
+        return Mp4Sink(path, width, height, fps, channels)
+    raise UserError(f"{out!r} is no known kind of output; give {_FORMS}")
+
+
+def _wav_header(channels: int, size: int) -> bytes:
+    """The header of `size` bytes of 16-bit samples; beyond 4 GiB the largest length, read as "up to the end"."""
+    limit = 2**32 - 1
+    riff = struct.pack("<4sI4s", b"RIFF", min(_WAV_HEADER - 8 + size, limit), b"WAVE")
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, SOUND_RATE, 2 * channels * SOUND_RATE, 2 * channels, 16)
+    return riff + form + struct.pack("<4sI", b"data", min(size, limit))
+
+
+def _write_all(file: RawIOBase, data: bytes | memoryview) -> None:
+    """Writes all of `data`, of which one system call may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _encoders(width: int, height: int, fps: int, channels: int) -> tuple[OutputContainer, VideoStream, AudioStream]:
+    """The H.264 and AAC encoders, opened, and the container that owns them and is otherwise unused."""
+    owner = av.open(io.BytesIO(), "w", format="mp4")
+    options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
+    video = owner.add_stream("libx264", rate=fps, options=options)
+    video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+    context = video.codec_context
+    context.time_base, context.gop_size = _TICK, 2 * fps
+    context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    audio = owner.add_stream("aac", rate=SOUND_RATE, layout=_LAYOUTS[channels], bit_rate=128_000 * channels)
+    owner.start_encoding()
+    return owner, video, audio
+
+
+def _remux(part: Path, target: Path) -> None:
+    """Copies the packets of a part file into an ordinary MP4 with its index in front, both streams `_DELAY` earlier."""
+    with av.open(part) as source, av.open(target, "w", format="mp4", options={"movflags": "faststart"}) as output:
+        streams = [output.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.pts is not None and packet.dts is not None:  # not the end mark
+                packet.pts, packet.dts = packet.pts - _DELAY, packet.dts - _DELAY
+                packet.stream = streams[packet.stream_index]
+                output.mux(packet)

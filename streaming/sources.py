@@ -1,0 +1,247 @@
+"""Where the voice comes from: a file or raw samples on stdin, cut into one slice of sound per chunk of video.
+
+A slice holds the same stretch of time twice: as the speech encoder hears it (mono, 16 kHz) and as the viewer does
+(48 kHz, one or two channels). The viewer's sample `SOUND_RATE / sample_rate * j` is the encoder's sample `j`.
+"""
+
+import stat
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from model.config import ChunkConfig
+from model.errors import UserError
+
+SOUND_RATE = 48_000  # of what the viewer hears, Hz
+FILE_RATES = range(1_000, 768_001)  # of a file, Hz
+_BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
+
+
+class Slice(NamedTuple):
+    """The sound of one chunk's new frames.
+
+    Every slice but a source's last has exactly `chunk.slice_samples` of speech; the last has 1 to that many. Sound has
+    `SOUND_RATE / chunk.sample_rate` (3) times as many samples in each. Joined, the slices are the whole signal.
+    """
+
+    speech: NDArray[np.float32]  # [sample], mono at `chunk.sample_rate`, in [-1, 1]
+    sound: NDArray[np.float32]  # [sample, channel], at SOUND_RATE, in [-1, 1]
+
+
+class Source(ABC):
+    """An iterable of slices, and a context manager that closes what it holds.
+
+    `channels` of the sound: 1 or 2. `duration` in seconds, None where the end is not known.
+    """
+
+    channels: int
+    duration: float | None
+
+    def __init__(self, chunk: ChunkConfig) -> None:
+        self.chunk = chunk
+        self._factor, rest = divmod(SOUND_RATE, chunk.sample_rate)
+        if rest:
+            raise ValueError(f"chunk.sample_rate: {chunk.sample_rate} Hz, wanted a divisor of {SOUND_RATE}")
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Slice]: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases what the source opened; nothing can be read afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class FileSource(Source):
+    """An audio file: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), 1 to 768 kHz, any number of channels.
+
+    The speech is the mean of all channels. The sound keeps one or two channels as they are; more become that mean.
+    n samples at r Hz become max(1, floor(n * sample_rate / r + 1/2)) of speech, and of sound as many times 3: what the
+    resamplers give beyond that at the very end is cut, what is missing there is zero.
+
+    Construction reads the file once, so that what is wrong with it is known before anything is generated. Raises
+    `UserError` if the file is missing, is no readable audio, is empty, or holds samples that are not finite; and in
+    the course of an iteration, after the slices of all that could be read, if it has become unreadable since.
+    """
+
+    def __init__(self, audio: str, chunk: ChunkConfig) -> None:
+        super().__init__(chunk)
+        self._name = repr(audio)
+        self._file = _open_audio(audio)
+        self._samples = 0  # at least
+        try:
+            self._samples = self._validated_length()
+        except BaseException:
+            self.close()
+            raise
+        self.channels = 2 if self._file.channels == 2 else 1
+        self.duration = self._samples / self._file.samplerate
+
+    def __iter__(self) -> Iterator[Slice]:
+        size, rate = self.chunk.slice_samples, self._file.samplerate
+        to_speech = soxr.ResampleStream(rate, self.chunk.sample_rate, 1)
+        to_sound = soxr.ResampleStream(rate, SOUND_RATE, self.channels)
+        speech = np.zeros(0, np.float32)
+        sound = np.zeros((0, self.channels), np.float32)
+        came = given = 0  # samples of the file, of speech
+        last, failure = False, None
+        while not last:
+            try:
+                block = self._read(came)
+            except UserError as error:
+                block, failure = np.zeros((0, self._file.channels), np.float32), error
+            came += len(block)
+            last = len(block) == 0
+            mono = block.mean(axis=1)
+            heard = block if self.channels == block.shape[1] else mono[:, None]
+            speech = np.concatenate([speech, to_speech.resample_chunk(mono, last)])
+            sound = np.concatenate([sound, to_sound.resample_chunk(heard, last)])
+            if last:
+                total = max(1, (2 * came * self.chunk.sample_rate + rate) // (2 * rate)) if came else 0
+                speech = _fitted(speech, total - given)
+                sound = _fitted(sound, (total - given) * self._factor)
+            while len(speech) and (last or (len(speech) >= size and len(sound) >= size * self._factor)):
+                yield Slice(speech[:size], sound[: size * self._factor])
+                given += size
+                speech, sound = speech[size:], sound[size * self._factor :]
+        if failure:
+            raise failure
+
+    def close(self) -> None:
+        """Closes the file; nothing can be read afterwards."""
+        self._file.close()
+
+    def _read(self, position: int) -> NDArray[np.float32]:
+        """The next block of the file, [sample, channel]; empty at its end. Raises `UserError` where it is damaged."""
+        block = None
+        with suppress(soundfile.LibsndfileError):
+            if position == 0:
+                self._file.seek(0)
+            block = self._file.read(_BLOCK, dtype="float32", always_2d=True).astype(np.float32, copy=False)
+        if block is None or (len(block) == 0 and position < self._samples):
+            second = position / self._file.samplerate
+            raise UserError(f"{self._name} cannot be read any further than {second:.2f} s; give an intact file")
+        return block
+
+    def _validated_length(self) -> int:
+        """Samples in the file, all of which were read and are finite."""
+        rate = self._file.samplerate
+        if rate not in FILE_RATES:
+            raise UserError(f"{self._name} has {rate} samples a second; give audio of 1 kHz to 768 kHz")
+        length = 0
+        while len(block := self._read(length)):
+            finite = np.isfinite(block).all(axis=1)
+            if not finite.all():
+                second = (length + int(finite.argmin())) / rate
+                raise UserError(f"{self._name} holds a sample that is no finite number at {second:.3f} s; repair it")
+            length += len(block)
+        if not length:
+            raise UserError(f"{self._name} holds no sound; give a recording of at least one sample")
+        return length
+
+
+class StdinSource(Source):
+    """Raw PCM, signed 16-bit little-endian, mono, at `chunk.sample_rate`, on a pipe that ends whenever it likes.
+
+    A slice is given as soon as its last sample has come, so the sound cannot be resampled with a look at what follows:
+    a minimum-phase low-pass does it, which trails the speech by 0.1 ms (five samples at 48 kHz). An odd byte at the
+    end is ignored. Raises `UserError` if the pipe ends before the first sample.
+    """
+
+    channels = 1
+    duration = None
+
+    def __init__(self, file: BinaryIO, chunk: ChunkConfig) -> None:
+        super().__init__(chunk)
+        self._file = file
+
+    def __iter__(self) -> Iterator[Slice]:
+        kernel = _interpolator(self._factor)
+        history = np.zeros(len(kernel) - 1, np.float32)
+        first = True
+        while data := self._read(2 * self.chunk.slice_samples):
+            speech = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+            history = np.concatenate([history, speech])
+            windows = np.lib.stride_tricks.sliding_window_view(history, len(kernel))  # [sample, tap]
+            yield Slice(speech, (windows @ kernel).reshape(-1, 1))
+            history = history[len(speech) :]
+            first = False
+        if first:
+            raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
+
+    def close(self) -> None:
+        """Does nothing: stdin was open before and stays so."""
+
+    def _read(self, size: int) -> bytes:
+        """The next `size` bytes, waiting for these but for no more; fewer at the end, whole samples only."""
+        data = b""
+        while len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
+        return data[: len(data) // 2 * 2]
+
+
+def open_source(audio: str, chunk: ChunkConfig) -> Source:
+    """The source that the user means by `audio`: "-" for raw PCM on stdin (`StdinSource`), else a file (`FileSource`).
+
+    Raises `UserError` for a file that cannot be used.
+    """
+    return StdinSource(sys.stdin.buffer, chunk) if audio == "-" else FileSource(audio, chunk)
+
+
+class _SequentialFile(soundfile.SoundFile):
+    """Read from front to back: soundfile would seek after every read, and as seeks in MP3 are inexact, garble it."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _open_audio(audio: str) -> soundfile.SoundFile:
+    try:
+        if not stat.S_ISREG(Path(audio).stat().st_mode):
+            raise UserError(f"{audio!r} is not a file; name an audio file, or '-' for raw PCM on stdin")
+        with Path(audio).open("rb"):  # libsndfile would not say why a file cannot be opened
+            pass
+    except OSError as error:
+        raise UserError(f"{audio!r} cannot be read ({error.strerror}); name an audio file") from error
+    try:
+        return _SequentialFile(audio)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, by its suffix
+        raise UserError(f"{audio!r} is not audio in a known format; give WAV, FLAC, OGG or MP3") from error
+
+
+def _fitted(signal: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """`signal` cut or zero-padded at its end to `length` samples; axis 0 is time."""
+    missing = max(0, length - len(signal))
+    return np.pad(signal[:length], [(0, missing)] + [(0, 0)] * (signal.ndim - 1))
+
+
+def _interpolator(factor: int, lobes: int = 32) -> NDArray[np.float32]:
+    """Minimum-phase polyphase filter for resampling by `factor`: [tap, phase], taps from the oldest sample on.
+
+    A Kaiser-windowed sinc (-6 dB at the old Nyquist frequency, -80 dB from an eighth above it) of `lobes * factor`
+    taps, made minimum-phase through its cepstrum (Oppenheim & Schafer, ch. 13): folding the cepstrum's negative times
+    onto the positive keeps the magnitude and makes the delay the least possible.
+    """
+    taps = lobes * factor
+    linear = np.kaiser(taps, 6) * np.sinc((np.arange(taps) - (taps - 1) / 2) / factor)
+    size = 1 << 14  # of the FFT: so long that the cepstrum does not alias
+    magnitude = np.abs(np.fft.fft(linear, size))
+    cepstrum = np.fft.ifft(np.log(np.maximum(magnitude, 1e-5 * magnitude.max()))).real
+    cepstrum[1 : size // 2] *= 2
+    cepstrum[size // 2 + 1 :] = 0
+    minimum = np.fft.ifft(np.exp(np.fft.fft(cepstrum))).real[:taps]
+    return (minimum / minimum.sum() * factor).reshape(lobes, factor)[::-1].astype(np.float32)

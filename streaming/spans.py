@@ -1,0 +1,82 @@
+"""Named stages of the loop and how long they take.
+
+The names are the same in reports, traces (`torch.profiler`, NVTX) and the progress line: audio, denoise/step, decode,
+color, motion, emit.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+HISTORY = 4096  # durations kept per name for the median; count, sum and maximum cover all
+
+
+@dataclass
+class _Stage:
+    count: int = 0
+    total: float = 0.0
+    longest: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.total += seconds
+        self.longest = max(self.longest, seconds)
+        self.recent.append(seconds)
+
+
+class Spans:
+    """Times stages: wall time on the CPU, time between events on a CUDA stream, without synchronising it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.current = ""  # the stage that is running, or ran last
+        self._cuda = device.type == "cuda"
+        self._stages: dict[str, _Stage] = {}
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Times the body under `name`."""
+        self.current = name
+        nvtx = torch.cuda.nvtx.range(name) if self._cuda else nullcontext()
+        with torch.profiler.record_function(name), nvtx:
+            if self._cuda:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                yield
+                end.record()
+                self._pending.append((name, start, end))
+                self._resolve()
+            else:
+                begin = time.perf_counter()
+                yield
+                self._add(name, time.perf_counter() - begin)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per name: count, and seconds in total, at the median and at most."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._resolve()
+        return {
+            name: {
+                "count": stage.count,
+                "total_s": stage.total,
+                "median_s": statistics.median(stage.recent),
+                "max_s": stage.longest,
+            }
+            for name, stage in self._stages.items()
+        }
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._stages.setdefault(name, _Stage()).add(seconds)
+
+    def _resolve(self) -> None:
+        """Reads the event pairs that the GPU has passed; the others wait for a later call."""
+        while self._pending and self._pending[0][2].query():
+            name, start, end = self._pending.popleft()
+            self._add(name, start.elapsed_time(end) / 1000)

@@ -1,0 +1,80 @@
+"""Lab transfer against a float64 evaluation of the published formulas, pixel by pixel."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.color import lab_statistics, lab_to_rgb, lab_transfer, rgb_to_lab
+
+WHITE = np.array([0.95047, 1.0, 1.08883])
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+
+
+def lab_of(rgb: np.ndarray) -> np.ndarray:
+    """One sRGB colour, float64 [3], in Lab."""
+    linear = np.array([((u + 0.055) / 1.055) ** 2.4 if u > 0.04045 else u / 12.92 for u in rgb])
+    q = np.clip(TO_XYZ @ linear / WHITE, 1e-8, 1)
+    f = [v ** (1 / 3) if v > 0.008856 else (903.3 * v + 16) / 116 for v in q]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3))
+def test_rgb_to_lab_and_back(colour: list[float]) -> None:
+    rgb = torch.tensor(colour).view(1, 3, 1, 1)
+    lab = rgb_to_lab(rgb)
+    np.testing.assert_allclose(lab.flatten(), lab_of(np.array(colour)), atol=2e-3)
+    torch.testing.assert_close(lab_to_rgb(lab), rgb, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),
+    [
+        ((0.5, 0.5, 0.5), (53.389, 0, 0)),
+        ((0.8, 0.3, 0.1), (49.680, 48.418, 52.882)),
+        ((0.02, 0.9, 0.5), (80.677, -68.581, 36.937)),
+    ],
+)
+def test_known_colours(rgb: tuple[float, ...], lab: tuple[float, ...]) -> None:
+    got = rgb_to_lab(torch.tensor(rgb).view(1, 3, 1, 1)).flatten()
+    np.testing.assert_allclose(got, lab, atol=1e-3)
+
+
+@given(st.integers(1, 5), st.integers(2, 9), st.integers(2, 9), st.integers(0, 2**31))
+def test_frames_take_the_reference_statistics(frames: int, height: int, width: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    # Mid-range colours, so that nothing is clamped at either end of the range.
+    video = torch.rand(frames, 3, height, width, generator=random) * 0.2 - 0.1
+    mean, std = lab_statistics(torch.rand(1, 3, 16, 16, generator=random) * 0.2 - 0.1)
+    got_mean, got_std = lab_statistics(lab_transfer(video, mean, std))
+    torch.testing.assert_close(got_mean, mean.expand(frames, 3, 1, 1), atol=2e-2, rtol=0)
+    torch.testing.assert_close(got_std, std.expand(frames, 3, 1, 1), atol=2e-2, rtol=0)
+
+
+def test_frames_are_independent_and_own_statistics_change_nothing() -> None:
+    video = torch.rand(3, 3, 8, 8) * 2 - 1
+    mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
+    whole = lab_transfer(video, mean, std)
+    assert torch.equal(whole[1:2], lab_transfer(video[1:2], mean, std))
+    torch.testing.assert_close(lab_transfer(video[:1], *lab_statistics(video[:1])), video[:1], atol=1e-4, rtol=0)
+
+
+def test_one_colour_and_extremes_stay_finite() -> None:
+    mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
+    for value in (-1.0, 0.0, 1.0):
+        out = lab_transfer(torch.full((1, 3, 8, 8), value), mean, std)
+        assert out.isfinite().all()
+        assert out.abs().max() <= 1 + 1e-6
+
+
+def test_strength() -> None:
+    video = torch.rand(2, 3, 8, 8) * 2 - 1
+    mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
+    assert lab_transfer(video, mean, std, 0) is video
+    half, full = lab_transfer(video, mean, std, 0.5), lab_transfer(video, mean, std)
+    torch.testing.assert_close(half, (video + full) / 2)
+    with pytest.raises(ValueError, match="strength"):
+        lab_transfer(video, mean, std, 1.5)

@@ -1,0 +1,110 @@
+"""The causal convolution against its definition in float64, over shapes, strides and lengths of the past."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.conv import causal_conv3d, conv3d, reference
+
+KERNELS = [(3, 3), (3, 1), (1, 1)]
+SIZES = st.integers(1, 6)
+CHANNELS = st.integers(2, 6)  # the memory format of a single channel is both or neither
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def parameters(inputs: int, outputs: int, kt: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(outputs, inputs, kt, k, k, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+
+
+def assert_like(y: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+def test_equals_reference(kernel, frames, inputs, outputs, rows, columns, has_past, seed):
+    torch.manual_seed(seed)
+    weight, bias = parameters(inputs, outputs, *kernel)
+    x = channels_last(frames, inputs, rows, columns)
+    past = channels_last(kernel[0] - 1, inputs, rows, columns) if has_past and kernel[0] > 1 else None
+    assert_like(causal_conv3d(x, weight, bias, past), reference(x, weight, bias, past))
+
+
+def test_reference_is_the_sum_over_earlier_frames_only():
+    torch.manual_seed(0)
+    weight, bias = parameters(2, 3, 3, 3)
+    x = channels_last(5, 2, 4, 6)
+    for t in range(5):
+        frame = bias[:, None, None] + sum(
+            F.conv2d(x[t - lag], weight[:, :, 2 - lag], padding=1) for lag in range(3) if t >= lag
+        )
+        torch.testing.assert_close(reference(x, weight, bias)[t], frame, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([(3, 3), (3, 1)]), st.lists(st.integers(2, 4), min_size=1, max_size=4), st.integers(0, 2**31))
+def test_pieces_equal_the_whole(kernel, lengths, seed):
+    torch.manual_seed(seed)
+    weight, bias = parameters(3, 4, *kernel)
+    pieces = [channels_last(length, 3, 5, 4) for length in lengths]
+    past, outputs = None, []
+    for piece in pieces:
+        outputs.append(causal_conv3d(piece, weight, bias, past))
+        past = piece[-2:]
+    torch.testing.assert_close(torch.cat(outputs), reference(torch.cat(pieces), weight, bias), rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(KERNELS), st.integers(1, 3), SIZES, SIZES, SIZES, st.integers(0, 2**31))
+def test_strided_equals_torch(kernel, stride, extra, rows, columns, seed):
+    torch.manual_seed(seed)
+    weight, bias = parameters(2, 5, *kernel)
+    x = channels_last(kernel[0] - 1 + extra, 2, rows, columns)
+    pad = kernel[1] // 2
+    expected = F.conv3d(x.transpose(0, 1)[None], weight, bias, (stride, 1, 1), (0, pad, pad))[0].transpose(0, 1)
+    assert_like(conv3d(x, weight, bias, stride), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 10])
+@pytest.mark.parametrize("has_past", [False, True])
+def test_float32_is_accurate_and_channels_last(channels, has_past):
+    torch.manual_seed(channels)
+    weight, bias = parameters(channels, 8, 3, 3)
+    x, past = channels_last(4, channels, 16, 12), channels_last(2, channels, 16, 12) if has_past else None
+    expected = reference(x, weight, bias, past)
+    y = causal_conv3d(x.float(), weight.float(), bias.float(), past.float() if past is not None else None)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.linalg.vector_norm(y - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+
+
+def test_changes_no_argument():
+    torch.manual_seed(0)
+    arguments = (channels_last(4, 3, 5, 6), *parameters(3, 2, 3, 3), channels_last(2, 3, 5, 6))
+    before = [argument.clone() for argument in arguments]
+    causal_conv3d(*arguments)
+    causal_conv3d(*arguments[:3])
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+def test_says_what_is_wrong():
+    weight, bias = parameters(3, 2, 3, 3)
+    x, past = channels_last(4, 3, 5, 6), channels_last(2, 3, 5, 6)
+    with pytest.raises(ValueError, match=r"past: shape \[1, 3, 5, 6\], wanted \[2, 3, 5, 6\]"):
+        causal_conv3d(x, weight, bias, past[:1])
+    with pytest.raises(ValueError, match=r"past: dtype torch.float32, wanted x's, torch.float64"):
+        causal_conv3d(x, weight, bias, past.float())
+    with pytest.raises(ValueError, match=r"x: shape \[4, 2, 5, 6\], wanted \[1 or more, 3, rows, columns\]"):
+        causal_conv3d(channels_last(4, 2, 5, 6), weight, bias)
+    with pytest.raises(ValueError, match=r"x: dtype torch.float32, wanted the weight's, torch.float64"):
+        causal_conv3d(x.float(), weight, bias)
+    with pytest.raises(ValueError, match=r"x: strides .* wanted channels-last memory"):
+        causal_conv3d(x.contiguous(), weight, bias)
+    with pytest.raises(ValueError, match=r"x: shape \[2, 3, 5, 6\], wanted \[3 or more, 3, rows, columns\]"):
+        conv3d(x[:2], weight, bias)

@@ -1,0 +1,142 @@
+"""Official checkpoint folders: what is loaded is what is there, and what is wrong is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
+from model.config import PRECISIONS, TINY
+from model.errors import UserError
+from tests.small import SMALL, weights, write_checkpoint
+
+CPU = torch.device("cpu")
+SHARD = "diffusion_pytorch_model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint")
+
+
+def load(folder: Path, precision: str = "fp32") -> Models:
+    return load_models(SMALL, folder, CPU, PRECISIONS[precision])
+
+
+def test_every_tensor_arrives(folder: Path) -> None:
+    models = load(folder)
+    for component, module in (("dit", models.dit), ("vae", models.vae)):
+        state = module.state_dict()
+        assert {name: t.shape for name, t in weights(component).items()} == {n: t.shape for n, t in state.items()}
+        assert all(torch.equal(state[name], tensor) for name, tensor in weights(component).items())
+    for component, module in (("t5", models.text), ("clip", models.image), ("wav2vec", models.audio)):
+        official, state = weights(component), module.state_dict()
+        for name, slot in module.slots().items():
+            pieces = torch.cat([state[ours].reshape(-1) for ours in slot.names])
+            assert torch.equal(pieces, official[name].flatten()), name
+    for module in (models.dit, models.vae, models.text, models.image, models.audio):
+        assert not module.training
+        assert all(p.device == CPU and not p.requires_grad for p in module.parameters())
+        assert not any(b.is_meta for b in module.buffers())
+
+
+def test_precision_of_each_network(folder: Path) -> None:
+    models = load(folder, "bf16")
+    dtypes = [next(m.parameters()).dtype for m in (models.dit, models.vae, models.text, models.image, models.audio)]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]
+
+
+def test_speech_folder_beside_the_checkpoint_and_safetensors_speech(folder: Path) -> None:
+    speech = folder / AUDIO_FOLDER
+    (speech / "pytorch_model.bin").unlink()
+    save_file(weights("wav2vec"), speech / "model.safetensors")
+    speech.rename(folder.parent / AUDIO_FOLDER)
+    loaded = load(folder).audio.state_dict()
+    assert all(torch.equal(loaded[f"model.{name}"], tensor) for name, tensor in weights("wav2vec").items())
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    change(state)
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def set_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing tensor": (
+        lambda d: edit(d / SHARD, lambda s: s.pop("blocks.2.norm3.weight")),
+        ["blocks.2.norm3.weight", "[256]", "missing"],
+    ),
+    "extra tensor": (
+        lambda d: edit(d / VAE_FILE, lambda s: s.update(decoy=torch.zeros(2, 3))),
+        [VAE_FILE, "decoy", "[2, 3]", "not part"],
+    ),
+    "wrong shape": (
+        lambda d: edit(d / TEXT_FILE, lambda s: s.update({"blocks.1.norm2.weight": torch.zeros(65)})),
+        [TEXT_FILE, "blocks.1.norm2.weight", "[65]", "expected [64]"],
+    ),
+    "wrong fused shape": (
+        lambda d: edit(
+            d / IMAGE_FILE, lambda s: s.update({"visual.transformer.0.attn.to_qkv.weight": torch.zeros(160, 80)})
+        ),
+        ["visual.transformer.0.attn.to_qkv.weight", "[160, 80]", "expected [240, 80]"],
+    ),
+    "truncated shard": (lambda d: truncate(d / SHARD), [SHARD, "truncated"]),
+    "truncated pickle": (lambda d: truncate(d / VAE_FILE), [VAE_FILE, "truncated"]),
+    "text instead of a pickle": (lambda d: (d / TEXT_FILE).write_text("hello"), [TEXT_FILE, "truncated or damaged"]),
+    "shard gone": (lambda d: (d / SHARD).unlink(), [SHARD, "missing"]),
+    "VAE gone": (lambda d: (d / VAE_FILE).unlink(), [VAE_FILE, "missing"]),
+    "config gone": (lambda d: (d / "config.json").unlink(), ["not a checkpoint", "config.json"]),
+    "config damaged": (lambda d: (d / "config.json").write_text("{"), ["config.json", "cannot be read"]),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "JSON object"]),
+    "other size": (lambda d: set_json(d / "config.json", num_layers=40), ["num_layers is 40", "small has 3"]),
+    "speech gone": (
+        lambda d: (d / AUDIO_FOLDER / "pytorch_model.bin").unlink(),
+        [AUDIO_FOLDER, "neither model.safetensors nor pytorch_model.bin"],
+    ),
+    "speech of other size": (
+        lambda d: set_json(d / AUDIO_FOLDER / "config.json", num_hidden_layers=12),
+        ["12 layers of 48", "hears 3 of 48"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_wrong_is_named_in_one_line(damage: str, folder: Path) -> None:
+    harm, words = DAMAGE[damage]
+    harm(folder)
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load(tmp_path)
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    a, b, c = (random_models(TINY, CPU, PRECISIONS["fp32"], seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    for name in ("dit", "vae", "text", "image", "audio"):
+        one, two, other = (getattr(m, name).state_dict() for m in (a, b, c))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert any(not torch.equal(one[key], other[key]) for key in one), name
+    assert torch.get_default_dtype() == torch.float32

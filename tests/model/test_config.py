@@ -1,0 +1,72 @@
+"""Presets, derived geometry, official mappings."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.config import FLASHTALK_14B, TINY, ChunkConfig, Config, DiTConfig, VAEConfig, from_official
+from model.errors import UserError
+
+
+def test_production_geometry() -> None:
+    chunk = FLASHTALK_14B.chunk
+    assert FLASHTALK_14B.latent_shape == (9, 16, 96, 56)
+    assert FLASHTALK_14B.grid == (9, 48, 28)
+    assert (chunk.new_frames, chunk.frame_samples, chunk.slice_samples) == (28, 640, 17920)
+    assert (chunk.cached_samples, chunk.cached_frames) == (128000, 200)
+    assert (FLASHTALK_14B.vae.spatial_stride, FLASHTALK_14B.vae.temporal_stride) == (8, 4)
+
+
+def test_defaults_are_the_official_values() -> None:
+    keys = json.loads((Path(__file__).parents[1] / "golden" / "checkpoint_keys.json").read_text())
+    assert from_official(DiTConfig, keys["dit"]["config"]) == DiTConfig()
+    assert from_official(VAEConfig, keys["vae"]["config"]) == VAEConfig()
+
+
+def test_tiny_networks_fit_together() -> None:
+    dit = TINY.dit
+    assert dit.text_dim == TINY.text.dim
+    assert dit.img_dim == TINY.image.vision_dim
+    assert dit.img_tokens == 1 + (TINY.image.image_size // TINY.image.patch_size) ** 2
+    assert (dit.audio_blocks, dit.audio_channels) == (TINY.audio.num_hidden_layers, TINY.audio.hidden_size)
+    assert dit.in_dim == 2 * TINY.vae.z_dim + TINY.vae.temporal_stride
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(0, 3))
+def test_any_chunk_geometry(rows: int, columns: int, latents: int, motion: int) -> None:
+    motion = min(motion, latents - 1)
+    chunk = ChunkConfig(16 * rows, 16 * columns, frame_num=1 + 4 * latents, motion_frames_num=1 + 4 * motion)
+    config = Config("any", chunk=chunk)
+    assert config.grid == (latents + 1, rows, columns)
+    assert config.latent_shape == (latents + 1, 16, 2 * rows, 2 * columns)
+    assert chunk.new_frames == 4 * (latents - motion)
+    assert chunk.slice_samples == 640 * chunk.new_frames
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"height": 100},
+        {"frame_num": 32},
+        {"motion_frames_num": 4},
+        {"motion_frames_num": 33},
+        {"motion_frames_num": 0},
+        {"sample_steps": 0},
+        {"frame_num": 205},
+        {"sample_rate": 16001},
+    ],
+)
+def test_impossible_chunks(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"\w+"):
+        Config("bad", chunk=ChunkConfig(**values))
+
+
+def test_official_settings_that_are_not_implemented_are_refused() -> None:
+    assert from_official(DiTConfig, {"_class_name": "x", "qk_norm": True, "patch_size": [1, 2, 2]}) == DiTConfig()
+    with pytest.raises(UserError, match="qk_norm"):
+        from_official(DiTConfig, {"qk_norm": False})
+    with pytest.raises(UserError, match="mystery"):
+        from_official(DiTConfig, {"mystery": 1})

@@ -1,0 +1,203 @@
+"""Image files of every kind, the crop against golden outputs and its definition, the encoder against golden outputs."""
+
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+
+from model.config import TINY, ImageConfig
+from model.errors import UserError
+from model.image import ImageEncoder, load_image, resize_center_crop, to_pixels, unused
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def loaded(path: Path) -> list[list[tuple[int, ...]]]:
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return [[tuple(pixel) for pixel in row] for row in np.asarray(image).tolist()]
+
+
+def png(path: Path, size: tuple[int, int], depth: int, color: int, rows: bytes) -> None:
+    """A PNG of any bit depth and colour type, which Pillow cannot write."""
+
+    def part(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0)
+    body = part(b"IHDR", header) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def test_modes_and_one_pixel(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tif"
+    Image.new("RGBA", (1, 1), "white").convert(mode if mode != "CMYK" else "RGB").convert(mode).save(path)
+    assert loaded(path) == [[(255, 255, 255)]]
+
+
+def test_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    assert loaded(tmp_path / "turned.png") == [[(1, 2, 3)], [(4, 5, 6)]]
+
+
+def test_transparency_lies_over_white(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.array([[[10, 20, 30, a] for a in (0, 51, 255)]], np.uint8)).save(path)
+    assert loaded(path) == [[(255, 255, 255), (206, 208, 210), (10, 20, 30)]]
+    for mode, key in (("L", 7), ("RGB", (1, 2, 3))):
+        Image.new(mode, (1, 1), key).save(path, transparency=key)
+        assert loaded(path) == [[(255, 255, 255)]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    palette.save(path, transparency=0)
+    assert loaded(path) == [[(255, 255, 255), (0, 255, 0)]]
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    values = np.array([0, 400, 32896, 65535], ">u2")
+    png(path, (4, 1), 16, 0, b"\0" + values.tobytes())  # grey
+    assert loaded(path) == [[(v, v, v) for v in (0, 2, 128, 255)]]
+    png(path, (1, 1), 16, 2, b"\0" + values[1:].tobytes())  # RGB
+    assert loaded(path) == [[(1, 128, 255)]]  # Pillow keeps the upper byte
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        Image.frombytes(mode, (4, 1), values.astype(order).tobytes()).save(tmp_path / "image.tif")
+        assert loaded(tmp_path / "image.tif") == [[(v, v, v) for v in (0, 2, 128, 255)]]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
+    for name in ("cut.png", "cut.jpg"):
+        noise.save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("one\ntwo\n")
+    png(tmp_path / "bomb.png", (60000, 60000), 8, 2, b"")
+    Image.new("F", (2, 2)).save(tmp_path / "float.tif")
+    for name in ("cut.png", "cut.jpg", "empty.png", "text.png", "bomb.png", "float.tif", "."):
+        with pytest.raises(UserError) as caught:
+            load_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"^no image file"):
+        load_image(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("i", range(8))
+def test_golden_crop(i: int) -> None:
+    case = load_file(GOLDEN / "resize_and_centercrop.safetensors")
+    wanted = case[f"out.crop{i}"][0, :, 0]
+    crop = resize_center_crop(Image.fromarray(case[f"in.image{i}"].numpy()), *wanted.shape[1:])
+    assert torch.equal(crop, wanted)
+
+
+def triangles(old: int, new: int) -> NDArray[np.float64]:
+    """Weights [new, old] of the bilinear filter, as wide as a new pixel when shrinking."""
+    step = old / new
+    distance = np.abs(np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * step) / max(step, 1.0)
+    weights = np.maximum(0.0, 1.0 - distance)
+    return weights / weights.sum(1, keepdims=True)
+
+
+sides = st.integers(1, 60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sides, sides, sides, sides, st.integers(0, 2**32 - 1))
+def test_crop_is_the_filter_in_double_precision(h: int, w: int, height: int, width: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
+    crop = resize_center_crop(Image.fromarray(pixels), height, width)
+    assert crop.shape == (3, height, width)
+    assert crop.dtype == torch.uint8
+    assert crop.is_contiguous()
+    scale = max(height / h, width / w)
+    rows, columns = math.ceil(scale * h), math.ceil(scale * w)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    down, across = triangles(h, rows)[top : top + height], triangles(w, columns)[left : left + width]
+    wanted = np.einsum("Hh,hwc,Ww->cHW", down, pixels.astype(np.float64), across)
+    assert np.abs(crop.numpy() - wanted).max() < 1.1  # two roundings to whole levels
+
+
+def test_crop_sizes_of_the_definition() -> None:
+    for h, w, rows, columns in ((1024, 1024, 768, 768), (1920, 1080, 797, 448), (1000, 750, 768, 576)):
+        scale = max(768 / h, 448 / w)
+        assert (math.ceil(scale * h), math.ceil(scale * w)) == (rows, columns)
+        image = Image.effect_noise((w, h), 80).convert("RGB")
+        resized = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR))
+        top, left = {797: 14, 768: 0}[rows], {448: 0, 768: 160, 576: 64}[columns]
+        wanted = torch.from_numpy(resized[top : top + 768, left : left + 448].copy()).permute(2, 0, 1)
+        assert torch.equal(resize_center_crop(image, 768, 448), wanted)
+
+
+def test_absurdly_long_images_are_refused() -> None:
+    for size in ((100_000, 1), (1, 100_000)):
+        with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels is too long"):
+            resize_center_crop(Image.new("RGB", size), 768, 448)
+    assert resize_center_crop(Image.new("RGB", (2000, 40)), 768, 448).shape == (3, 768, 448)
+
+
+def test_only_rgb_is_cropped() -> None:
+    with pytest.raises(ValueError, match="image: got mode L, wanted RGB"):
+        resize_center_crop(Image.new("L", (4, 4)), 4, 4)
+
+
+def test_pixels() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    pixels = to_pixels(levels)
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"image: got torch.float32, wanted uint8"):
+        to_pixels(pixels)
+
+
+@torch.inference_mode()
+def test_golden_features() -> None:
+    config = ImageConfig(vision_dim=80, vision_heads=2, vision_layers=3, embed_dim=24)
+    case, tensors = load_file(GOLDEN / "clip_visual.safetensors"), load_file(GOLDEN / "weights_clip.safetensors")
+    with torch.device("meta"):
+        encoder = ImageEncoder(config)
+    slots = encoder.slots()
+    assert slots.keys() == {name for name in tensors if not unused(name, config)}
+    pieces = {
+        ours: piece
+        for name, slot in slots.items()
+        for ours, piece in zip(slot.names, tensors[name].chunk(len(slot.names)), strict=True)
+    }
+    encoder.load_state_dict(pieces, assign=True)
+    features = encoder(case["in.image"][0, :, 0])
+    torch.testing.assert_close(features, case["out.features"][0], rtol=0, atol=2e-5)
+
+
+def test_slots_are_the_official_keys_that_are_used() -> None:
+    config = ImageConfig()
+    keys = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["clip"]["keys"]
+    with torch.device("meta"):
+        encoder = ImageEncoder(config)
+    slots = encoder.slots()
+    used = {name: tuple(shape) for name, shape in keys.items() if not unused(name, config)}
+    assert {name: slot.shape for name, slot in slots.items()} == used
+    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    assert sum(p.numel() for p in encoder.parameters()) == 611_086_080
+
+
+def test_evaluation_mode_and_bad_images() -> None:
+    encoder = ImageEncoder(TINY.image)
+    assert not any(module.training for module in encoder.modules())
+    for image in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="image: got"):
+            encoder(image)

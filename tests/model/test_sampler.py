@@ -1,0 +1,87 @@
+"""Timesteps, counter-based noise and the re-noising loop."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.sampler import denoise, normal_noise, philox, timesteps
+
+
+def test_timesteps_of_the_distilled_student() -> None:
+    assert timesteps(4, 5).tolist() == [1000, 937.5, 833.33331298828125, 625, 0]
+    assert timesteps(2, 5)[:2].tolist() == [1000, pytest.approx(5000 / 6)]
+    assert timesteps(1, 5).tolist() == [1000, 0]
+
+
+@given(st.integers(1, 50), st.floats(1, 10))
+def test_timesteps_fall_from_1000_to_0(steps: int, shift: float) -> None:
+    times = timesteps(steps, shift)
+    assert times.dtype == torch.float32
+    assert times[0].item() == pytest.approx(1000)
+    assert times[-1] == 0
+    assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
+    """The published test vectors of Random123's philox4x32-10."""
+    assert tuple(w.item() for w in philox(tuple(torch.tensor([c]) for c in counter), key)) == words
+
+
+def test_noise_is_standard_normal() -> None:
+    x = normal_noise((9, 16, 96, 56), seed=1, chunk=2, step=3, device="cpu").double()
+    n = x.numel()
+    assert abs(x.mean()) < 5 / math.sqrt(n)
+    assert abs(x.var() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((x**4).mean() - 3) < 5 * math.sqrt(96 / n)
+    # Neighbours come from one counter, two of them from one pair: all must be uncorrelated.
+    flat = x.flatten()
+    for lag in (1, 2, 3, 4):
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 / math.sqrt(n)
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 100), st.integers(1, 50))
+def test_noise_is_a_function_of_its_position(seed: int, chunk: int, step: int, count: int) -> None:
+    """Finite, repeatable, and the values at the beginning do not depend on how many follow."""
+    x = normal_noise((count,), seed, chunk, step, "cpu")
+    assert x.isfinite().all()
+    assert torch.equal(x, normal_noise((count + 7,), seed, chunk, step, "cpu")[:count])
+    for other in ((seed ^ 1, chunk, step), (seed, chunk ^ 1, step), (seed, chunk, step + 1)):
+        assert not torch.equal(x, normal_noise((count,), *other, "cpu"))
+
+
+@given(st.integers(1, 6), st.integers(0, 2))
+def test_a_perfect_student_recovers_the_data(steps: int, motion_frames: int) -> None:
+    """With v = (x - data) / sigma every step's clean estimate is the data, whatever noise came in between."""
+    data = torch.randn(3, 16, 4, 4)
+    motion = data[:motion_frames]
+    sigmas = timesteps(steps, 5) / 1000
+    seen = []
+
+    def velocity(i: int, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        return (x - data) / sigmas[i]
+
+    drawn = []
+
+    def noise(k: int) -> torch.Tensor:
+        drawn.append(k)
+        return torch.randn(3, 16, 4, 4)
+
+    torch.testing.assert_close(denoise(velocity, noise, timesteps(steps, 5), motion), data, atol=1e-5, rtol=0)
+    assert drawn == list(range(steps))  # none for the last step, where it has no weight
+    assert all(torch.equal(x[:motion_frames], motion) for x in seen)

@@ -1,0 +1,274 @@
+"""`python -m streaming run` from end to end: what is accepted, what is refused and how, and what a kill leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from model.config import PRESETS
+from streaming.__main__ import main
+from tests.small import SMALL, write_checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COMMAND = [sys.executable, "-m", "streaming", "run"]
+
+
+def tone(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
+    t = np.arange(round(seconds * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * 220 * t) * (np.sin(2 * np.pi * 2 * t) > -0.5)
+    return np.repeat(wave[:, None], channels, 1).astype(np.float32)
+
+
+@pytest.fixture
+def portrait(tmp_path: Path) -> Path:
+    path = tmp_path / "portrait.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 120, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def voice(tmp_path: Path) -> Path:
+    path = tmp_path / "voice.wav"
+    soundfile.write(path, tone(0.2), 16000)
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["streaming", "run", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def decode(path: Path) -> tuple[list[np.ndarray], float]:
+    """The frames of a video, and the seconds its sound lasts."""
+    with av.open(path) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(path) as container:
+        samples = sum(frame.samples for frame in container.decode(audio=0))
+    return frames, samples / 48000
+
+
+def test_the_video_lasts_as_long_as_the_sound(portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole chunk and a part of one; the same seed gives the same bytes, another seed other frames."""
+    soundfile.write(tmp_path / "v.wav", tone(1.3, 44100, 2), 44100)
+    report = tmp_path / "report.json"
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", tmp_path / f"{name}.mp4")
+        assert call(monkeypatch, *arguments, "--steps", 1, "--seed", seed, "--report", report) == 0
+    a, b, c = (tmp_path / f"{name}.mp4" for name in "abc")
+    frames, seconds = decode(a)
+    assert len(frames) == 33  # ceil(1.3 s x 25)
+    assert frames[0].shape == (128, 128, 3)
+    assert seconds == pytest.approx(1.3, abs=0.04)
+    assert a.read_bytes() == b.read_bytes()
+    assert any((x != y).any() for x, y in zip(frames, decode(c)[0], strict=True))
+    values = json.loads(report.read_text())
+    assert (values["frames"], values["chunks"]) == (33, 2)
+    assert 0 < values["startup_s"] < values["cold_start_s"]
+    assert values["fps"] > 0
+    assert set(values["spans"]) == {"audio", "denoise/step", "decode", "color", "motion", "emit"}
+    assert values["settings"]["seed"] == 2
+    assert values["versions"]["torch"]
+    assert values["device"]["threads"] == 2
+    assert not list(tmp_path.glob("*.part.mp4"))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (192000, 2), (16000, 6)])
+def test_sound_of_any_form(
+    rate: int, channels: int, portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(tmp_path / "v.wav", tone(0.2, rate, channels), rate)
+    out = tmp_path / "out.mp4"
+    assert call(monkeypatch, "--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, "--steps", 1) == 0
+    assert len(decode(out)[0]) == 5
+
+
+def picture(mode: str) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    return Image.fromarray(pixels[..., : 3 if mode == "RGB" else 4], "CMYK" if mode == "CMYK" else None)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", "jpg"), ("RGBA", "png"), ("I;16", "png"), ("RGB", "webp")])
+def test_pictures_of_any_form(
+    mode: str, suffix: str, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / f"p.{suffix}", tmp_path / "frames"
+    picture(mode).save(path)
+    assert call(monkeypatch, "--image", path, "--audio", voice, "--out", out, "--steps", 1) == 0
+    assert len(list(out.glob("*.png"))) == 5
+
+
+def test_audio_heard_in_one_go(portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "v.wav", tone(1.25), 16000)
+    out = tmp_path / "out.mp4"
+    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, "--steps", 1)
+    assert call(monkeypatch, *arguments, "--audio-mode", "once") == 0
+    assert len(decode(out)[0]) == 32
+
+
+def test_official_checkpoint_folder(
+    portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+    checkpoint, out = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out.mp4"
+    arguments = (
+        "--image",
+        portrait,
+        "--audio",
+        voice,
+        "--out",
+        out,
+        "--preset",
+        "small",
+        "--prompt",
+        "AB",
+    )  # the small vocabulary has no small letters
+    assert call(monkeypatch, *arguments, "--checkpoint", checkpoint) == 0
+    assert decode(out)[0][0].shape == (32, 48, 3)
+
+
+# One mistake each: what replaces the good arguments, {} being the test's folder.
+MISTAKES = {
+    "no such image": ["--image", "{}/nowhere.png"],
+    "text as image": ["--image", "{}/text.png"],
+    "folder as image": ["--image", "{}"],
+    "no such audio": ["--audio", "{}/nowhere.wav"],
+    "text as audio": ["--audio", "{}/text.wav"],
+    "folder as audio": ["--audio", "{}"],
+    "no samples": ["--audio", "{}/empty.wav"],
+    "NaN samples": ["--audio", "{}/nan.wav"],
+    "not a checkpoint": ["--checkpoint", "{}/folder"],
+    "no such checkpoint": ["--checkpoint", "{}/nowhere"],
+    "no such folder": ["--out", "{}/nowhere/out.mp4"],
+    "unknown kind of output": ["--out", "{}/out.xyz"],
+    "folder in use": ["--out", "{}/folder"],
+    "unknown preset": ["--preset", "huge"],
+    "unknown device": ["--device", "tpu"],
+    "unknown precision": ["--precision", "fp4"],
+    "no steps": ["--steps", "0"],
+    "steps in words": ["--steps", "four"],
+    "unknown option": ["--quality", "high"],
+    "14B without weights": ["--preset", "flashtalk-14b"],
+    "no folder for the report": ["--report", "{}/nowhere/r.json"],
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> None:
+    nan = tone(1)
+    nan[5000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "empty.wav", tone(0), 16000)
+    (tmp_path / "text.wav").write_text("these are words, not samples\n" * 100)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "other.png").write_text("mine")
+
+
+@pytest.mark.usefixtures("bad_files")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_one_line(
+    mistake: str,
+    portrait: Path,
+    voice: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    option, value = MISTAKES[mistake]
+    before = sorted(tmp_path.rglob("*"))
+    good = {"--image": portrait, "--audio": voice, "--out": tmp_path / "out.mp4"}
+    arguments = good | {option: value.format(tmp_path)}
+    assert call(monkeypatch, *[x for pair in arguments.items() for x in pair]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_options_and_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch) == 2
+    assert capfd.readouterr().err.startswith("error: Missing option")
+    assert call(monkeypatch, "--help") == 0
+    text = capfd.readouterr().out
+    assert all(option in text for option in ("--image", "--audio", "--out", "--checkpoint", "--report", "--seed"))
+
+
+def start(portrait: Path, out: Path, seconds: float) -> subprocess.Popen[str]:
+    soundfile.write(out.with_suffix(".wav"), tone(seconds), 16000)
+    arguments = ["--image", portrait, "--audio", out.with_suffix(".wav"), "--out", out, "--steps", 1]
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_chunk(process: subprocess.Popen[str], chunk: int) -> int:
+    """Frames that the progress line says are out once `chunk` chunks are done."""
+    assert process.stderr
+    for text in process.stderr:
+        if text.startswith(f"chunk {chunk} "):
+            return int(text.split()[2])
+    raise AssertionError("the run ended early")
+
+
+def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: Path) -> None:
+    process = start(portrait, tmp_path / "out.mp4", 60)
+    emitted = wait_for_chunk(process, 2)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out.mp4").exists()
+    frames, seconds = decode(tmp_path / "out.part.mp4")
+    assert len(frames) >= emitted == 56
+    assert abs(len(frames) / 25 - seconds) < 0.25
+    assert len({frame.tobytes() for frame in frames}) > 50
+
+
+def test_an_interrupted_run_finishes_its_file(portrait: Path, tmp_path: Path) -> None:
+    process = start(portrait, tmp_path / "out.mp4", 60)
+    emitted = wait_for_chunk(process, 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert not (tmp_path / "out.part.mp4").exists()
+    assert len(decode(tmp_path / "out.mp4")[0]) >= emitted == 28
+
+
+def test_pcm_in_and_raw_frames_out(portrait: Path) -> None:
+    pcm = (tone(0.5)[:, 0] * 32767).astype("<i2").tobytes()
+    arguments = ["--image", str(portrait), "--audio", "-", "--out", "-", "--steps", "1"]
+    done = subprocess.run([*COMMAND, *arguments], input=pcm, capture_output=True, check=True)
+    assert len(done.stdout) == 13 * 128 * 128 * 3  # ceil(0.5 s x 25) frames
+
+
+def test_a_stranger_called_kernels_is_named() -> None:
+    """Another distribution of that name, of which PyPI has one, may come first on the path."""
+    stranger = "import runpy, sys, types; sys.modules['kernels'] = k = types.ModuleType('kernels'); k.__path__ = []; "
+    command = [sys.executable, "-c", stranger + "runpy.run_module('streaming', run_name='__main__')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: another distribution named 'kernels'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_examples_are_what_the_readme_says() -> None:
+    with Image.open(EXAMPLES / "portrait.jpg") as image:
+        assert min(image.size) >= 256
+    info = soundfile.info(EXAMPLES / "voice.wav")
+    assert (info.samplerate, info.channels) == (16000, 1)
+    assert 10 <= Fraction(info.frames, info.samplerate) <= 15

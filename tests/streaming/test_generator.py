@@ -1,0 +1,135 @@
+"""The chunk loop as a function of its state. Its numbers are held by the golden case chunk_loop (tests/parity)."""
+
+from collections.abc import Generator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Models, random_models
+from model.config import PRECISIONS, TINY, ChunkConfig, Config
+from streaming.generator import ChunkGenerator, Conditions, State, to_uint8
+from streaming.spans import Spans
+
+CPU = torch.device("cpu")
+CHUNK = ChunkConfig(height=32, width=48, frame_num=17, motion_frames_num=5, sample_steps=2)
+CONFIG = replace(TINY, chunk=CHUNK)
+IMAGE = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([40, 50, 60, 1])
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return random_models(CONFIG, CPU, PRECISIONS["fp32"])
+
+
+@pytest.fixture(scope="module")
+def generator(models: Models) -> ChunkGenerator:
+    return ChunkGenerator(models, Spans(CPU))
+
+
+@pytest.fixture(scope="module")
+def conditions(generator: ChunkGenerator) -> Conditions:
+    return generator.prepare(IMAGE, IDS)
+
+
+def window(seed: int, config: Config = CONFIG) -> Tensor:
+    dit = config.dit
+    shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def collect(chunk: Generator[Tensor, None, State]) -> tuple[Tensor, State]:
+    groups = []
+    while True:
+        try:
+            groups.append(next(chunk))
+        except StopIteration as end:
+            return torch.cat(groups), end.value
+
+
+def test_a_chunk_is_a_function_of_its_state(generator: ChunkGenerator, conditions: Conditions) -> None:
+    start = generator.start(conditions, seed=7)
+    first, after = collect(generator.chunk(conditions, start, window(1)))
+    second, _ = collect(generator.chunk(conditions, after, window(2)))
+    assert first.shape == second.shape == (CHUNK.new_frames, 3, 32, 48)
+    assert (after.seed, after.chunk, after.motion.shape[0]) == (7, 1, 2)
+    # Resumed from a copy, after other chunks went through the same generator.
+    copy = State(after.seed, after.chunk, after.motion.clone())
+    again, _ = collect(generator.chunk(conditions, copy, window(2)))
+    assert torch.equal(second, again)
+    assert not torch.equal(second, collect(generator.chunk(conditions, replace(after, seed=8), window(2)))[0])
+    assert not torch.equal(second, collect(generator.chunk(conditions, after, window(3)))[0])
+
+
+def test_another_generator_of_the_same_models_agrees(models: Models, conditions: Conditions) -> None:
+    one, two = (ChunkGenerator(models, Spans(CPU)) for _ in range(2))
+    state = one.start(conditions, seed=1)
+    first = collect(one.chunk(conditions, state, window(1)))[0]
+    assert torch.equal(first, collect(two.chunk(conditions, state, window(1)))[0])
+
+
+def test_frames_leave_before_the_last_are_decoded(
+    models: Models, generator: ChunkGenerator, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    decode_step = models.vae.decode_step
+    monkeypatch.setattr(models.vae, "decode_step", lambda z, s: decoded.append(1) or decode_step(z, s))
+    chunk = generator.chunk(conditions, generator.start(conditions, 0), window(1))
+    assert next(chunk).shape == (4, 3, 32, 48)
+    assert len(decoded) == 3  # two motion latents and the first new one, of five
+    next(chunk)
+    assert len(decoded) == 4
+
+
+def test_conditions_describe_the_portrait(models: Models, generator: ChunkGenerator, conditions: Conditions) -> None:
+    frames, _, rows, columns = CONFIG.latent_shape
+    assert conditions.condition.shape == (frames, 20, rows, columns)
+    assert (conditions.condition[0, :4] == 1).all()
+    assert (conditions.condition[1:, :4] == 0).all()
+    portrait = (IMAGE.float() / 255 - 0.5) * 2
+    with torch.inference_mode():
+        alone = next(models.vae.encode(portrait[None]))
+    assert torch.equal(conditions.motion, alone)
+    assert torch.equal(conditions.condition[:1, 4:], alone)
+    with pytest.raises(ValueError, match=r"^image: got"):
+        generator.prepare(IMAGE[:, :-1], IDS)
+
+
+def test_colours_follow_the_portrait(generator: ChunkGenerator, conditions: Conditions) -> None:
+    """Random weights draw anything, but its mean colour is pulled to the portrait's in every frame."""
+    frames, _ = collect(generator.chunk(conditions, generator.start(conditions, 0), window(1)))
+    portrait = (IMAGE.float() / 255 - 0.5) * 2
+    assert (frames.mean((2, 3)) - portrait.mean((1, 2))).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(("frame_num", "motion"), [(9, 5), (9, 1), (13, 9), (5, 1)])
+def test_other_geometries(models: Models, frame_num: int, motion: int) -> None:
+    """Also with more motion frames than new ones, when some are fed back without being shown."""
+    config = replace(CONFIG, chunk=replace(CHUNK, frame_num=frame_num, motion_frames_num=motion))
+    generator = ChunkGenerator(replace(models, config=config), Spans(CPU))
+    conditions = generator.prepare(IMAGE, IDS)
+    state = generator.start(conditions, 0)
+    for c in range(2):
+        frames, state = collect(generator.chunk(conditions, state, window(c, config)))
+        assert len(frames) == frame_num - motion
+        assert len(state.motion) == (motion - 1) // 4 + 1
+        assert frames.isfinite().all()
+
+
+def test_to_uint8_truncates() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    out = to_uint8(pixels)
+    assert out.shape == (1, 1, 6, 3)
+    assert out[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_spans_carry_the_agreed_names(models: Models) -> None:
+    spans = Spans(CPU)
+    generator = ChunkGenerator(models, spans)
+    conditions = generator.prepare(IMAGE, IDS)
+    collect(generator.chunk(conditions, generator.start(conditions, 0), window(1)))
+    counts = {name: stage["count"] for name, stage in spans.summary().items()}
+    assert counts == {"audio": 1, "denoise/step": 2, "decode": 5, "color": 3, "motion": 1}
+    assert all(stage["total_s"] >= stage["max_s"] >= stage["median_s"] > 0 for stage in spans.summary().values())
