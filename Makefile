@@ -12,7 +12,7 @@ endif
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt constraints-cpu.txt
-	$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, not " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, not " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'

@@ -234,7 +234,7 @@ FLASHTALK_14B = Config(name="flashtalk-14b")
 TINY = Config(
     name="tiny",
     dit=DiTConfig(
-        dim=256, ffn_dim=512, num_layers=4, num_heads=2, text_dim=64, text_len=128, img_dim=64, img_tokens=65,
+        dim=256, ffn_dim=512, num_layers=3, num_heads=2, text_dim=64, text_len=128, img_dim=64, img_tokens=65,
         audio_blocks=4, audio_channels=96, intermediate_dim=64, output_dim=96,
     ),
     vae=VAEConfig(dim=8, num_res_blocks=1),
