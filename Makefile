@@ -1,11 +1,7 @@
 # Two commands are enough: `make demo` and `make test`. Both set up .venv first; a second call reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
-CONSTRAINTS := -c constraints.txt
-# Without an NVIDIA driver, the versions of torch and triton that the CPU tests run with.
-ifeq ($(shell command -v nvidia-smi),)
-CONSTRAINTS += -c constraints-cpu.txt
-endif
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: install demo test lint clean
 
@@ -15,7 +11,8 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, not " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	@# A CPU build of torch leaves the choice of triton to us; a CUDA build brings the one it needs.
+	$(PIP) -c constraints-cpu.txt --editable '.[dev]' || { echo "torch brings its own triton: taking that"; $(PIP) --editable '.[dev]'; }
 	touch $@
 
 demo: install
