@@ -19,6 +19,7 @@ except ImportError as error:  # a package of the same name as one of ours came f
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
+MIN_PORTRAIT = 16  # pixels a side
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 app = typer.Typer(
@@ -34,7 +35,9 @@ def _streaming() -> None:
     """Keeps `run` a subcommand while it is the only one."""
 
 
-@app.command()
+@app.command(
+    epilog="Example: python -m streaming run --image examples/portrait.jpg --audio examples/voice.wav --out talk.mp4"
+)
 def run(
     image: Annotated[str, typer.Option(help="Portrait: any picture Pillow reads; the middle is cut out to size.")],
     audio: Annotated[
@@ -102,8 +105,10 @@ def run(
         raise UserError(f"--preset {preset} needs --checkpoint FOLDER (or --random-weights, which draws noise)")
     if checkpoint is not None and random_weights:
         raise UserError("--checkpoint and --random-weights exclude each other")
-    if report is not None and not report.parent.is_dir():
-        raise UserError(f"--report {report}: there is no folder {report.parent}")
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise UserError(f"--report {report}: name a file in a folder that is there")
+
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # torch would round the VAE's inputs to 10 bits
 
     config = replace(PRESETS[preset], chunk=replace(PRESETS[preset].chunk, sample_steps=steps))
     chunk, where = config.chunk, torch.device(device)
@@ -111,7 +116,10 @@ def run(
         "preset": preset, "checkpoint": str(checkpoint) if checkpoint else None, "precision": precision,
         "seed": seed, "steps": steps, "audio_mode": audio_mode, "chunk": asdict(chunk),
     }  # fmt: skip
-    portrait = resize_center_crop(load_image(Path(image)), chunk.height, chunk.width)
+    picture = load_image(Path(image))
+    if min(picture.size) < MIN_PORTRAIT:
+        raise UserError(f"{image}: {picture.width} x {picture.height} pixels show no portrait; give a larger picture")
+    portrait = resize_center_crop(picture, chunk.height, chunk.width)
     with (
         open_source(audio, chunk) as source,
         open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.channels) as sink,
@@ -132,10 +140,18 @@ def run(
             slices, listener = source, stream_listener(models.audio, chunk)
         progress = show(perform(session, slices, listener, sink, chunk, spans), spans, chunk.tgt_fps, source.duration)
     if report is not None:
-        text = json.dumps(report_of(progress, spans, where, settings), indent=2)
-        temporary = report.with_name(report.name + ".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(report)
+        _write_whole(report, json.dumps(report_of(progress, spans, where, settings), indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--report {path} cannot be written ({error.strerror}); the video is whole") from error
 
 
 def _keep_memory() -> None:

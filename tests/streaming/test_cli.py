@@ -148,6 +148,8 @@ MISTAKES = {
     "no such image": ["--image", "{}/nowhere.png"],
     "text as image": ["--image", "{}/text.png"],
     "folder as image": ["--image", "{}"],
+    "one pixel": ["--image", "{}/pixel.png"],
+    "truncated image": ["--image", "{}/truncated.png"],
     "no such audio": ["--audio", "{}/nowhere.wav"],
     "text as audio": ["--audio", "{}/text.wav"],
     "folder as audio": ["--audio", "{}"],
@@ -165,6 +167,7 @@ MISTAKES = {
     "steps in words": ["--steps", "four"],
     "unknown option": ["--quality", "high"],
     "14B without weights": ["--preset", "flashtalk-14b"],
+    "folder as report": ["--report", "{}/folder"],
     "no folder for the report": ["--report", "{}/nowhere/r.json"],
 }
 
@@ -177,6 +180,9 @@ def bad_files(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", tone(0), 16000)
     (tmp_path / "text.wav").write_text("these are words, not samples\n" * 100)
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "other.png").write_text("mine")
 

@@ -133,3 +133,20 @@ def test_spans_carry_the_agreed_names(models: Models) -> None:
     counts = {name: stage["count"] for name, stage in spans.summary().items()}
     assert counts == {"audio": 1, "denoise/step": 2, "decode": 5, "color": 3, "motion": 1}
     assert all(stage["total_s"] >= stage["max_s"] >= stage["median_s"] > 0 for stage in spans.summary().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 2e-1)])
+def test_gpu_draws_what_the_cpu_draws(
+    precision: str, bound: float, conditions: Conditions, generator: ChunkGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative Frobenius error of a chunk's frames against float32 on the CPU, with the same weights and noise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    want, _ = collect(generator.chunk(conditions, generator.start(conditions, 3), window(1)))
+    cuda, models = torch.device("cuda"), random_models(CONFIG, CPU, PRECISIONS["fp32"])
+    for name, dtype in vars(PRECISIONS[precision]).items():
+        getattr(models, name).to(cuda, dtype)
+    there = ChunkGenerator(replace(models, device=cuda), Spans(cuda))
+    same = there.prepare(IMAGE, IDS)
+    got, _ = collect(there.chunk(same, there.start(same, 3), window(1)))
+    assert torch.linalg.norm(got.cpu() - want) < bound * torch.linalg.norm(want)
