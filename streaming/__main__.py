@@ -122,7 +122,7 @@ def run(
     portrait = resize_center_crop(picture, chunk.height, chunk.width)
     with (
         open_source(audio, chunk) as source,
-        open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.channels) as sink,
+        open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
     ):
         if checkpoint is None:
             print(f"{preset} has random weights: the video will be coloured noise, not a face.", file=sys.stderr)

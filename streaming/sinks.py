@@ -1,7 +1,7 @@
 """Where the frames go: an MP4 file, a folder of PNGs, or raw pixels on stdout.
 
 When `write` returns, its frames are the operating system's: no later death of this process, not even SIGKILL, loses
-them. Frame k is shown at k / fps seconds and sample j is heard at j / SOUND_RATE, whatever the sizes of the writes.
+them. Frame k is shown at k / fps seconds and sample j is heard at j / rate, whatever the sizes of the writes.
 """
 
 import io
@@ -26,12 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import UserError
-from streaming.sources import SOUND_RATE
 
 _FORMS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
 
-_TICK = Fraction(1, SOUND_RATE)  # unit of all times in an MP4, seconds
-_DELAY = 1024  # ticks by which the AAC encoder's first packet comes before the first sample
+_DELAY = 1024  # samples by which the AAC encoder's first packet comes before the first sample
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _WAV_HEADER = 44  # bytes
 
@@ -49,7 +47,7 @@ class Sink(ABC):
         self.frames = 0  # taken so far
 
     def write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
-        """Appends frames uint8 [n, height, width, 3], RGB, and sound float32 [m, channels] at SOUND_RATE in [-1, 1].
+        """Appends frames uint8 [n, height, width, 3], RGB, and sound float32 [m, channels] at `rate` in [-1, 1].
 
         Either may be empty. Raises `ValueError` for other shapes or dtypes and `UserError` if the output cannot take
         them (disk full, reader gone); then everything written before is still there, and the sink takes no more.
@@ -81,8 +79,8 @@ class Mp4Sink(Sink):
 
     Until closed, the frames are in `NAME.part.mp4` beside the target: a fragmented MP4 to which every `write` adds one
     complete fragment, so that it can be played at any time and after any death; its sound then lacks up to the last
-    3071 samples (64 ms), which are on their way through the encoder. Closing copies the packets into an ordinary MP4
-    under a temporary name, which then takes the target's.
+    3071 samples (64 ms at 48 kHz), which are on their way through the encoder. Closing copies the packets into an
+    ordinary MP4 under a temporary name, which then takes the target's.
 
     The AAC encoder's first packet holds 1024 samples of silence, which an edit list of the finished file skips. A
     fragmented file has none, so there both streams begin that much later instead.
@@ -90,21 +88,22 @@ class Mp4Sink(Sink):
     Equal calls give equal bytes: x264 runs on one thread, and nothing records the time.
     """
 
-    def __init__(self, path: Path, width: int, height: int, fps: int, channels: int) -> None:
+    def __init__(self, path: Path, width: int, height: int, fps: int, rate: int, channels: int) -> None:
         super().__init__(width, height, channels)
         if width % 2 or height % 2:
             raise ValueError(f"width, height: {width} x {height}, wanted even numbers (4:2:0 halves both)")
-        if SOUND_RATE % fps:
-            raise ValueError(f"fps: {fps}, wanted a divisor of {SOUND_RATE}")
+        if rate % fps:
+            raise ValueError(f"fps: {fps}, wanted a divisor of the sound's {rate} Hz")
         if path.is_dir():
             raise UserError(f"{str(path)!r} is a directory; name a file, or end it in / for a folder of PNG files")
         self._path, self._layout = path, _LAYOUTS[channels]
-        self._period = SOUND_RATE // fps  # ticks from frame to frame
+        self._rate, self._tick = rate, Fraction(1, rate)  # the unit of all times is one sample
+        self._period = rate // fps  # ticks from frame to frame
         self._samples = self._fragments = self._size = 0
         self._torn = False  # a write was broken off: what the encoders hold does not follow what the file holds
         self._full = False  # the part file can grow no more
         self._to_yuv = VideoReformatter()
-        self._encoder, self._video, self._audio = _encoders(width, height, fps, channels)
+        self._encoder, self._video, self._audio = _encoders(width, height, fps, rate, channels)
         self._header = self._muxed([])
         self._part = path.with_name(path.stem + ".part.mp4")
         try:
@@ -130,11 +129,11 @@ class Mp4Sink(Sink):
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
             )
-            frame.pts, frame.duration, frame.time_base = _DELAY + index * self._period, self._period, _TICK
+            frame.pts, frame.duration, frame.time_base = _DELAY + index * self._period, self._period, self._tick
             packets += self._video.encode(frame)
         if len(sound):
             heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.T), format="fltp", layout=self._layout)
-            heard.sample_rate, heard.pts, heard.time_base = SOUND_RATE, _DELAY + self._samples, _TICK
+            heard.sample_rate, heard.pts, heard.time_base = self._rate, _DELAY + self._samples, self._tick
             packets += self._audio.encode(heard)
             self._samples += len(sound)
         self._append(self._muxed(packets)[len(self._header) :])
@@ -202,9 +201,10 @@ class Mp4Sink(Sink):
 class FolderSink(Sink):
     """Frames as 000000.png, 000001.png, ... and the sound as sound.wav (16 bit), all whole after every `write`."""
 
-    def __init__(self, path: Path, width: int, height: int, channels: int) -> None:
+    def __init__(self, path: Path, width: int, height: int, rate: int, channels: int) -> None:
         super().__init__(width, height, channels)
-        self._path, self._channels, self._made = path, channels, not path.exists()
+        self._path, self._made = path, not path.exists()
+        self._rate, self._channels = rate, channels
         self._sound = path / "sound.wav"
         self._size = 0  # bytes of samples
         try:
@@ -223,7 +223,7 @@ class FolderSink(Sink):
             self._file.seek(_WAV_HEADER + self._size)
             _write_all(self._file, samples)
             self._file.seek(0)
-            _write_all(self._file, _wav_header(self._channels, size))
+            _write_all(self._file, _wav_header(self._rate, self._channels, size))
             self._size = size
             for index, pixels in enumerate(frames, self.frames):
                 Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
@@ -265,28 +265,28 @@ class StdoutSink(Sink):
         """Does nothing: stdout was open before and stays so."""
 
 
-def open_sink(out: str, width: int, height: int, fps: int, channels: int) -> Sink:
+def open_sink(out: str, width: int, height: int, fps: int, rate: int, channels: int) -> Sink:
     """The sink that the user means by `out`.
 
     NAME.mp4 is a video (`Mp4Sink`), a path that ends in / or has no suffix a folder of PNG files (`FolderSink`), "-"
-    raw pixels on stdout (`StdoutSink`). Frames are `width` x `height` pixels, `fps` a second; the sound has `channels`
-    (1 or 2). Raises `UserError` for another suffix and for a place that cannot be written.
+    raw pixels on stdout (`StdoutSink`). Frames are `width` x `height` pixels, `fps` a second; the sound has `rate`
+    samples a second and 1 or 2 `channels`. Raises `UserError` for another suffix and a place that cannot be written.
     """
     path = Path(out)
     if out == "-":
         return StdoutSink(FileIO(1, "wb", closefd=False), width, height, channels)
     if out.endswith("/") or not path.suffix:
-        return FolderSink(path, width, height, channels)
+        return FolderSink(path, width, height, rate, channels)
     if path.suffix.lower() == ".mp4":
-        return Mp4Sink(path, width, height, fps, channels)
+        return Mp4Sink(path, width, height, fps, rate, channels)
     raise UserError(f"{out!r} is no known kind of output; give {_FORMS}")
 
 
-def _wav_header(channels: int, size: int) -> bytes:
+def _wav_header(rate: int, channels: int, size: int) -> bytes:
     """The header of `size` bytes of 16-bit samples; beyond 4 GiB the largest length, read as "up to the end"."""
     limit = 2**32 - 1
     riff = struct.pack("<4sI4s", b"RIFF", min(_WAV_HEADER - 8 + size, limit), b"WAVE")
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, SOUND_RATE, 2 * channels * SOUND_RATE, 2 * channels, 16)
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, 2 * channels * rate, 2 * channels, 16)
     return riff + form + struct.pack("<4sI", b"data", min(size, limit))
 
 
@@ -297,17 +297,19 @@ def _write_all(file: RawIOBase, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _encoders(width: int, height: int, fps: int, channels: int) -> tuple[OutputContainer, VideoStream, AudioStream]:
+def _encoders(
+    width: int, height: int, fps: int, rate: int, channels: int
+) -> tuple[OutputContainer, VideoStream, AudioStream]:
     """The H.264 and AAC encoders, opened, and the container that owns them and is otherwise unused."""
     owner = av.open(io.BytesIO(), "w", format="mp4")
     options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
     video = owner.add_stream("libx264", rate=fps, options=options)
     video.width, video.height, video.pix_fmt = width, height, "yuv420p"
     context = video.codec_context
-    context.time_base, context.gop_size = _TICK, 2 * fps
+    context.time_base, context.gop_size = Fraction(1, rate), 2 * fps
     context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-    audio = owner.add_stream("aac", rate=SOUND_RATE, layout=_LAYOUTS[channels], bit_rate=128_000 * channels)
+    audio = owner.add_stream("aac", rate=rate, layout=_LAYOUTS[channels], bit_rate=128_000 * channels)
     owner.start_encoding()
     return owner, video, audio
 

@@ -1,7 +1,7 @@
 """Where the voice comes from: a file or raw samples on stdin, cut into one slice of sound per chunk of video.
 
-A slice holds the same stretch of time twice: as the speech encoder hears it (mono, 16 kHz) and as the viewer does
-(48 kHz, one or two channels). The viewer's sample `SOUND_RATE / sample_rate * j` is the encoder's sample `j`.
+A slice holds the same stretch of time twice: as the speech encoder hears it (mono, 16 kHz) and as the viewer does (one
+or two channels, at the source's `rate`). The viewer's sample `rate / sample_rate * j` is the encoder's sample `j`.
 """
 
 import stat
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from model.config import ChunkConfig
 from model.errors import UserError
 
-SOUND_RATE = 48_000  # of what the viewer hears, Hz
+SOUND_RATE = 48_000  # of what the viewer of a file hears, Hz
 FILE_RATES = range(1_000, 768_001)  # of a file, Hz
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 
@@ -30,27 +30,22 @@ class Slice(NamedTuple):
     """The sound of one chunk's new frames.
 
     Every slice but a source's last has exactly `chunk.slice_samples` of speech; the last has 1 to that many. Sound has
-    `SOUND_RATE / chunk.sample_rate` (3) times as many samples in each. Joined, the slices are the whole signal.
+    `rate / chunk.sample_rate`, a whole number, times as many samples in each. Joined, the slices are the whole signal.
     """
 
     speech: NDArray[np.float32]  # [sample], mono at `chunk.sample_rate`, in [-1, 1]
-    sound: NDArray[np.float32]  # [sample, channel], at SOUND_RATE, in [-1, 1]
+    sound: NDArray[np.float32]  # [sample, channel], at the source's rate, in [-1, 1]
 
 
 class Source(ABC):
     """An iterable of slices, and a context manager that closes what it holds.
 
-    `channels` of the sound: 1 or 2. `duration` in seconds, None where the end is not known.
+    `channels` of the sound: 1 or 2; its `rate` in Hz. `duration` in seconds, None where the end is not known.
     """
 
     channels: int
+    rate: int
     duration: float | None
-
-    def __init__(self, chunk: ChunkConfig) -> None:
-        self.chunk = chunk
-        self._factor, rest = divmod(SOUND_RATE, chunk.sample_rate)
-        if rest:
-            raise ValueError(f"chunk.sample_rate: {chunk.sample_rate} Hz, wanted a divisor of {SOUND_RATE}")
 
     @abstractmethod
     def __iter__(self) -> Iterator[Slice]: ...
@@ -79,7 +74,10 @@ class FileSource(Source):
     """
 
     def __init__(self, audio: str, chunk: ChunkConfig) -> None:
-        super().__init__(chunk)
+        self._factor, rest = divmod(SOUND_RATE, chunk.sample_rate)
+        if rest:
+            raise ValueError(f"chunk.sample_rate: {chunk.sample_rate} Hz, wanted a divisor of {SOUND_RATE}")
+        self.chunk, self.rate = chunk, SOUND_RATE
         self._name = repr(audio)
         self._file = _open_audio(audio)
         self._samples = 0  # at least
@@ -157,8 +155,7 @@ class FileSource(Source):
 class StdinSource(Source):
     """Raw PCM, signed 16-bit little-endian, mono, at `chunk.sample_rate`, on a pipe that ends whenever it likes.
 
-    A slice is given as soon as its last sample has come, so the sound cannot be resampled with a look at what follows:
-    a minimum-phase low-pass does it, which trails the speech by 0.1 ms (five samples at 48 kHz). An odd byte at the
+    A slice is given as soon as its last sample has come; the viewer hears the samples as they are. An odd byte at the
     end is ignored. Raises `UserError` if the pipe ends before the first sample.
     """
 
@@ -166,19 +163,14 @@ class StdinSource(Source):
     duration = None
 
     def __init__(self, file: BinaryIO, chunk: ChunkConfig) -> None:
-        super().__init__(chunk)
+        self.chunk, self.rate = chunk, chunk.sample_rate
         self._file = file
 
     def __iter__(self) -> Iterator[Slice]:
-        kernel = _interpolator(self._factor)
-        history = np.zeros(len(kernel) - 1, np.float32)
         first = True
         while data := self._read(2 * self.chunk.slice_samples):
             speech = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
-            history = np.concatenate([history, speech])
-            windows = np.lib.stride_tricks.sliding_window_view(history, len(kernel))  # [sample, tap]
-            yield Slice(speech, (windows @ kernel).reshape(-1, 1))
-            history = history[len(speech) :]
+            yield Slice(speech, speech[:, None])
             first = False
         if first:
             raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
@@ -227,21 +219,3 @@ def _fitted(signal: NDArray[np.float32], length: int) -> NDArray[np.float32]:
     """`signal` cut or zero-padded at its end to `length` samples; axis 0 is time."""
     missing = max(0, length - len(signal))
     return np.pad(signal[:length], [(0, missing)] + [(0, 0)] * (signal.ndim - 1))
-
-
-def _interpolator(factor: int, lobes: int = 32) -> NDArray[np.float32]:
-    """Minimum-phase polyphase filter for resampling by `factor`: [tap, phase], taps from the oldest sample on.
-
-    A Kaiser-windowed sinc (-6 dB at the old Nyquist frequency, -80 dB from an eighth above it) of `lobes * factor`
-    taps, made minimum-phase through its cepstrum (Oppenheim & Schafer, ch. 13): folding the cepstrum's negative times
-    onto the positive keeps the magnitude and makes the delay the least possible.
-    """
-    taps = lobes * factor
-    linear = np.kaiser(taps, 6) * np.sinc((np.arange(taps) - (taps - 1) / 2) / factor)
-    size = 1 << 14  # of the FFT: so long that the cepstrum does not alias
-    magnitude = np.abs(np.fft.fft(linear, size))
-    cepstrum = np.fft.ifft(np.log(np.maximum(magnitude, 1e-5 * magnitude.max()))).real
-    cepstrum[1 : size // 2] *= 2
-    cepstrum[size // 2 + 1 :] = 0
-    minimum = np.fft.ifft(np.exp(np.fft.fft(cepstrum))).real[:taps]
-    return (minimum / minimum.sum() * factor).reshape(lobes, factor)[::-1].astype(np.float32)

@@ -48,7 +48,7 @@ def silence(frames: int, channels: int = 1) -> np.ndarray:
 
 def written(out: str | Path, *counts: int, channels: int = 1) -> Sink:
     """A sink, still open, that took marked frames in writes of so many each."""
-    sink = open_sink(str(out), SIDE, SIDE, FPS, channels)
+    sink = open_sink(str(out), SIDE, SIDE, FPS, SOUND_RATE, channels)
     for count in counts:
         sink.write(marked(sink.frames, count), silence(count, channels))
     return sink
@@ -71,12 +71,12 @@ def played(path: Path) -> Film:
     with av.open(path) as film:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in film.decode(video=0)]
     with av.open(path) as film:
-        channels = film.streams.audio[0].codec_context.channels
+        channels, rate = film.streams.audio[0].codec_context.channels, film.streams.audio[0].rate
         blocks = list(film.decode(audio=0))
     times, pictures = zip(*frames, strict=True)
     starts = np.array([block.time for block in blocks])
     lengths = np.array([block.samples for block in blocks])
-    np.testing.assert_allclose(starts, starts[:1] + (np.cumsum(lengths) - lengths) / SOUND_RATE, atol=1e-6)  # no gap
+    np.testing.assert_allclose(starts, starts[:1] + (np.cumsum(lengths) - lengths) / rate, atol=1e-6)  # no gap
     sound = np.concatenate([np.zeros((channels, 0)), *(block.to_ndarray() for block in blocks)], axis=1).T
     return Film(np.array(times), np.array(pictures), sound, starts[0] if len(starts) else 0.0)
 
@@ -108,24 +108,25 @@ def test_mp4_has_every_frame_in_order(
     assert len(part.sound) - 1024 > sum(counts) * PERIOD - 3072  # what it lacks is in the encoder
 
 
-def test_mp4_flashes_and_clicks_coincide(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [SOUND_RATE, 16000])
+def test_mp4_flashes_and_clicks_coincide(tmp_path: Path, rate: int) -> None:
     """A minute, written in uneven pieces: every white frame begins with a click, in the part file and in the end."""
-    flashes = np.arange(7, 60 * FPS, 50)
+    flashes, period = np.arange(7, 60 * FPS, 50), rate // FPS
     frames = np.zeros((60 * FPS, SIDE, SIDE, 3), np.uint8)
     frames[flashes] = 255
-    sound = silence(len(frames))
+    sound = np.zeros((len(frames) * period, 1), np.float32)
     for flash in flashes:
-        sound[flash * PERIOD : flash * PERIOD + 48] = 0.9
+        sound[flash * period : flash * period + rate // 1000] = 0.9
     cuts = np.cumsum(np.random.default_rng(0).integers(1, 60, 40))
     cuts = [0, *cuts[cuts < len(frames)], len(frames)]
-    with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, 1) as sink:
+    with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, rate, 1) as sink:
         for one, two in pairwise(cuts):
-            sink.write(frames[one:two], sound[one * PERIOD : two * PERIOD])
+            sink.write(frames[one:two], sound[one * period : two * period])
         part = played(tmp_path / "film.part.mp4")
     for film in (part, played(tmp_path / "film.mp4")):
         white = film.times[film.pictures.mean(axis=(1, 2, 3)) > 128]
         loud = np.flatnonzero(np.abs(film.sound[:, 0]) > 0.3)
-        clicks = film.start + loud[np.diff(loud, prepend=-PERIOD) > PERIOD // 2] / SOUND_RATE
+        clicks = film.start + loud[np.diff(loud, prepend=-period) > period // 2] / rate
         assert len(white) == len(clicks) == len(flashes)
         np.testing.assert_allclose(white, clicks, atol=0.001)
 
@@ -135,7 +136,7 @@ def test_mp4_sound_is_the_sound(tmp_path: Path) -> None:
     tone = 0.4 * np.sin(2 * np.pi * 440 * np.arange(3 * SOUND_RATE) / SOUND_RATE).astype(np.float32)[:, None]
     heard = []
     for step in (5, 75):
-        with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, 1) as sink:
+        with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, SOUND_RATE, 1) as sink:
             for first in range(0, 75, step):
                 sink.write(marked(first, step), tone[first * PERIOD : (first + step) * PERIOD])
         heard.append(played(tmp_path / "film.mp4").sound)
@@ -148,7 +149,7 @@ def test_mp4_colours(tmp_path: Path) -> None:
     patches = np.random.default_rng(1).integers(0, 256, (20, 3))
     patches[:5] = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]
     frames = np.broadcast_to(patches[:, None, None], (20, SIDE, SIDE, 3)).astype(np.uint8)
-    with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, 1) as sink:
+    with open_sink(str(tmp_path / "film.mp4"), SIDE, SIDE, FPS, SOUND_RATE, 1) as sink:
         sink.write(frames, silence(20))
     with av.open(tmp_path / "film.mp4") as film:
         context = film.streams.video[0].codec_context
@@ -277,7 +278,7 @@ def test_mp4_on_a_disk_that_fills_up(small_disk: Path) -> None:
 @pytest.mark.parametrize("spare", [0, 20_000, 60_000])
 def test_mp4_without_room_for_the_final_copy(small_disk: Path, spare: int) -> None:
     """Fills half the disk, then the other half but for some bytes with another file."""
-    sink = open_sink(str(small_disk / "film.mp4"), SIDE, SIDE, FPS, 1)
+    sink = open_sink(str(small_disk / "film.mp4"), SIDE, SIDE, FPS, SOUND_RATE, 1)
     part = small_disk / "film.part.mp4"
     while part.stat().st_size < 128 * 1024:
         sink.write(noisy(sink.frames), silence(2))
@@ -349,7 +350,7 @@ def test_folder_has_the_exact_pictures_and_sound(tmp_path: Path, out: str) -> No
     frames = rng.integers(0, 256, (5, 20, 12, 3), np.uint8)
     sound = rng.uniform(-1.2, 1.2, (5 * PERIOD, 2)).astype(np.float32)
     folder = tmp_path / out
-    with open_sink(f"{tmp_path}/{out}", 12, 20, FPS, 2) as sink:
+    with open_sink(f"{tmp_path}/{out}", 12, 20, FPS, SOUND_RATE, 2) as sink:
         for cut in (slice(0, 2), slice(2, 5)):
             sink.write(frames[cut], sound[cut.start * PERIOD : cut.stop * PERIOD])
             assert names(folder) == [*(f"{k:06d}.png" for k in range(cut.stop)), "sound.wav"]
@@ -362,7 +363,7 @@ def test_folder_has_the_exact_pictures_and_sound(tmp_path: Path, out: str) -> No
 
 
 def test_wav_header_beyond_4_gib() -> None:
-    header = sinks._wav_header(2, 2**33)
+    header = sinks._wav_header(SOUND_RATE, 2, 2**33)
     assert len(header) == 44
     assert struct.unpack("<I", header[4:8]) == struct.unpack("<I", header[40:]) == (2**32 - 1,)
 
@@ -383,7 +384,7 @@ def test_folder_of_an_exception(tmp_path: Path) -> None:
 
 
 def test_stdout_gets_the_bytes_at_once(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    with open_sink("-", SIDE, SIDE, FPS, 1) as sink:
+    with open_sink("-", SIDE, SIDE, FPS, SOUND_RATE, 1) as sink:
         for first in (0, 3):
             sink.write(marked(first, 3), silence(3))
             assert capfdbinary.readouterr().out == marked(first, 3).tobytes()
@@ -417,7 +418,7 @@ def test_stdout_whose_reader_goes() -> None:
 def test_frames_in_any_memory_layout(tmp_path: Path, out: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """As they come from a tensor [frame, channel, row, column], of which every second frame is taken."""
     planar = np.ascontiguousarray(marked(0, 6).transpose(0, 3, 1, 2))
-    with open_sink(out if out == "-" else f"{tmp_path}/{out}", SIDE, SIDE, FPS, 1) as sink:
+    with open_sink(out if out == "-" else f"{tmp_path}/{out}", SIDE, SIDE, FPS, SOUND_RATE, 1) as sink:
         sink.write(planar.transpose(0, 2, 3, 1)[::2], silence(3))
     if out == "-":
         pictures = np.frombuffer(capfdbinary.readouterr().out, np.uint8).reshape(3, SIDE, SIDE, 3)
@@ -447,7 +448,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         "missing/film": "No such file or directory",
     }.items():
         with pytest.raises(UserError, match=word) as raised:
-            open_sink(f"{tmp_path}/{out}", SIDE, SIDE, FPS, 1)
+            open_sink(f"{tmp_path}/{out}", SIDE, SIDE, FPS, SOUND_RATE, 1)
         assert "\n" not in str(raised.value)
     assert names(tmp_path) == before
 
@@ -459,7 +460,7 @@ def test_a_read_only_place(tmp_path: Path) -> None:
     try:
         for out in ("film.mp4", "film/"):
             with pytest.raises(UserError, match="Read-only file system"):
-                open_sink(f"{tmp_path}/{out}", SIDE, SIDE, FPS, 1)
+                open_sink(f"{tmp_path}/{out}", SIDE, SIDE, FPS, SOUND_RATE, 1)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -481,9 +482,9 @@ def test_programming_mistakes_name_the_argument(tmp_path: Path) -> None:
     sink.close()
     for size in ((31, 32), (32, 31)):
         with pytest.raises(ValueError, match="width, height"):
-            open_sink(str(tmp_path / "odd.mp4"), *size, FPS, 1)
+            open_sink(str(tmp_path / "odd.mp4"), *size, FPS, SOUND_RATE, 1)
     with pytest.raises(ValueError, match="channels: 6"):
-        open_sink(str(tmp_path / "odd.mp4"), SIDE, SIDE, FPS, 6)
+        open_sink(str(tmp_path / "odd.mp4"), SIDE, SIDE, FPS, SOUND_RATE, 6)
     with pytest.raises(ValueError, match="fps: 29"):
-        open_sink(str(tmp_path / "odd.mp4"), 32, 32, 29, 1)
+        open_sink(str(tmp_path / "odd.mp4"), 32, 32, 29, SOUND_RATE, 1)
     assert names(tmp_path) == []
