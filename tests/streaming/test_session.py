@@ -1,0 +1,126 @@
+"""A session's ends: what the frames hear, how frames and sound are dealt out, what is measured."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.audio import SpeechEncoder
+from model.config import ChunkConfig
+from streaming.session import Listener, Progress, Session, once_listener, report, run, stream_listener
+from streaming.sinks import Sink
+from streaming.sources import Slice
+from streaming.spans import Spans
+
+CPU = torch.device("cpu")
+CHUNK = ChunkConfig(height=16, width=16)
+
+
+class LoudnessOfEachFrame(nn.Module):
+    """In the speech encoder's place: a frame's one feature is its mean square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = nn.Parameter(torch.zeros(1))
+
+    def forward(self, wave: Tensor, sample_rate: int, fps: int) -> Tensor:
+        size = sample_rate // fps
+        return wave[: len(wave) // size * size].view(-1, size).square().mean(1)[:, None, None]
+
+
+def sliced(speech: NDArray[np.float32], factor: int = 1, channels: int = 1) -> list[Slice]:
+    size = CHUNK.slice_samples
+    sound = np.repeat(np.repeat(speech, factor)[:, None], channels, axis=1)
+    starts = range(0, len(speech), size)
+    return [Slice(speech[i : i + size], sound[i * factor : (i + size) * factor]) for i in starts]
+
+
+@pytest.mark.parametrize("mode", ["stream", "once"])
+@pytest.mark.parametrize("burst", [0, 1, 27, 28, 40, 66])
+def test_the_frame_that_is_shown_hears_the_sound_that_is_heard(mode: str, burst: int) -> None:
+    """A burst of one frame's length is in the centre of that frame's window, wherever chunks begin."""
+    speech = np.full(67 * 640, 0.01, np.float32)
+    speech[burst * 640 : (burst + 1) * 640] = 0.5
+    encoder, slices = cast(SpeechEncoder, LoudnessOfEachFrame()), sliced(speech)
+    listeners: dict[str, Callable[[], Listener]] = {
+        "stream": lambda: stream_listener(encoder, CHUNK),
+        "once": lambda: once_listener(encoder, CHUNK, slices),
+    }
+    hear = listeners[mode]()
+    windows = [hear(item) for item in slices]
+    shown = torch.cat([window[CHUNK.motion_frames_num :, 2, 0, 0] for window in windows])[:67]
+    assert shown.argmax() == burst
+    # A chunk's motion frames hear what they heard when they were shown.
+    for before, after in pairwise(windows):
+        torch.testing.assert_close(before[-5:, 2], after[:5, 2])
+
+
+class GroupsOfFour:
+    """In a session's place: a chunk's 28 frames, numbered through, in the VAE's groups."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def frames(self, _window: Tensor) -> Iterator[Tensor]:
+        for _ in range(7):
+            levels = torch.arange(self.number, self.number + 4) % 256
+            self.number += 4
+            yield (levels / 127.5 - 1 + 1e-3).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+
+
+class Kept(Sink):
+    """A sink that keeps what it takes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(16, 16, channels)
+        self.pictures: list[NDArray[np.uint8]] = []
+        self.sounds: list[NDArray[np.float32]] = []
+
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+        self.pictures += [*frames]
+        self.sounds.append(sound)
+        # Every frame's sound has come with it, of the very last at least its beginning.
+        assert sum(map(len, self.sounds)) > (len(self.pictures) - 1) * 640 * self.factor
+
+    def close(self) -> None: ...
+
+    factor = 1
+
+
+@given(st.integers(1, 4 * 17920), st.sampled_from([1, 3]), st.sampled_from([1, 2]))
+def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int, channels: int) -> None:
+    speech = np.random.default_rng(samples).uniform(-1, 1, samples).astype(np.float32)
+    slices, sink, spans = sliced(speech, factor, channels), Kept(channels), Spans(CPU)
+    sink.factor = factor
+    session = cast(Session, GroupsOfFour())
+    progress = Progress()
+    for progress in run(session, slices, lambda _: torch.zeros(0), sink, CHUNK, spans):
+        assert progress.frames == len(sink.pictures)  # what is reported is in the sink
+    assert progress.frames == -(-samples // 640)
+    assert progress.chunks == len(slices)
+    assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(progress.frames)]
+    assert np.array_equal(np.concatenate(sink.sounds), np.concatenate([item.sound for item in slices]))
+    assert (progress.fps is None) == (len(slices) == 1)
+    values = report(progress, spans, CPU, {"seed": 1})
+    assert 0 < values["startup_s"] < values["cold_start_s"]
+    assert values["spans"]["audio"]["count"] == len(slices)
+    assert values["settings"] == {"seed": 1}
+
+
+def test_frames_are_in_the_sink_before_the_next_slice_is_asked_for() -> None:
+    sink, asked = Kept(1), []
+
+    def source() -> Iterator[Slice]:
+        for item in sliced(np.zeros(3 * 17920, np.float32)):
+            asked.append(sink.frames)
+            yield item
+
+    list(run(cast(Session, GroupsOfFour()), source(), lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+    assert asked == [0, 28, 56]
