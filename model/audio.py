@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import pyloudnorm
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -37,6 +36,8 @@ MAX_GAIN_RATE = 6.0  # dB a second, in a `Ring`: slow beside syllables, quick en
 
 def _loudness(wave: NDArray[np.floating], sample_rate: int, block: float) -> float | None:
     """Integrated loudness by ITU-R BS.1770 in LUFS; None where it cannot be measured, as in silence."""
+    import pyloudnorm  # here, for machines that only generate and do without it
+
     loudness = float(pyloudnorm.Meter(sample_rate, block_size=block).integrated_loudness(wave))
     return loudness if abs(loudness) <= 100 else None
 

@@ -13,7 +13,7 @@ memory holds one tensor at a time beside what the target device itself needs.
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.audio import SpeechEncoder, official_name
-from model.config import AudioConfig, Config, Precision
+from model.config import AudioConfig, Config, DiTConfig, Precision, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder, unused
@@ -99,7 +99,7 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
 
     with torch.device("meta"):
         dit, vae, text = DiT(config.dit), VAE(config.vae), TextEncoder(config.text)
-        image, audio = ImageEncoder(config.image), SpeechEncoder(config.audio)
+        image, audio = ImageEncoder(config.image), _speech_encoder(config.audio, audio_folder)
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not unused(name, config.image))
     return Models(
@@ -163,6 +163,8 @@ def _pth_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     except Exception as error:  # torch.load raises whatever its unpickler meets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read, it is truncated or damaged: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path} holds something other than named tensors")
     yield from state.items()
 
 
@@ -174,13 +176,23 @@ def _speech_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     raise UserError(f"{folder} is not a checkpoint: neither model.safetensors nor pytorch_model.bin is in it")
 
 
+def _speech_encoder(config: AudioConfig, folder: Path) -> SpeechEncoder:
+    try:
+        return SpeechEncoder(config)
+    except Exception as error:  # the library checks a configuration in many places
+        raise UserError(f"{folder / 'config.json'} describes no speech encoder: {error}") from error
+
+
 def _shards(folder: Path) -> list[Path]:
     """The student's weight files: those its index names, or else all of its name pattern."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a checkpoint: there is no such folder")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        paths = sorted({folder / name for name in _json(index).get("weight_map", {}).values()})
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files")
+        paths = sorted({folder / name for name in weight_map.values()})
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}, which {index.name} names, is missing")
@@ -207,10 +219,15 @@ def _known(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
 
 
-def _check_same(config: Any, values: Mapping[str, Any], path: Path, preset: str) -> None:
-    for name, value in _known(config, values).items():
-        if value != getattr(config, name):
-            raise UserError(f"{path}: {name} is {value}, but preset {preset} has {getattr(config, name)}")
+def _check_same(config: DiTConfig, values: Mapping[str, Any], path: Path, preset: str) -> None:
+    """Holds the settings that a checkpoint states, and that are known here, to those of the preset."""
+    try:
+        stated = from_official(DiTConfig, asdict(config) | {k: v for k, v in values.items() if is_known(DiTConfig, k)})
+    except (UserError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, want in asdict(config).items():
+        if (value := getattr(stated, name)) != want:
+            raise UserError(f"{path}: {name} is {value}, but preset {preset} has {want}")
 
 
 def _audio_config(config: Config, folder: Path) -> AudioConfig:

@@ -106,13 +106,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Visual tower of CLIP ViT-H/14; the last of its `vision_layers` is loaded and never run."""
+    """Visual tower of CLIP ViT-H/14; the last of its `vision_layers` is not needed, and not loaded."""
 
     vision_dim: int = 1280
     vision_heads: int = 16
     vision_layers: int = 32
     vision_mlp_ratio: int = 4
-    embed_dim: int = 1024  # width of `visual.head`, which is loaded and never run
     image_size: int = 224
     patch_size: int = 14
     norm_eps: float = 1e-5
@@ -241,7 +240,7 @@ TINY = Config(
     text=TextConfig(
         vocab_size=384, dim=64, dim_attn=64, dim_ffn=160, num_heads=4, num_layers=2, tokenizer="bytes"
     ),
-    image=ImageConfig(vision_dim=64, vision_heads=2, vision_layers=4, embed_dim=32, image_size=112),
+    image=ImageConfig(vision_dim=64, vision_heads=2, vision_layers=4, image_size=112),
     audio=AudioConfig(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, conv_dim=(32,) * 7
     ),
@@ -280,7 +279,13 @@ _FIXED: dict[str, Any] = {
     "activation": "gelu",
     "attn_scales": [],
 }
-_UNUSED = {"dropout", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"}  # of a text tower
+_UNUSED = {"dropout", "embed_dim", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"}
+
+
+def is_known(cls: type, key: str) -> bool:
+    """Whether `from_official` looks at an official setting of that name when it makes a `cls`."""
+    return key in _FIXED or key in {f.name for f in dataclasses.fields(cls)}
+
 
 C = TypeVar("C", DiTConfig, VAEConfig, TextConfig, ImageConfig, AudioConfig, ChunkConfig)
 

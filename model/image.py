@@ -1,6 +1,7 @@
 """From a portrait file to pixels and to image features: reading, cropping, the CLIP vision tower."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def load_image(path: Path) -> Image.Image:
     several frames is taken. Raises `UserError` if there is no image that can be read, or one too large to be meant.
     """
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine, twice that is refused
             return _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UserError(f"no image file {path}") from error

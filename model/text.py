@@ -4,7 +4,6 @@ import html
 import re
 from pathlib import Path
 
-import ftfy
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -34,6 +33,8 @@ NAMES: dict[str, str | tuple[str, ...]] = {
 
 def clean(text: str) -> str:
     """`text` with broken Unicode repaired, HTML entities decoded (twice) and every run of whitespace one space."""
+    import ftfy  # here, for machines that only generate and do without it
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 

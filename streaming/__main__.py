@@ -1,6 +1,7 @@
 """`python -m streaming run`: a portrait and a voice in, a talking video out."""
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -77,9 +78,10 @@ def run(
     from model.checkpoint import load_models, random_models
     from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
     from model.image import load_image, resize_center_crop
+    from model.sampler import NUM_TIMESTEPS
     from model.text import tokenize
     from streaming.generator import ChunkGenerator
-    from streaming.progress import show
+    from streaming.progress import show, stage
     from streaming.session import Session, once_listener, stream_listener
     from streaming.session import report as report_of
     from streaming.session import run as perform
@@ -99,16 +101,18 @@ def run(
     _choice("--audio-mode", audio_mode, ("stream", "once"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
-    if steps < 1:
-        raise UserError(f"--steps {steps}: at least 1 is needed")
+    if not 1 <= steps <= NUM_TIMESTEPS:
+        raise UserError(f"--steps {steps}: name a number from 1 to {NUM_TIMESTEPS}")
     if checkpoint is None and preset != "tiny" and not random_weights:
         raise UserError(f"--preset {preset} needs --checkpoint FOLDER (or --random-weights, which draws noise)")
     if checkpoint is not None and random_weights:
         raise UserError("--checkpoint and --random-weights exclude each other")
-    if report is not None and (report.is_dir() or not report.parent.is_dir()):
-        raise UserError(f"--report {report}: name a file in a folder that is there")
+    if report is not None:
+        if report.resolve() in {Path(name).resolve() for name in (image, audio, out)}:
+            raise UserError(f"--report {report}: that is another of the files named; name a new one")
+        _write_whole(report, None)
 
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # torch would round the VAE's inputs to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions stay float32
 
     config = replace(PRESETS[preset], chunk=replace(PRESETS[preset].chunk, sample_steps=steps))
     chunk, where = config.chunk, torch.device(device)
@@ -124,34 +128,41 @@ def run(
         open_source(audio, chunk) as source,
         open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
     ):
-        if checkpoint is None:
-            print(f"{preset} has random weights: the video will be coloured noise, not a face.", file=sys.stderr)
-            models = random_models(config, where, PRECISIONS[precision])
-        else:
-            models = load_models(config, checkpoint, where, PRECISIONS[precision])
+        with stage("loading the models"):
+            if checkpoint is None:
+                models = random_models(config, where, PRECISIONS[precision])
+            else:
+                models = load_models(config, checkpoint, where, PRECISIONS[precision])
         spans = Spans(where)
-        ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
-        generator = ChunkGenerator(models, spans)
-        session = Session(generator, generator.prepare(portrait, ids), seed)
+        with stage("preparing portrait and prompt"):
+            ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
+            generator = ChunkGenerator(models, spans)
+            session = Session(generator, generator.prepare(portrait, ids), seed)
         if audio_mode == "once":
-            slices = list(source)
-            listener = once_listener(models.audio, chunk, slices)
+            with stage("hearing the whole track"):
+                slices = list(source)
+                listener = once_listener(models.audio, chunk, slices)
         else:
             slices, listener = source, stream_listener(models.audio, chunk)
         progress = show(perform(session, slices, listener, sink, chunk, spans), spans, chunk.tgt_fps, source.duration)
+    if checkpoint is None:
+        print(f"{preset} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
     if report is not None:
         _write_whole(report, json.dumps(report_of(progress, spans, where, settings), indent=2) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+def _write_whole(path: Path, text: str | None) -> None:
+    """Writes the report, whole or not at all; without a text, only tries whether that would be possible."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        temporary.write_text(text or "")
+        temporary.unlink() if text is None else temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--report {path} cannot be written ({error.strerror}); the video is whole") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"--report {path} cannot be written ({error.strerror}); name another place") from error
 
 
 def _keep_memory() -> None:
@@ -186,15 +197,24 @@ def main() -> int:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
+        return _fail(error.format_message())
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail("the GPU has too little free memory (flashtalk-14b needs about 51 GB in bf16, twice that in fp32)")
     except _Interrupted:
-        print("interrupted: the frames made so far are kept", file=sys.stderr)
+        print("interrupted: what was made so far is kept", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str) -> int:
+    """Prints the message on one line, whatever names and reasons are in it; none if the help has said it all."""
+    if message:
+        print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

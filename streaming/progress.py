@@ -1,6 +1,7 @@
 """The progress line of a run, on standard error: chunks, seconds of video, FPS, startup, the stage that is running."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.live import Live
@@ -8,6 +9,12 @@ from rich.text import Text
 
 from streaming.session import Progress
 from streaming.spans import Spans
+
+
+def stage(name: str) -> AbstractContextManager[object]:
+    """Shows on a terminal, for as long as the body runs, what is being done."""
+    console = Console(stderr=True)
+    return console.status(name) if console.is_terminal else nullcontext()
 
 
 def line(progress: Progress, stage: str, fps: int, duration: float | None) -> str:

@@ -3,9 +3,11 @@
     source -> slice -> window (as `listener` hears it) -> chunk generator -> uint8 frames + their sound -> sink
 
 *Startup* is the time from receiving the first slice to the first frames being in the sink; *cold start* from the start
-of the process to that moment; *FPS* is new frames over wall time after the first chunk.
+of the process to that moment; *FPS* is new frames over wall time of the whole chunks after the first, so that neither
+the start nor a last chunk of few frames tells in it. What `once_listener` hears beforehand is in cold start only.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyloudnorm  # noqa: F401  (model.audio imports it when first used: that must not be in a startup)
 import torch
 from torch import Tensor
 
@@ -45,7 +48,11 @@ def stream_listener(encoder: SpeechEncoder, chunk: ChunkConfig) -> Listener:
 def once_listener(encoder: SpeechEncoder, chunk: ChunkConfig, slices: list[Slice]) -> Listener:
     """Has heard the whole track beforehand, so that lips can prepare for the sound to come."""
     speech = np.concatenate([item.speech for item in slices])
-    speech = np.pad(speech, (0, max(0, chunk.sample_rate // 2 - len(speech))))  # loudness needs 0.4 s
+    # Loudness needs 0.4 s; and the encoder makes one frame too few of some lengths, which would stretch the others.
+    frames = max(-(-len(speech) // chunk.frame_samples), chunk.tgt_fps // 2)
+    while math.trunc(frames * chunk.frame_samples / chunk.sample_rate * chunk.tgt_fps) < frames:
+        frames += 1
+    speech = np.pad(speech, (0, frames * chunk.frame_samples - len(speech)))
     wave = torch.from_numpy(normalize_loudness(speech, chunk.sample_rate)).float()
     embedding = encoder(wave.to(next(encoder.parameters()).device), chunk.sample_rate, chunk.tgt_fps)
     windows = (once_window(embedding, c, chunk) for c in range(len(slices)))
@@ -111,7 +118,7 @@ def run(
         progress.chunks += 1
         if progress.chunks == 1:
             steady_since, frames_before = now, progress.frames
-        else:
+        elif wanted == chunk.new_frames:
             progress.fps = (progress.frames - frames_before) / (now - steady_since)
         yield progress
 

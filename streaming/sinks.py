@@ -275,7 +275,7 @@ def open_sink(out: str, width: int, height: int, fps: int, rate: int, channels: 
     path = Path(out)
     if out == "-":
         return StdoutSink(FileIO(1, "wb", closefd=False), width, height, channels)
-    if out.endswith("/") or not path.suffix:
+    if out.endswith("/") or (path.name and "." not in path.name):
         return FolderSink(path, width, height, rate, channels)
     if path.suffix.lower() == ".mp4":
         return Mp4Sink(path, width, height, fps, rate, channels)

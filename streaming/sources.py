@@ -22,6 +22,7 @@ from model.config import ChunkConfig
 from model.errors import UserError
 
 SOUND_RATE = 48_000  # of what the viewer of a file hears, Hz
+LOUDEST = 100  # of a file's samples, in units of full scale: beyond that they are not meant as sound
 FILE_RATES = range(1_000, 768_001)  # of a file, Hz
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 
@@ -33,7 +34,7 @@ class Slice(NamedTuple):
     `rate / chunk.sample_rate`, a whole number, times as many samples in each. Joined, the slices are the whole signal.
     """
 
-    speech: NDArray[np.float32]  # [sample], mono at `chunk.sample_rate`, in [-1, 1]
+    speech: NDArray[np.float32]  # [sample], mono at `chunk.sample_rate`, full scale 1
     sound: NDArray[np.float32]  # [sample, channel], at the source's rate, in [-1, 1]
 
 
@@ -113,7 +114,7 @@ class FileSource(Source):
                 speech = _fitted(speech, total - given)
                 sound = _fitted(sound, (total - given) * self._factor)
             while len(speech) and (last or (len(speech) >= size and len(sound) >= size * self._factor)):
-                yield Slice(speech[:size], sound[: size * self._factor])
+                yield Slice(speech[:size], sound[: size * self._factor].clip(-1, 1))
                 given += size
                 speech, sound = speech[size:], sound[size * self._factor :]
         if failure:
@@ -143,6 +144,8 @@ class FileSource(Source):
         length = 0
         while len(block := self._read(length)):
             finite = np.isfinite(block).all(axis=1)
+            if np.abs(block[finite]).max(initial=0) > LOUDEST:
+                raise UserError(f"{self._name} is over {LOUDEST} times as loud as full scale; scale it to [-1, 1]")
             if not finite.all():
                 second = (length + int(finite.argmin())) / rate
                 raise UserError(f"{self._name} holds a sample that is no finite number at {second:.3f} s; repair it")
@@ -191,7 +194,11 @@ def open_source(audio: str, chunk: ChunkConfig) -> Source:
 
     Raises `UserError` for a file that cannot be used.
     """
-    return StdinSource(sys.stdin.buffer, chunk) if audio == "-" else FileSource(audio, chunk)
+    if audio != "-":
+        return FileSource(audio, chunk)
+    if sys.stdin is None:
+        raise UserError("standard input is closed; pipe in signed 16-bit little-endian mono PCM")
+    return StdinSource(sys.stdin.buffer, chunk)
 
 
 class _SequentialFile(soundfile.SoundFile):

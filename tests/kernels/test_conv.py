@@ -1,5 +1,7 @@
 """The causal convolution against its definition in float64, over shapes, strides and lengths of the past."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import conv
 from kernels.conv import causal_conv3d, conv3d, reference
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
 SIZES = st.integers(1, 6)
 CHANNELS = st.integers(2, 6)  # the memory format of a single channel is both or neither
+
+
+@pytest.fixture(params=["_stacked", "_volume"], autouse=True, scope="module")
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the CPU's form and, run on the CPU, for the GPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "_stacked", getattr(conv, request.param))
+        yield
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

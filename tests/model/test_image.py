@@ -167,7 +167,7 @@ def test_pixels() -> None:
 
 @torch.inference_mode()
 def test_golden_features() -> None:
-    config = ImageConfig(vision_dim=80, vision_heads=2, vision_layers=3, embed_dim=24)
+    config = ImageConfig(vision_dim=80, vision_heads=2, vision_layers=3)
     case, tensors = load_file(GOLDEN / "clip_visual.safetensors"), load_file(GOLDEN / "weights_clip.safetensors")
     with torch.device("meta"):
         encoder = ImageEncoder(config)
