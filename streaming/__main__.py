@@ -183,7 +183,7 @@ def _choice(option: str, value: str, known: Iterable[str]) -> None:
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C or a polite kill; passes through everything that handles exceptions, closing files on its way."""
+    """Ctrl-C, a polite kill or a closed terminal; passes what handles exceptions, and closes files on its way."""
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -192,7 +192,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2, an interruption in 130."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)

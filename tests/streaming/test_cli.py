@@ -46,7 +46,7 @@ def voice(tmp_path: Path) -> Path:
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["streaming", "run", "--device", "cpu", *map(str, arguments)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         return main()
     finally:
@@ -306,10 +306,11 @@ def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: P
     assert len({frame.tobytes() for frame in frames}) > 50
 
 
-def test_an_interrupted_run_finishes_its_file(portrait: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_finishes_its_file(number: signal.Signals, portrait: Path, tmp_path: Path) -> None:
     process = start(portrait, tmp_path / "out.mp4", 60)
     emitted = wait_for_chunk(process, 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(30) == 130
     assert not (tmp_path / "out.part.mp4").exists()
     assert len(decode(tmp_path / "out.mp4")[0]) >= emitted == 28
