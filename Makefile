@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test bench audit lint clean
 
 install: .venv/installed
 
@@ -20,13 +20,19 @@ demo: install
 	$(BIN)/python -m streaming run --image examples/portrait.jpg --audio examples/voice.wav --out out/demo.mp4 --report out/demo.json
 	@echo "The video is out/demo.mp4, its timings are in out/demo.json."
 
+bench: install
+	$(BIN)/python -m profiling bench --out out/bench.json
+
+audit: install
+	$(BIN)/python -m profiling audit
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-test: lint
+test: lint audit
 	$(BIN)/python -m pytest
 
 clean:

@@ -11,10 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from torch import Tensor
 from model.audio import Ring, SpeechEncoder, normalize_loudness, once_window, stream_window
 from model.config import ChunkConfig
 from streaming.generator import ChunkGenerator, Conditions, State, to_uint8
+from streaming.machine import cpu_name, package_version
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
@@ -134,26 +132,11 @@ def report(progress: Progress, spans: Spans, device: torch.device, settings: dic
         "spans": spans.summary(),
         "settings": settings,
         "device": _device(device),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES},
     }
 
 
 _PACKAGES = ("flashtalk-triton", "torch", "triton", "transformers", "numpy", "av")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -162,7 +145,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated(device)
         return {"name": properties.name, "memory_bytes": properties.total_memory, "peak_allocated_bytes": peak}
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,

@@ -59,9 +59,7 @@ class Spans:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Per name: count, and seconds in total, at the median and at most."""
-        if self._cuda:
-            torch.cuda.synchronize()
-            self._resolve()
+        self._finish()
         return {
             name: {
                 "count": stage.count,
@@ -71,6 +69,16 @@ class Spans:
             }
             for name, stage in self._stages.items()
         }
+
+    def samples(self) -> dict[str, tuple[float, ...]]:
+        """Per name, the seconds of its last `HISTORY` calls."""
+        self._finish()
+        return {name: tuple(stage.recent) for name, stage in self._stages.items()}
+
+    def _finish(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._resolve()
 
     def _add(self, name: str, seconds: float) -> None:
         self._stages.setdefault(name, _Stage()).add(seconds)

@@ -1,0 +1,190 @@
+"""`python -m profiling`: measure, compare, audit and report. This file only reads options; each command has its module.
+
+Tables go to standard output, or with `--json` the same as JSON and nothing else. Exit codes: 0 good, 1 the answer is no
+(a regression, a broken budget, an unmet target, a wrong kernel), 2 a mistake of the user's, in one line.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+try:
+    from model.errors import UserError
+except ImportError as error:  # a package of the same name as one of ours came first
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Measures the kernels and the whole loop, on a GPU or, as far as static analysis reaches, without one.",
+)
+
+Patterns = Annotated[
+    list[str] | None,
+    typer.Argument(help="Cases: shell patterns or parts of names. Default: those made for the device."),
+]
+Cases = Annotated[Path | None, typer.Option("--cases", help="A Python file whose CASES are added to the registry.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = Path(__file__).parent / "targets.toml"
+BUDGETS = Path(__file__).parent / "budgets.toml"
+
+
+@app.command()
+def bench(
+    patterns: Patterns = None,
+    device: Device = "auto",
+    backend: Annotated[list[str] | None, typer.Option(help="Only these back-ends (repeatable).")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds; each times every back-end once, in a new order.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write the results file there.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends; measure nothing.")] = False,
+    cases: Cases = None,
+    json: Json = False,
+) -> None:
+    """Checks every back-end against the reference, then times the right ones in interleaved rounds."""
+    from profiling import bench as module
+
+    raise typer.Exit(module.command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
+
+
+@app.command()
+def audit(
+    patterns: Patterns = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_90 (default), sm_89, sm_100; repeatable.")] = None,
+    budget: Annotated[Path, typer.Option(help="Budget file that kernels are held to.")] = BUDGETS,
+    out: Annotated[Path | None, typer.Option(help="Write the results file there.")] = None,
+    cases: Cases = None,
+    json: Json = False,
+) -> None:
+    """Compiles every Triton kernel ahead of time, with no GPU, and says what will bound it."""
+    from profiling import audit as module
+
+    raise typer.Exit(module.command(patterns or [], target or ["sm_90"], budget, out, cases, json))
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(help="Results file, or a git revision whose results are committed.")],
+    after: Annotated[str, typer.Argument(help="The same.")],
+    again: Annotated[
+        list[str] | None, typer.Option(help="Further runs of the first one: their spread counts as noise (repeatable).")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a share: 0.02 is 2 %.")] = 0.02,
+    force: Annotated[bool, typer.Option("--force", help="Compare across devices or versions, and say so.")] = False,
+    results: Results = RESULTS,
+    json: Json = False,
+) -> None:
+    """Says of every case whether it became faster or slower, or broke; exit code 1 on a regression."""
+    from profiling import compare as module
+
+    raise typer.Exit(module.command(before, after, again or [], threshold, force, results, json))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Results file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one self-contained HTML file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the figures as PNG files into this folder.")] = None,
+    results: Results = RESULTS,
+    json: Json = False,
+) -> None:
+    """Draws a run: roofline, timeline, waterfall, history, tables."""
+    from profiling import report as module
+
+    raise typer.Exit(module.command(run, out, png, results, json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def trace(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Write the Chrome/Perfetto trace there.")] = Path("trace.json"),
+    top: Annotated[int, typer.Option(help="Operations in the table.")] = 15,
+    json: Json = False,
+) -> None:
+    """Profiles a command: trace -- python -m streaming run ..."""
+    from profiling import trace as module
+
+    raise typer.Exit(module.command(context.args, out, top, json))
+
+
+@app.command()
+def tune(
+    patterns: Patterns = None,
+    device: Device = "auto",
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: kernels/tuned.")] = None,
+    cases: Cases = None,
+    json: Json = False,
+) -> None:
+    """Searches launch parameters and writes the fastest right ones to DEVICE.json."""
+    from profiling import tune as module
+
+    raise typer.Exit(module.command(patterns or [], device, budget, out, cases, json))
+
+
+@app.command()
+def targets(
+    file: Annotated[Path, typer.Option(help="Goals.")] = TARGETS,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Results files or folders (repeatable). Default: the committed ones.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Holds the newest results to the goals; exit code 1 unless all are met."""
+    from profiling import targets as module
+
+    raise typer.Exit(module.command(file, results or [RESULTS], json))
+
+
+@app.command()
+def gpu(
+    phase: Annotated[str, typer.Option(help="check, bench, tune or e2e; or several, comma-separated, in that order.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; a second call goes on where the first one stopped.")],
+    budget: Annotated[float, typer.Option(help="Seconds for everything; never exceeded.")] = 540,
+    device: Device = "auto",
+    patterns: Annotated[list[str] | None, typer.Option("--only", help="Only these cases or variants.")] = None,
+    cases: Cases = None,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+    json: Json = False,
+) -> None:
+    """Spends minutes on a GPU well: resumable, the most important first, every result written as it comes."""
+    from profiling import gpu as module
+
+    raise typer.Exit(module.command(phase, out, budget, device, patterns or [], cases, worker, json))
+
+
+@app.command()
+def project(
+    run: Annotated[Path, typer.Argument(help="Results file with cases at several world sizes.")],
+    gpus: Annotated[str, typer.Option(help="World sizes, comma-separated.")] = "1,2,4,8",
+    link: Annotated[str, typer.Option(help="Link between the GPUs: a name in devices.toml, or GB/s.")] = "H100",
+    json: Json = False,
+) -> None:
+    """Projects chunk time and startup at other world sizes; prints what it assumes."""
+    from profiling import project as module
+
+    raise typer.Exit(module.command(run, gpus, link, json))
+
+
+def main() -> int:
+    """Runs the command line; a user's mistake ends in one line and exit code 2."""
+    try:
+        return app(standalone_mode=False) or 0
+    except UserError as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = error.format_message()
+    if message:
+        print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

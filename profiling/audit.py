@@ -1,0 +1,477 @@
+"""Audits kernels without a GPU: compiles what a launcher would launch, reads the result, and models what bounds it.
+
+Nothing is described twice. The audit calls a back-end's own `launcher` with tensors that have shapes but no memory,
+under a driver that names a GPU, and Triton's `run` then compiles for that GPU instead of launching. So what is audited
+is what would run: arguments, specialisation, grid, warps, stages, every kernel of the launcher.
+
+*Model* (`bounds`): the least seconds of a launch, unit by unit. The largest is the bound; FLOPs over it are the
+modelled TFLOP/s, an upper bound. It takes clock, rates and bandwidths from devices.toml and assumes that every unit is
+busy all the time and all of them at once: no latency, no dependencies, no power limit. What it counts is the work of
+one pass of the main loop (`profiling.ttgir`) times the passes that the case's FLOPs need: no prologue, no epilogue, no
+padding. `AuditResult.tile` has, of one pass in one block,
+
+    flops_DTYPE      of matrix products on tensor cores, by operand: flops_bf16, flops_fp8, flops_tf32 ...
+    fma              multiply-adds of matrix products on the ordinary units
+    load_bytes, store_bytes      from and to global memory; all of it passes through L2
+    mufu             elements of special functions: exponentials, divisions, roots
+    fp32             elements of additions, multiplications, maxima, also those of reductions, and `fma`
+    tensor_cycles, mufu_cycles, fp32_cycles, l2_cycles      that it takes each unit of a multiprocessor
+    passes           in the whole launch
+
+and `AuditResult.bounds` seconds by unit: tensor, mufu, fp32, l2, hbm. Not modelled are conversions, selections, address
+arithmetic, shared memory, and what surrounds a special function (`tl.exp2` costs three multiplications for denormals).
+
+Tensors without memory count as aligned to 16 bytes, whatever views a launcher takes of them.
+"""
+
+import contextlib
+import fnmatch
+import io
+import json
+import math
+import re
+import time
+import tomllib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.overrides import TorchFunctionMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.launch import GPU, assuming
+from model.errors import UserError
+from profiling import sass, ttgir
+from profiling.cases import Case, registry, select
+from profiling.devices import Device, of_target
+from profiling.machine import describe
+from profiling.results import AuditResult, Run, build, now, save, to_json
+from profiling.tables import number, share
+
+NARROW = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
+WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
+SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
+
+
+# --- Compiling what a launcher launches -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch that did not take place."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    compiled: Any  # triton's CompiledKernel
+
+
+class Compiler:
+    """What Triton asks a driver about the GPU when it compiles, answered for one that is not there."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to compile for."""
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> str:
+        """What Triton keeps its compiled kernels under; no real device has such a name."""
+        return f"audit sm_{self.arch}"
+
+    def get_current_stream(self, _device: object) -> int:
+        """There is none."""
+        return 0
+
+
+class Shapes(TorchFunctionMode):
+    """While this mode is on, tensors on "cuda" can be made and computed with that have no memory, nor need a GPU.
+
+    It is PyTorch's fake-tensor mode, and mends one thing: where PyTorch was built without CUDA, a few methods
+    (indexing, `contiguous`) ask in vain for the device. They are called again on the "meta" tensors inside.
+    """
+
+    def __enter__(self) -> "Shapes":
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._fake.__exit__(*raised)
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function."""
+        try:
+            return function(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "not linked with support for cuda" not in str(error):
+                raise
+        with in_kernel_invocation_manager(self._fake):
+            inner = function(*args, **(kwargs or {}))
+        return FakeTensor(self._fake, inner, args[0].device) if isinstance(inner, Tensor) else inner
+
+
+class Recorder:
+    """What came by while `recording`."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.compiling = ""  # the kernel at work, if any
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[Recorder]:
+    """While the body runs, Triton compiles for `arch` (90 is sm_90) what is launched, and launches nothing."""
+    compiler, recorder = Compiler(arch), Recorder()
+    run, active = JITFunction.run, driver._active
+    kernels: list[JITFunction[Any]] = []
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, **kwargs: Any) -> Any:
+        kernels.append(self)
+        recorder.compiling = self.__name__
+        compiled = run(self, *args, grid=grid, **(kwargs | {"warmup": True}))
+        recorder.launches.append(Launch(self.__name__, _grid(self, grid, args, kwargs), compiled))
+        recorder.compiling = ""
+        return compiled
+
+    JITFunction.run = compile_only
+    driver.set_active(cast(Any, compiler))
+    try:
+        yield recorder
+    finally:
+        JITFunction.run = run
+        driver.set_active(cast(Any, active))
+        for kernel in kernels:
+            kernel.device_caches.pop(compiler.get_current_device(), None)
+
+
+def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The grid as numbers; a function of the arguments is called with them."""
+    if callable(grid):
+        bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
+        bound.apply_defaults()
+        grid = grid(bound.arguments)
+    return tuple(int(n) for n in grid)
+
+
+# --- Budgets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What kernels are held to; budgets.toml says what the fields mean."""
+
+    registers: int | None = None
+    shared: int | None = None
+    spills: int = 0
+    local: int = 0
+    blocks: int = 1
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    mma: tuple[str, ...] = ()
+    target: str | None = None
+
+
+class Budgets:
+    """A budget file: which table holds for which kernel."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file; raises `UserError` if it is missing, malformed, or has a key that means nothing."""
+        try:
+            self._tables = tomllib.loads(path.read_text())
+            for pattern, table in self._tables.items():
+                if (target := build(Budget, table, f"[{pattern}]").target) is not None:
+                    of_target(target)
+        except OSError as error:
+            raise UserError(f"budget {path} cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise UserError(f"budget {path} is malformed: {error}") from error
+        self.unused = set(self._tables)  # those that matched nothing so far
+
+    def of(self, kernel: str, case: str, target: str) -> Budget:
+        """All tables that match, a later one over an earlier one."""
+        merged: dict[str, Any] = {}
+        for pattern, table in self._tables.items():
+            names = fnmatch.fnmatchcase(kernel, pattern) or fnmatch.fnmatchcase(case, pattern)
+            if names and table.get("target", target) == target:
+                merged |= table
+                self.unused.discard(pattern)
+        return build(Budget, merged, "budget")
+
+
+UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, as the model has them
+LIMITS = {
+    "registers": "registers a thread",
+    "shared": "bytes of shared memory a block",
+    "spills": "bytes spilled",
+    "local": "bytes of local memory a thread",
+}
+
+
+def faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile) -> Iterator[str]:
+    """What of a kernel breaks the budget, in words."""
+    if result.shared > device.shared_bytes_block:
+        yield f"{result.shared} bytes of shared memory, a block on {device.target} has {device.shared_bytes_block}"
+    elif result.blocks < budget.blocks:
+        yield f"room for {result.blocks} blocks on a multiprocessor, wanted {budget.blocks}"
+    for name, what in LIMITS.items():
+        limit, value = getattr(budget, name), getattr(result, name)
+        if limit is not None and value > limit:
+            yield f"{value} {what}, allowed {limit}"
+    yield from (f"no {name} in the SASS" for name in budget.needs if name not in result.instructions)
+    yield from (f"{name} in the SASS" for name in budget.forbids if name in result.instructions)
+    for remark in result.warnings:
+        if f"({SERIALISED}" in remark:
+            yield re.sub(r" (in|for) the function .*", "", remark)
+    if set(NARROW) & set(tile.flops):
+        allowed = budget.mma or device.mma
+        others = [name for name in result.instructions if name.endswith("MMA") and name not in allowed]
+        if others or not set(allowed) & set(result.instructions):
+            yield f"matrix products by {', '.join(others) or 'no matrix instruction'}, wanted {' or '.join(allowed)}"
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
+
+
+def shares(launches: Sequence[Launch], tiles: Sequence[ttgir.Tile]) -> list[float]:
+    """Which part of the case's FLOPs and bytes each launch is taken to do.
+
+    By the matrix products of one pass in all its blocks, where any kernel has some; else by its float operations.
+    """
+    blocks = [math.prod(launch.grid) for launch in launches]
+    weights = [n * tile.products for n, tile in zip(blocks, tiles, strict=True)]
+    if not any(weights):
+        weights = [n * (tile.fp32 + tile.mufu) for n, tile in zip(blocks, tiles, strict=True)]
+    if not any(weights):
+        weights = [n * (tile.load_bytes + tile.store_bytes) for n, tile in zip(blocks, tiles, strict=True)]
+    return [weight / (sum(weights) or 1) for weight in weights]
+
+
+def cycles(tile: ttgir.Tile, device: Device) -> dict[str, float]:
+    """Cycles that one pass takes each unit of a multiprocessor; of L2 a multiprocessor has its even part."""
+    l2_cycle = device.l2_bytes_s / device.multiprocessors / device.clock
+    return {
+        "tensor": sum(flops / device.flop_cycle.get(dtype, math.inf) for dtype, flops in tile.flops.items()),
+        "mufu": tile.mufu / device.mufu_cycle,
+        "fp32": tile.fp32 / device.fp32_cycle,
+        "l2": (tile.load_bytes + tile.store_bytes) / l2_cycle,
+    }
+
+
+def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, device: Device) -> dict[str, float]:
+    """Least seconds of a launch by unit, those that do anything.
+
+    Multiprocessors take blocks as they become free, all of one length: the busiest has ceil(blocks / multiprocessors)
+    of them. A persistent grid, no larger than what fits at once, shares the work out evenly.
+    """
+    busiest = passes * math.ceil(blocks / device.multiprocessors) / blocks
+    seconds = {unit: n * busiest / device.clock for unit, n in cycles(tile, device).items() if unit != "l2"}
+    seconds["l2"] = passes * (tile.load_bytes + tile.store_bytes) / device.l2_bytes_s
+    seconds["hbm"] = least_bytes / device.hbm_bytes_s
+    return {unit: value for unit, value in seconds.items() if value}
+
+
+# --- Cases ----------------------------------------------------------------------------------------------------------
+
+
+def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult]:
+    """One result for every kernel that the case's launchers launch, on the GPU that `device` stands for.
+
+    A launcher that raises, or a kernel that does not compile, is a result with a fault; so is a launcher that launches
+    nothing.
+    """
+    results = []
+    for backend in case.backends:
+        if backend.launcher is not None:
+            launches, fault = _launches(case, backend.launcher, device)
+            results += _results(case, launches, device, budgets)
+            if fault is not None:
+                kernel, reason = fault
+                results.append(AuditResult(case.name, kernel or backend.name, device.target, faults=(reason,)))
+    return results
+
+
+def _launches(
+    case: Case, launcher: Callable[..., object], device: Device
+) -> tuple[list[Launch], tuple[str, str] | None]:
+    """What the launcher launches on the case's inputs; and the kernel that failed, with the reason."""
+    arch = int(device.target.removeprefix("sm_"))
+    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
+    gpu = GPU(device.name, device.capability, device.multiprocessors)
+    with recording(arch) as recorder, assuming(gpu), Shapes(), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
+        try:
+            launcher(*case.inputs(torch.device("cuda"), None))
+        except Exception as error:
+            return recorder.launches, (recorder.compiling, _reason(error))
+    return recorder.launches, None if recorder.launches else ("", "launches no Triton kernel")
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line: what ptxas says, or where Triton's compiler stopped, or the first line of any other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    told = lines[-1] if isinstance(error, CompilationError) else lines[0]
+    told = next((line for line in lines if line.startswith("ptxas fatal")), told)
+    return f"{type(error).__name__}: {told}"
+
+
+def _results(case: Case, launches: Sequence[Launch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
+    """Launches as results; the same launch several times is one result, with the bounds of all together."""
+    operations = {launch.compiled: ttgir.parse(launch.compiled.asm["ttgir"]) for launch in launches}
+    tiles = {compiled: ttgir.tile(ops) for compiled, ops in operations.items()}
+    parts = shares(launches, [tiles[launch.compiled] for launch in launches])
+    for launch, times in Counter(launches).items():
+        compiled, blocks = launch.compiled, math.prod(launch.grid)
+        tile, part = tiles[compiled], times * parts[launches.index(launch)]
+        passes = part * case.flops / tile.products if tile.products else float(times * blocks)
+        seconds = bounds(tile, passes, blocks, part * case.bytes, device)
+        result = replace(
+            _compiled(case, launch, device),
+            tile=described(tile, device) | {"passes": passes},
+            bounds=seconds,
+            tflops=part * case.flops / max(seconds.values()) / 1e12 if part else None,
+        )
+        budget = budgets.of(launch.kernel, case.name, device.target)
+        found = (*faults(result, budget, device, tile), *ttgir.faults(compiled.asm["ttgir"], operations[compiled]))
+        yield replace(result, faults=found)
+
+
+def _compiled(case: Case, launch: Launch, device: Device) -> AuditResult:
+    """What compiler and assembler say of a kernel."""
+    assembly, metadata = sass.assemble(launch.compiled), launch.compiled.metadata
+    blocks = sass.resident_blocks(device, metadata.num_warps, assembly.registers, metadata.shared)
+    return AuditResult(
+        case.name,
+        launch.kernel,
+        device.target,
+        launch.grid,
+        metadata.num_warps,
+        metadata.num_stages,
+        assembly.registers,
+        assembly.spills,
+        assembly.local,
+        metadata.shared,
+        blocks * metadata.num_warps / device.warps,
+        blocks,
+        assembly.instructions,
+        warnings=assembly.remarks,
+    )
+
+
+def described(tile: ttgir.Tile, device: Device) -> dict[str, float]:
+    """`AuditResult.tile`, see the top of this file."""
+    work = {f"flops_{dtype}": flops for dtype, flops in tile.flops.items()}
+    work |= {name: getattr(tile, name) for name in ("fma", "load_bytes", "store_bytes", "mufu", "fp32")}
+    return work | {f"{unit}_cycles": n for unit, n in cycles(tile, device).items()}
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def audit_table(results: Sequence[AuditResult]) -> Table:
+    """The results for a terminal: a case, then its kernels, in red if something is wrong with them."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("case, kernel", overflow="fold")
+    numbers = ("regs", "spills", "smem", "occupancy", "MMA", *UNITS)
+    for heading in numbers:
+        out.add_column(heading, justify="right", no_wrap=True)
+    out.add_column("bound", no_wrap=True)
+    out.add_column("TFLOP/s", justify="right", no_wrap=True)
+    case = None
+    for result in results:
+        if result.case != case:
+            out.add_section()
+            out.add_row(escape(result.case))
+            case = result.case
+        out.add_row(*_cells(result), style="red" if result.faults else None)
+    out.caption = f"{', '.join(UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
+    return out
+
+
+def _cells(result: AuditResult) -> Iterator[str]:
+    yield f"  {escape(result.kernel)} {result.target}"
+    if not result.instructions:  # did not compile
+        return
+    yield str(result.registers)
+    yield str(result.spills)
+    yield f"{result.shared / 1024:.0f}K"
+    yield share(result.occupancy)
+    yield " ".join(name for name in result.instructions if name.endswith("MMA"))
+    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
+    for unit in UNITS:
+        value = number(result.tile.get(f"{unit}_cycles"))
+        yield f"[bold]{value}[/]" if unit == bound else value
+    yield bound
+    yield number(result.tflops)
+
+
+def command(
+    patterns: list[str], targets: list[str], budget: Path, out: Path | None, extra: Path | None, as_json: bool
+) -> int:
+    """`python -m profiling audit`; 1 if any kernel has a fault."""
+    if knobs.runtime.interpret:
+        raise UserError("TRITON_INTERPRET=1 replaces the compiler, so there is nothing to audit; unset it")
+    started, begin = now(), time.monotonic()
+    devices, budgets, chosen = [of_target(target) for target in targets], Budgets(budget), _choose(extra, patterns)
+    run = Run("audit", started, describe(torch.device("cpu")))
+    if out is not None:
+        save(run, out)  # a place that cannot be written is said now, not after the work
+    with Console(stderr=True).status("") as status:
+        for device in devices:
+            for case in chosen:
+                status.update(f"compiling {case.name} for {device.target}")
+                run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
+    run = replace(run, notes=tuple(_notes(chosen, patterns, budgets)), seconds=time.monotonic() - begin)
+    if out is not None:
+        save(run, out)
+    if as_json:
+        print(json.dumps(to_json(run), indent=1))
+    else:
+        _show(run)
+    return int(any(result.faults for result in run.audit))
+
+
+def _show(run: Run) -> None:
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    if run.audit:
+        console.print(audit_table(run.audit))
+    for result in run.audit:
+        for fault in result.faults:
+            line = f"{result.case} {result.kernel} {result.target}: {fault}"
+            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    for note in run.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _choose(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
+    """Cases that have a launcher: those that match, or all; raises `UserError` if none that matches has one."""
+    cases = registry(extra)
+    chosen = select(cases, patterns) if patterns else list(cases.values())
+    compiled = [case for case in chosen if any(backend.launcher for backend in case.backends)]
+    if patterns and not compiled:
+        raise UserError(f"{', '.join(patterns)}: none of these cases has a Triton kernel; without a name all that have")
+    return compiled
+
+
+def _notes(chosen: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
+    """What a reader must know besides the results."""
+    if not chosen:
+        yield "no Triton kernels in the registry yet"
+    elif not patterns:  # so everything that a budget could be meant for was there
+        yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

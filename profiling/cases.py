@@ -1,0 +1,766 @@
+"""Every benchmark case, once: for the command line, pytest-benchmark, the audit, the tuner and the GPU phases alike.
+
+A *case* is an operation at a named shape in a dtype: `self_attention/14b-w8/bf16` is the self-attention of one of 8
+GPUs that share flashtalk-14b. It knows how its inputs are made, what the right answer is, how many operations and
+bytes it needs by formula, and which back-ends compute it: ours (what model/ runs) and *peers* (what a user would run
+instead).
+
+    Operation   inputs, reference, FLOPs, bytes, back-ends by dtype
+    Shape       name, dimensions, GPUs that share the work, calls a chunk
+    Case        an operation at a shape in a dtype; `registry` makes them all
+
+Dimensions come from the model's configuration. A dtype is what matrix products run in: "fp8" cases take bf16 inputs and
+are held to the same float reference. FLOPs count a multiply-add as 2; bytes count each operand and result once, those
+of products in the case's dtype, the stream between them in at least 16 bits.
+"""
+
+import difflib
+import fnmatch
+import importlib.util
+import math
+import runpy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.color import lab_statistics, lab_transfer
+from kernels.conv import causal_conv3d
+from kernels.conv import reference as causal_conv3d_reference
+from model.config import PRESETS, Config
+from model.dit import attention, layer_norm_modulate, rotate
+from model.errors import UserError
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of its matrix operands
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # relative Frobenius error of one operation
+FP8_MAX = 448.0  # largest e4m3 value
+
+Dims = Mapping[str, int]
+Output = Tensor | tuple[Tensor, ...]
+Call = Callable[[], Output]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Makes random inputs: normal, never zeros. Without a generator, under a fake-tensor mode, it makes only shapes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator | None = None
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values of deviation `scale`."""
+        x = torch.randn(*shape, device=self.device, dtype=torch.float32, generator=self.generator)
+        return (x * scale).to(dtype or self.dtype)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operation.
+
+    `prepare(*inputs)` does what is done once (quantises weights, changes their layout) and returns the call that is
+    timed. It may raise anything; an absent module named in `needs` is noted beforehand.
+    """
+
+    name: str
+    prepare: Callable[..., Call]
+    ours: bool = False
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    needs: str | None = None
+    # Of a Triton kernel: what the operation calls on CUDA tensors, for the audit; and for the tuner, the launch
+    # parameters worth trying at given dimensions, any of which `prepare(*inputs, launch=...)` takes.
+    launcher: Callable[..., object] | None = None
+    space: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs can be imported."""
+        if self.needs is None:
+            return True
+        try:
+            return importlib.util.find_spec(self.needs) is not None
+        except ModuleNotFoundError:  # the parent of a dotted name
+            return False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is computed, and by whom."""
+
+    name: str
+    inputs: Callable[[Dims, Draw], tuple[Any, ...]]
+    reference: Callable[..., Output]  # in the precision of its inputs
+    flops: Callable[[Dims], float]
+    bytes: Callable[[Dims, int], float]  # dimensions, bytes of a matrix operand
+    backends: Mapping[str, Sequence[Backend]]  # dtype -> back-ends
+    result: Callable[[Any], Output] = lambda output: output  # what of a back-end's output the reference is held to
+    products: bool = True  # whether the FLOPs are matrix products, whose ceiling is measured
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Named dimensions. `world` GPUs share the work, and one of them makes `calls` such calls in a chunk."""
+
+    name: str
+    dims: Dims
+    world: int = 1
+    calls: float = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at a shape in a dtype."""
+
+    operation: Operation
+    shape: Shape
+    dtype: str
+    tolerance: float
+
+    @property
+    def name(self) -> str:
+        """operation/shape/dtype."""
+        return f"{self.operation.name}/{self.shape.name}/{self.dtype}"
+
+    @property
+    def flops(self) -> float:
+        """Useful operations of one call."""
+        return self.operation.flops(self.shape.dims)
+
+    @property
+    def bytes(self) -> float:
+        """Least bytes of one call."""
+        return self.operation.bytes(self.shape.dims, ITEM_BYTES[self.dtype])
+
+    @property
+    def backends(self) -> Sequence[Backend]:
+        """Ours and the peers."""
+        return self.operation.backends[self.dtype]
+
+    def inputs(self, device: torch.device, generator: torch.Generator | None) -> tuple[Any, ...]:
+        """Fresh random inputs."""
+        return self.operation.inputs(self.shape.dims, Draw(device, TORCH_DTYPES[self.dtype], generator))
+
+    def expected(self, inputs: tuple[Any, ...], precision: torch.dtype) -> Output:
+        """The reference of these inputs, computed in `precision`."""
+        wide = [x.to(precision) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        return self.operation.reference(*wide)
+
+
+def once(function: Callable[..., Output]) -> Callable[..., Call]:
+    """A `prepare` that has nothing to prepare."""
+    return lambda *inputs: partial(function, *inputs)
+
+
+def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
+    """A `prepare` that hands the function to torch.compile."""
+    return lambda *inputs: partial(torch.compile(function, dynamic=False), *inputs)
+
+
+def eager_and_compiled(
+    function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
+) -> tuple[Backend, Backend]:
+    """What model/ runs, as it is and, on some devices, as torch.compile makes it."""
+    return Backend("eager", once(function), ours=True), Backend("compiled", compiled(function), devices=devices)
+
+
+# On the CPU compilation takes seconds a shape; only passes over memory, which it fuses, are worth these.
+ANYWHERE = ("cuda", "cpu")
+
+
+# --- Attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, head by head: q [queries, head, d], k and v [keys, head, d] -> [queries, head, d]."""
+    heads = []
+    for h in range(q.shape[1]):
+        weights = (q[:, h] @ k[:, h].T * q.shape[2] ** -0.5).softmax(-1)
+        heads.append(weights @ v[:, h])
+    return torch.stack(heads, dim=1)
+
+
+def model_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As the student calls it."""
+    return attention(q[None], k[None], v[None])[0].unflatten(-1, q.shape[1:])
+
+
+def sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention by one of its back-ends; batch and heads in front, as it likes them."""
+    with sdpa_kernel(backend) if backend else nullcontext():
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlashAttention-2 of the package flash-attn."""
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    return lambda: flash_attn_func(q[None], k[None], v[None])[0]
+
+
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlashAttention-4 of the package flash-attn-4, which also runs on Hopper."""
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    def call() -> Tensor:
+        out = flash_attn_func(q[None], k[None], v[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return call
+
+
+def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """SageAttention: q k^T in int8, p v in fp16 or fp8, by version and device."""
+    from sageattention import sageattn  # type: ignore[import-not-found]
+
+    return lambda: sageattn(q[None], k[None], v[None], tensor_layout="NHD")[0]
+
+
+_ATTENTION_PEERS = (
+    Backend("sdpa-cudnn", once(partial(sdpa, SDPBackend.CUDNN_ATTENTION)), devices=("cuda",)),
+    Backend("sdpa-flash", once(partial(sdpa, SDPBackend.FLASH_ATTENTION))),
+    Backend("sdpa-efficient", once(partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)), devices=("cuda",)),
+    Backend("flash-attn", flash_attn, devices=("cuda",), needs="flash_attn"),
+    Backend("flash-attn-4", flash_attn_4, devices=("cuda",), needs="flash_attn.cute"),
+)
+
+SELF_ATTENTION = Operation(
+    "self_attention",
+    lambda d, draw: tuple(draw(d[n], d["heads"], d["channels"]) for n in ("queries", "keys", "keys")),
+    attention_reference,
+    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
+    lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["channels"] * item,
+    {
+        "fp32": (Backend("eager", once(model_attention), ours=True), _ATTENTION_PEERS[1]),
+        "bf16": (Backend("eager", once(model_attention), ours=True), *_ATTENTION_PEERS),
+        "fp8": (
+            Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
+            *_ATTENTION_PEERS[:2],
+        ),
+    },
+)
+
+
+def text_image_reference(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+    """Two softmaxes, to text and to image keys, summed."""
+    return attention_reference(q, text_k, text_v) + attention_reference(q, image_k, image_v)
+
+
+def text_image_model(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+    """As the student calls it."""
+    return model_attention(q, text_k, text_v) + model_attention(q, image_k, image_v)
+
+
+TEXT_IMAGE_ATTENTION = Operation(
+    "text_image_attention",
+    lambda d, draw: tuple(draw(d[n], d["heads"], d["channels"]) for n in ("queries", "text", "text", "image", "image")),
+    text_image_reference,
+    lambda d: 4.0 * d["queries"] * (d["text"] + d["image"]) * d["heads"] * d["channels"],
+    lambda d, item: 2.0 * (d["queries"] + d["text"] + d["image"]) * d["heads"] * d["channels"] * item,
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(text_image_model)),
+)
+
+
+def frame_reference(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
+    """Each latent frame's tokens attend to that frame's keys: q [tokens, head, d], k and v [frame, key, head, d].
+
+    The last frame may have fewer than `per_frame` tokens, as a rank's share of them ends.
+    """
+    return torch.cat([attention_reference(*qkv) for qkv in zip(q.split(per_frame), k, v, strict=True)])
+
+
+def frame_batched(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
+    """One attention call with the frames as its batch, as the student has it; a last, shorter frame is padded."""
+    whole = F.pad(q, (0, 0, 0, 0, 0, len(k) * per_frame - len(q))).unflatten(0, (len(k), -1))
+    return attention(whole, k, v).flatten(0, 1)[: len(q)].unflatten(-1, q.shape[1:])
+
+
+FRAME_ATTENTION = Operation(
+    "frame_attention",
+    lambda d, draw: (
+        draw(d["queries"], d["heads"], d["channels"]),
+        *(draw(-(-d["queries"] // d["per_frame"]), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
+        d["per_frame"],
+    ),
+    frame_reference,
+    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
+    lambda d, item: (
+        2.0 * (d["queries"] + -(-d["queries"] // d["per_frame"]) * d["keys"]) * d["heads"] * d["channels"] * item
+    ),
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(frame_batched)),
+)
+
+
+# --- Linear layers --------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, columns] as e4m3 and the float32 scale of each row [rows, 1]: x ~ quantised * scale."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def scaled_mm(x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """x w^T + bias of row-quantised x [M, K] and w [N, K], in `dtype`."""
+    (xq, xs), (wq, ws) = x, w
+    fast = xq.is_cuda
+    product: Any = torch._scaled_mm  # pyright: ignore  (private, and there is no other)
+    return product(xq, wq.t(), scale_a=xs, scale_b=ws.t(), bias=bias, out_dtype=dtype, use_fast_accum=fast)
+
+
+def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
+    """The product alone: activations as well as weights are quantised beforehand."""
+    xq, wq = quantize_rows(x), quantize_rows(w)
+    return lambda: scaled_mm(xq, wq, bias, x.dtype)
+
+
+LINEAR = Operation(
+    "linear",
+    lambda d, draw: (
+        draw(d["rows"], d["inputs"]),
+        draw(d["outputs"], d["inputs"], scale=d["inputs"] ** -0.5),
+        draw(d["outputs"]),
+    ),
+    F.linear,
+    lambda d: 2.0 * d["rows"] * d["inputs"] * d["outputs"],
+    lambda d, item: (d["rows"] + d["outputs"]) * d["inputs"] * item + d["rows"] * d["outputs"] * max(item, 2.0),
+    {
+        "fp32": (Backend("eager", once(F.linear), ours=True),),
+        "bf16": (Backend("eager", once(F.linear), ours=True),),
+        "fp8": (Backend("scaled-mm-row", prepare_scaled_mm),),
+    },
+)
+
+
+def torchao_linear(w: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """torchao's float8 linear layer: weights quantised by row beforehand, activations by row at each call."""
+    from torchao.quantization import (  # type: ignore[import-not-found]
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype)
+    layer.weight, layer.bias = torch.nn.Parameter(w, requires_grad=False), torch.nn.Parameter(bias, requires_grad=False)
+    quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return layer
+
+
+EPS = 1e-6  # of every layer norm of the student
+
+
+def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    """LayerNorm, modulation, linear layer, and tanh-GELU if asked for: what comes before attention and in the FFN."""
+    y = F.linear(layer_norm_modulate(x, shift, scale, EPS), w, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def norm_linear_reference(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    """`norm_linear` in the precision of its inputs throughout."""
+    y = (F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift) @ w.T + bias
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, wq: Tensor, ws: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    """`norm_linear` on e4m3 weights, with the activations quantised by row in a pass of their own."""
+    y = scaled_mm(quantize_rows(layer_norm_modulate(x, shift, scale, EPS)), (wq, ws), bias, x.dtype)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def prepare_norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
+    """Unfused row quantisation, `torch._scaled_mm`, compiled pointwise operations around it."""
+    return compiled(norm_scaled_mm)(x, shift, scale, *quantize_rows(w), bias, gelu)
+
+
+def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
+    """The same sequence around torchao's layer, compiled as torchao asks for."""
+    layer = torchao_linear(w, bias)
+
+    def run(x: Tensor) -> Tensor:
+        y = layer(layer_norm_modulate(x, shift, scale, EPS))
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    return compiled(run)(x)
+
+
+def residual_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
+    """y [rows, inputs], w, bias, the stream x [rows, outputs] that the result is added to, its gate [outputs]."""
+    return (
+        *LINEAR.inputs(d, draw),
+        draw(d["rows"], d["outputs"]),
+        draw(d["outputs"], dtype=torch.float32),
+    )
+
+
+def linear_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """x + gate (y w^T + bias), rounded once."""
+    return (x.float() + F.linear(y, w, bias).float() * gate).to(x.dtype)
+
+
+def residual_scaled_mm(y: Tensor, wq: Tensor, ws: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """`linear_residual` on e4m3 weights."""
+    return (x.float() + scaled_mm(quantize_rows(y), (wq, ws), bias, x.dtype).float() * gate).to(x.dtype)
+
+
+def prepare_residual_scaled_mm(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Call:
+    """Unfused row quantisation, `torch._scaled_mm`, compiled pointwise operations around it."""
+    return compiled(residual_scaled_mm)(y, *quantize_rows(w), bias, x, gate)
+
+
+NORM_LINEAR = Operation(
+    "norm_linear",
+    lambda d, draw: (
+        draw(d["rows"], d["inputs"]),
+        *(draw(d["inputs"], scale=0.1, dtype=torch.float32) for _ in range(2)),
+        *LINEAR.inputs(d, draw)[1:],
+        bool(d["gelu"]),
+    ),
+    norm_linear_reference,
+    LINEAR.flops,
+    lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + d["outputs"]) * max(item, 2.0),
+    {
+        "fp32": eager_and_compiled(norm_linear),
+        "bf16": eager_and_compiled(norm_linear),
+        "fp8": (
+            Backend("scaled-mm-row", prepare_norm_scaled_mm, devices=("cuda",)),
+            Backend("torchao", prepare_norm_torchao, devices=("cuda",), needs="torchao"),
+            Backend("bf16-compiled", compiled(norm_linear), devices=("cuda",)),
+        ),
+    },
+)
+
+LINEAR_RESIDUAL = Operation(
+    "linear_residual",
+    residual_inputs,
+    lambda y, w, bias, x, gate: x + gate * (y @ w.T + bias),
+    LINEAR.flops,
+    lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + 2 * d["outputs"]) * max(item, 2.0),
+    {
+        "fp32": eager_and_compiled(linear_residual),
+        "bf16": eager_and_compiled(linear_residual),
+        "fp8": (
+            Backend("scaled-mm-row", prepare_residual_scaled_mm, devices=("cuda",)),
+            Backend("bf16-compiled", compiled(linear_residual), devices=("cuda",)),
+        ),
+    },
+)
+
+
+# --- Passes over memory ---------------------------------------------------------------------------------------------
+
+
+def dequantized(output: tuple[Tensor, Tensor]) -> Tensor:
+    """What `quantize_rows` returned, multiplied out again, to be held to its input."""
+    quantised, scale = output
+    return quantised.float() * scale
+
+
+QUANTIZE_ROWS = Operation(
+    "quantize_rows",
+    lambda d, draw: (draw(d["rows"], d["columns"]),),
+    lambda x: x,
+    lambda d: 3.0 * d["rows"] * d["columns"],
+    lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
+    {"fp8": eager_and_compiled(quantize_rows)},
+    dequantized,
+    products=False,
+)
+
+LAYER_NORM_MODULATE = Operation(
+    "layer_norm_modulate",
+    lambda d, draw: (
+        draw(d["rows"], d["columns"]),
+        *(draw(d["columns"], scale=0.1, dtype=torch.float32) for _ in range(2)),
+    ),
+    lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
+    lambda d: 8.0 * d["rows"] * d["columns"],
+    lambda d, item: 2.0 * item * d["rows"] * d["columns"],
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(partial(layer_norm_modulate, eps=EPS), ANYWHERE)),
+    products=False,
+)
+
+
+def rotations(draw: Draw, tokens: int, pairs: int) -> Tensor:
+    """Cosines and sines of random angles, float32 [token, pair, 2], as in a rotary table."""
+    angles = draw(tokens, pairs, dtype=torch.float32)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def rms_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k of a fused projection [S, 3 D], RMS-normalised over all D, weighted, rotated; [S, head, d] each."""
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], weight, EPS).unflatten(-1, (-1, 2 * rope.shape[1]))
+        for x, weight in zip(qkv.chunk(3, -1), (q_weight, k_weight), strict=False)
+    )
+    return rotate(q, rope), rotate(k, rope)
+
+
+def rms_norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """`rms_norm_rope` written out, in the precision of its inputs."""
+    out = []
+    for x, weight in zip(qkv.chunk(3, -1), (q_weight, k_weight), strict=False):
+        y = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+        pairs = torch.view_as_complex(y.unflatten(-1, (-1, rope.shape[1], 2)).contiguous())
+        turned = pairs * torch.view_as_complex(rope.contiguous())[:, None]
+        out.append(torch.view_as_real(turned).flatten(-2))
+    return tuple(out)
+
+
+RMS_NORM_ROPE = Operation(
+    "rms_norm_rope",
+    lambda d, draw: (
+        draw(d["tokens"], 3 * d["heads"] * d["channels"]),
+        *(1 + draw(d["heads"] * d["channels"], scale=0.1) for _ in range(2)),
+        rotations(draw, d["tokens"], d["channels"] // 2),
+    ),
+    rms_norm_rope_reference,
+    lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * (4.0 * d["heads"] * item + 4),
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(rms_norm_rope, ANYWHERE)),
+    products=False,
+)
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """The VAE's norm and SiLU: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return F.silu((x / norm.clamp_min(1e-12) * (gamma.view(-1, 1, 1) * x.shape[1] ** 0.5)).to(x.dtype))
+
+
+def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:
+    """Random [frame, channel, row, column] in channels-last memory."""
+    return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
+
+
+NORM_SILU = Operation(
+    "norm_silu",
+    lambda d, draw: (
+        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+        1 + draw(d["channels"], scale=0.1),
+    ),
+    norm_silu,
+    lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(norm_silu, ANYWHERE)),
+    products=False,
+)
+
+LAB_TRANSFER = Operation(
+    "lab_transfer",
+    lambda d, draw: (
+        draw(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
+        *lab_statistics(draw(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
+    ),
+    lab_transfer,
+    lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
+    lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
+    {"fp32": eager_and_compiled(lab_transfer, ANYWHERE)},
+    products=False,
+)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------------------------
+
+
+def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
+    """The published form: cached frames concatenated, padded, one library convolution, channels first."""
+    k = w.shape[3]
+    clip = torch.cat([past, x]).transpose(0, 1)[None].contiguous()
+    return F.conv3d(F.pad(clip, [k // 2] * 4), w, bias)[0].transpose(0, 1)
+
+
+def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Call:
+    """The same library convolution on channels-last memory, weights laid out beforehand."""
+    last, k = w.contiguous(memory_format=torch.channels_last_3d), w.shape[3]
+
+    def call() -> Tensor:
+        clip = torch.cat([past, x])[None].transpose(1, 2)
+        return F.conv3d(clip, last, bias, padding=(0, k // 2, k // 2))[0].transpose(0, 1)
+
+    return call
+
+
+CAUSAL_CONV3D = Operation(
+    "causal_conv3d",
+    lambda d, draw: (
+        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+        draw(d["outputs"], d["channels"], 3, 3, 3, scale=(27 * d["channels"]) ** -0.5),
+        draw(d["outputs"]),
+        pixels(draw, 2, d["channels"], d["rows"], d["columns"]),
+    ),
+    causal_conv3d_reference,
+    lambda d: 2.0 * 27 * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+    lambda d, item: (
+        item * (d["rows"] * d["columns"] * ((d["frames"] + 2) * d["channels"] + d["frames"] * d["outputs"]))
+        + 27.0 * item * d["channels"] * d["outputs"]
+    ),
+    dict.fromkeys(
+        ("fp32", "bf16"),
+        (
+            Backend("eager", once(causal_conv3d), ours=True),
+            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
+            Backend("conv3d-official", once(conv3d_official)),
+        ),
+    ),
+)
+
+
+def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """Nearest 2x up-sampling, then a 3 x 3 convolution: [T, C, H, W] -> [T, O, 2 H, 2 W]."""
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), w, bias, padding=1)
+
+
+UPSAMPLE_CONV = Operation(
+    "upsample_conv",
+    lambda d, draw: (
+        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+        draw(d["outputs"], d["channels"], 3, 3, scale=(9 * d["channels"]) ** -0.5),
+        draw(d["outputs"]),
+    ),
+    upsample_conv,
+    # As four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of it.
+    lambda d: 2.0 * 16 * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+    lambda d, item: (
+        item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + 4 * d["outputs"]))
+        + 9.0 * item * d["channels"] * d["outputs"]
+    ),
+    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(upsample_conv)),
+)
+
+# --- Shapes ---------------------------------------------------------------------------------------------------------
+
+
+def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
+    """Into how many rows and columns of equal tiles `world` GPUs split a latent, as square as can be."""
+    ways = [
+        (g, world // g) for g in range(1, world + 1) if world % g == 0 and rows % g == 0 and columns % (world // g) == 0
+    ]
+    if not ways:
+        raise ValueError(f"world: {world} GPUs cannot split {rows} x {columns} evenly")
+    return min(ways, key=lambda way: abs(rows / way[0] - columns / way[1]))
+
+
+def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
+    """The student's operations on one of `world` GPUs: heads split inside self-attention, tokens everywhere else."""
+    dit = config.dit
+    tokens, per_frame = math.prod(config.grid), math.prod(config.grid[1:])
+    rows, layers = tokens // world, dit.num_layers * config.chunk.sample_steps
+
+    def shape(calls: int, suffix: str = "", /, **dims: int) -> Shape:
+        return Shape(tag + suffix, dims, world, calls * layers)
+
+    heads = {"heads": dit.num_heads, "channels": dit.head_dim}
+    yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, channels=dit.head_dim)
+    yield TEXT_IMAGE_ATTENTION, shape(1, queries=rows, text=dit.text_len, image=dit.img_tokens, **heads)
+    yield FRAME_ATTENTION, shape(1, queries=rows, per_frame=per_frame, keys=dit.context_tokens, **heads)
+    wide, narrow = dit.ffn_dim, dit.dim
+    # Output projections and queries of three attentions: o; cross q, o; audio q, o.
+    for name, calls, inputs, outputs in (
+        ("qkv", 1, narrow, 3 * narrow), ("out", 5, narrow, narrow), ("up", 1, narrow, wide), ("down", 1, wide, narrow)
+    ):  # fmt: skip
+        yield LINEAR, shape(calls, f"-{name}", rows=rows, inputs=inputs, outputs=outputs)
+    # Whole sequences, of which the linear layer and the passes around it are parts: no calls of their own.
+    for name, inputs, outputs, gelu in (("qkv", narrow, 3 * narrow, 0), ("up", narrow, wide, 1)):
+        yield NORM_LINEAR, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=outputs, gelu=gelu)
+    for name, inputs in (("out", narrow), ("down", wide)):
+        yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow)
+    yield LAYER_NORM_MODULATE, shape(4, rows=rows, columns=narrow)  # two modulated, two affine ones
+    yield RMS_NORM_ROPE, shape(1, tokens=rows, **heads)
+    yield QUANTIZE_ROWS, shape(0, "-narrow", rows=rows, columns=narrow)
+    yield QUANTIZE_ROWS, shape(0, "-wide", rows=rows, columns=wide)
+    if world > 1:  # ring attention: a rank's queries, everybody's keys
+        yield SELF_ATTENTION, shape(0, "-ring", queries=rows, keys=tokens, **heads)
+
+
+def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
+    """The VAE's operations at the decoder's four levels, on one tile of the picture.
+
+    Calls are frames over frames a call, decode of a chunk and re-encode of its motion frames together; a level's
+    first convolution, which may have other input channels, counts as one of the rest.
+    """
+    vae, chunk = config.vae, config.chunk
+    latents, _, rows, columns = config.latent_shape
+    down, right = tile_grid(world, rows, columns)
+    frames, scale = 1, 1
+    widths = [vae.dim * mult for mult in reversed(vae.dim_mult)]
+    temporal = (*reversed(vae.temperal_downsample), False)
+    motion = (chunk.motion_frames_num - 1) // vae.temporal_stride
+    for level, (width, doubles) in enumerate(zip(widths, temporal, strict=True)):
+        decoded, encoded = (1 / frames + latents - 1), (1 / frames + motion)
+        middle = 4 if level == 0 else 0
+        convolutions = (2 * (vae.num_res_blocks + 1) + middle) * decoded + (2 * vae.num_res_blocks + middle) * encoded
+        name = f"{tag}-level{level}"
+        dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
+        yield CAUSAL_CONV3D, Shape(name, dims | {"outputs": width}, world, convolutions)
+        yield NORM_SILU, Shape(name, dims, world, convolutions)
+        if level + 1 < len(widths):
+            frames *= 2 if doubles else 1
+            up = dims | {"frames": frames, "outputs": width // 2}
+            yield UPSAMPLE_CONV, Shape(name, up, world, 1 / frames + latents - 1)
+            scale *= 2
+        else:
+            ends = {k: v for k, v in dims.items() if k not in ("frames", "channels")}
+            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | {"outputs": 3}, world, decoded)
+            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames)
+            yield LAB_TRANSFER, shown
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a preset is measured: its tag in shape names, its world sizes, its dtypes (or those an operation has)."""
+
+    tag: str
+    worlds: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+FAMILIES = {
+    "tiny": Family("tiny", (1, 2), ("fp32",)),
+    "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8")),
+}
+
+
+def preset_cases(preset: str) -> Iterator[Case]:
+    """All cases of a preset, at every world size it is measured at."""
+    config, family = PRESETS[preset], FAMILIES[preset]
+    for world in family.worlds:
+        tag = f"{family.tag}-w{world}"
+        for operation, shape in (*student_shapes(config, world, tag), *vae_shapes(config, world, tag)):
+            for dtype in [d for d in family.dtypes if d in operation.backends] or list(operation.backends):
+                yield Case(operation, shape, dtype, TOLERANCES[dtype])
+
+
+def registry(extra: Path | None = None) -> dict[str, Case]:
+    """All cases by name; `extra` is a Python file whose `CASES` are added, for work in progress and for tests."""
+    cases = [case for preset in FAMILIES for case in preset_cases(preset)]
+    if extra is not None:
+        try:
+            cases += runpy.run_path(str(extra))["CASES"]
+        except Exception as error:  # a file of the user's may raise anything
+            raise UserError(f"--cases {extra} gives no CASES: {type(error).__name__} {error}") from error
+    return {case.name: case for case in cases}
+
+
+def select(cases: Mapping[str, Case], patterns: Sequence[str]) -> list[Case]:
+    """Those whose name matches one of the shell patterns; a pattern without a wildcard may be a part of the name.
+
+    Raises `UserError` for a pattern that matches none, with the names nearest to it.
+    """
+    chosen: dict[str, Case] = {}
+    for pattern in patterns:
+        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        if not (names := fnmatch.filter(cases, glob)):
+            near = difflib.get_close_matches(pattern, cases, n=3, cutoff=0.3)
+            raise UserError(
+                f"there is no case {pattern}; nearest: {', '.join(near) or 'none'} (bench --list names all)"
+            )
+        chosen |= {name: cases[name] for name in names}
+    return list(chosen.values())

@@ -1,0 +1,57 @@
+"""Devices by their data sheet: what models compute with where nothing was measured. The numbers are in devices.toml."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from model.errors import UserError
+from profiling.results import build
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device; rates and limits without another unit are those of one multiprocessor."""
+
+    name: str
+    capability: str
+    multiprocessors: int
+    clock_mhz: float
+    hbm_bytes_s: float
+    l2_bytes_s: float
+    link_bytes_s: float  # both directions summed
+    shared_bytes: int
+    shared_bytes_block: int  # the most a block may have
+    registers: int
+    warps: int
+    blocks: int
+    flop_cycle: dict[str, float]  # of the tensor cores, by dtype
+    mufu_cycle: float
+    fp32_cycle: float
+    mma: tuple[str, ...]  # matrix instructions that reach flop_cycle
+
+    @property
+    def target(self) -> str:
+        """The compiler's name for it, "sm_90"."""
+        return "sm_" + self.capability.replace(".", "")
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.clock_mhz * 1e6
+
+
+@cache
+def devices() -> dict[str, Device]:
+    """All of them by name, in the file's order."""
+    tables = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
+    whole = {name: tables.get(table.pop("like", ""), {}) | table for name, table in tables.items()}
+    return {name: build(Device, {"name": name} | values, name) for name, values in whole.items()}
+
+
+def of_target(target: str) -> Device:
+    """The device that stands for a target such as "sm_90"; raises `UserError` if there is none."""
+    known = {device.target: device for device in reversed(devices().values())}  # the first of equals remains
+    if target not in known:
+        raise UserError(f"there is no target {target}; there are {', '.join(sorted(known))}")
+    return known[target]

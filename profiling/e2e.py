@@ -1,0 +1,171 @@
+"""Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
+
+A *variant* is a precision and a compile mode. `bf16-eager` is plain PyTorch with its scaled-dot-product attention, and
+`bf16-compiled` the same under torch.compile: what the published code does. A chunk is what `ChunkGenerator.chunk` does
+from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion frames. Student and VAE are
+made on the device at once; the encoders, which run before a session or beside it, are left out.
+
+The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
+only asks which variants there are does without.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kernels.color import lab_statistics
+from model.config import PRECISIONS, TINY, Config
+from profiling.results import OK, WRONG, VariantResult
+from profiling.trace import export, summarise
+from streaming.spans import Spans
+
+if TYPE_CHECKING:
+    from model.checkpoint import Models
+    from streaming.generator import Conditions
+
+FEWEST_CHUNKS, MOST_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
+PROMPT_TOKENS = 20  # real tokens of a prompt; the padding behind them is computed all the same
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running a chunk."""
+
+    name: str
+    precision: str  # of `PRECISIONS`
+    compiled: bool
+
+
+VARIANTS = {
+    "cuda": (Variant("bf16-eager", "bf16", False), Variant("bf16-compiled", "bf16", True)),
+    "cpu": (Variant("fp32-eager", "fp32", False), Variant("fp32-compiled", "fp32", True)),
+}
+
+
+def generating_models(config: Config, device: torch.device, precision: str) -> "Models":
+    """Student and VAE of `config` with random weights; the encoders, which no chunk runs, are those of `tiny`."""
+    from model.checkpoint import random_models
+
+    small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
+    return replace(random_models(small, device, PRECISIONS[precision]), config=config)
+
+
+def compile_models(models: "Models") -> None:
+    """Compiles the student by block, one block's code for all of them, and both halves of the VAE."""
+    for block in models.dit.blocks:
+        block.compile(dynamic=False)
+    models.vae.decoder.compile(dynamic=False)
+    models.vae.encoder.compile(dynamic=False)
+
+
+@torch.inference_mode()
+def random_conditions(models: "Models", generator: torch.Generator) -> "Conditions":
+    """Conditions of a portrait and a prompt that do not exist; shapes and dtypes as `ChunkGenerator.prepare` makes."""
+    from streaming.generator import Conditions, first_frame_mask
+
+    config, dit = models.config, models.dit
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=models.device)
+
+    context = dit.embed_context(
+        normal(PROMPT_TOKENS, config.dit.text_dim), normal(config.dit.img_tokens, config.dit.img_dim)
+    )
+    latents = normal(*config.latent_shape).to(next(models.vae.parameters()).dtype)
+    condition = torch.cat((first_frame_mask(latents, config.dit.vae_scale), latents), dim=1)
+    portrait = normal(1, 3, config.chunk.height, config.chunk.width).mul(0.3).clamp(-1, 1)
+    return Conditions(context, condition, lab_statistics(portrait), latents[:1])
+
+
+class Runner:
+    """Chunks of one variant, one after the other, each from the state that the one before it left."""
+
+    def __init__(self, models: "Models", seed: int) -> None:
+        from streaming.generator import ChunkGenerator
+
+        config, device = models.config, models.device
+        self.models, self.spans = models, Spans(device)
+        self._generator = ChunkGenerator(models, self.spans)
+        random = torch.Generator(device).manual_seed(seed)
+        self._conditions = random_conditions(models, random)
+        self._state = self._generator.start(self._conditions, seed)
+        dit = config.dit
+        shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
+        self._window = torch.randn(*shape, generator=random, device=device)
+        self.finite = True
+
+    def chunk(self) -> tuple[float, float]:
+        """Runs the next chunk; seconds until its first frames were there, and until all of it was done."""
+        begin, first = time.perf_counter(), None
+        steps = self._generator.chunk(self._conditions, self._state, self._window)
+        while True:
+            try:
+                frames = next(steps)
+            except StopIteration as done:
+                self._state = done.value
+                self._synchronize()
+                end = time.perf_counter()
+                return (end if first is None else first) - begin, end - begin
+            if first is None:
+                self._synchronize()
+                first = time.perf_counter()
+                self.finite &= bool(frames.isfinite().all())
+
+    def _synchronize(self) -> None:
+        if self.models.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def run_variant(variant: Variant, models: "Models", seed: int, deadline: float, trace: Path | None) -> VariantResult:
+    """Times chunks of a variant until `MOST_CHUNKS` are done or another might end after `deadline` (monotonic).
+
+    `models` are in the variant's precision; a compiled variant compiles them for good. `trace`, if there is time for
+    it, receives one more chunk as a Chrome/Perfetto trace.
+    """
+    device, chunk = models.device, models.config.chunk
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if variant.compiled:
+        torch.compiler.reset()
+        compile_models(models)
+    runner = Runner(models, seed)
+    _, first_call = runner.chunk()
+    runner.chunk()  # the first one to begin with motion frames: the last to meet something new
+    warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
+    times: list[tuple[float, float]] = []
+    while len(times) < MOST_CHUNKS:
+        longest = max((total for _, total in times), default=0.0)
+        if len(times) >= FEWEST_CHUNKS and time.monotonic() + longest > deadline:
+            break
+        times.append(runner.chunk())
+    stages = {name: samples[warm.get(name, 0) :] for name, samples in runner.spans.samples().items()}
+    result = VariantResult(
+        variant.name,
+        OK if runner.finite else WRONG,
+        detail="" if runner.finite else "frames are NaN or infinite",
+        stages=stages if runner.finite else {},
+        chunk=tuple(total for _, total in times) if runner.finite else (),
+        first_frame=tuple(first for first, _ in times) if runner.finite else (),
+        frames=chunk.new_frames,
+        first_call=first_call,
+        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        weights_bytes=sum(_bytes(module) for module in (models.dit, models.vae)),
+    )
+    if trace is None or time.monotonic() + 3 * times[-1][1] > deadline:
+        return result
+    return replace(result, trace=trace.name, gaps=_trace(runner, trace))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _trace(runner: Runner, path: Path) -> float | None:
+    """Writes the trace of one chunk; the share of it in which a GPU did nothing, None on the CPU."""
+    with torch.profiler.profile() as profiler:
+        runner.chunk()
+    return summarise(export(profiler, path)).gaps

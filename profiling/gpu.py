@@ -1,0 +1,323 @@
+"""Spends minutes on a GPU well: phases of tasks, the most important first, every result written as it comes.
+
+    check   every back-end of ours against its reference, at production shapes      OUT/check.json
+    bench   cases with their peers                                                  OUT/bench.json
+    tune    launch parameters                                                       OUT/tuned/DEVICE.json
+    e2e     whole chunks of flashtalk-14b with random weights, by variant           OUT/e2e.json, OUT/VARIANT.json.gz
+
+A child process works through the tasks. What it is about to do is in OUT/progress.json before it begins: if a kernel
+hangs (a watchdog inside the child ends it) or takes the CUDA context with it, the next child enters that as the result
+and goes on behind it. A second call with the same OUT goes on where the first one stopped. Nothing outlasts the budget:
+a task that may not fit is not begun, and at the end the child is killed.
+"""
+
+import dataclasses
+import faulthandler
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from model.config import FLASHTALK_14B, TINY
+from model.errors import UserError
+from profiling.bench import DEFAULTS, bench_case, case_result, check_case, measure_ceilings, settle
+from profiling.cases import Case, registry, select
+from profiling.e2e import VARIANTS, Variant, generating_models, run_variant
+from profiling.machine import Monitor, describe, pick
+from profiling.results import ERROR, SKIPPED, WRONG, Measurement, Run, VariantResult, load, now, save, to_json, write
+from profiling.tables import rows, table, variant_rows, variant_table
+from profiling.tune import table as outcomes_table
+from profiling.tune import tune_case, write_table
+
+ROUNDS = 20
+CONFIGS = {"cuda": FLASHTALK_14B, "cpu": TINY}
+USERS_MISTAKE = 2  # the exit code of one
+STDERR = 2
+LOST = "hung, crashed or ran out of time"
+CHILD_SECONDS = 15.0  # what a child needs to start: with less left, none is
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds of a task: what must be left to begin it, and after which it counts as hung."""
+
+    needed: float
+    most: float
+
+
+PATIENCE = {
+    "check": Patience(4, 90),
+    "bench": Patience(12, 150),
+    "tune": Patience(25, 300),
+    "e2e": Patience(60, 400),
+}
+
+
+@dataclass
+class Progress:
+    """What parent and child, and a later call, tell each other through OUT/progress.json."""
+
+    seed: int
+    deadline: float  # of the system's clock
+    phase: str = ""  # begun and not ended
+    task: str = ""
+    backend: str = ""
+    done: dict[str, list[str]] = field(default_factory=dict)  # phase -> tasks
+    lost: dict[str, list[str]] = field(default_factory=dict)  # case -> back-ends that ended a child
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.deadline - time.time()
+
+    def enter(self, out: Path, phase: str = "", task: str = "", backend: str = "") -> None:
+        """Writes down what is begun now; nothing, once it has ended."""
+        self.phase, self.task, self.backend = phase, task, backend
+        write(out / "progress.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, out: Path) -> "Progress":
+        """Reads it back; raises `UserError` if that is not one."""
+        try:
+            return cls(**json.loads((out / "progress.json").read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{out / 'progress.json'} cannot be read, begin in another folder: {error}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks of each phase, the most important first."""
+
+    cases: dict[str, list[Case]]  # phase -> cases
+    variants: list[Variant]
+
+    def names(self, phase: str) -> list[str]:
+        """What the tasks of a phase are called."""
+        return [v.name for v in self.variants] if phase == "e2e" else [c.name for c in self.cases[phase]]
+
+
+def plan(device: torch.device, patterns: Sequence[str], extra: Path | None) -> Plan:
+    """What there is to do; a pattern is a variant's name or selects cases.
+
+    One GPU's shapes come first, then the largest world: scaling is judged by its ends. Within a world the registry's
+    order holds, which begins with what costs most.
+    """
+    variants = {v.name: v for v in VARIANTS[device.type]}
+    named = [variants[p] for p in patterns if p in variants]
+    rest = [p for p in patterns if p not in variants]
+    chosen = [] if patterns and not rest else select(registry(extra), rest or DEFAULTS[device.type])
+    chosen.sort(key=lambda case: (case.shape.world > 1, -case.shape.world))
+    checked = [case for case in chosen if any(b.ours for b in case.backends)]
+    tunable = [case for case in chosen if any(b.space for b in case.backends)]
+    by_phase = {"check": checked, "bench": chosen, "tune": tunable}
+    return Plan(by_phase, named if patterns else list(variants.values()))
+
+
+def command(
+    phase: str,
+    out: Path,
+    budget: float,
+    device_name: str,
+    patterns: list[str],
+    extra: Path | None,
+    worker: bool,
+    as_json: bool,
+) -> int:
+    """`python -m profiling gpu`; 1 if a back-end of ours or a variant is wrong or raised."""
+    phases = [name.strip() for name in phase.split(",")]
+    for name in phases:
+        if name not in PATIENCE:
+            raise UserError(f"--phase {name}: there is no such phase; use {', '.join(PATIENCE)}")
+    device = pick(device_name)
+    tasks = plan(device, patterns, extra)
+    if worker:
+        Worker(out, device, tasks).run(phases)
+        return 0
+    if budget <= 0:
+        raise UserError(f"--budget {budget:g}: a number of seconds is needed")
+    options = ["--phase", phase, "--out", str(out), "--device", device.type]
+    options += [item for pattern in patterns for item in ("--only", pattern)]
+    options += ["--cases", str(extra)] if extra else []
+    progress = _supervise(options, out, budget)
+    return _summary(phases, tasks, progress, out, as_json)
+
+
+def _supervise(options: Sequence[str], out: Path, budget: float) -> Progress:
+    """Starts children until one ends well, the budget is spent, or one got nowhere."""
+    deadline = time.time() + budget
+    fresh = not (out / "progress.json").is_file()
+    progress = Progress(secrets.randbits(31), deadline) if fresh else replace(Progress.load(out), deadline=deadline)
+    progress.enter(out, progress.phase, progress.task, progress.backend)
+    before = None
+    while progress.left > CHILD_SECONDS:
+        code = _child([sys.executable, "-m", "profiling", "gpu", "--worker", *options], progress.left)
+        progress = Progress.load(out)
+        if code is None:  # the budget is spent: what was running is not to blame
+            progress.enter(out)
+        if not code:
+            break
+        if code == USERS_MISTAKE:
+            raise UserError("the measuring process could not go on; the line above says why")
+        at = (progress.phase, progress.task, progress.backend)
+        if not progress.task or at == before:
+            raise UserError(f"the measuring process ended with code {code} and got nowhere; its words are above")
+        before = at
+    return progress
+
+
+def _child(command_line: Sequence[str], seconds: float) -> int | None:
+    """Runs a process; its exit code, or None if it had to be killed after so many seconds."""
+    child = subprocess.Popen(command_line, stdout=STDERR, start_new_session=True)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):  # and whatever it has started
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+class Worker:
+    """The child: works through the tasks that are not done, and writes each result as it comes."""
+
+    def __init__(self, out: Path, device: torch.device, tasks: Plan) -> None:
+        self._out, self._device, self._tasks = out, device, tasks
+        self._progress = Progress.load(out)
+        self._monitor = Monitor(device)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def run(self, phases: Sequence[str]) -> None:
+        """All phases, as far as the budget goes."""
+        settle()
+        if self._progress.task:
+            self._bury()
+        with self._monitor:
+            for phase in phases:
+                self._phase(phase)
+
+    def _phase(self, phase: str) -> None:
+        progress, patience = self._progress, PATIENCE[phase]
+        todo = [name for name in self._tasks.names(phase) if name not in progress.done.get(phase, [])]
+        for i, name in enumerate(todo):
+            if progress.left < patience.needed:
+                return
+            self._console.print(f"{progress.left:4.0f} s left  {phase} {i + 1}/{len(todo)}  {name}")
+            faulthandler.dump_traceback_later(patience.most, exit=True)
+            progress.enter(self._out, phase, name)
+            getattr(self, f"_{phase}")(name)
+            faulthandler.cancel_dump_traceback_later()
+            progress.done.setdefault(phase, []).append(name)
+            progress.enter(self._out)
+
+    def _bury(self) -> None:
+        """Enters what the child before this one died of: a back-end is left out from now on, or the task is lost."""
+        progress = self._progress
+        phase, task, backend = progress.phase, progress.task, progress.backend
+        self._console.print(f"{phase} {task} {backend}: {LOST}; going on behind it")
+        if backend:
+            progress.lost.setdefault(task, []).append(backend)
+        else:
+            progress.done.setdefault(phase, []).append(task)
+            if phase == "e2e":
+                self._add_variant(VariantResult(task, ERROR, LOST))
+            elif phase in ("check", "bench"):
+                case = next(c for c in self._tasks.cases[phase] if c.name == task)
+                self._add_case(phase, case, (Measurement("all", ERROR, True, LOST),))
+        progress.enter(self._out)
+
+    def _check(self, name: str) -> None:
+        self._measure("check", name, timed=False)
+
+    def _bench(self, name: str) -> None:
+        self._measure("bench", name, timed=True)
+
+    def _measure(self, phase: str, name: str, *, timed: bool) -> None:
+        case = next(c for c in self._tasks.cases[phase] if c.name == name)
+        lost = self._progress.lost.get(name, [])
+        wanted = [b.name for b in case.backends if b.name not in lost and (timed or b.ours)]
+
+        def entering(backend: str) -> None:
+            self._progress.enter(self._out, phase, name, backend)
+
+        if timed:
+            result = bench_case(case, self._device, ROUNDS, self._progress.seed, wanted, entering)
+        else:
+            result = check_case(case, self._device, self._progress.seed, wanted, entering)
+        dead = (Measurement(b.name, ERROR, b.ours, LOST) for b in case.backends if b.name in lost and (timed or b.ours))
+        self._add_case(phase, case, (*result.measurements, *dead))
+
+    def _tune(self, name: str) -> None:
+        case = next(c for c in self._tasks.cases["tune"] if c.name == name)
+        deadline = time.monotonic() + min(self._progress.left, PATIENCE["tune"].most) - PATIENCE["check"].needed
+        outcome = tune_case(case, self._device, deadline, self._progress.seed)
+        self._console.print(outcomes_table([outcome]))
+        if outcome.entry is not None:
+            write_table([outcome.entry], self._device, self._out / "tuned")
+
+    def _e2e(self, name: str) -> None:
+        variant = next(v for v in self._tasks.variants if v.name == name)
+        deadline = time.monotonic() + min(self._progress.left, PATIENCE["e2e"].most) - PATIENCE["check"].needed
+        try:
+            models = generating_models(CONFIGS[self._device.type], self._device, variant.precision)
+            trace = self._out / f"{name}.json.gz"
+            self._add_variant(run_variant(variant, models, self._progress.seed, deadline, trace))
+        except Exception as error:  # out of memory, a compiler's failure: the other variants go on
+            self._add_variant(VariantResult(name, ERROR, f"{type(error).__name__}: {error}"[:300]))
+
+    def _add_case(self, phase: str, case: Case, measurements: tuple[Measurement, ...]) -> None:
+        run = self._run_of(phase)
+        if not run.ceilings.copy_bytes_s and phase == "bench":
+            dtypes = sorted({case.dtype for case in self._tasks.cases[phase]})
+            run = replace(run, ceilings=measure_ceilings(self._device, dtypes))
+        self._save(phase, replace(run, cases=(*run.cases, case_result(case, measurements))))
+
+    def _add_variant(self, result: VariantResult) -> None:
+        run = self._run_of("e2e")
+        self._save("e2e", replace(run, variants=(*run.variants, result)))
+
+    def _run_of(self, phase: str) -> Run:
+        """The phase's results file so far; raises `UserError` if it is another machine's."""
+        machine, path = describe(self._device), self._out / f"{phase}.json"
+        if not path.is_file():
+            return Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
+        run = load(path)
+        if (run.machine.device, run.machine.versions) != (machine.device, machine.versions):
+            raise UserError(f"{path} was measured on {run.machine.device} or with other versions; use another --out")
+        return run
+
+    def _save(self, phase: str, run: Run) -> None:
+        save(replace(run, gauges=self._monitor.gauges), self._out / f"{phase}.json")
+
+
+def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, as_json: bool) -> int:
+    """Prints what the phases found and what was not reached; 1 if anything of ours is wrong or raised."""
+    console, bad, documents = Console(), False, {}
+    for phase in phases:
+        missing = [name for name in tasks.names(phase) if name not in progress.done.get(phase, [])]
+        path = out / f"{phase}.json"
+        run = load(path) if path.is_file() else None
+        if run is not None:
+            documents[phase] = to_json(run)
+            bad |= any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements)
+            bad |= any(v.status in (WRONG, ERROR) for v in run.variants)
+            if not as_json:
+                console.print(variant_table(variant_rows(run)) if phase == "e2e" else table(rows(run)))
+        if missing:
+            documents[f"{phase} {SKIPPED}"] = missing
+        if not as_json:
+            done = len(progress.done.get(phase, []))
+            console.print(f"{phase}: {done} done, {len(missing)} not reached; {path}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(documents, indent=1))
+    return int(bad)

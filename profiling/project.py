@@ -1,0 +1,302 @@
+"""Chunk time and startup at other world sizes, projected from measured kernels: a projection, never a measurement.
+
+Every rank does the same work on its share, so one rank's time is the chunk's time:
+
+    kernels        every case measured at that world size's shapes: median of the fastest right back-end x calls a chunk
+    communication  bytes each rank sends over the link's one-way bandwidth; latency and overlap are left out
+    rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host):
+                   carried to every world size as it is
+
+For two sets of kernels: the best of any back-end, peers included, and ours alone. Bytes by the layout of
+`model/config.py`: q, k, v and the attention's output change between split tokens and split heads in every layer (bf16);
+each step's output is gathered (float32); so are the decoded video and the motion latents (bf16).
+"""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from model.config import PRESETS, Config
+from model.errors import UserError
+from profiling.cases import FAMILIES, Case, Family, registry
+from profiling.devices import devices
+from profiling.results import OK, Run, VariantResult, load
+from profiling.tables import duration
+
+DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
+# The stage that each operation is part of; the VAE's cases count decoding and encoding together.
+STAGES: dict[str, str] = {
+    "self_attention": DENOISE,
+    "text_image_attention": DENOISE,
+    "frame_attention": DENOISE,
+    "linear": DENOISE,
+    "layer_norm_modulate": DENOISE,
+    "rms_norm_rope": DENOISE,
+    "causal_conv3d": DECODE,
+    "norm_silu": DECODE,
+    "upsample_conv": DECODE,
+    "lab_transfer": COLOR,
+}
+BEST, OURS = "best", "ours"  # sets of kernels
+TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone"}
+BF16, FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the GPUs."""
+
+    name: str
+    bytes_s: float  # both directions summed
+
+    @property
+    def one_way(self) -> float:
+        """Bytes a second in one direction."""
+        return self.bytes_s / 2
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Seconds that the kernels of a chunk take on one rank."""
+
+    stages: dict[str, float]
+    lacks: tuple[str, ...]  # cases without a time, and then the sum is no sum
+
+    @property
+    def total(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A chunk at one world size, in one dtype, with one set of kernels; all in seconds."""
+
+    world: int
+    dtype: str
+    kernels: str
+    lacks: tuple[str, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+    communication: float | None = None
+    rest: float | None = None
+    chunk: float | None = None
+    startup: float | None = None
+    fps: float | None = None
+
+
+def communication(config: Config, world: int) -> dict[str, float]:
+    """Bytes that a rank sends (and as many that it receives) in a chunk, by stage."""
+    dit, chunk, others = config.dit, config.chunk, (world - 1) / world
+    channels, rows, columns = config.latent_shape[1:]
+    tokens = math.prod(config.grid) / world
+    exchange = 4 * tokens * dit.dim * BF16 * others * dit.num_layers  # q, k, v there, the output back
+    heads = tokens * dit.out_dim * math.prod(dit.patch_size) * FP32 * (world - 1)
+    video = chunk.frame_num * 3 * chunk.height * chunk.width * BF16 * others
+    known = (chunk.motion_frames_num - 1) // config.vae.temporal_stride + 1
+    motion = known * channels * rows * columns * BF16 * others
+    return {DENOISE: chunk.sample_steps * (exchange + heads), DECODE: video + motion}
+
+
+def kernels(run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, chosen: str) -> Kernels:
+    """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs.
+
+    Where an operation has several dtypes, that of `dtype` counts, else the family's first.
+    """
+    wanted: dict[tuple[str, str], Case] = {}
+    for case in cases.values():
+        if case.shape.world == world and case.shape.calls and case.shape.name.startswith(f"{tag}-"):
+            place = case.operation.name, case.shape.name
+            if place not in wanted or case.dtype == dtype:
+                wanted[place] = case
+    stages: dict[str, float] = dict.fromkeys(STAGE_NAMES, 0.0)
+    lacks = []
+    for case in wanted.values():
+        result = run.case(case.name)
+        best = result.best(True if chosen == OURS else None) if result else None
+        if result is None or best is None or best.seconds is None:
+            lacks.append(case.name)
+        else:
+            stages[STAGES[case.operation.name]] += best.seconds * result.calls
+    if not wanted:
+        lacks.append(f"any case of {world} GPUs")
+    return Kernels(stages, tuple(lacks))
+
+
+def measured(run: Run, dtype: str) -> VariantResult | None:
+    """The variant with the fastest chunk in a dtype."""
+    fitting = [v for v in run.variants if v.chunk and v.status == OK and v.variant.startswith(f"{dtype}-")]
+    return min(fitting, key=lambda v: statistics.median(v.chunk), default=None)
+
+
+def first_frame(config: Config, stages: Mapping[str, float]) -> float:
+    """Seconds of kernels until the first new frames: denoising, and these frames' and the motion frames' decoding."""
+    chunk, group = config.chunk, config.vae.temporal_stride
+    decoded = (chunk.motion_frames_num + group) / chunk.frame_num
+    return stages[DENOISE] + stages[DECODE] * decoded + stages[COLOR] * group / chunk.new_frames
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a measured chunk on one GPU takes beyond its kernels, in one dtype; seconds."""
+
+    dtype: str
+    variant: str = ""  # empty if none was measured
+    chunk: float = 0.0
+    kernels: float = 0.0
+    rest: float = 0.0
+    startup_rest: float = 0.0
+
+
+def basis(run: Run, cases: Mapping[str, Case], config: Config, tag: str, dtype: str) -> Basis:
+    """Holds the fastest measured chunk against the sum of our kernels, which it runs, or else of the best."""
+    variant = measured(run, dtype)
+    sums = [kernels(run, cases, tag, 1, dtype, chosen) for chosen in (OURS, BEST)]
+    whole = next((part for part in sums if not part.lacks), None)
+    if variant is None or whole is None:
+        return Basis(dtype)
+    chunk, startup = statistics.median(variant.chunk), statistics.median(variant.first_frame or (0.0,))
+    waiting = max(0.0, startup - first_frame(config, whole.stages))
+    return Basis(dtype, variant.variant, chunk, whole.total, max(0.0, chunk - whole.total), waiting)
+
+
+def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Basis], str]:
+    """All projections that the run's cases allow, what they stand on, and the preset they are of."""
+    cases, (preset, family) = registry(), _family(run)
+    config, found, stands = PRESETS[preset], [], []
+    for dtype in family.dtypes:
+        if not any(case.dtype == dtype and case.calls for case in run.cases):
+            continue
+        base = basis(run, cases, config, family.tag, dtype)
+        stands.append(base)
+        for chosen, world in itertools.product((BEST, OURS), worlds):
+            part = kernels(run, cases, family.tag, world, dtype, chosen)
+            if part.lacks:
+                found.append(Projection(world, dtype, chosen, part.lacks))
+                continue
+            sent = {stage: count / link.one_way for stage, count in communication(config, world).items()}
+            stages = {stage: seconds + sent.get(stage, 0.0) for stage, seconds in part.stages.items()}
+            chunk = sum(stages.values()) + base.rest
+            startup, fps = first_frame(config, stages) + base.startup_rest, config.chunk.new_frames / chunk
+            times = part.stages, sum(sent.values()), base.rest, chunk, startup, fps
+            found.append(Projection(world, dtype, chosen, (), *times))
+    return found, stands, preset
+
+
+def _family(run: Run) -> tuple[str, Family]:
+    """The preset that the run has most cases of. Raises `UserError` if it has none."""
+    counts = {p: sum(c.calls > 0 and c.shape.startswith(f"{f.tag}-w") for c in run.cases) for p, f in FAMILIES.items()}
+    preset = max(counts, key=lambda name: counts[name])
+    if not counts[preset]:
+        raise UserError("the run has no cases that a chunk is made of; give one of bench, or of gpu --phase bench")
+    return preset, FAMILIES[preset]
+
+
+def assumptions(preset: str, device: str, link: Link, stands: Sequence[Basis]) -> Iterator[str]:
+    """What the projections take for granted, in words."""
+    rates = f"{link.bytes_s / 1e9:g} GB/s in both directions, {link.one_way / 1e9:g} one way"
+    yield f"{preset} on {device}; every rank as fast as this one was alone, and its share equal"
+    yield f"link {link.name}: {rates}; no latency, nothing hidden behind computing; bf16 whatever the kernels' type"
+    yield "VAE tiles without halo; heads divide by the number of GPUs"
+    yield "startup: from the window of speech features to the first new frames, whose share of decoding is by frames"
+    if any(base.dtype == "fp8" for base in stands):
+        yield "fp8: products alone; quantising their inputs is in no case that counts"
+    for base in stands:
+        if not base.variant:
+            yield f"{base.dtype}: no chunk measured on one GPU along with its kernels; what no case covers is left out"
+            continue
+        took = f"{base.dtype}: {base.variant} took {duration(base.chunk)} a chunk, its kernels {duration(base.kernels)}"
+        if not base.rest:
+            yield f"{took}, which is more; nothing is carried"
+            continue
+        yield f"{took}; the rest, {duration(base.rest)}, is carried to every world size unchanged"
+        if base.startup_rest:
+            yield f"{base.dtype}: so are {duration(base.startup_rest)} of startup"
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def command(run: Path, gpus: str, link: str, as_json: bool) -> int:
+    """`python -m profiling project`; 1 if the run lacks the cases for every projection asked for."""
+    worlds, chosen = read_worlds(gpus), read_link(link)
+    results = load(run)
+    found, stands, preset = project(results, worlds, chosen)
+    notes = list(assumptions(preset, results.machine.device, chosen, stands))
+    if as_json:
+        about = {"projection": True, "run": str(run), "preset": preset, "link": asdict(chosen), "assumptions": notes}
+        parts = {"measured": [asdict(base) for base in stands], "rows": [asdict(row) for row in found]}
+        print(json.dumps(about | parts, indent=1))
+    else:
+        _show(found, notes)
+    return int(all(projection.lacks for projection in found))
+
+
+def read_worlds(text: str) -> list[int]:
+    """World sizes from a comma-separated list."""
+    try:
+        worlds = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        worlds = [0]
+    if worlds[0] < 1:
+        raise UserError(f"--gpus {text}: give numbers of GPUs, comma-separated, as in 1,2,4,8")
+    return worlds
+
+
+def read_link(text: str) -> Link:
+    """The link of a device in devices.toml, or one by its GB/s in both directions together."""
+    known = devices()
+    if text in known:
+        return Link(text, known[text].link_bytes_s)
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise UserError(f"--link {text}: there are those of {', '.join(known)}; or give GB/s, both directions together")
+    return Link(f"of {text} GB/s", rate * 1e9)
+
+
+def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
+    console = Console(highlight=False)
+    console.print("[bold]Projection, not a measurement[/]. It assumes:")
+    for note in notes:
+        console.print(f"- {escape(note)}", soft_wrap=True)
+    for (dtype, chosen), group in itertools.groupby(found, lambda p: (p.dtype, p.kernels)):
+        projections = list(group)
+        console.print(f"\n[bold]projected: {dtype}, {TITLES[chosen]}[/]", soft_wrap=True)
+        if complete := [p for p in projections if not p.lacks]:
+            console.print(_table(complete))
+        for projection in projections:
+            if lacks := projection.lacks:
+                more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+                text = f"{_gpus(projection)}: incomplete, lacks times for {', '.join(lacks[:3])}{more}"
+                console.print(escape(text), soft_wrap=True)
+
+
+def _table(projections: Sequence[Projection]) -> Table:
+    """World sizes side by side."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out.add_column("a chunk")
+    for projection in projections:
+        out.add_column(_gpus(projection), justify="right")
+    for stage in STAGE_NAMES:
+        out.add_row(stage, *(duration(p.stages[stage]) for p in projections))
+    out.add_row("communication", *(duration(p.communication or None) for p in projections))
+    out.add_row("rest", *(duration(p.rest or None) for p in projections), end_section=True)
+    out.add_row("all", *(duration(p.chunk) for p in projections), style="bold")
+    out.add_row("FPS", *(f"{p.fps:.1f}" for p in projections))
+    out.add_row("startup", *(duration(p.startup) for p in projections))
+    return out
+
+
+def _gpus(projection: Projection) -> str:
+    return f"{projection.world} GPU{'s' if projection.world > 1 else ''}"

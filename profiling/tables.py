@@ -1,0 +1,203 @@
+"""What follows from a run's measurements, derived in one place: speed, share of the ceiling, ratio to the best peer.
+
+`bench` prints these rows, `report` draws them and writes them as JSON. Functions come in pairs: `rows` and `table` for
+cases, `variant_rows` and `variant_table` for whole chunks.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, VariantResult
+
+
+@dataclass(frozen=True)
+class Row:
+    """One back-end on one case. What cannot be said, as it was not measured or has no ceiling, is None."""
+
+    case: str
+    backend: str
+    ours: bool
+    status: str
+    seconds: float | None  # median a call
+    spread: float | None  # see `Measurement.spread`
+    tflops: float | None  # 1e12 FLOP/s
+    gbs: float | None  # 1e9 bytes/s, of the least bytes the case needs
+    bound: str | None  # "compute" or "memory"
+    ceiling: float | None  # share reached of what this machine could: least seconds over measured seconds
+    ratio: float | None  # best peer's seconds over this one's: above 1 is faster than the best peer
+    error: float | None  # relative, against the reference
+    detail: str
+
+
+def rows(run: Run) -> list[Row]:
+    """All measurements of a run, in its order, with what follows from them."""
+    return [_row(case, m, run.ceilings) for case in run.cases for m in case.measurements]
+
+
+def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> Row:
+    seconds, bound, peer = m.seconds, case.bound(ceilings), case.best(ours=False)
+    return Row(
+        case=case.case,
+        backend=m.backend,
+        ours=m.ours,
+        status=m.status,
+        seconds=seconds,
+        spread=m.spread if seconds else None,
+        tflops=case.flops / seconds / 1e12 if seconds and case.flops else None,
+        gbs=case.bytes / seconds / 1e9 if seconds and case.bytes else None,
+        bound=bound[0] if bound else None,
+        ceiling=bound[1] / seconds if seconds and bound else None,
+        ratio=peer.seconds / seconds if seconds and peer and peer.seconds else None,
+        error=m.error,
+        detail=m.detail,
+    )
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """The rows for a terminal: a case's name, then its back-ends below it, ours in bold."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("case, back-end", overflow="fold")
+    for heading in ("time", "spread", "TFLOP/s", "GB/s", "of ceiling", "x peer"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    case = None
+    for row in rows:
+        if row.case != case:
+            out.add_section()
+            out.add_row(escape(row.case))
+            case = row.case
+        out.add_row(*_cells(row), style="bold" if row.ours else None)
+    return out
+
+
+def _cells(row: Row) -> Iterator[str]:
+    name = f"  {escape(row.backend)}" + (" (ours)" if row.ours else "")
+    if row.status != OK:
+        colour = "red" if row.status in (WRONG, ERROR) else "yellow"
+        yield f"{name}: [{colour}]{escape(row.status)}[/]" + (
+            f"\n    [dim]{escape(row.detail)}[/]" if row.detail else ""
+        )
+        return
+    yield name
+    yield duration(row.seconds) or "right"  # checked only
+    yield f"±{share(row.spread)}" if row.spread is not None else ""
+    yield number(row.tflops)
+    yield number(row.gbs)
+    yield f"{share(row.ceiling)} {row.bound or ''}".strip()
+    yield f"{row.ratio:.2f}" if row.ratio is not None else ""
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One way to run a chunk. What was not measured is None."""
+
+    variant: str
+    status: str
+    frames: int  # new ones a chunk
+    seconds: float | None  # mean of its chunks
+    fps: float | None  # new frames over that
+    first_frame: float | None  # median seconds from window to first frames
+    ratio: float | None  # seconds of the run's first whole variant, the baseline, over this one's
+    stages: dict[str, float]  # span -> seconds a chunk, all its calls together
+    calls: dict[str, float]  # span -> calls a chunk
+    first_call: float | None
+    peak_bytes: int | None
+    weights_bytes: int | None
+    gaps: float | None
+    detail: str
+
+
+def variant_rows(run: Run) -> list[VariantRow]:
+    """All variants of a run, in its order."""
+    baseline = next((seconds for v in run.variants if (seconds := _chunk_seconds(v))), None)
+    return [_variant_row(v, baseline) for v in run.variants]
+
+
+def _chunk_seconds(variant: VariantResult) -> float | None:
+    return statistics.fmean(variant.chunk) if variant.status == OK and variant.chunk else None
+
+
+def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
+    seconds = _chunk_seconds(v)
+    return VariantRow(
+        variant=v.variant,
+        status=v.status,
+        frames=v.frames,
+        seconds=seconds,
+        fps=v.frames / seconds if seconds and v.frames else None,
+        first_frame=statistics.median(v.first_frame) if v.first_frame else None,
+        ratio=baseline / seconds if seconds and baseline else None,
+        stages={span: sum(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
+        calls={span: len(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
+        first_call=v.first_call,
+        peak_bytes=v.peak_bytes,
+        weights_bytes=v.weights_bytes,
+        gaps=v.gaps,
+        detail=v.detail,
+    )
+
+
+def variant_table(rows: Iterable[VariantRow]) -> Table:
+    """The variants for a terminal; of a span, all its calls in a chunk together."""
+    rows = list(rows)
+    spans = list(dict.fromkeys(span for row in rows for span in row.stages))
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("variant", overflow="fold")
+    for heading in ("chunk", *spans, "FPS", "first frame", "x baseline", "peak memory", "GPU idle"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        name = escape(row.variant)
+        if row.status != OK:
+            name += f": [red]{escape(row.status)}[/]" + (f"\n  [dim]{escape(row.detail)}[/]" if row.detail else "")
+        out.add_row(
+            name,
+            duration(row.seconds),
+            *(duration(row.stages.get(span)) for span in spans),
+            number(row.fps),
+            duration(row.first_frame),
+            f"{row.ratio:.2f}" if row.ratio is not None else "",
+            gigabytes(row.peak_bytes),
+            share(row.gaps),
+        )
+    return out
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or all digits in front of the point: 0.0123, 4.56, 1234; nothing for None or NaN."""
+    if value is None or not math.isfinite(value):
+        return ""
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, 2 - magnitude)}f}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.1%}" if abs(value) < 0.0995 else f"{value:.0%}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds with the unit that suits them: 12.3 µs, 4.56 ms, 7.89 s; nothing for None."""
+    if seconds is None:
+        return ""
+    scale, unit = next(((s, u) for s, u in ((1.0, "s"), (1e-3, "ms")) if abs(seconds) >= s), (1e-6, "µs"))
+    return f"{number(seconds / scale)} {unit}"
+
+
+def gigabytes(size: float | None) -> str:
+    """Bytes as 1e9 of them: 52.3 GB; nothing for None."""
+    return "" if size is None else f"{number(size / 1e9)} GB"
+
+
+def rate(value: float | None, unit: str) -> str:
+    """So many of a unit a second, by the thousand: 2.86 TB/s, 120 GFLOP/s; nothing for None."""
+    if value is None:
+        return ""
+    scale, prefix = (1e12, "T") if value >= 1e12 else (1e9, "G")
+    return f"{number(value / scale)} {prefix}{unit}/s"

@@ -1,0 +1,116 @@
+"""The registry: its counts against a counter of another make and the published figures, its names, its selection."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import FLASHTALK_14B
+from model.errors import UserError
+from profiling.cases import Case, registry, select, tile_grid
+
+CASES = registry()
+TINY = [case for case in CASES.values() if "tiny-w1" in case.name]
+COUNTED = ("self_attention", "text_image_attention", "linear", "norm_linear", "linear_residual", "causal_conv3d")
+
+
+def test_both_presets_at_every_world_size() -> None:
+    worlds = {(case.shape.name.split("-")[0], case.shape.world) for case in CASES.values()}
+    assert worlds == {("tiny", 1), ("tiny", 2), ("14b", 1), ("14b", 2), ("14b", 4), ("14b", 8)}
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in TINY if c.operation.name in COUNTED and c.dtype == "fp32"], ids=lambda c: c.name
+)
+def test_flops_are_those_that_torch_counts(case: Case) -> None:
+    inputs = case.inputs(torch.device("cpu"), torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        case.operation.reference(*inputs)
+    assert counter.get_total_flops() == case.flops
+
+
+def test_flops_are_the_published_ones() -> None:
+    published = {  # GFLOP of one layer, at 768 x 448 and 33 frames
+        "self_attention/14b-w1/bf16": 2996.5,
+        "text_image_attention/14b-w1/bf16": 126.8 + 63.7,
+        "frame_attention/14b-w1/bf16": 7.9,
+        "linear/14b-w1-out/bf16": 634.2,
+        "linear/14b-w1-qkv/fp8": 3 * 634.2,
+        "linear/14b-w1-up/bf16": 1712.3,
+        "linear/14b-w1-down/bf16": 1712.3,
+    }
+    for name, want in published.items():
+        assert CASES[name].flops / 1e9 == pytest.approx(want, rel=5e-3), name
+
+
+def test_a_chunk_of_calls_makes_up_the_published_total() -> None:
+    """1,991 TFLOP without the constant context projections (13.6) and what the up-sampling saves (4.5)."""
+    total = sum(c.flops * c.shape.calls for c in CASES.values() if "14b-w1" in c.name and c.dtype in ("bf16", "fp32"))
+    assert total / 1e12 == pytest.approx(1991.2 - 13.6 - 4.5, rel=0.005)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_share_the_work_of_one_gpu(world: int) -> None:
+    for case in CASES.values():
+        if "14b-w1" in case.name:
+            name = case.name.replace("w1", f"w{world}")
+            rank = CASES[name]
+            assert rank.flops * world == pytest.approx(case.flops, rel=1e-9), name
+            assert rank.shape.calls == case.shape.calls
+
+
+def test_bytes_by_hand() -> None:
+    rows, inputs, outputs = 12096, 5120, 13824
+    assert CASES["linear/14b-w1-up/bf16"].bytes == 2 * (rows * inputs + inputs * outputs + rows * outputs)
+    assert CASES["linear/14b-w1-up/fp8"].bytes == rows * inputs + inputs * outputs + 2 * rows * outputs
+    assert CASES["self_attention/14b-w1/bf16"].bytes == 2 * 4 * rows * inputs
+    assert CASES["causal_conv3d/14b-w1-level3/bf16"].bytes == 2 * (768 * 448 * 96 * (6 + 4) + 27 * 96 * 96)
+
+
+@pytest.mark.parametrize(("world", "grid"), [(1, (1, 1)), (2, (2, 1)), (4, (2, 2)), (8, (4, 2)), (7, (1, 7))])
+def test_tiles_are_as_square_as_can_be(world: int, grid: tuple[int, int]) -> None:
+    assert tile_grid(world, 96, 56) == grid
+
+
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 GPUs cannot split 96 x 56"):
+        tile_grid(5, 96, 56)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda c: c.name)
+def test_inputs_are_random_finite_and_repeatable(case: Case) -> None:
+    def draw(seed: int) -> list[torch.Tensor]:
+        inputs = case.inputs(torch.device("cpu"), torch.Generator().manual_seed(seed))
+        return [x for x in inputs if isinstance(x, torch.Tensor)]
+
+    one, same, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(x.isfinite().all() and (x == 0).float().mean() < 0.01 for x in one)
+
+
+def test_selection_by_pattern_and_part() -> None:
+    names = [case.name for case in select(CASES, ["self_attention/14b-w[18]/bf16", "rms_norm_rope/tiny-w1"])]
+    assert names == ["self_attention/14b-w1/bf16", "self_attention/14b-w8/bf16", "rms_norm_rope/tiny-w1/fp32"]
+
+
+def test_an_unknown_case_is_met_with_near_ones() -> None:
+    with pytest.raises(UserError, match=r"self_atention.*nearest: self_attention"):
+        select(CASES, ["self_atention/14b-w1/bf16"])
+
+
+@pytest.mark.parametrize("text", ["CASES = [", "x = 1", "raise SystemError('no')"])
+def test_a_cases_file_that_gives_none_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.py gives no CASES"):
+        registry(file)
+
+
+def test_shapes_come_from_the_configuration() -> None:
+    tokens = math.prod(FLASHTALK_14B.grid)
+    assert CASES["self_attention/14b-w8/bf16"].shape.dims["keys"] == tokens
+    assert CASES["self_attention/14b-w8-ring/bf16"].shape.dims["queries"] == tokens // 8
+    assert CASES["frame_attention/14b-w8/bf16"].shape.dims["queries"] == 1512

@@ -1,0 +1,78 @@
+"""Whole chunks by variant, at the size of the golden weights."""
+
+import time
+from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from profiling import e2e
+from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
+from profiling.results import OK, WRONG, VariantResult
+from tests.small import SMALL
+
+CPU = torch.device("cpu")
+EAGER, COMPILED = VARIANTS["cpu"]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e2e, "MOST_CHUNKS", 3)
+
+
+def run(variant: Variant, seconds: float = 60) -> VariantResult:
+    models = generating_models(SMALL, CPU, variant.precision)
+    return run_variant(variant, models, 0, time.monotonic() + seconds, None)
+
+
+@pytest.mark.usefixtures("few")
+def test_every_stage_of_every_chunk_is_timed() -> None:
+    result = run(EAGER)
+    steps, latents = SMALL.chunk.sample_steps, SMALL.latent_shape[0]
+    assert result.status == OK
+    assert len(result.chunk) == len(result.first_frame) == 3
+    assert all(0 < first < whole for first, whole in zip(result.first_frame, result.chunk, strict=True))
+    counts = {name: len(samples) for name, samples in result.stages.items()}
+    assert counts["denoise/step"] == 3 * steps
+    assert counts["decode"] == 3 * latents
+    assert counts["audio"] == counts["motion"] == 3
+    assert sum(map(sum, result.stages.values())) < sum(result.chunk)
+    assert result.frames == SMALL.chunk.new_frames
+    assert result.first_call
+    assert result.weights_bytes > 4 * 1e6  # type: ignore[operator]
+
+
+def test_a_deadline_that_is_near_leaves_two_chunks() -> None:
+    assert len(run(EAGER, seconds=0).chunk) == e2e.FEWEST_CHUNKS
+
+
+@pytest.mark.usefixtures("few")
+def test_compiled_chunks_take_one_graph_for_all_blocks_and_never_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that keeps the graphs as they are: what is counted is what would be compiled."""
+    graphs: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(str(graph.graph.find_nodes(op="placeholder")[0]))
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
+    models = generating_models(SMALL, CPU, "fp32")
+    result = run_variant(COMPILED, models, 0, time.monotonic() + 60, None)
+    assert result.status == OK
+    # The student's block, and decoder and encoder each at a clip's start and behind it.
+    assert len(graphs) == 5
+    eager = Runner(generating_models(SMALL, CPU, "fp32"), 0)
+    compiled = Runner(models, 0)
+    for runner in (eager, compiled):
+        runner.chunk()
+    torch.testing.assert_close(compiled._state.motion, eager._state.motion, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_that_are_not_numbers_give_no_times() -> None:
+    models = generating_models(SMALL, CPU, "fp32")
+    models.vae.conv2.bias.fill_(float("nan"))
+    result = run_variant(EAGER, models, 0, time.monotonic(), None)
+    assert (result.status, result.chunk, result.stages) == (WRONG, (), {})

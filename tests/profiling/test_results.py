@@ -1,0 +1,150 @@
+"""Results files: what is written comes back, and what is not a results file is refused by name."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.errors import UserError
+from profiling.results import (
+    VERSION,
+    CaseResult,
+    Ceilings,
+    Machine,
+    Measurement,
+    Run,
+    VariantResult,
+    from_json,
+    load,
+    save,
+    to_json,
+)
+
+MACHINE = Machine("cpu", "some CPU", 2, 1)
+CASE = CaseResult("a/b/fp32", "a", "b", "fp32", 1.0, 2.0, measurements=(Measurement("eager", "ok", samples=(1.0,)),))
+RUN = Run("bench", "2026-01-01T00:00:00+00:00", MACHINE, cases=(CASE,))
+
+
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Anything that a field of that type may hold."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return st.none() | values_of(arguments[0])
+    if origin is tuple:
+        return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+    if origin is dict:
+        return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=3)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return st.builds(
+            typing.cast(type, hint), **{f.name: values_of(hints[f.name]) for f in dataclasses.fields(hint)}
+        )
+    return {
+        str: st.text(max_size=8),
+        int: st.integers(),
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+    }[hint]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(values_of(Run))
+def test_what_is_written_comes_back(run: Run) -> None:
+    text = json.dumps(to_json(run), allow_nan=False)
+    assert from_json(json.loads(text), "file") == run
+
+
+def test_a_file_comes_back(tmp_path: Path) -> None:
+    save(RUN, tmp_path / "new" / "run.json")
+    assert load(tmp_path / "new" / "run.json") == RUN
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
+
+
+def test_what_json_lacks_becomes_null() -> None:
+    run = dataclasses.replace(RUN, ceilings=Ceilings(math.inf), cases=())
+    assert to_json(run)["ceilings"]["copy_bytes_s"] is None
+    assert from_json(to_json(run), "file").ceilings.copy_bytes_s is None
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """The JSON of `RUN` with the value at that dotted path replaced."""
+    document = json.loads(json.dumps(to_json(RUN)))
+    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place: Any = document
+    for key in way:
+        place = place[key]
+    place[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        (change("version", VERSION + 1), f"schema version {VERSION + 1}, this is version {VERSION}"),
+        (change("version", None), "schema version None"),
+        (change("started", 5), "run.started is 5, wanted str"),
+        (change("machine.units", 2.5), "run.machine.units is 2.5, wanted int"),
+        (change("machine.units", True), "run.machine.units is True, wanted int"),
+        (change("machine", []), "run.machine is list, wanted an object"),
+        (change("cases.0.measurements.0.samples", [0.1, "x"]), r"run.cases\[0\].measurements\[0\].samples\[1\] is 'x'"),
+        (change("cases.0.measurements.0.samples", None), r"samples is None"),
+        (change("cases.0.flavour", 1), r"run.cases\[0\] has the unknown field flavour"),
+        ({k: v for k, v in to_json(RUN).items() if k != "machine"}, "run lacks machine"),
+        ({}, "holds no results"),
+        ([1, 2], "holds no results"),
+        (None, "holds no results"),
+        ({"traceEvents": []}, "holds no results"),
+    ],
+)
+def test_what_is_no_results_file_is_refused(document: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        from_json(document, "odd.json")
+    assert str(caught.value).startswith("odd.json ")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text(json.dumps(to_json(RUN))[:-20])
+    with pytest.raises(UserError, match=r"half.json is not JSON"):
+        load(tmp_path / "half.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary.json is not JSON"):
+        load(tmp_path / "binary.json")
+    with pytest.raises(UserError, match=r"none.json cannot be read \(No such file"):
+        load(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*; name another place"):
+        save(RUN, tmp_path / "file" / "run.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        save(RUN, tmp_path / "folder.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.json"]
+
+
+def test_stages_are_summed_over_each_chunk() -> None:
+    stages = {"denoise/step": (1.0, 2.0, 3.0, 5.0), "decode": (1.0, 2.0, 3.0)}
+    variant = VariantResult("v", "ok", stages=stages, chunk=(4.0, 9.0))
+    assert variant.per_chunk("denoise/step") == (3.0, 8.0)
+    assert variant.per_chunk("decode") == ()  # 3 calls are no whole number a chunk
+    assert variant.per_chunk("motion") == ()
+    assert VariantResult("v", "ok", stages=stages).per_chunk("decode") == ()
+
+
+def test_the_bound_is_the_longer_of_computing_and_moving() -> None:
+    case = CaseResult("a/b/bf16", "a", "b", "bf16", flops=8e12, bytes=1e9)
+    assert case.bound(Ceilings(1e12, {"bf16": 4e14})) == ("compute", 0.02)
+    assert case.bound(Ceilings(1e10, {"bf16": 4e14})) == ("memory", 0.1)
+    assert case.bound(Ceilings(1e10, {"fp8": 4e14})) == ("memory", 0.1)
+    assert case.bound(Ceilings()) is None
