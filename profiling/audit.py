@@ -60,7 +60,7 @@ from profiling.cases import Case, registry, select
 from profiling.devices import Device, of_target
 from profiling.machine import describe
 from profiling.results import AuditResult, Run, build, now, save, to_json
-from profiling.tables import number, share
+from profiling.tables import number, share, terminal
 
 NARROW = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
 WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
@@ -447,7 +447,7 @@ def command(
 
 
 def _show(run: Run) -> None:
-    console = Console()
+    console = terminal()
     console.width = max(console.width, WIDTH)
     if run.audit:
         console.print(audit_table(run.audit))

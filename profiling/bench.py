@@ -42,7 +42,7 @@ from profiling.results import (
     save,
     to_json,
 )
-from profiling.tables import rows, table
+from profiling.tables import rows, table, terminal
 from profiling.timing import Timed, interleave, set_count
 
 DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # cases, where none are named
@@ -292,7 +292,7 @@ def command(
     if as_json:
         print(json.dumps(to_json(run), indent=1))
     else:
-        Console().print(table(rows(run)))
+        terminal().print(table(rows(run)))
         _remark(run)
     return int(any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements))
 

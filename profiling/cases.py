@@ -20,7 +20,6 @@ import importlib.util
 import math
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,9 +191,9 @@ def model_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q[None], k[None], v[None])[0].unflatten(-1, q.shape[1:])
 
 
-def sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's attention by one of its back-ends; batch and heads in front, as it likes them."""
-    with sdpa_kernel(backend) if backend else nullcontext():
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention by one of its back-ends, which take heads in front of tokens as strides have it."""
+    with sdpa_kernel(backend):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 

@@ -41,14 +41,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from scipy.stats import rankdata
 
 from model.errors import UserError
 from profiling.results import ERROR, OK, WRONG, Machine, Run, from_json, load
-from profiling.tables import duration, number, share
+from profiling.tables import duration, number, share, terminal
 
 NORMAL_99 = 2.5758  # the normal distribution has 99 % within so many standard deviations
 SPIKE = 4.0  # robust standard deviations
@@ -459,7 +458,7 @@ def _show(a: Source, b: Source, forced: Iterable[str], notes: Iterable[str], fou
             out.add_section()
             out.add_row(verdict.upper(), style=COLOURS.get(verdict))
         out.add_row(*_cells(row))
-    console = Console(highlight=False)
+    console = terminal()
     for line in forced:
         console.print(f"[yellow]forced: {escape(line)}[/]")
     console.print(

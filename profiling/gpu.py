@@ -35,7 +35,7 @@ from profiling.cases import Case, registry, select
 from profiling.e2e import VARIANTS, Variant, generating_models, run_variant
 from profiling.machine import Monitor, describe, pick
 from profiling.results import ERROR, SKIPPED, WRONG, Measurement, Run, VariantResult, load, now, save, to_json, write
-from profiling.tables import rows, table, variant_rows, variant_table
+from profiling.tables import rows, table, terminal, variant_rows, variant_table
 from profiling.tune import table as outcomes_table
 from profiling.tune import tune_case, write_table
 
@@ -194,6 +194,7 @@ class Worker:
     def __init__(self, out: Path, device: torch.device, tasks: Plan) -> None:
         self._out, self._device, self._tasks = out, device, tasks
         self._progress = Progress.load(out)
+        self._machine = describe(device)
         self._monitor = Monitor(device)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -288,7 +289,7 @@ class Worker:
 
     def _run_of(self, phase: str) -> Run:
         """The phase's results file so far; raises `UserError` if it is another machine's."""
-        machine, path = describe(self._device), self._out / f"{phase}.json"
+        machine, path = self._machine, self._out / f"{phase}.json"
         if not path.is_file():
             return Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
         run = load(path)
@@ -302,7 +303,7 @@ class Worker:
 
 def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, as_json: bool) -> int:
     """Prints what the phases found and what was not reached; 1 if anything of ours is wrong or raised."""
-    console, bad, documents = Console(), False, {}
+    console, bad, documents = terminal(), False, {}
     for phase in phases:
         missing = [name for name in tasks.names(phase) if name not in progress.done.get(phase, [])]
         path = out / f"{phase}.json"

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
 from profiling.devices import devices
 from profiling.results import OK, Run, VariantResult, load
-from profiling.tables import duration
+from profiling.tables import duration, terminal
 
 DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
 # The stage that each operation is part of; the VAE's cases count decoding and encoding together.
@@ -266,7 +265,7 @@ def read_link(text: str) -> Link:
 
 
 def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
-    console = Console(highlight=False)
+    console = terminal()
     console.print("[bold]Projection, not a measurement[/]. It assumes:")
     for note in notes:
         console.print(f"- {escape(note)}", soft_wrap=True)

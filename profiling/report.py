@@ -20,7 +20,19 @@ from profiling import figures
 from profiling.figures import Drawn
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, load, write
 from profiling.roofline import roofline
-from profiling.tables import Row, duration, gigabytes, number, rate, rows, share, table, variant_rows, variant_table
+from profiling.tables import (
+    Row,
+    duration,
+    gigabytes,
+    number,
+    rate,
+    rows,
+    share,
+    table,
+    terminal,
+    variant_rows,
+    variant_table,
+)
 
 TEMPLATE = "report.html.j2"  # beside this file
 
@@ -39,7 +51,7 @@ def command(run: Path, out: Path | None, png: Path | None, results: Path, json: 
     if json:
         print(dumps(derived(measured), indent=1))
     elif not (out or png):
-        show(measured, Console())
+        show(measured, terminal())
     return 0
 
 

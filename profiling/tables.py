@@ -5,15 +5,20 @@ cases, `variant_rows` and `variant_table` for whole chunks.
 """
 
 import math
+import os
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, VariantResult
+
+LOG_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> Row:
         error=m.error,
         detail=m.detail,
     )
+
+
+def terminal() -> Console:
+    """Standard output; a file or a pipe, which has no width, gets one that the tables fit in."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else LOG_WIDTH, highlight=False)
 
 
 def table(rows: Iterable[Row]) -> Table:

@@ -37,13 +37,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
 from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult, load
-from profiling.tables import duration, number, share
+from profiling.tables import duration, number, share, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
@@ -302,7 +301,7 @@ def command(file: Path, results: list[Path], as_json: bool) -> int:
         rows = [asdict(o) | {"shortfall": o.shortfall, "stretched": o.stretched} for o in outcomes]
         print(json.dumps({"counts": dict(counts), "notes": notes, "targets": rows}, indent=1))
     else:
-        console = Console(highlight=False)
+        console = terminal()
         console.print(_table(outcomes))
         for note in notes:
             console.print(f"not read: {escape(note)}", soft_wrap=True)

@@ -29,13 +29,12 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
 from profiling.results import write
-from profiling.tables import duration, share
+from profiling.tables import duration, share, terminal
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
 LAUNCH = ("cuda_runtime", "cuda_driver")
@@ -347,7 +346,7 @@ def _first(summary: Summary, top: int) -> Summary:
 
 def show(summary: Summary) -> None:
     """Prints the tables."""
-    console = Console()
+    console = terminal()
     if summary.kernels:
         console.print(_operations("on the GPU", summary.kernels))
     console.print(_operations("operation on the CPU", summary.operations))
@@ -378,7 +377,7 @@ def _spans(spans: Iterable[Span], on_gpu: bool) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    room = max(20, Console().width - sum(max(10, len(heading) + 1) for heading in others))  # names of kernels are long
+    room = max(20, terminal().width - sum(max(10, len(heading) + 1) for heading in others))  # names of kernels are long
     out.add_column(first, overflow="ellipsis", no_wrap=True, max_width=room)
     for heading in others:
         out.add_column(heading, justify="right", no_wrap=True)

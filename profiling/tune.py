@@ -42,7 +42,7 @@ from profiling.bench import DEFAULTS, REFERENCE, case_result, check, flat, measu
 from profiling.cases import Backend, Case, registry, select
 from profiling.machine import describe, pick
 from profiling.results import OK, Ceilings, now, write
-from profiling.tables import duration
+from profiling.tables import duration, terminal
 from profiling.timing import Timed, interleave, set_count
 
 COMPILED, CHECKED, HALVED, JOINED = 0.4, 0.55, 0.7, 0.8  # of a case's time, when each stage begins nothing new
@@ -353,7 +353,7 @@ def command(
 
 def show(outcomes: Iterable[Outcome]) -> None:
     """Prints the table, and below it why candidates failed."""
-    console = Console()
+    console = terminal()
     console.print(table(outcomes))
     for outcome in outcomes:
         for (backend, why), count in Counter((f.backend, f.why) for f in outcome.failed).most_common():
