@@ -4,6 +4,7 @@ Tables go to standard output, or with `--json` the same as JSON and nothing else
 (a regression, a broken budget, an unmet target, a wrong kernel), 2 a mistake of the user's, in one line.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,9 @@ app = typer.Typer(
 
 Patterns = Annotated[
     list[str] | None,
-    typer.Argument(help="Cases: shell patterns or parts of names. Default: those made for the device."),
+    typer.Argument(
+        help="Cases: shell patterns, or parts of names of those made for the device. Default: all of these."
+    ),
 ]
 Cases = Annotated[Path | None, typer.Option("--cases", help="A Python file whose CASES are added to the registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -173,14 +176,23 @@ def project(
     raise typer.Exit(module.command(run, gpus, link, json))
 
 
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    """Runs the command line; a user's mistake ends in one line and exit code 2."""
+    """Runs the command line; a user's mistake ends in one line and exit code 2, an interruption in 130."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill or a closed terminal, as Ctrl-C
+        signal.signal(number, _interrupt)
     try:
         return app(standalone_mode=False) or 0
     except UserError as error:
         message = str(error)
     except typer.TyperException as error:
         message = error.format_message()
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: results written so far are kept", file=sys.stderr)
+        return 130
     if message:
         print("error:", " ".join(message.split()), file=sys.stderr)
     return 2

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 from model.errors import UserError
-from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, prepare_scaled_mm, registry, select
+from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen, prepare_scaled_mm
 from profiling.machine import Monitor, describe, pick
 from profiling.results import (
     ERROR,
@@ -45,7 +45,6 @@ from profiling.results import (
 from profiling.tables import rows, table, terminal
 from profiling.timing import Timed, interleave, set_count
 
-DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # cases, where none are named
 SWEEPS = {"cuda": 2, "cpu": 4}  # over all cases, each with its part of the rounds
 RECOMPILE_LIMIT = 1024  # of one function: it is compiled for every shape, and must not fall back to eager
 REFERENCE = {"cuda": torch.float32, "cpu": torch.float64}
@@ -264,12 +263,12 @@ def command(
 ) -> int:
     """`python -m profiling bench`; 1 if a back-end of ours is wrong or raised."""
     device = pick(device_name)
-    chosen = select(registry(extra), patterns or DEFAULTS[device.type])
-    known_backends(chosen, backends)
+    cases = chosen(patterns, device, extra)
+    known_backends(cases, backends)
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: at least 1 is needed")
     if list_:
-        return _list(chosen, as_json)
+        return _list(cases, as_json)
     started, begin, seed = now(), time.monotonic(), secrets.randbits(31)
     run = Run("bench", started, describe(device), notes=(f"seed {seed}",))
     if out is not None:
@@ -278,10 +277,10 @@ def command(
     console.print(f"seed {seed}", highlight=False)
     with Monitor(device) as monitor, console.status("measuring the machine's ceilings") as status:
         settle()
-        run = replace(run, ceilings=measure_ceilings(device, {case.dtype for case in chosen}))
+        run = replace(run, ceilings=measure_ceilings(device, {case.dtype for case in cases}))
         results: dict[str, CaseResult] = {}
         for sweep, share in enumerate(shares(rounds, SWEEPS[device.type])):
-            for case in chosen:
+            for case in cases:
                 status.update(f"sweep {sweep + 1}, {case.name}")
                 before = results.get(case.name) or check_case(case, device, seed, backends or None)
                 results[case.name] = time_case(case, before, device, share, seed + sweep + 1)

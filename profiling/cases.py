@@ -721,6 +721,8 @@ class Family:
     dtypes: tuple[str, ...]
 
 
+DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # the cases made for a device
+
 FAMILIES = {
     "tiny": Family("tiny", (1, 2), ("fp32",)),
     "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8")),
@@ -737,29 +739,45 @@ def preset_cases(preset: str) -> Iterator[Case]:
                 yield Case(operation, shape, dtype, TOLERANCES[dtype])
 
 
+def own_cases(file: Path) -> list[Case]:
+    """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none."""
+    try:
+        return list(runpy.run_path(str(file))["CASES"])
+    except Exception as error:  # a file of the user's may raise anything
+        raise UserError(f"--cases {file} gives no CASES: {type(error).__name__} {error}") from error
+
+
 def registry(extra: Path | None = None) -> dict[str, Case]:
-    """All cases by name; `extra` is a Python file whose `CASES` are added, for work in progress and for tests."""
+    """All cases by name, with those of the Python file `extra`."""
     cases = [case for preset in FAMILIES for case in preset_cases(preset)]
-    if extra is not None:
-        try:
-            cases += runpy.run_path(str(extra))["CASES"]
-        except Exception as error:  # a file of the user's may raise anything
-            raise UserError(f"--cases {extra} gives no CASES: {type(error).__name__} {error}") from error
-    return {case.name: case for case in cases}
+    return {case.name: case for case in (*cases, *(own_cases(extra) if extra else ()))}
 
 
-def select(cases: Mapping[str, Case], patterns: Sequence[str]) -> list[Case]:
+def chosen(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:
+    """What a command on that device is asked for; without patterns `extra`'s own, or else those made for the device."""
+    if extra is not None and not patterns:
+        return own_cases(extra)
+    return select(registry(extra), patterns or DEFAULTS[device.type], DEFAULTS[device.type])
+
+
+def select(cases: Mapping[str, Case], patterns: Sequence[str], preferred: Sequence[str] = ()) -> list[Case]:
     """Those whose name matches one of the shell patterns; a pattern without a wildcard may be a part of the name.
+
+    Such a part means cases that match `preferred`, patterns of those made for the device, if there are any: no one asks
+    a CPU for the shapes of eight GPUs by naming an operation.
 
     Raises `UserError` for a pattern that matches none, with the names nearest to it.
     """
     chosen: dict[str, Case] = {}
     for pattern in patterns:
-        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-        if not (names := fnmatch.filter(cases, glob)):
-            near = difflib.get_close_matches(pattern, cases, n=3, cutoff=0.3)
-            raise UserError(
-                f"there is no case {pattern}; nearest: {', '.join(near) or 'none'} (bench --list names all)"
-            )
+        if any(c in pattern for c in "*?["):
+            names = fnmatch.filter(cases, pattern)
+        else:
+            names = [name for name in cases if pattern in name]
+            near = [name for name in names if any(fnmatch.fnmatch(name, p) for p in preferred)]
+            names = near if near and pattern not in names else names
+        if not names:
+            close = ", ".join(difflib.get_close_matches(pattern, cases, n=3, cutoff=0.3)) or "none"
+            raise UserError(f"there is no case {pattern}; nearest: {close} (bench --list names all)")
         chosen |= {name: cases[name] for name in names}
     return list(chosen.values())

@@ -5,7 +5,7 @@
     tune    launch parameters                                                       OUT/tuned/DEVICE.json
     e2e     whole chunks of flashtalk-14b with random weights, by variant           OUT/e2e.json, OUT/VARIANT.json.gz
 
-A child process works through the tasks. What it is about to do is in OUT/progress.json before it begins: if a kernel
+A child process works through the tasks. What it is about to do is in OUT/progress before it begins: if a kernel
 hangs (a watchdog inside the child ends it) or takes the CUDA context with it, the next child enters that as the result
 and goes on behind it. A second call with the same OUT goes on where the first one stopped. Nothing outlasts the budget:
 a task that may not fit is not begun, and at the end the child is killed.
@@ -30,8 +30,8 @@ from rich.console import Console
 
 from model.config import FLASHTALK_14B, TINY
 from model.errors import UserError
-from profiling.bench import DEFAULTS, bench_case, case_result, check_case, measure_ceilings, settle
-from profiling.cases import Case, registry, select
+from profiling.bench import bench_case, case_result, check_case, measure_ceilings, settle
+from profiling.cases import Case, chosen
 from profiling.e2e import VARIANTS, Variant, generating_models, run_variant
 from profiling.machine import Monitor, describe, pick
 from profiling.results import ERROR, SKIPPED, WRONG, Measurement, Run, VariantResult, load, now, save, to_json, write
@@ -41,6 +41,7 @@ from profiling.tune import tune_case, write_table
 
 ROUNDS = 20
 CONFIGS = {"cuda": FLASHTALK_14B, "cpu": TINY}
+PROGRESS = "progress"  # no .json: what gathers results need not look at it
 USERS_MISTAKE = 2  # the exit code of one
 STDERR = 2
 LOST = "hung, crashed or ran out of time"
@@ -65,7 +66,7 @@ PATIENCE = {
 
 @dataclass
 class Progress:
-    """What parent and child, and a later call, tell each other through OUT/progress.json."""
+    """What parent and child, and a later call, tell each other through OUT/progress."""
 
     seed: int
     deadline: float  # of the system's clock
@@ -83,15 +84,15 @@ class Progress:
     def enter(self, out: Path, phase: str = "", task: str = "", backend: str = "") -> None:
         """Writes down what is begun now; nothing, once it has ended."""
         self.phase, self.task, self.backend = phase, task, backend
-        write(out / "progress.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write(out / PROGRESS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, out: Path) -> "Progress":
         """Reads it back; raises `UserError` if that is not one."""
         try:
-            return cls(**json.loads((out / "progress.json").read_text()))
+            return cls(**json.loads((out / PROGRESS).read_text()))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{out / 'progress.json'} cannot be read, begin in another folder: {error}") from error
+            raise UserError(f"{out / PROGRESS} cannot be read, begin in another folder: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ def plan(device: torch.device, patterns: Sequence[str], extra: Path | None) -> P
     variants = {v.name: v for v in VARIANTS[device.type]}
     named = [variants[p] for p in patterns if p in variants]
     rest = [p for p in patterns if p not in variants]
-    chosen = [] if patterns and not rest else select(registry(extra), rest or DEFAULTS[device.type])
-    chosen.sort(key=lambda case: (case.shape.world > 1, -case.shape.world))
-    checked = [case for case in chosen if any(b.ours for b in case.backends)]
-    tunable = [case for case in chosen if any(b.space for b in case.backends)]
-    by_phase = {"check": checked, "bench": chosen, "tune": tunable}
+    cases = [] if patterns and not rest else chosen(rest, device, extra)
+    cases.sort(key=lambda case: (case.shape.world > 1, -case.shape.world))
+    checked = [case for case in cases if any(b.ours for b in case.backends)]
+    tunable = [case for case in cases if any(b.space for b in case.backends)]
+    by_phase = {"check": checked, "bench": cases, "tune": tunable}
     return Plan(by_phase, named if patterns else list(variants.values()))
 
 
@@ -155,7 +156,7 @@ def command(
 def _supervise(options: Sequence[str], out: Path, budget: float) -> Progress:
     """Starts children until one ends well, the budget is spent, or one got nowhere."""
     deadline = time.time() + budget
-    fresh = not (out / "progress.json").is_file()
+    fresh = not (out / PROGRESS).is_file()
     progress = Progress(secrets.randbits(31), deadline) if fresh else replace(Progress.load(out), deadline=deadline)
     progress.enter(out, progress.phase, progress.task, progress.backend)
     before = None
@@ -196,6 +197,7 @@ class Worker:
         self._progress = Progress.load(out)
         self._machine = describe(device)
         self._monitor = Monitor(device)
+        self._saved = time.monotonic()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def run(self, phases: Sequence[str]) -> None:
@@ -298,7 +300,10 @@ class Worker:
         return run
 
     def _save(self, phase: str, run: Run) -> None:
-        save(replace(run, gauges=self._monitor.gauges), self._out / f"{phase}.json")
+        now, before = time.monotonic(), self._saved
+        self._saved = now
+        seconds = run.seconds + now - before
+        save(replace(run, gauges=self._monitor.gauges, seconds=seconds), self._out / f"{phase}.json")
 
 
 def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, as_json: bool) -> int:

@@ -38,8 +38,8 @@ from rich.table import Table
 from kernels import launch
 from kernels.launch import Entry
 from model.errors import UserError
-from profiling.bench import DEFAULTS, REFERENCE, case_result, check, flat, measure_ceilings, reason, settle
-from profiling.cases import Backend, Case, registry, select
+from profiling.bench import REFERENCE, case_result, check, flat, measure_ceilings, reason, settle
+from profiling.cases import Backend, Case, chosen
 from profiling.machine import describe, pick
 from profiling.results import OK, Ceilings, now, write
 from profiling.tables import duration, terminal
@@ -313,9 +313,9 @@ def command(
     settle()
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: give a number of seconds above 0")
-    chosen = select(registry(extra), patterns or DEFAULTS[device.type])
-    tunable = [case for case in chosen if candidates(case, device)]
-    idle = [case.name for case in chosen if case not in tunable]
+    cases = chosen(patterns, device, extra)
+    tunable = [case for case in cases if candidates(case, device)]
+    idle = [case.name for case in cases if case not in tunable]
     if not tunable:
         some = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
         raise UserError(f"nothing to tune: no back-end of {some} has launch parameters to try on {device.type}")

@@ -14,7 +14,6 @@ import torch
 from profiling.__main__ import main
 from profiling.bench import (
     CEILINGS,
-    DEFAULTS,
     Sizes,
     bench_case,
     check_case,
@@ -29,12 +28,12 @@ from profiling.cases import (
     Call,
     Case,
     Shape,
+    chosen,
     once,
     prepare_norm_scaled_mm,
     prepare_residual_scaled_mm,
     prepare_scaled_mm,
     registry,
-    select,
 )
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult, load
 from tests.profiling import toy
@@ -95,7 +94,7 @@ def test_judgement_is_of_every_output() -> None:
     assert "relative error" in fault
 
 
-@pytest.mark.parametrize("case", select(registry(), DEFAULTS["cpu"]), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", chosen([], CPU, None), ids=lambda c: c.name)
 def test_every_cpu_case_is_right_without_a_compiler(case: Case) -> None:
     plain = [b.name for b in case.backends if b.name != "compiled"]
     result = check_case(case, CPU, seed=3, only=plain)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from profiling.bench import DEFAULTS, REFERENCE, case_result, check, flat, settle
-from profiling.cases import Backend, Case, registry, select
+from profiling.bench import REFERENCE, case_result, check, flat, settle
+from profiling.cases import Backend, Case, chosen
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(case, b) for case in select(registry(), DEFAULTS[DEVICE.type]) for b in case.backends]
+PAIRS = [(case, b) for case in chosen([], DEVICE, None) for b in case.backends]
 
 
 @pytest.mark.benchmark

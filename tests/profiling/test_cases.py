@@ -96,6 +96,16 @@ def test_selection_by_pattern_and_part() -> None:
     assert names == ["self_attention/14b-w1/bf16", "self_attention/14b-w8/bf16", "rms_norm_rope/tiny-w1/fp32"]
 
 
+def test_a_part_of_a_name_means_the_devices_cases_and_a_whole_name_itself() -> None:
+    def named(pattern: str) -> set[str]:
+        return {case.name for case in select(CASES, [pattern], ["*/tiny-w1*"])}
+
+    assert named("rms_norm_rope") == {"rms_norm_rope/tiny-w1/fp32"}
+    assert named("rms_norm_rope/14b-w8/bf16") == {"rms_norm_rope/14b-w8/bf16"}
+    assert named("14b-w8-ring") == {"self_attention/14b-w8-ring/bf16", "self_attention/14b-w8-ring/fp8"}
+    assert len(named("rms_norm_rope/*")) == 6
+
+
 def test_an_unknown_case_is_met_with_near_ones() -> None:
     with pytest.raises(UserError, match=r"self_atention.*nearest: self_attention"):
         select(CASES, ["self_atention/14b-w1/bf16"])

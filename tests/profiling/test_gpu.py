@@ -166,6 +166,6 @@ def test_mistakes_end_in_one_line(
 
 
 def test_damaged_progress_is_said(tmp_path: Path) -> None:
-    (tmp_path / "progress.json").write_text('{"seed": 1, "what": 2}')
+    (tmp_path / gpu.PROGRESS).write_text('{"seed": 1, "what": 2}')
     with pytest.raises(UserError, match="begin in another folder"):
         Progress.load(tmp_path)
