@@ -10,6 +10,8 @@ Frames are independent of each other: correcting some of them gives the same val
 Source: E. Reinhard et al., "Color transfer between images", 2001, in CIE Lab instead of l-alpha-beta.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,17 +29,20 @@ _WHITE = (0.95047, 1.0, 1.08883)
 _EPSILON, _KAPPA = 0.008856, 903.3  # where Lab's cube root gives way to a straight line, and the line's slope
 
 
-def _mix(matrix: tuple[tuple[float, float, float], ...], x: Tensor) -> Tensor:
-    """The matrix times the channels of x [frame, 3, height, width]."""
+def _mix(matrix: tuple[tuple[float, float, float], ...], x: Tensor, divisors: Sequence[float] = (1, 1, 1)) -> Tensor:
+    """The matrix times the channels of x [frame, 3, height, width], each result over its divisor.
+
+    Constants are numbers, never tensors: a copy to the GPU would wait for it, and no CUDA graph could hold it.
+    """
     a, b, c = x.unbind(1)
-    return torch.stack([row[0] * a + row[1] * b + row[2] * c for row in matrix], dim=1)
+    rows = zip(matrix, divisors, strict=True)
+    return torch.stack([(row[0] * a + row[1] * b + row[2] * c) / divisor for row, divisor in rows], dim=1)
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB in [0, 1] -> L* in 0..100, a*, b*; float32 [frame, 3, height, width] both."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    white = torch.tensor(_WHITE, device=rgb.device)[:, None, None]
-    q = (_mix(_RGB_TO_XYZ, linear) / white).clamp(1e-8, 1.0)
+    q = _mix(_RGB_TO_XYZ, linear, _WHITE).clamp(1e-8, 1.0)
     x, y, z = torch.where(q > _EPSILON, q ** (1 / 3), (_KAPPA * q + 16) / 116).unbind(1)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
 
@@ -49,8 +54,8 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     xz = torch.stack((a / 500 + y, y - b / 200), dim=1)
     x, z = torch.where(xz**3 > _EPSILON, xz**3, (116 * xz - 16) / _KAPPA).unbind(1)
     y = torch.where(lightness > _KAPPA * _EPSILON, y**3, lightness / _KAPPA)
-    white = torch.tensor(_WHITE, device=lab.device)[:, None, None]
-    linear = _mix(_XYZ_TO_RGB, torch.stack((x, y, z), dim=1) * white)
+    xyz = torch.stack([part * white for part, white in zip((x, y, z), _WHITE, strict=True)], dim=1)
+    linear = _mix(_XYZ_TO_RGB, xyz)
     # The clamp below keeps the power away from negative numbers, where it is NaN; those take the straight line.
     gamma = 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, gamma, 12.92 * linear).clamp(0, 1)

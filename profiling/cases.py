@@ -166,7 +166,7 @@ def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
 def eager_and_compiled(
     function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
 ) -> tuple[Backend, Backend]:
-    """What model/ runs, as it is and, on some devices, as torch.compile makes it."""
+    """The arithmetic of model/ as it is and, on some devices, as torch.compile makes it."""
     return Backend("eager", once(function), ours=True), Backend("compiled", compiled(function), devices=devices)
 
 
@@ -278,8 +278,9 @@ def frame_reference(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
 
 def frame_batched(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
     """One attention call with the frames as its batch, as the student has it; a last, shorter frame is padded."""
-    whole = F.pad(q, (0, 0, 0, 0, 0, len(k) * per_frame - len(q))).unflatten(0, (len(k), -1))
-    return attention(whole, k, v).flatten(0, 1)[: len(q)].unflatten(-1, q.shape[1:])
+    missing = len(k) * per_frame - len(q)
+    whole = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q  # padding by nothing would copy
+    return attention(whole.unflatten(0, (len(k), -1)), k, v).flatten(0, 1)[: len(q)].unflatten(-1, q.shape[1:])
 
 
 FRAME_ATTENTION = Operation(
@@ -530,8 +531,9 @@ RMS_NORM_ROPE = Operation(
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     """The VAE's norm and SiLU: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return F.silu((x / norm.clamp_min(1e-12) * (gamma.view(-1, 1, 1) * x.shape[1] ** 0.5)).to(x.dtype))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+    return F.silu((x / norm * (gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5)).to(x.dtype))
 
 
 def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:

@@ -38,11 +38,12 @@ class Variant:
     name: str
     precision: str  # of `PRECISIONS`
     compiled: bool
+    seconds: float  # without which it is not worth beginning
 
 
 VARIANTS = {
-    "cuda": (Variant("bf16-eager", "bf16", False), Variant("bf16-compiled", "bf16", True)),
-    "cpu": (Variant("fp32-eager", "fp32", False), Variant("fp32-compiled", "fp32", True)),
+    "cuda": (Variant("bf16-eager", "bf16", False, 60), Variant("bf16-compiled", "bf16", True, 180)),
+    "cpu": (Variant("fp32-eager", "fp32", False, 10), Variant("fp32-compiled", "fp32", True, 60)),
 }
 
 
@@ -96,7 +97,12 @@ class Runner:
         dit = config.dit
         shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
         self._window = torch.randn(*shape, generator=random, device=device)
-        self.finite = True
+        self._finite: list[Tensor] = []  # of each group of frames, not yet asked for: that would wait for the GPU
+
+    @property
+    def finite(self) -> bool:
+        """Whether all frames so far were numbers."""
+        return all(map(bool, self._finite))
 
     def chunk(self) -> tuple[float, float]:
         """Runs the next chunk; seconds until its first frames were there, and until all of it was done."""
@@ -113,28 +119,28 @@ class Runner:
             if first is None:
                 self._synchronize()
                 first = time.perf_counter()
-                self.finite &= bool(frames.isfinite().all())
+            self._finite.append(frames.isfinite().all())
 
     def _synchronize(self) -> None:
         if self.models.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def run_variant(variant: Variant, models: "Models", seed: int, deadline: float, trace: Path | None) -> VariantResult:
+def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, Runner]:
     """Times chunks of a variant until `MOST_CHUNKS` are done or another might end after `deadline` (monotonic).
 
-    `models` are in the variant's precision; a compiled variant compiles them for good. `trace`, if there is time for
-    it, receives one more chunk as a Chrome/Perfetto trace.
+    `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
+    chunks: the search for the fastest convolution, in the first two, takes more. The runner can go on, see `traced`.
     """
     device, chunk = models.device, models.config.chunk
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     if variant.compiled:
         torch.compiler.reset()
         compile_models(models)
     runner = Runner(models, seed)
     _, first_call = runner.chunk()
     runner.chunk()  # the first one to begin with motion frames: the last to meet something new
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
     times: list[tuple[float, float]] = []
     while len(times) < MOST_CHUNKS:
@@ -155,17 +161,18 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float, 
         peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         weights_bytes=sum(_bytes(module) for module in (models.dit, models.vae)),
     )
-    if trace is None or time.monotonic() + 3 * times[-1][1] > deadline:
-        return result
-    return replace(result, trace=trace.name, gaps=_trace(runner, trace))
+    return result, runner
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _trace(runner: Runner, path: Path) -> float | None:
-    """Writes the trace of one chunk; the share of it in which a GPU did nothing, None on the CPU."""
+def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:
+    """The result with one more chunk as a Chrome/Perfetto trace in `path`, and the GPU's gaps in it.
+
+    The profiler takes time of its own on the CPU, so the gaps are an upper bound.
+    """
     with torch.profiler.profile() as profiler:
         runner.chunk()
-    return summarise(export(profiler, path)).gaps
+    return replace(result, trace=path.name, gaps=summarise(export(profiler, path)).gaps)

@@ -4,6 +4,7 @@
     bench   cases with their peers                                                  OUT/bench.json
     tune    launch parameters                                                       OUT/tuned/DEVICE.json
     e2e     whole chunks of flashtalk-14b with random weights, by variant           OUT/e2e.json, OUT/VARIANT.json.gz
+    bench and e2e together, to be kept, reported and projected                      OUT/run.json
 
 A child process works through the tasks. What it is about to do is in OUT/progress before it begins: if a kernel
 hangs (a watchdog inside the child ends it) or takes the CUDA context with it, the next child enters that as the result
@@ -13,6 +14,7 @@ a task that may not fit is not begun, and at the end the child is killed.
 
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import secrets
@@ -30,11 +32,24 @@ from rich.console import Console
 
 from model.config import FLASHTALK_14B, TINY
 from model.errors import UserError
-from profiling.bench import bench_case, case_result, check_case, measure_ceilings, settle
+from profiling.bench import bench_case, case_result, check_case, measure_ceilings, reason, settle, survive
 from profiling.cases import Case, chosen
-from profiling.e2e import VARIANTS, Variant, generating_models, run_variant
-from profiling.machine import Monitor, describe, pick
-from profiling.results import ERROR, SKIPPED, WRONG, Measurement, Run, VariantResult, load, now, save, to_json, write
+from profiling.e2e import VARIANTS, Variant, generating_models, run_variant, traced
+from profiling.machine import Monitor, describe, joined, pick
+from profiling.results import (
+    ERROR,
+    SKIPPED,
+    WRONG,
+    CaseResult,
+    Measurement,
+    Run,
+    VariantResult,
+    load,
+    now,
+    save,
+    to_json,
+    write,
+)
 from profiling.tables import rows, table, terminal, variant_rows, variant_table
 from profiling.tune import table as outcomes_table
 from profiling.tune import tune_case, write_table
@@ -45,6 +60,7 @@ PROGRESS = "progress"  # no .json: what gathers results need not look at it
 USERS_MISTAKE = 2  # the exit code of one
 STDERR = 2
 LOST = "hung, crashed or ran out of time"
+KILL_SECONDS = 5.0
 CHILD_SECONDS = 15.0  # what a child needs to start: with less left, none is
 
 
@@ -57,11 +73,12 @@ class Patience:
 
 
 PATIENCE = {
-    "check": Patience(4, 90),
-    "bench": Patience(12, 150),
+    "check": Patience(4, 60),
+    "bench": Patience(12, 90),
     "tune": Patience(25, 300),
-    "e2e": Patience(60, 400),
+    "e2e": Patience(0, 400),  # needed: a variant says so itself
 }
+MARGIN = 4.0  # seconds, between what a task is told and its end
 
 
 @dataclass
@@ -186,7 +203,8 @@ def _child(command_line: Sequence[str], seconds: float) -> int | None:
     finally:
         with suppress(ProcessLookupError):  # and whatever it has started
             os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            child.wait(KILL_SECONDS)
 
 
 class Worker:
@@ -194,27 +212,45 @@ class Worker:
 
     def __init__(self, out: Path, device: torch.device, tasks: Plan) -> None:
         self._out, self._device, self._tasks = out, device, tasks
+        self._cases = {case.name: case for cases in tasks.cases.values() for case in cases}
+        self._variants = {variant.name: variant for variant in tasks.variants}
         self._progress = Progress.load(out)
         self._machine = describe(device)
-        self._monitor = Monitor(device)
-        self._saved = time.monotonic()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._phase, self._run = "", Run("", "", self._machine)  # the one at work and its results so far
+        self._monitor, self._begin = Monitor(device), 0.0
 
     def run(self, phases: Sequence[str]) -> None:
         """All phases, as far as the budget goes."""
         settle()
-        if self._progress.task:
-            self._bury()
-        with self._monitor:
-            for phase in phases:
-                self._phase(phase)
+        for phase in phases:
+            self._enter(phase)
+            with self._monitor:
+                if phase == self._progress.phase:
+                    self._bury()
+                if phase == "bench" and not self._run.ceilings.copy_bytes_s:
+                    dtypes = sorted({case.dtype for case in self._tasks.cases[phase]})
+                    self._run = replace(self._run, ceilings=measure_ceilings(self._device, dtypes))
+                self._work_through(phase)
 
-    def _phase(self, phase: str) -> None:
+    def _enter(self, phase: str) -> None:
+        """Takes up the phase's results file; raises `UserError` if it is another machine's."""
+        machine, path = self._machine, self._out / f"{phase}.json"
+        self._phase, self._monitor, self._begin = phase, Monitor(self._device), time.monotonic()
+        self._run = Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
+        if path.is_file():
+            self._run = load(path)
+            found = self._run.machine
+            if (found.device, found.versions) != (machine.device, machine.versions):
+                raise UserError(f"{path} was measured on {found.device} or with other versions; use another --out")
+        self._earlier = self._run
+
+    def _work_through(self, phase: str) -> None:
         progress, patience = self._progress, PATIENCE[phase]
         todo = [name for name in self._tasks.names(phase) if name not in progress.done.get(phase, [])]
         for i, name in enumerate(todo):
-            if progress.left < patience.needed:
-                return
+            if progress.left < (self._variants[name].seconds if phase == "e2e" else patience.needed):
+                continue
             self._console.print(f"{progress.left:4.0f} s left  {phase} {i + 1}/{len(todo)}  {name}")
             faulthandler.dump_traceback_later(patience.most, exit=True)
             progress.enter(self._out, phase, name)
@@ -232,78 +268,81 @@ class Worker:
             progress.lost.setdefault(task, []).append(backend)
         else:
             progress.done.setdefault(phase, []).append(task)
-            if phase == "e2e":
-                self._add_variant(VariantResult(task, ERROR, LOST))
+            if phase == "e2e" and all(v.variant != task for v in self._run.variants):
+                self._add(VariantResult(task, ERROR, LOST))
             elif phase in ("check", "bench"):
-                case = next(c for c in self._tasks.cases[phase] if c.name == task)
-                self._add_case(phase, case, (Measurement("all", ERROR, True, LOST),))
+                self._add(case_result(self._cases[task], (Measurement("all", ERROR, True, LOST),)))
         progress.enter(self._out)
 
     def _check(self, name: str) -> None:
-        self._measure("check", name, timed=False)
+        self._measure(name, timed=False)
 
     def _bench(self, name: str) -> None:
-        self._measure("bench", name, timed=True)
+        self._measure(name, timed=True)
 
-    def _measure(self, phase: str, name: str, *, timed: bool) -> None:
-        case = next(c for c in self._tasks.cases[phase] if c.name == name)
+    def _measure(self, name: str, *, timed: bool) -> None:
+        case, seed, phase = self._cases[name], self._progress.seed, self._phase
         lost = self._progress.lost.get(name, [])
-        wanted = [b.name for b in case.backends if b.name not in lost and (timed or b.ours)]
+        meant = [b for b in case.backends if timed or b.ours]
+        wanted = [b.name for b in meant if b.name not in lost]
 
         def entering(backend: str) -> None:
             self._progress.enter(self._out, phase, name, backend)
 
         if timed:
-            result = bench_case(case, self._device, ROUNDS, self._progress.seed, wanted, entering)
+            result = bench_case(case, self._device, ROUNDS, seed, wanted, entering)
         else:
-            result = check_case(case, self._device, self._progress.seed, wanted, entering)
-        dead = (Measurement(b.name, ERROR, b.ours, LOST) for b in case.backends if b.name in lost and (timed or b.ours))
-        self._add_case(phase, case, (*result.measurements, *dead))
+            result = check_case(case, self._device, seed, wanted, entering)
+        dead = (Measurement(b.name, ERROR, b.ours, LOST) for b in meant if b.name in lost)
+        self._add(replace(result, measurements=(*result.measurements, *dead)))
 
     def _tune(self, name: str) -> None:
-        case = next(c for c in self._tasks.cases["tune"] if c.name == name)
-        deadline = time.monotonic() + min(self._progress.left, PATIENCE["tune"].most) - PATIENCE["check"].needed
-        outcome = tune_case(case, self._device, deadline, self._progress.seed)
+        outcome = tune_case(self._cases[name], self._device, self._deadline(), self._progress.seed)
         self._console.print(outcomes_table([outcome]))
         if outcome.entry is not None:
             write_table([outcome.entry], self._device, self._out / "tuned")
 
     def _e2e(self, name: str) -> None:
-        variant = next(v for v in self._tasks.variants if v.name == name)
-        deadline = time.monotonic() + min(self._progress.left, PATIENCE["e2e"].most) - PATIENCE["check"].needed
+        variant, deadline = self._variants[name], self._deadline()
         try:
             models = generating_models(CONFIGS[self._device.type], self._device, variant.precision)
-            trace = self._out / f"{name}.json.gz"
-            self._add_variant(run_variant(variant, models, self._progress.seed, deadline, trace))
+            result, runner = run_variant(variant, models, self._progress.seed, deadline)
         except Exception as error:  # out of memory, a compiler's failure: the other variants go on
-            self._add_variant(VariantResult(name, ERROR, f"{type(error).__name__}: {error}"[:300]))
+            result, runner = VariantResult(name, ERROR, reason(error)), None
+        self._add(result)
+        if runner is not None and result.chunk and time.monotonic() + 3 * max(result.chunk) < deadline:
+            try:
+                self._replace(traced(result, runner, self._out / f"{name}.json.gz"))
+            except Exception as error:  # a trace is an extra
+                self._console.print(f"no trace of {name}: {reason(error)}")
+        models = runner = None
+        torch.compiler.reset()  # compiled code keeps its weights alive, and two students do not fit
+        gc.collect()
+        survive(self._device)
 
-    def _add_case(self, phase: str, case: Case, measurements: tuple[Measurement, ...]) -> None:
-        run = self._run_of(phase)
-        if not run.ceilings.copy_bytes_s and phase == "bench":
-            dtypes = sorted({case.dtype for case in self._tasks.cases[phase]})
-            run = replace(run, ceilings=measure_ceilings(self._device, dtypes))
-        self._save(phase, replace(run, cases=(*run.cases, case_result(case, measurements))))
+    def _deadline(self) -> float:
+        """When a task must end, on the clock of `time.monotonic`."""
+        return time.monotonic() + min(self._progress.left, PATIENCE[self._phase].most) - MARGIN
 
-    def _add_variant(self, result: VariantResult) -> None:
-        run = self._run_of("e2e")
-        self._save("e2e", replace(run, variants=(*run.variants, result)))
+    def _add(self, result: CaseResult | VariantResult) -> None:
+        """Writes the results file with one result more."""
+        run = self._run
+        if isinstance(result, CaseResult):
+            self._run = replace(run, cases=(*run.cases, result))
+        else:
+            self._run = replace(run, variants=(*run.variants, result))
+        self._save()
 
-    def _run_of(self, phase: str) -> Run:
-        """The phase's results file so far; raises `UserError` if it is another machine's."""
-        machine, path = self._machine, self._out / f"{phase}.json"
-        if not path.is_file():
-            return Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
-        run = load(path)
-        if (run.machine.device, run.machine.versions) != (machine.device, machine.versions):
-            raise UserError(f"{path} was measured on {run.machine.device} or with other versions; use another --out")
-        return run
+    def _replace(self, result: VariantResult) -> None:
+        self._run = replace(self._run, variants=(*self._run.variants[:-1], result))
+        self._save()
 
-    def _save(self, phase: str, run: Run) -> None:
-        now, before = time.monotonic(), self._saved
-        self._saved = now
-        seconds = run.seconds + now - before
-        save(replace(run, gauges=self._monitor.gauges, seconds=seconds), self._out / f"{phase}.json")
+    def _save(self) -> None:
+        before = self._earlier
+        seconds = before.seconds + time.monotonic() - self._begin
+        gauges = joined(before.gauges, self._monitor.gauges, before.seconds)
+        self._run = replace(self._run, seconds=seconds, gauges=gauges)
+        save(self._run, self._out / f"{self._phase}.json")
 
 
 def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, as_json: bool) -> int:
@@ -324,6 +363,9 @@ def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, 
         if not as_json:
             done = len(progress.done.get(phase, []))
             console.print(f"{phase}: {done} done, {len(missing)} not reached; {path}", highlight=False, soft_wrap=True)
+    bench, e2e = out / "bench.json", out / "e2e.json"
+    if bench.is_file() and e2e.is_file():
+        save(replace(load(bench), variants=load(e2e).variants), out / "run.json")
     if as_json:
         print(json.dumps(documents, indent=1))
     return int(bad)

@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
@@ -91,8 +92,7 @@ class Monitor:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._readings: list[tuple[float, ...]] = []
-        self._reasons: list[int] = []
+        self._readings: list[tuple[tuple[float, ...], int]] = []
         self._stop = threading.Event()
         self._note = "no NVIDIA GPU in this run" if device.type != "cuda" else ""
         self._limit: float | None = None
@@ -111,11 +111,11 @@ class Monitor:
     @property
     def gauges(self) -> Gauges:
         """What was read so far."""
-        if not self._readings:
+        if not (readings := self._readings.copy()):
             return Gauges(note=self._note or "NVML gave no readings")
-        columns = [tuple(column) for column in zip(*self._readings, strict=True)]
+        columns = [tuple(column) for column in zip(*(values for values, _ in readings), strict=True)]
         shares = {
-            name: sum(bool(bits & bit) for bits in self._reasons) / len(self._reasons)
+            name: sum(bool(reasons & bit) for _, reasons in readings) / len(readings)
             for bit, name in THROTTLE_REASONS.items()
         }
         throttled = {name: share for name, share in shares.items() if share > 0}
@@ -131,11 +131,22 @@ class Monitor:
             begin = time.monotonic()
             while not self._stop.is_set():
                 reading, reasons = _read(nvml, handle)
-                self._readings.append((time.monotonic() - begin, *reading))
-                self._reasons.append(reasons)
+                self._readings.append(((time.monotonic() - begin, *reading), reasons))
                 self._stop.wait(INTERVAL)
         except Exception as error:  # a reading is a courtesy: whatever the driver lacks must not end a run
             self._note = f"NVML: {type(error).__name__} {error}"
+
+
+def joined(first: Gauges, later: Gauges, offset: float) -> Gauges:
+    """Both one after the other; `offset` is added to the seconds of the later ones."""
+    n, m = len(first.seconds), len(later.seconds)
+    if not n or not m:
+        return first if n else later
+    columns = ("seconds", "sm_mhz", "memory_mhz", "watts", "celsius", "used_bytes")
+    shifted = replace(later, seconds=tuple(second + offset for second in later.seconds))
+    reasons = dict.fromkeys((*first.throttled, *later.throttled))
+    throttled = {r: (first.throttled.get(r, 0) * n + later.throttled.get(r, 0) * m) / (n + m) for r in reasons}
+    return replace(later, throttled=throttled, **{c: (*getattr(first, c), *getattr(shifted, c)) for c in columns})
 
 
 def _handle(nvml: Any, device: torch.device) -> Any:

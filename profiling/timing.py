@@ -17,7 +17,7 @@ SAMPLE_SECONDS = {"cuda": 0.010, "cpu": 0.005}  # least length of a sample
 ROUND_SECONDS = 2.0  # of `interleave`, after which slow back-ends get no further rounds
 FEWEST_ROUNDS = 4
 CACHES = 4  # a rotation of input sets is this many times the L2 cache
-MOST_SETS = 16
+MOST_SETS = 256
 MOST_CALLS = 256  # in a sample
 HEAD_START = 1_000_000  # GPU cycles, about half a millisecond: the CPU gets ahead, launch gaps stay out
 
@@ -73,15 +73,25 @@ class Timed:
             next(self._turn)()
 
     def _capture(self) -> None:
-        """Some back-ends cannot be captured (they synchronise or allocate): they stay plain launches."""
-        graph = torch.cuda.CUDAGraph()
+        """Back-ends that wait for the GPU cannot be captured: they stay plain launches, with gaps in their times.
+
+        They are found beforehand, since torch does not recover from every capture that fails. One that fails all the
+        same raises RuntimeError.
+        """
+        torch.cuda.set_sync_debug_mode("error")
         try:
-            torch.cuda.synchronize()
+            next(self._turn)()
+        except RuntimeError:
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph):
                 self._run()
         except RuntimeError:
-            torch.cuda.synchronize()
-            return
+            torch.cuda.set_stream(stream)  # torch 2.11 leaves the capturing one current
+            raise
         self._graph = graph
 
 

@@ -38,12 +38,12 @@ from rich.table import Table
 from kernels import launch
 from kernels.launch import Entry
 from model.errors import UserError
-from profiling.bench import REFERENCE, case_result, check, flat, measure_ceilings, reason, settle
+from profiling.bench import case_result, check, input_sets, measure_ceilings, reason, reference, settle
 from profiling.cases import Backend, Case, chosen
 from profiling.machine import describe, pick
 from profiling.results import OK, Ceilings, now, write
 from profiling.tables import duration, terminal
-from profiling.timing import Timed, interleave, set_count
+from profiling.timing import Timed, interleave
 
 COMPILED, CHECKED, HALVED, JOINED = 0.4, 0.55, 0.7, 0.8  # of a case's time, when each stage begins nothing new
 HEAT = 8  # candidates that are in memory at a time
@@ -121,8 +121,8 @@ class _Trial:
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.case, self.device, self.seed = case, device, seed
-        self.sets = [case.inputs(device, generator) for _ in range(set_count(case.bytes, device))]
-        self.expected = flat(case.expected(self.sets[0], REFERENCE[device.type]))
+        self.sets = input_sets(case, device, generator)
+        self.expected = reference(case, self.sets[0], device)
         self.failed: list[Failure] = []
 
     def fail(self, candidate: Candidate, why: str) -> None:

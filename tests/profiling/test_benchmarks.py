@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from profiling.bench import REFERENCE, case_result, check, flat, settle
+from profiling.bench import case_result, check, reference, settle
 from profiling.cases import Backend, Case, chosen
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,7 +26,7 @@ def test_case(benchmark: BenchmarkFixture, case: Case, backend: Backend) -> None
     settle()
     with torch.inference_mode():
         inputs = case.inputs(DEVICE, torch.Generator(DEVICE).manual_seed(0))
-        expected = flat(case.expected(inputs, REFERENCE[DEVICE.type]))
+        expected = reference(case, inputs, DEVICE)
         assert not check(case, backend, inputs, expected, DEVICE).detail
         call = backend.prepare(*inputs)
 

@@ -25,7 +25,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(variant: Variant, seconds: float = 60) -> VariantResult:
     models = generating_models(SMALL, CPU, variant.precision)
-    return run_variant(variant, models, 0, time.monotonic() + seconds, None)
+    return run_variant(variant, models, 0, time.monotonic() + seconds)[0]
 
 
 @pytest.mark.usefixtures("few")
@@ -60,7 +60,7 @@ def test_compiled_chunks_take_one_graph_for_all_blocks_and_never_recompile(monke
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
     models = generating_models(SMALL, CPU, "fp32")
-    result = run_variant(COMPILED, models, 0, time.monotonic() + 60, None)
+    result, _ = run_variant(COMPILED, models, 0, time.monotonic() + 60)
     assert result.status == OK
     # The student's block, and decoder and encoder each at a clip's start and behind it.
     assert len(graphs) == 5
@@ -74,5 +74,5 @@ def test_compiled_chunks_take_one_graph_for_all_blocks_and_never_recompile(monke
 def test_frames_that_are_not_numbers_give_no_times() -> None:
     models = generating_models(SMALL, CPU, "fp32")
     models.vae.conv2.bias.fill_(float("nan"))
-    result = run_variant(EAGER, models, 0, time.monotonic(), None)
+    result, _ = run_variant(EAGER, models, 0, time.monotonic())
     assert (result.status, result.chunk, result.stages) == (WRONG, (), {})

@@ -25,7 +25,7 @@ import sys
 from profiling import bench, gpu
 from profiling.__main__ import main
 from tests.small import SMALL
-gpu.PATIENCE = {phase: gpu.Patience(0.1, 4 if phase != "e2e" else 60) for phase in gpu.PATIENCE}
+gpu.PATIENCE = {phase: gpu.Patience(0.1, 4 if phase in ("check", "bench") else 60) for phase in gpu.PATIENCE}
 gpu.CONFIGS["cpu"] = SMALL
 gpu.ROUNDS = 3
 bench.CEILINGS["cpu"] = bench.Sizes(2**20, 64, 1)

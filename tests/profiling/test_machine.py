@@ -10,7 +10,8 @@ import torch
 
 from model.errors import UserError
 from profiling import machine
-from profiling.machine import Monitor, describe, pick, revision
+from profiling.machine import Monitor, describe, joined, pick, revision
+from profiling.results import Gauges
 
 
 def nvml(**changes: object) -> SimpleNamespace:
@@ -73,6 +74,17 @@ def test_a_driver_that_fails_costs_the_gauges_and_not_the_run(monkeypatch: pytes
         time.sleep(0.02)
     assert monitor.gauges.seconds == ()
     assert "GPU is lost" in monitor.gauges.note
+
+
+def test_gauges_of_two_processes_are_one_series() -> None:
+    first = Gauges((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
+    later = Gauges((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
+    both = joined(first, later, 10.0)
+    assert both.seconds == (0.0, 1.0, 10.0, 11.0)
+    assert both.watts == (1.0, 2.0, 3.0, 4.0)
+    assert both.throttled == {"power cap": 0.5, "power brake": 0.25}
+    assert joined(Gauges(), later, 10.0) is later
+    assert joined(first, Gauges(note="lost"), 10.0) is first
 
 
 def test_without_a_gpu_there_is_nothing_to_read() -> None:
