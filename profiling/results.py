@@ -300,13 +300,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {str(key): _value(arguments[1], item, f"{where}[{key}]") for key, item in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if (
-        isinstance(hint, type)
-        and origin is None
-        and isinstance(value, hint)
-        and (hint is bool) == (value is True or value is False)
-    ):
+    if hint is float:  # NaN and infinities, which Python's parser lets pass, are no JSON
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
     raise ValueError(f"{where} is {value!r:.40}, wanted {getattr(hint, '__name__', hint)}")

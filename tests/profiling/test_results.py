@@ -148,3 +148,11 @@ def test_the_bound_is_the_longer_of_computing_and_moving() -> None:
     assert case.bound(Ceilings(1e10, {"bf16": 4e14})) == ("memory", 0.1)
     assert case.bound(Ceilings(1e10, {"fp8": 4e14})) == ("memory", 0.1)
     assert case.bound(Ceilings()) is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_damage(tmp_path: Path, number: str) -> None:
+    text = json.dumps(to_json(dataclasses.replace(RUN, seconds=123.5))).replace("123.5", number)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged: run\.seconds is (nan|-?inf), wanted float"):
+        load(tmp_path / "run.json")
