@@ -316,7 +316,8 @@ def remarks(before: Run, after: Run, found: Iterable[Row], threshold: float) -> 
             notes.append(f"the {title} run was made with uncommitted changes to {run.machine.revision}")
     old, new = ({"copied": r.ceilings.copy_bytes_s} | r.ceilings.matmul_flop_s for r in (before, after))
     for name in old:
-        if (a := old[name]) and (b := new.get(name)) and abs(math.log(b / a)) > math.log1p(threshold):
+        a, b = old[name] or 0.0, new.get(name) or 0.0
+        if min(a, b) > 0 and abs(math.log(b / a)) > math.log1p(threshold):
             what = name if name == "copied" else f"multiplied {name} matrices"
             notes.append(
                 f"in the second run the machine {what} {share(abs(b / a - 1))} {'faster' if b > a else 'slower'}"

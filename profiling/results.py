@@ -23,6 +23,7 @@ from model.errors import UserError
 
 SCHEMA = "flashtalk-profile"
 VERSION = 1
+LOW, HIGH = 1e-30, 1e30  # of numbers in a file
 
 OK = "ok"  # ran and is right; the only status with times
 WRONG = "wrong"  # ran, but its output is not the reference's
@@ -240,7 +241,7 @@ def load(path: Path) -> Run:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return from_json(values, str(path))
 
@@ -260,7 +261,7 @@ def from_json(values: Any, source: str) -> Run:
         try:
             if (run := read(values)) is not None:
                 return run
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
     raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
 
@@ -300,8 +301,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {str(key): _value(arguments[1], item, f"{where}[{key}]") for key, item in value.items()}
-    if hint is float:  # NaN and infinities, which Python's parser lets pass, are no JSON
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float:  # nothing here is beyond these limits; NaN and infinities, which Python's parser passes, are
+        if isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or LOW < abs(value) < HIGH):
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value

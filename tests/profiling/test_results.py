@@ -50,7 +50,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         str: st.text(max_size=8),
         int: st.integers(),
         bool: st.booleans(),
-        float: st.floats(allow_nan=False, allow_infinity=False),
+        float: st.just(0.0) | st.floats(1e-29, 1e29) | st.floats(-1e29, -1e-29),  # no quantity is beyond these
     }[hint]
 
 
@@ -150,9 +150,9 @@ def test_the_bound_is_the_longer_of_computing_and_moving() -> None:
     assert case.bound(Ceilings()) is None
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1e-310"])
 def test_numbers_that_are_none_are_damage(tmp_path: Path, number: str) -> None:
     text = json.dumps(to_json(dataclasses.replace(RUN, seconds=123.5))).replace("123.5", number)
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"damaged: run\.seconds is (nan|-?inf), wanted float"):
+    with pytest.raises(UserError, match=r"damaged: run\.seconds is .*, wanted float"):
         load(tmp_path / "run.json")
