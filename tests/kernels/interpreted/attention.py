@@ -1,0 +1,145 @@
+"""The attention kernel for any GPU against its definition in float64."""
+
+# pyright: reportArgumentType=false
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import attention
+from kernels.attention import interleave, launch_triton, merge_attention, reference
+from kernels.attention_hopper import merge_parts
+from kernels.schedule import Shape
+from profiling.bench import poisoned_memory
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+EXAMPLES = settings(deadline=None, max_examples=25)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is not written is NaN."""
+    with poisoned_memory():
+        assert torch.ones(1).new_empty(3).isnan().all()
+        yield
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected).norm() / expected.norm()).item()
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float, bound: float = 1e-5) -> None:
+    """[batch, token, head, d]."""
+    o, lse = launch_triton(q, k, v, None, shape, scale, q.dtype, SMALL)
+    for i in range(len(q)):
+        expected = reference(q[i].double(), k[i].double(), v[i].double(), shape.chunks, shape.past, scale)
+        assert error(o[i], expected[0]) < bound
+        torch.testing.assert_close(lse[i].double(), expected[1], rtol=bound, atol=bound)
+
+
+@EXAMPLES
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 64]), st.integers(0, 99))
+def test_full(queries, keys, heads, d, seed):
+    q, k, v = (draw(2, n, heads, d, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
+    check(q, k, v, Shape(queries, keys, None, 0), 0.3)
+
+
+@EXAMPLES
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from([0, 1, 2, -1]), st.integers(0, 99))
+def test_chunks(chunks, past, seed):
+    n = sum(chunks)
+    q, k, v = (draw(1, n, 2, 16, seed=seed + i) for i in range(3))
+    check(q, k, v, Shape(n, n, tuple(chunks), past), 0.25)
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 12096 % 128])
+def test_around_a_tile(n):
+    q, k, v = (draw(1, n, 1, 64, seed=i) for i in range(3))
+    check(q, k, v, Shape(n, n, None, 0), 0.125)
+
+
+def test_half_precision():
+    q, k, v = (draw(1, 50, 2, 64, seed=i).half() for i in range(3))
+    check(q, k, v, Shape(50, 50, None, 0), 0.125, bound=2e-3)
+
+
+def test_views_are_read_where_they_are():
+    qkv = draw(1, 37, 3, 2, 16, seed=0)
+    heads_first = draw(2, 37, 16, seed=1).transpose(0, 1)[None]
+    check(qkv[:, :, 0], qkv[:, :, 1], heads_first, Shape(37, 37, None, 0), 0.25)
+
+
+def test_a_later_chunk_is_not_even_read():
+    q, k, v = (draw(1, 48, 1, 16, seed=i) for i in range(3))
+    k[:, 16:] = v[:, 16:] = math.nan
+    o, lse = launch_triton(q, k, v, None, Shape(48, 48, (16, 32), 0), 0.25, q.dtype, SMALL)
+    assert o[:, :16].isfinite().all()
+    assert lse[:, :16].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e2, 1e-3])
+def test_extreme_logits_stay_finite(size):
+    """Logits up to +-1e4 and more."""
+    q, k, v = (draw(1, 33, 1, 16, seed=i) for i in range(3))
+    check(q * size, k * size, v, Shape(33, 33, None, 0), 0.25, bound=2e-4)
+
+
+def test_equal_keys_give_the_mean():
+    v = draw(1, 20, 1, 16, seed=0)
+    o, lse = launch_triton(torch.zeros(1, 3, 1, 16), torch.ones(1, 20, 1, 16), v, None, Shape(3, 20, None, 0), 1.0,
+                           torch.float32, SMALL)  # fmt: skip
+    torch.testing.assert_close(o[0, 0], v[0].mean(0))
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(20)))
+
+
+@EXAMPLES
+@given(st.integers(1, 30), st.integers(1, 50), st.integers(0, 99))
+def test_scaled_operands(queries, keys, seed):
+    """The path of FP8 with its scales and transposed values; in float32, since the interpreter cannot round to e4m3."""
+    heads, d = 2, 16
+    q, k, v = (draw(n, heads, d, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
+    q_scale, k_scale = draw(queries, heads, seed=seed + 3).exp(), draw(heads, seed=seed + 4).exp()
+    v_scale = draw(heads, d, seed=seed + 5).exp()
+    order = torch.from_numpy(interleave(keys))
+    padded = torch.cat((v, torch.zeros(len(order) - keys, heads, d)))
+    values = padded[order].permute(1, 2, 0).contiguous()
+    shape = Shape(queries, keys, None, 0)
+    o, lse = launch_triton(q[None], k[None], values[None], (q_scale, k_scale, v_scale), shape, 0.25, q.dtype, SMALL)
+    wide = attention.dequantize(q, q_scale, k, k_scale, values, v_scale, torch.float64)
+    torch.testing.assert_close(wide[2], v.double() * v_scale.double())
+    expected = reference(*wide, scale=0.25)
+    assert error(o[0], expected[0]) < 1e-5
+    torch.testing.assert_close(lse[0].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_operands_in_chunks_of_any_length():
+    q, k, v = (draw(41, 1, 16, seed=i) for i in range(3))
+    values = torch.cat((v, torch.zeros(7, 1, 16)))[torch.from_numpy(interleave(41))].permute(1, 2, 0).contiguous()
+    ones = torch.ones(41, 1), torch.ones(1), torch.ones(1, 16)
+    shape = Shape(41, 41, (5, 18, 18), 1)
+    o, _ = launch_triton(q[None], k[None], values[None], ones, shape, 0.25, q.dtype, SMALL)
+    assert error(o[0], reference(q.double(), k.double(), v.double(), shape.chunks, 1, 0.25)[0]) < 1e-5
+
+
+def test_merge_parts():
+    """Parts of a tile's keys, as a program on Hopper leaves them; two tiles, the second one cut off at row 40."""
+    heads, d, tile, rows = 2, 16, 32, 16
+    parts, sums = draw(5, tile, d, seed=0), draw(5, tile, seed=1) * 3
+    o, lse = torch.full((1, 40, heads, d), math.nan), torch.full((1, 40, heads), math.nan)
+    merges = torch.tensor([[0, 0, 32, 0, 2], [1, 32, 40, 2, 3]], dtype=torch.int32)
+    merge_parts[(2, tile // rows)](o, lse, parts, sums, merges, heads, 40, *o.stride()[:3], D=d, TILE=tile, ROWS=rows)
+    first = merge_attention([parts[i][:, None] for i in (0, 1)], [sums[i][:, None] for i in (0, 1)])
+    second = merge_attention([parts[i, :8, None] for i in (2, 3, 4)], [sums[i, :8, None] for i in (2, 3, 4)])
+    for rows_, head, (wanted, total) in ((slice(0, 32), 0, first), (slice(32, 40), 1, second)):
+        torch.testing.assert_close(o[0, rows_, head], wanted[:, 0])
+        torch.testing.assert_close(lse[0, rows_, head], total[:, 0])
+    assert o[0, :32, 1].isnan().all()
+    assert o[0, 32:, 0].isnan().all()

@@ -1,0 +1,341 @@
+"""The attention operations: on the CPU, as torch sees them, and on a GPU in every form.
+
+The kernel for any GPU also runs in Triton's interpreter: `interpreted/attention.py`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import attention
+from kernels.attention import (
+    FP8,
+    chunk_attention,
+    chunk_attention_fp8,
+    dequantize,
+    interleave,
+    launch,
+    merge_attention,
+    reference,
+)
+from kernels.launch import Choice
+from kernels.schedule import Shape
+from profiling.bench import poisoned_memory
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected).norm() / expected.norm()).item()
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+def quantize(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """float32 [tokens, head, d] each -> the operands of chunk_attention_fp8, by plain amax scales."""
+    q_scale, k_scale, v_scale = q.abs().amax(2) / 448, k.abs().amax((0, 2)) / 448, v.abs().amax(0) / 448
+    order = torch.from_numpy(interleave(len(v))).to(v.device)
+    padded = torch.cat((v / v_scale, v.new_zeros(len(order) - len(v), *v.shape[1:])))[order]
+    return (
+        (q / q_scale[..., None]).to(FP8), q_scale, (k / k_scale[:, None]).to(FP8), k_scale,
+        padded.permute(1, 2, 0).to(FP8).contiguous(), v_scale,
+    )  # fmt: skip
+
+
+# --- On the CPU -----------------------------------------------------------------------------------------------------
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, visible: Callable[[int, int], bool], scale: float) -> Tensor:
+    """One query at a time, from the formula."""
+    o = torch.zeros_like(q)
+    for h in range(q.shape[1]):
+        for i in range(len(q)):
+            keys = [j for j in range(len(k)) if visible(i, j)]
+            weights = torch.tensor([math.exp(scale * (q[i, h] @ k[j, h]).item()) for j in keys], dtype=q.dtype)
+            o[i, h] = (weights / weights.sum()) @ v[keys, h]
+    return o
+
+
+@pytest.mark.parametrize(("past", "back"), [(0, 0), (1, 1), (2, 2), (-1, 9)])
+def test_reference_is_the_formula(past, back):
+    q, k, v = draw(*[(9, 2, 4)] * 3, dtype=torch.float64)
+    chunk = [0, 0, 1, 1, 1, 2, 3, 3, 3]
+    expected = by_hand(q, k, v, lambda i, j: chunk[i] - back <= chunk[j] <= chunk[i], 0.5)
+    torch.testing.assert_close(reference(q, k, v, (2, 3, 1, 3), past)[0], expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from([None, 0, 1, 3, "all"]), st.booleans(),
+    st.booleans(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_cpu_equals_reference(chunks, past, chunked, with_sums, heads, dtype):
+    n = sum(chunks)
+    q, k, v = draw(*[(2, n, heads, 64)] * 3, dtype=dtype)
+    lengths, past = (chunks, past) if chunked else (None, None)
+    result = chunk_attention(q, k, v, lengths, past, return_lse=with_sums)
+    o, lse = result if isinstance(result, tuple) else (result, None)
+    assert o.dtype == dtype
+    for i in range(2):
+        seen = -1 if past == "all" else past or 0
+        wanted = reference(q[i].double(), k[i].double(), v[i].double(), lengths, seen)
+        assert error(o[i], wanted[0]) < TOLERANCES[dtype]
+        if lse is not None:
+            torch.testing.assert_close(lse[i].double(), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_keys_of_another_number_and_scale():
+    q, k, v = draw((5, 2, 64), (11, 2, 64), (11, 2, 64))
+    expected = reference(q.double(), k.double(), v.double(), scale=0.3)[0]
+    assert error(chunk_attention(q, k, v, scale=0.3), expected) < 1e-5
+
+
+def test_chunks_without_a_past_are_independent():
+    q, k, v = draw(*[(30, 2, 64)] * 3)
+    whole = chunk_attention(q, k, v, [12, 18], 0)
+    parts = [chunk_attention(q[rows], k[rows], v[rows]) for rows in (slice(12), slice(12, 30))]
+    torch.testing.assert_close(whole, torch.cat(parts))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=4))
+def test_merge_of_parts_is_the_whole(queries, parts):
+    q, k, v = draw((queries, 2, 64), (sum(parts), 2, 64), (sum(parts), 2, 64), dtype=torch.float64)
+    pieces = [reference(q, a, b) for a, b in zip(k.split(parts), v.split(parts), strict=True)]
+    o, lse = merge_attention([o for o, _ in pieces], [lse for _, lse in pieces])
+    expected = reference(q, k, v)
+    assert error(o, expected[0]) < 1e-6  # it adds in float32
+    torch.testing.assert_close(lse, expected[1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 70))
+def test_fp8_on_the_cpu_is_the_attention_of_its_operands(queries, keys):
+    q, k, v = draw((queries, 2, 64), (keys, 2, 64), (keys, 2, 64))
+    operands = quantize(q, k, v)
+    o, lse = chunk_attention_fp8(*operands, return_lse=True)
+    expected = reference(*dequantize(*operands, torch.float64))
+    assert o.dtype == torch.bfloat16
+    assert error(o, expected[0]) < TOLERANCES[torch.bfloat16]
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_dequantized_operands_are_the_originals_up_to_rounding():
+    q, k, v = draw((37, 3, 64), (21, 3, 64), (21, 3, 64))
+    for x, original in zip(dequantize(*quantize(q, k, v), torch.float64), (q, k, v), strict=True):
+        assert x.shape == original.shape
+        assert error(x, original.double()) < 4e-2
+
+
+def test_interleave_is_what_the_docstring_says():
+    """A thread holds the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c; they are to lie in places 4c to 4c + 3."""
+    order = interleave(20)
+    assert sorted(order) == list(range(32))
+    for c in range(4):
+        assert list(order[4 * c : 4 * c + 4]) == [2 * c, 2 * c + 1, 8 + 2 * c, 9 + 2 * c]
+        assert list(order[16 + 4 * c : 20 + 4 * c]) == [16 + 2 * c, 17 + 2 * c, 24 + 2 * c, 25 + 2 * c]
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-3])
+def test_extreme_logits_stay_finite(size):
+    q, k, v = draw(*[(16, 1, 64)] * 3)
+    assert chunk_attention(q * size, k * size, v).isfinite().all()
+
+
+# --- As torch sees them ---------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    q, k, v = draw(*[(1, 20, 2, 64)] * 3)
+    for sums in (False, True):
+        torch.library.opcheck(attention._chunk_attention, (q, k, v, [8, 12], 1, 0.125, sums))
+    operands = quantize(q[0], k[0], v[0])
+    # The check of the schema multiplies inputs, which torch cannot in FP8.
+    tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if name != "test_schema"]
+    arguments = (*operands, None, 0, 0.125, torch.bfloat16)
+    torch.library.opcheck(attention._chunk_attention_fp8, arguments, test_utils=tests)
+
+
+def test_compiles_without_a_break():
+    q, k, v = draw(*[(20, 2, 64)] * 3)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = chunk_attention(q, k, v, [8, 12], "all", return_lse=True)
+        return o * lse[..., None]
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(q, k, v), run(q, k, v))
+    operands = quantize(q, k, v)
+    whole = torch.compile(chunk_attention_fp8, fullgraph=True)
+    torch.testing.assert_close(whole(*operands), chunk_attention_fp8(*operands))
+
+
+Q = torch.zeros(6, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((Q, Q, Q[:5]), "v: shape [5, 2, 64], wanted [6, 2, 64]"),
+        ((Q, Q[:, :1], Q), "k: shape [6, 1, 64], wanted [6, 2, 64]"),
+        ((Q, Q[None], Q), "k: shape [1, 6, 2, 64], wanted"),
+        ((Q[0, 0], Q, Q), "q: shape [64], wanted"),
+        ((Q, Q.double(), Q), "k: torch.float64, wanted torch.float32"),
+        ((Q.double(), Q.double(), Q.double()), "q: torch.float64, wanted float32, float16 or bfloat16"),
+        ((Q, Q, Q.to("meta")), "v: on meta, wanted cpu"),
+        ((Q.transpose(1, 2), Q, Q), "q: stride 64 along the last axis, wanted 1"),
+        ((Q[:0], Q, Q), "q: no tokens"),
+        ((Q, Q[:0], Q[:0]), "k: no tokens"),
+        ((Q, Q, Q, [3, 0, 3]), "chunks: [3, 0, 3], wanted lengths >= 1"),
+        ((Q, Q, Q, [3, 4]), "chunks: 7 tokens in all, wanted those of q and k, 6 and 6"),
+        ((Q, Q[:5], Q[:5], [6]), "chunks: 6 tokens in all, wanted those of q and k, 6 and 5"),
+        ((Q, Q, Q, None, 1), "past: 1 without chunks"),
+        ((Q, Q, Q, [6], -1), "past: -1, wanted a number of chunks >= 0"),
+        ((Q, Q, Q, [6], "some"), "past: 'some', wanted"),
+        ((Q.clone().requires_grad_(), Q, Q), "q: requires a gradient"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments: Any, words: str):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        chunk_attention(*arguments)
+    assert words in str(raised.value)
+
+
+def test_a_gradient_is_only_refused_where_one_would_be_kept():
+    with torch.no_grad():
+        assert chunk_attention(Q.clone().requires_grad_(), Q, Q).shape == Q.shape
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "words"),
+    [
+        (0, lambda x: x.float(), "q: torch.float32, wanted torch.float8_e4m3fn"),
+        (0, lambda x: x[None], "q: shape [1, 20, 2, 64], wanted [queries, heads, channels]"),
+        (1, lambda x: x[:, :1], "q_scale: shape [20, 1], wanted [20, 2]"),
+        (1, lambda x: torch.cat((x, x), 1)[:, :2], "q_scale: strides (4, 1) for shape [20, 2], wanted contiguous"),
+        (3, lambda x: x.double(), "k_scale: torch.float64, wanted torch.float32"),
+        (4, lambda x: x[..., :16].contiguous(), "v: shape [2, 64, 16], wanted [2, 64, 32]"),
+        (5, lambda x: x[:1], "v_scale: shape [1, 64], wanted [2, 64]"),
+    ],
+)
+def test_bad_fp8_arguments(position, change, words):
+    operands: list[Any] = list(quantize(*draw(*[(20, 2, 64)] * 3)))
+    operands[position] = change(operands[position])
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        chunk_attention_fp8(*operands)
+    assert words in str(raised.value)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+# Of log-sum-exps: the tensor cores' own sums of FP8 products, 64 or 128 of them in a logit, have fewer bits.
+SUMS = {torch.float32: 1e-4, torch.float16: 1e-4, torch.bfloat16: 1e-4, FP8: 1e-3}
+FORMS = [("gluon", torch.bfloat16), ("gluon", torch.float16), ("gluon", FP8), ("triton", torch.float32),
+         ("triton", torch.bfloat16), ("triton", FP8)]  # fmt: skip
+
+
+def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, shape: Shape, parameters: Any = None):
+    """One form on float32 [batch, token, head, d], poisoned; its o and lse, and what they should be, in float64."""
+    if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    choice = Choice(form, parameters or {})
+    scale = q.shape[3] ** -0.5
+    with poisoned_memory():
+        if dtype == FP8:
+            operands = quantize(q[0], k[0], v[0])
+            q8, q_scale, k8, k_scale, v8, v_scale = (x[None] for x in operands)
+            o, lse = launch(q8, k8, v8, (q_scale, k_scale, v_scale), shape, scale, torch.bfloat16, choice)
+            wide = [dequantize(*operands, torch.float64)]
+        else:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            o, lse = launch(q, k, v, None, shape, scale, dtype, choice)
+            wide = zip(q.double(), k.double(), v.double(), strict=True)
+    expected = [reference(a, b, c, shape.chunks, shape.past, scale) for a, b, c in wide]
+    return o, lse, torch.stack([o for o, _ in expected]), torch.stack([lse for _, lse in expected])
+
+
+def check_on_gpu(form: str, dtype: torch.dtype, *arguments: Any) -> None:
+    o, lse, wanted, sums = on_gpu(form, dtype, *arguments)
+    assert error(o, wanted) < TOLERANCES[dtype]
+    torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 65), (193, 640), (64, 129), (300, 1000), (1512, 3024)])
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+def test_gpu_sizes(form, dtype, queries, keys, d):
+    batch = 1 if dtype == FP8 else 2
+    q, k, v = draw(*((batch, n, 3, d) for n in (queries, keys, keys)), device="cuda")
+    check_on_gpu(form, dtype, q, k, v + 0.5, Shape(queries, keys, None, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("past", [0, 1, -1])
+@pytest.mark.parametrize("chunks", [(200, 7, 500), (1,) * 9, (128, 192, 1344), (48, 16, 304)])
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+def test_gpu_chunks(form, dtype, chunks, past):
+    """Of FP8's, the last two go to the form for Hopper: their chunks begin at whole groups of 16."""
+    n = sum(chunks)
+    q, k, v = draw(*[(1, n, 2, 128)] * 3, device="cuda")
+    check_on_gpu(form, dtype, q, k, v, Shape(n, n, chunks, past))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["gluon", "triton"])
+def test_gpu_views_are_read_where_they_are(form):
+    qkv = torch.randn(1, 333, 3, 2, 128, device="cuda")
+    heads_first = torch.randn(1, 2, 333, 128, device="cuda").to(torch.bfloat16).transpose(1, 2)
+    shape, choice = Shape(333, 333, None, 0), Choice(form, {})
+    q, k, _ = qkv.to(torch.bfloat16).unbind(2)
+    o, _ = launch(q, k, heads_first, None, shape, 0.1, torch.bfloat16, choice)
+    expected = reference(q[0].double(), k[0].double(), heads_first[0].double(), scale=0.1)[0]
+    assert error(o[0], expected) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize("size", [30.0, 1e-3])
+def test_gpu_extreme_logits_stay_finite(form, dtype, size):
+    """Logits up to about +-1e4."""
+    q, k, v = draw(*[(1, 400, 2, 128)] * 3, device="cuda")
+    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, Shape(400, 400, None, 0))
+    assert o.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "dtype"), FORMS[:3])
+@pytest.mark.parametrize("heads", [2, 5])
+def test_gpu_production_length(form, dtype, heads):
+    """Values of one sign add up to what the tensor cores' own FP8 sums would lose; and the same bits every time."""
+    q, k, v = draw(*[(1, 12096, heads, 128)] * 3, device="cuda")
+    shape = Shape(12096, 12096, None, 0)
+    o, lse, wanted, sums = on_gpu(form, dtype, q * 1.5, k, v + 0.5, shape)
+    assert error(o, wanted) < (1e-2 if dtype == FP8 else 5e-3)
+    torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
+    for _ in range(3):
+        again = on_gpu(form, dtype, q * 1.5, k, v + 0.5, shape)
+        assert torch.equal(again[0], o)
+        assert torch.equal(again[1], lse)
+
+
+@pytest.mark.gpu
+def test_gpu_operation_in_a_graph():
+    q, k, v = draw(*[(500, 2, 128)] * 3, dtype=torch.bfloat16, device="cuda")
+    run = torch.compile(lambda q, k, v: chunk_attention(q, k, v, [200, 300], 1) * 2, fullgraph=True)
+    run(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = run(q, k, v)
+    q.normal_()
+    graph.replay()
+    expected = reference(q.double(), k.double(), v.double(), (200, 300), 1)[0] * 2
+    assert error(o, expected) < 5e-3
