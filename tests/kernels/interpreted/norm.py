@@ -1,0 +1,106 @@
+"""The kernels of RMSNorm, rotation and quantisation against their definition in float64."""
+
+# pyright: reportCallIssue=false
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import norm
+from kernels.attention import interleave
+from kernels.norm import HEADROOM, LARGEST, key_scale, launch_fp8, launch_norm_rope, reference, sample
+from profiling.bench import poisoned_memory
+
+EXAMPLES = settings(deadline=None, max_examples=15)
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is not written is NaN."""
+    with poisoned_memory():
+        yield
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected).norm() / expected.norm()).item()
+
+
+def inputs(tokens: int, heads: int, d: int, fused: bool, seed: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """q, k, v as slices of a projection or on their own; weights; rotations."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(tokens, 3, heads, d, generator=generator)
+    rows = list(qkv.unbind(1)) if fused else [x.contiguous() for x in qkv.unbind(1)]
+    weights = list(1 + torch.randn(2, heads * d, generator=generator) / 4)
+    angles = torch.randn(tokens, d // 2, generator=generator) * 3
+    return rows, weights, torch.stack((angles.cos(), angles.sin()), -1)
+
+
+SHAPES = st.integers(1, 9), st.sampled_from([1, 2, 5, 9]), st.sampled_from([16, 64]), st.booleans(), st.integers(0, 99)
+
+
+@EXAMPLES
+@given(*SHAPES)
+def test_norm_and_rotation(tokens, heads, d, fused, seed):
+    (q, k, _), weights, rope = inputs(tokens, heads, d, fused, seed)
+    turned = launch_norm_rope(q, k, *weights, rope, EPS)
+    wide = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
+    assert error(turned[0], wide[0]) < 1e-6
+    assert error(turned[1], wide[1]) < 1e-6
+
+
+def test_half_precision_is_rounded_once():
+    (q, k, _), weights, rope = inputs(5, 2, 64, True, 0)
+    q, k = q.half(), k.half()
+    turned = launch_norm_rope(q, k, *weights, rope, EPS)
+    wide = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
+    for x, expected in zip(turned, wide, strict=True):
+        torch.testing.assert_close(x, expected.half(), rtol=1e-3, atol=1e-3)
+
+
+@EXAMPLES
+@given(*SHAPES)
+def test_quantised(tokens, heads, d, fused, seed):
+    """Before rounding, which the interpreter cannot do."""
+    (q, k, v), weights, rope = inputs(tokens, heads, d, fused, seed)
+    k_scale = key_scale(weights[1], heads)
+    q8, q_scale, k8, v8, v_scale = launch_fp8(q, k, v, *weights, k_scale, rope, EPS)
+    turned = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
+    assert q8.abs().amax() <= LARGEST
+    assert error(q8.double() * q_scale.double()[..., None], turned[0]) < 1e-6
+    torch.testing.assert_close(q8.abs().amax(2), torch.full_like(q_scale, LARGEST))
+    centre = turned[1][sample(tokens)].mean(0)
+    torch.testing.assert_close(k8.double() * k_scale.double()[:, None] + centre, turned[1], rtol=1e-5, atol=1e-5)
+    largest = v[sample(tokens)].abs().amax(0)
+    torch.testing.assert_close(v_scale, largest * HEADROOM / LARGEST)
+    assert v8.shape == (heads, d, -(-tokens // 16) * 16)
+    order = torch.from_numpy(interleave(tokens))
+    assert (v8[..., order >= tokens] == 0).all()
+    inside = order < tokens
+    torch.testing.assert_close(v8[..., inside].permute(2, 0, 1) * v_scale, v[order[inside]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_of_many_tokens(monkeypatch):
+    monkeypatch.setattr(norm, "SAMPLE", 4)
+    (q, k, v), weights, rope = inputs(11, 2, 16, True, 3)
+    v[2] *= 1000  # not of the sample
+    assert 2 not in sample(11)
+    k_scale = key_scale(weights[1], 2)
+    _, _, k8, v8, v_scale = launch_fp8(q, k, v, *weights, k_scale, rope, EPS)
+    turned = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)[1]
+    centre = turned[sample(11)].mean(0)
+    torch.testing.assert_close(k8.double() * k_scale.double()[:, None] + centre, turned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(v_scale, v[sample(11)].abs().amax(0) * HEADROOM / LARGEST)
+    assert v8.abs().amax() == LARGEST  # saturated
+
+
+def test_zeros_stay_zeros():
+    zeros = torch.zeros(3, 1, 16)
+    ones = torch.ones(16)
+    rope = torch.stack((torch.ones(3, 8), torch.zeros(3, 8)), -1)
+    outputs = launch_fp8(zeros, zeros, zeros, ones, ones, key_scale(ones, 1), rope, EPS)
+    assert all(x.isfinite().all() for x in outputs)
+    assert (outputs[0] == 0).all()
+    assert (outputs[3] == 0).all()
