@@ -43,7 +43,7 @@ from torch import Tensor
 
 from kernels.attention_hopper import launch_hopper, suits
 from kernels.launch import Choice, Launch, gpu, lookup
-from kernels.schedule import Shape, spans, tiles_on
+from kernels.schedule import Spans, spans, tiles_on
 
 FP8 = torch.float8_e4m3fn
 LOG2_E = math.log2(math.e)
@@ -61,17 +61,17 @@ DEFAULT: Mapping[torch.dtype, Launch] = {
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int] | None = None, past: int = 0, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, seen: Spans | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse by the definition, in q's precision, head by head; arguments as in `chunk_attention`, `past` -1 is all.
+    """o and lse by the definition, in q's precision; `seen`: which queries see which keys, all if None.
 
     q [queries, head, d], k and v [keys, head, d] -> [queries, head, d], [queries, head].
     """
     factor = q.shape[2] ** -0.5 if scale is None else scale
     outputs, sums = [], []
-    for rows, keys in spans(len(q), len(k), chunks, past):
-        scores = torch.einsum("qhd,khd->hqk", q[slice(*rows)], k[slice(*keys)]) * factor
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[slice(*keys)]))
+    for start, end, first, last in seen or spans(len(q), len(k)):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[first:last]) * factor
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first:last]))
         sums.append(scores.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(sums)
 
@@ -211,7 +211,7 @@ def launch_triton(
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    shape: Shape,
+    seen: Spans,
     scale: float,
     dtype: torch.dtype,
     launch: Launch | None = None,
@@ -219,7 +219,7 @@ def launch_triton(
     """o in `dtype` and lse of [batch, token, head, d] operands, FP8 v [batch, head, d, token] and its `scales`."""
     batch, queries, heads, d = q.shape
     parameters: dict[str, Any] = {"SCALED": scales is not None, "D": d, **DEFAULT[q.dtype], **(launch or {})}
-    table = tiles_on(q.device, type(q), shape, parameters["BLOCK_M"])
+    table = tiles_on(q.device, type(q), seen, parameters["BLOCK_M"])
     o = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     v_strides = (v.stride(0), v.stride(2), v.stride(1)) if scales else v.stride()[:3]
@@ -238,20 +238,20 @@ def launch(
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    shape: Shape,
+    seen: Spans,
     scale: float,
     dtype: torch.dtype,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The form that kernels/tuned/ names for the shape, or `choice`; untuned, the one made for the GPU."""
-    dims = {"queries": shape.queries, "keys": shape.keys, "heads": q.shape[2], "channels": q.shape[3]}
+    dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "channels": q.shape[3]}
     name = "fp8" if scales else NAMES[q.dtype]
     choice = choice or lookup("self_attention", dims, name, q.device, equal=("channels",))
-    hopper = gpu(q.device).capability == "9.0" and suits(q, k, v, shape)
+    hopper = gpu(q.device).capability == "9.0" and suits(q, k, v, seen)
     if hopper and (choice is None or choice.backend == "gluon"):
-        return launch_hopper(q, k, v, scales, shape, scale, dtype, choice and choice.launch)
+        return launch_hopper(q, k, v, scales, seen, scale, dtype, choice and choice.launch)
     parameters = choice.launch if choice is not None and choice.backend == "triton" else None
-    return launch_triton(q, k, v, scales, shape, scale, dtype, parameters)
+    return launch_triton(q, k, v, scales, seen, scale, dtype, parameters)
 
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -262,14 +262,14 @@ def _chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """[batch, token, head, d] -> o, lse (empty unless `with_sums`)."""
+    seen = spans(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
     if with_sums:
         wide = (x.float() for x in (q, k, v))
-        outputs = [reference(a, b, c, chunks, past, scale) for a, b, c in zip(*wide, strict=True)]
+        outputs = [reference(a, b, c, seen, scale) for a, b, c in zip(*wide, strict=True)]
         return torch.stack([o for o, _ in outputs]).to(q.dtype), torch.stack([lse for _, lse in outputs])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads in front
     parts = [
-        F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale=scale)
-        for (a, b), (c, d) in spans(q.shape[2], k.shape[2], chunks, past)
+        F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale=scale) for a, b, c, d in seen
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), q.new_empty(0, dtype=torch.float32)
 
@@ -278,8 +278,8 @@ def _chunk_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = Shape(q.shape[1], k.shape[1], None if chunks is None else tuple(chunks), past)
-    o, lse = launch(q, k, v, None, shape, scale, q.dtype)
+    seen = spans(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
+    o, lse = launch(q, k, v, None, seen, scale, q.dtype)
     return o, lse if with_sums else lse.new_empty(0)
 
 
@@ -359,7 +359,8 @@ def _chunk_attention_fp8(
     past: int, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """No batch -> o, lse."""
-    o, lse = reference(*dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32), chunks, past, scale)
+    seen = spans(len(q), len(k), chunks and tuple(chunks), past)
+    o, lse = reference(*dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32), seen, scale)
     return o.to(dtype), lse
 
 
@@ -368,8 +369,8 @@ def _(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
     past: int, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = Shape(len(q), len(k), None if chunks is None else tuple(chunks), past)
-    o, lse = launch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), shape, scale, dtype)
+    seen = spans(len(q), len(k), chunks and tuple(chunks), past)
+    o, lse = launch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), seen, scale, dtype)
     return o[0], lse[0]
 
 

@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import Launch, gpu
-from kernels.schedule import Shape, plan_on, tiles
+from kernels.schedule import Spans, plan_on
 
 FP8 = torch.float8_e4m3fn
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
@@ -417,7 +417,7 @@ def extent(x: Tensor) -> int:
     return (x.shape[0] - 1) * x.stride(0) + (x.shape[2] - 1) * x.stride(2) + x.shape[3]
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> bool:
+def suits(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
     """Whether the kernel takes these operands, [batch, token, head, d] each, or FP8 v [batch, head, d, token].
 
     Copies start at whole 16 bytes, rows lie whole 16 bytes apart, columns are numbers of 31 bits; in FP8, tiles of keys
@@ -426,7 +426,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> bool:
     fp8 = q.dtype == FP8
     rows = (q, k) if fp8 else (q, k, v)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(1) * x.itemsize % 16 == 0 and extent(x) < 2**31 for x in rows)
-    grouped = not fp8 or (v.is_contiguous() and all(first % 16 == 0 for *_, first, _ in tiles(shape, shape.queries)))
+    grouped = not fp8 or (v.is_contiguous() and all(first % 16 == 0 for *_, first, _ in seen))
     return q.dtype in ELEMENTS and q.shape[3] in (64, 128) and aligned and grouped
 
 
@@ -435,7 +435,7 @@ def launch_hopper(
     k: Tensor,
     v: Tensor,
     scales: tuple[Tensor, Tensor, Tensor] | None,
-    shape: Shape,
+    seen: Spans,
     scale: float,
     dtype: torch.dtype,
     launch: Launch | None = None,
@@ -445,17 +445,18 @@ def launch_hopper(
     `scales` of q [batch, token, head], k [batch, head] and v [batch, head, d] make it FP8.
     """
     batch, queries, heads, d = q.shape
+    keys = k.shape[1]
     parameters: dict[str, Any] = {**DEFAULT[q.dtype == FP8], **(launch or {})}
     block_n, group = parameters["BLOCK_N"], GROUP.value
     block_m = group * (3 if scales else 2)
     programs = gpu(q.device).multiprocessors
-    work = plan_on(q.device, type(q), shape, block_m, block_n, batch * heads, programs)
+    work = plan_on(q.device, type(q), seen, block_m, block_n, batch * heads, programs)
     q_rows = describe(q, queries, extent(q), q.stride(1), [group, d])
-    k_rows = describe(k, shape.keys, extent(k), k.stride(1), [block_n, d])
+    k_rows = describe(k, keys, extent(k), k.stride(1), [block_n, d])
     if scales:
         v_rows, v_strides = describe(v, batch * heads * d, v.shape[3], v.stride(2), [d, block_n]), (heads * d, d)
     else:
-        v_rows, v_strides = describe(v, shape.keys, extent(v), v.stride(1), [block_n, d]), (v.stride(0), v.stride(2))
+        v_rows, v_strides = describe(v, keys, extent(v), v.stride(1), [block_n, d]), (v.stride(0), v.stride(2))
     o = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     parts, part_sums = lse.new_empty(work.parts * block_m, d), lse.new_empty(work.parts * block_m)

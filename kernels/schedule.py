@@ -6,7 +6,6 @@ chunks of any lengths cost them nothing, and neither does a number of tiles that
 
 import heapq
 import itertools
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -14,15 +13,6 @@ import torch
 from torch import Tensor
 
 MINIMUM = 4  # tiles of keys that a part is worth: each part costs a round trip of its output through memory
-
-
-class Shape(NamedTuple):
-    """What decides the tiles: queries, keys, lengths of the chunks (None: one), past ones that each sees (-1: all)."""
-
-    queries: int
-    keys: int
-    chunks: tuple[int, ...] | None
-    past: int
 
 
 class Plan(NamedTuple):
@@ -39,33 +29,35 @@ class Plan(NamedTuple):
     parts: int
 
 
-def spans(
-    queries: int, keys: int, chunks: Sequence[int] | None, past: int
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Which queries see which keys: (first, end) of both, one pair a chunk."""
+Spans = tuple[tuple[int, int, int, int], ...]  # first query, end of queries, first key, end of keys; queries in order
+
+
+@cache
+def spans(queries: int, keys: int, chunks: tuple[int, ...] | None = None, past: int = 0) -> Spans:
+    """Which queries see which keys: all, or of chunks of these lengths their own and the `past` before (-1: all)."""
     if chunks is None:
-        return [((0, queries), (0, keys))]
+        return ((0, queries, 0, keys),)
     edges = [0, *itertools.accumulate(chunks)]
     first = [0 if past < 0 else max(0, i - past) for i in range(len(chunks))]
-    return [((edges[i], edges[i + 1]), (edges[first[i]], edges[i + 1])) for i in range(len(chunks))]
+    return tuple((edges[i], edges[i + 1], edges[first[i]], edges[i + 1]) for i in range(len(chunks)))
 
 
-def tiles(shape: Shape, block: int) -> list[tuple[int, int, int, int]]:
-    """Row, end of rows, first key, end of keys of tiles of `block` queries, none of them across two chunks."""
+def tiles(seen: Spans, block: int) -> list[tuple[int, int, int, int]]:
+    """Row, end of rows, first key, end of keys of tiles of `block` queries, none of them across two spans."""
     return [
         (row, min(row + block, end), first, last)
-        for (start, end), (first, last) in spans(*shape)
+        for start, end, first, last in seen
         for row in range(start, end, block)
     ]
 
 
-def plan(shape: Shape, block_m: int, block_n: int, columns: int, programs: int) -> Plan:
+def plan(seen: Spans, block_m: int, block_n: int, columns: int, programs: int) -> Plan:
     """Tiles of block_m queries for each of `columns` (batch, head) pairs, shared out by their tiles of block_n keys.
 
     Whole tiles go to whichever program has least to do, so that those at work at one time share a column's keys in the
     cache; the last ones, fewer than there are programs, are cut by keys so that all end together.
     """
-    work = [(column, *tile) for column in range(columns) for tile in tiles(shape, block_m)]
+    work = [(column, *tile) for column in range(columns) for tile in tiles(seen, block_m)]
     costs = [-(-(last - first) // block_n) for *_, first, last in work]
     whole = len(work) - len(work) % programs
     share = -(-sum(costs) // programs)
@@ -103,18 +95,18 @@ def _cut(cost: int, load: list[tuple[int, int]], share: int | None) -> list[tupl
 
 
 @cache
-def tiles_on(device: torch.device, _kind: type, shape: Shape, block: int) -> Tensor:
+def tiles_on(device: torch.device, _kind: type, seen: Spans, block: int) -> Tensor:
     """`tiles` on a device, int32 [tile, 4]; `_kind` of tensor, since an audit's have no memory.
 
     Copied once: a launch must not wait for that, nor can a CUDA graph capture it.
     """
-    return torch.tensor(tiles(shape, block), dtype=torch.int32).to(device)
+    return torch.tensor(tiles(seen, block), dtype=torch.int32).to(device)
 
 
 @cache
 def plan_on(
-    device: torch.device, _kind: type, shape: Shape, block_m: int, block_n: int, columns: int, programs: int
+    device: torch.device, _kind: type, seen: Spans, block_m: int, block_n: int, columns: int, programs: int
 ) -> Plan:
     """`plan` on a device, likewise."""
-    made = plan(shape, block_m, block_n, columns, programs)
+    made = plan(seen, block_m, block_n, columns, programs)
     return Plan(made.pieces.to(device), made.firsts.to(device), made.merges.to(device), made.parts)

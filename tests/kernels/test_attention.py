@@ -25,7 +25,7 @@ from kernels.attention import (
     reference,
 )
 from kernels.launch import Choice
-from kernels.schedule import Shape
+from kernels.schedule import Spans, spans
 from profiling.bench import poisoned_memory
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
@@ -69,7 +69,7 @@ def test_reference_is_the_formula(past, back):
     q, k, v = draw(*[(9, 2, 4)] * 3, dtype=torch.float64)
     chunk = [0, 0, 1, 1, 1, 2, 3, 3, 3]
     expected = by_hand(q, k, v, lambda i, j: chunk[i] - back <= chunk[j] <= chunk[i], 0.5)
-    torch.testing.assert_close(reference(q, k, v, (2, 3, 1, 3), past)[0], expected)
+    torch.testing.assert_close(reference(q, k, v, spans(9, 9, (2, 3, 1, 3), past))[0], expected)
 
 
 @settings(deadline=None, max_examples=40)
@@ -85,8 +85,8 @@ def test_cpu_equals_reference(chunks, past, chunked, with_sums, heads, dtype):
     o, lse = result if isinstance(result, tuple) else (result, None)
     assert o.dtype == dtype
     for i in range(2):
-        seen = -1 if past == "all" else past or 0
-        wanted = reference(q[i].double(), k[i].double(), v[i].double(), lengths, seen)
+        seen = spans(n, n, lengths and tuple(lengths), -1 if past == "all" else past or 0)
+        wanted = reference(q[i].double(), k[i].double(), v[i].double(), seen)
         assert error(o[i], wanted[0]) < TOLERANCES[dtype]
         if lse is not None:
             torch.testing.assert_close(lse[i].double(), wanted[1], rtol=1e-5, atol=1e-5)
@@ -241,7 +241,7 @@ FORMS = [("gluon", torch.bfloat16), ("gluon", torch.float16), ("gluon", FP8), ("
          ("triton", torch.bfloat16), ("triton", FP8)]  # fmt: skip
 
 
-def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, shape: Shape, parameters: Any = None):
+def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, seen: Spans, parameters: Any = None):
     """One form on float32 [batch, token, head, d], poisoned; its o and lse, and what they should be, in float64."""
     if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
@@ -251,13 +251,13 @@ def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, shape
         if dtype == FP8:
             operands = quantize(q[0], k[0], v[0])
             q8, q_scale, k8, k_scale, v8, v_scale = (x[None] for x in operands)
-            o, lse = launch(q8, k8, v8, (q_scale, k_scale, v_scale), shape, scale, torch.bfloat16, choice)
+            o, lse = launch(q8, k8, v8, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)
             wide = [dequantize(*operands, torch.float64)]
         else:
             q, k, v = (x.to(dtype) for x in (q, k, v))
-            o, lse = launch(q, k, v, None, shape, scale, dtype, choice)
+            o, lse = launch(q, k, v, None, seen, scale, dtype, choice)
             wide = zip(q.double(), k.double(), v.double(), strict=True)
-    expected = [reference(a, b, c, shape.chunks, shape.past, scale) for a, b, c in wide]
+    expected = [reference(a, b, c, seen, scale) for a, b, c in wide]
     return o, lse, torch.stack([o for o, _ in expected]), torch.stack([lse for _, lse in expected])
 
 
@@ -274,7 +274,7 @@ def check_on_gpu(form: str, dtype: torch.dtype, *arguments: Any) -> None:
 def test_gpu_sizes(form, dtype, queries, keys, d):
     batch = 1 if dtype == FP8 else 2
     q, k, v = draw(*((batch, n, 3, d) for n in (queries, keys, keys)), device="cuda")
-    check_on_gpu(form, dtype, q, k, v + 0.5, Shape(queries, keys, None, 0))
+    check_on_gpu(form, dtype, q, k, v + 0.5, spans(queries, keys))
 
 
 @pytest.mark.gpu
@@ -285,7 +285,7 @@ def test_gpu_chunks(form, dtype, chunks, past):
     """Of FP8's, the last two go to the form for Hopper: their chunks begin at whole groups of 16."""
     n = sum(chunks)
     q, k, v = draw(*[(1, n, 2, 128)] * 3, device="cuda")
-    check_on_gpu(form, dtype, q, k, v, Shape(n, n, chunks, past))
+    check_on_gpu(form, dtype, q, k, v, spans(n, n, chunks, past))
 
 
 @pytest.mark.gpu
@@ -293,9 +293,9 @@ def test_gpu_chunks(form, dtype, chunks, past):
 def test_gpu_views_are_read_where_they_are(form):
     qkv = torch.randn(1, 333, 3, 2, 128, device="cuda")
     heads_first = torch.randn(1, 2, 333, 128, device="cuda").to(torch.bfloat16).transpose(1, 2)
-    shape, choice = Shape(333, 333, None, 0), Choice(form, {})
+    seen, choice = spans(333, 333), Choice(form, {})
     q, k, _ = qkv.to(torch.bfloat16).unbind(2)
-    o, _ = launch(q, k, heads_first, None, shape, 0.1, torch.bfloat16, choice)
+    o, _ = launch(q, k, heads_first, None, seen, 0.1, torch.bfloat16, choice)
     expected = reference(q[0].double(), k[0].double(), heads_first[0].double(), scale=0.1)[0]
     assert error(o[0], expected) < 5e-3
 
@@ -306,7 +306,7 @@ def test_gpu_views_are_read_where_they_are(form):
 def test_gpu_extreme_logits_stay_finite(form, dtype, size):
     """Logits up to about +-1e4."""
     q, k, v = draw(*[(1, 400, 2, 128)] * 3, device="cuda")
-    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, Shape(400, 400, None, 0))
+    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, spans(400, 400))
     assert o.isfinite().all()
     assert lse.isfinite().all()
 
@@ -317,12 +317,12 @@ def test_gpu_extreme_logits_stay_finite(form, dtype, size):
 def test_gpu_production_length(form, dtype, heads):
     """Values of one sign add up to what the tensor cores' own FP8 sums would lose; and the same bits every time."""
     q, k, v = draw(*[(1, 12096, heads, 128)] * 3, device="cuda")
-    shape = Shape(12096, 12096, None, 0)
-    o, lse, wanted, sums = on_gpu(form, dtype, q * 1.5, k, v + 0.5, shape)
+    seen = spans(12096, 12096)
+    o, lse, wanted, sums = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
     assert error(o, wanted) < (1e-2 if dtype == FP8 else 5e-3)
     torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
     for _ in range(3):
-        again = on_gpu(form, dtype, q * 1.5, k, v + 0.5, shape)
+        again = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
         assert torch.equal(again[0], o)
         assert torch.equal(again[1], lse)
 
@@ -337,5 +337,5 @@ def test_gpu_operation_in_a_graph():
         o = run(q, k, v)
     q.normal_()
     graph.replay()
-    expected = reference(q.double(), k.double(), v.double(), (200, 300), 1)[0] * 2
+    expected = reference(q.double(), k.double(), v.double(), spans(500, 500, (200, 300), 1))[0] * 2
     assert error(o, expected) < 5e-3

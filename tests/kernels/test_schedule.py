@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.schedule import MINIMUM, Plan, Shape, plan, spans, tiles
+from kernels.schedule import MINIMUM, Plan, plan, spans, tiles
 
 CHUNKS = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 
@@ -24,21 +24,20 @@ def loads(made: Plan, block_n: int) -> list[int]:
 
 
 def test_spans():
-    assert spans(5, 7, None, 0) == [((0, 5), (0, 7))]
-    assert spans(6, 6, (1, 2, 3), 0) == [((0, 1), (0, 1)), ((1, 3), (1, 3)), ((3, 6), (3, 6))]
-    assert spans(6, 6, (1, 2, 3), 1) == [((0, 1), (0, 1)), ((1, 3), (0, 3)), ((3, 6), (1, 6))]
-    assert spans(6, 6, (1, 2, 3), -1) == [((0, 1), (0, 1)), ((1, 3), (0, 3)), ((3, 6), (0, 6))]
+    assert spans(5, 7) == ((0, 5, 0, 7),)
+    assert spans(6, 6, (1, 2, 3), 0) == ((0, 1, 0, 1), (1, 3, 1, 3), (3, 6, 3, 6))
+    assert spans(6, 6, (1, 2, 3), 1) == ((0, 1, 0, 1), (1, 3, 0, 3), (3, 6, 1, 6))
+    assert spans(6, 6, (1, 2, 3), -1) == ((0, 1, 0, 1), (1, 3, 0, 3), (3, 6, 0, 6))
 
 
 @settings(deadline=None)
 @given(CHUNKS, st.sampled_from([0, 1, 2, -1]), st.sampled_from([1, 64, 192]))
 def test_tiles_cover_each_row_once_and_no_masked_key(chunks, past, block):
-    shape = Shape(sum(chunks), sum(chunks), tuple(chunks), past)
-    seen = dict(spans(*shape))
-    rows = [(row, first, last) for start, end, first, last in tiles(shape, block) for row in range(start, end)]
-    assert [row for row, *_ in rows] == list(range(shape.queries))
-    for (start, end), keys in seen.items():
-        assert all(tuple(own) == keys for row, *own in rows if start <= row < end)
+    seen = spans(sum(chunks), sum(chunks), tuple(chunks), past)
+    rows = [(row, first, last) for start, end, first, last in tiles(seen, block) for row in range(start, end)]
+    assert [row for row, *_ in rows] == list(range(sum(chunks)))
+    for start, end, *keys in seen:
+        assert all(own == keys for row, *own in rows if start <= row < end)
 
 
 @settings(deadline=None)
@@ -48,8 +47,8 @@ def test_tiles_cover_each_row_once_and_no_masked_key(chunks, past, block):
 )  # fmt: skip
 def test_a_plan_computes_every_tile_of_keys_once(chunks, past, block_m, block_n, columns, programs):
     n = sum(chunks)
-    shape = Shape(n, n, None, 0) if past is None else Shape(n, n, tuple(chunks), past)
-    made = plan(shape, block_m, block_n, columns, programs)
+    seen = spans(n, n) if past is None else spans(n, n, tuple(chunks), past)
+    made = plan(seen, block_m, block_n, columns, programs)
     assert made.pieces.dtype == torch.int32
     assert made.firsts.tolist()[0] == 0
     assert made.firsts.tolist()[-1] == len(made.pieces)
@@ -59,7 +58,7 @@ def test_a_plan_computes_every_tile_of_keys_once(chunks, past, block_m, block_n,
     wanted = Counter(
         (column, row, end, key)
         for column in range(columns)
-        for row, end, first, last in tiles(shape, block_m)
+        for row, end, first, last in tiles(seen, block_m)
         for key in range(first, last)
     )
     assert covered == wanted
@@ -68,8 +67,8 @@ def test_a_plan_computes_every_tile_of_keys_once(chunks, past, block_m, block_n,
 @settings(deadline=None)
 @given(CHUNKS, st.integers(1, 5), st.sampled_from([3, 132]))
 def test_a_merge_names_the_parts_of_its_tile(chunks, columns, programs):
-    shape = Shape(sum(chunks), sum(chunks), tuple(chunks), -1)
-    made = plan(shape, 64, 64, columns, programs)
+    seen = spans(sum(chunks), sum(chunks), tuple(chunks), -1)
+    made = plan(seen, 64, 64, columns, programs)
     parts = {part: (column, row, end) for column, row, end, _, _, part in made.pieces.tolist() if part >= 0}
     assert sorted(parts) == list(range(made.parts))
     named = [
@@ -83,12 +82,12 @@ def test_a_merge_names_the_parts_of_its_tile(chunks, columns, programs):
 @pytest.mark.parametrize(("queries", "heads"), [(12096, 40), (12096, 20), (12096, 10), (12096, 5), (1512, 40)])
 def test_production_shapes_are_even(queries, heads, block_m):
     """Without cut tiles, 5 heads on 132 multiprocessors would leave a fifth of them idle."""
-    even = loads(plan(Shape(queries, 12096, None, 0), block_m, 128, heads, 132), 128)
+    even = loads(plan(spans(queries, 12096), block_m, 128, heads, 132), 128)
     assert max(even) <= 1.01 * sum(even) / len(even) + MINIMUM
 
 
 def test_programs_at_work_at_one_time_share_columns():
-    made = plan(Shape(12096, 12096, None, 0), 128, 128, 40, 132)
+    made = plan(spans(12096, 12096), 128, 128, 40, 132)
     firsts = made.firsts.tolist()[:-1]
     columns = {made.pieces[i + 10, 0].item() for i in firsts}
     assert len(columns) <= 3
