@@ -195,7 +195,7 @@ def attention_forward(q, k, v, o, lse, tiles, q_scale, k_scale, v_scale, scale, 
         acc, top, total = attention_step(
             acc, top, total, q_tile, factor, k, v, k_row, v_row, whole, first, last, SCALED, True, D, BLOCK_M, BLOCK_N
         )
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     if SCALED:
         acc *= tl.load(v_scale + (batch * heads + head) * D + channels)[None, :]
     places = o + batch * o_batch + head * o_head + rows[:, None] * o_row + channels[None, :]
