@@ -45,7 +45,7 @@ TEXT_IMAGE: dict[torch.dtype, Launch] = {
 }
 FRAME: Launch = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
 FOLD: Launch = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-FOLDED: Launch = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+FOLDED: Launch = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -94,7 +94,8 @@ def folded_reference(
     out = []
     for start, end, column, _ in frame_spans(len(z), 1, per_frame, first):
         logits = z[start:end] @ keys[column].T + key_bias[column]
-        out.append(logits.unflatten(1, (-1, group)).softmax(2).flatten(1) @ values[column])
+        weights = logits.unflatten(1, (-1, group)).softmax(2).flatten(1)
+        out.append(weights.to(values.dtype) @ values[column])
     return torch.cat(out)
 
 
@@ -249,6 +250,8 @@ def launch_fold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fold_audio` by its kernel, once for the keys and once for the values."""
     frames, keys, heads, d = k.shape
+    if keys < 16 or keys & (keys - 1):
+        raise ValueError(f"k: {keys} keys a frame, wanted a power of two from 16 on")
     dims = {"frames": frames, "keys": keys, "heads": heads, "channels": d}
     parameters = _parameters("fold_audio", dims, k, FOLD, launch)
     folded = []
@@ -289,7 +292,7 @@ def launch_folded(
     folded_weights[(triton.cdiv(columns, block_n), len(table))](
         z_rows, key_rows, key_bias, p, table, columns, width, GROUP=group, **parameters
     )
-    if first % per_frame == 0 and tokens == len(values) * per_frame:
+    if tokens == len(values) * per_frame:
         return torch.bmm(p.unflatten(0, (-1, per_frame)), values).flatten(0, 1)
     return torch.cat([p[start:end] @ values[frame] for start, end, frame, _ in seen])
 
@@ -356,6 +359,9 @@ def text_image_attention(
 
 @torch.library.custom_op("flashtalk::frame_attention", mutates_args=(), device_types="cpu")
 def _frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int) -> Tensor:
+    if len(q) == len(k) * per_frame:  # all frames at once
+        q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (len(k), -1)), k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
     parts = [
         _library(q[start:end], k[key // k.shape[1]], v[key // k.shape[1]])
         for start, end, key, _ in frame_spans(len(q), k.shape[1], per_frame, first)
@@ -426,7 +432,7 @@ def fold_audio(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: T
     """G, g and U of a layer: its projections multiplied into a chunk's keys and values; see the module's first lines.
 
     Args:
-        k: [frames, keys, heads, channels], the number of keys a power of two >= 16.
+        k: [frames, keys, heads, channels]; on a GPU the number of keys is a power of two from 16 on.
         v: like k.
         q_weight: [heads x channels, width] of the projection before, as nn.Linear has it.
         q_bias: [heads x channels].
@@ -438,8 +444,8 @@ def fold_audio(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: T
     Raises:
         ValueError: an argument has another shape, dtype or device, or wants a gradient.
     """
-    if k.ndim != 4 or k.shape[1] < 16 or k.shape[1] & (k.shape[1] - 1):
-        raise ValueError(f"k: shape {list(k.shape)}, wanted [frames, a power of two from 16 on, heads, channels]")
+    if k.ndim != 4:
+        raise ValueError(f"k: shape {list(k.shape)}, wanted [frames, keys, heads, channels]")
     channels = k.shape[2] * k.shape[3]
     for name, x, shape in (
         ("v", v, k.shape),

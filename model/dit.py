@@ -12,7 +12,8 @@ A call's inputs that do not change from step to step are values computed beforeh
     once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
 
 Parameter names and shapes are those of the official checkpoint. Numbers: products in the parameters' dtype; norms,
-rotation, modulation, gated residuals and the head in float32.
+rotation, modulation, gated residuals and the head in float32. Attention and what surrounds it are operations of
+kernels/, which run as PyTorch on the CPU and as Triton on a GPU.
 """
 
 import math
@@ -24,16 +25,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.attention import chunk_attention
+from kernels.cross_attention import fold_audio, folded_attention, frame_attention, text_image_attention
+from kernels.norm import rms_norm_rope
 from model.config import DiTConfig
 
 
 class ContextKV(NamedTuple):
-    """Keys and values of the text + image attention of all blocks, each [block, key, head, head channel]."""
+    """Keys and values of the text + image attention of all blocks, each [block, key, head, head channel].
+
+    `real` int32 [1]: text keys from that one on are the padding's, all the same, and are attended to as one.
+    """
 
     text_k: Tensor
     text_v: Tensor
     image_k: Tensor
     image_v: Tensor
+    real: Tensor
 
 
 class AudioKV(NamedTuple):
@@ -85,12 +93,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table[:, None].unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v in full: q [B, S, head, d], k and v [B, keys, head, d] -> [B, S, head x d]."""
-    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return x.transpose(1, 2).flatten(2)
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -157,16 +159,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.heads = config.num_heads
+        self.heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [S, D] -> the output [S, D], and the q and k [S, head, d] that speaker positions are read from."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
-        q, k = rotate(q, rope), rotate(k, rope)
-        return self.o(attention(q[None], k[None], v[None])[0]), q, k
+    def forward(self, x: Tensor, rope: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x [S, D] -> the output [S - skip, D] of all tokens but the first `skip`, and rotated q and k [S, head, d]."""
+        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k = rms_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.eps)
+        return self.o(chunk_attention(q[skip:], k, v).flatten(1)), q, k
 
 
 class CrossAttention(nn.Module):
@@ -178,16 +179,16 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o, self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(6))
         self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
 
-    def embed(self, text: Tensor, image: Tensor) -> ContextKV:
+    def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This block's keys and values [key, head, d] of the embedded text [text_len, D] and image [img_tokens, D]."""
         kv = (self.norm_k(self.k(text)), self.v(text), self.norm_k_img(self.k_img(image)), self.v_img(image))
-        return ContextKV(*(x.unflatten(-1, (self.heads, -1)) for x in kv))
+        text_k, text_v, image_k, image_v = (x.unflatten(-1, (self.heads, -1)) for x in kv)
+        return text_k, text_v, image_k, image_v
 
     def forward(self, x: Tensor, context: ContextKV) -> Tensor:
         """x [S, D] -> [S, D]. All text keys take part, those of the padding as well: the model was trained so."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))[None]
-        text_k, text_v, image_k, image_v = (y[None] for y in context)
-        return self.o((attention(q, text_k, text_v) + attention(q, image_k, image_v))[0])
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        return self.o(text_image_attention(q, *context).flatten(1))
 
 
 class AudioAttention(nn.Module):
@@ -214,12 +215,19 @@ class AudioAttention(nn.Module):
             k = rotate(k, audio_rope(places.repeat_interleave(per_speaker), config.head_dim))
         return AudioKV(k, v)
 
-    def forward(self, x: Tensor, audio: AudioKV, positions: Tensor | None) -> Tensor:
-        """x [S, D] -> [S, D]; `positions` [S] on the audio position axis with two speakers, else None."""
+    def forward(self, x: Tensor, audio: AudioKV, per_frame: int, first: int, positions: Tensor | None) -> Tensor:
+        """x [n, D], the tokens from `first` on in frames of `per_frame` -> [n, D].
+
+        `positions` [n] on the audio position axis with two speakers, else None: with one, both projections are folded
+        into the keys and values, which is a third of the work and the same but for rounding.
+        """
+        k, v = audio
+        if positions is None:
+            keys, bias, values = fold_audio(k, v, self.q_linear.weight, self.q_linear.bias, self.proj.weight)
+            return folded_attention(x, keys, bias, values, k.shape[1], per_frame, first) + self.proj.bias
         q = self.q_linear(x).unflatten(-1, (self.config.num_heads, -1))
-        if positions is not None:
-            q = rotate(q, audio_rope(positions, self.config.head_dim))
-        return self.proj(attention(q.unflatten(0, (audio.k.shape[0], -1)), audio.k, audio.v).flatten(0, 1))
+        q = rotate(q, audio_rope(positions, self.config.head_dim))
+        return self.proj(frame_attention(q, k, v, per_frame, first).flatten(1))
 
 
 class Block(nn.Module):
@@ -239,15 +247,26 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, modulation: Tensor, rope: Tensor, context: ContextKV, audio: AudioKV, masks: Tensor | None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        context: ContextKV,
+        audio: AudioKV,
+        masks: Tensor | None,
+        skip: int = 0,
     ) -> Tensor:
-        """x [S, D] -> [S, D]; `modulation` [6, D], `context` and `audio` of this block."""
+        """x [S, D] -> [S - skip, D]; `modulation` [6, D], `context` and `audio` of this block.
+
+        The first `skip` tokens are attended to, and then dropped.
+        """
+        per_frame = len(x) // len(audio.k)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        branch, q, k = self.self_attn(layer_norm_modulate(x, shift1, scale1, self.config.eps), rope)
-        x = add_gated(x, branch, gate1)
+        branch, q, k = self.self_attn(layer_norm_modulate(x, shift1, scale1, self.config.eps), rope, skip)
+        x = add_gated(x[skip:], branch, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
-        positions = None if masks is None else speaker_positions(q, k, masks, self.config)
-        x = x + self.audio_cross_attn(self.norm_x(x), audio, positions)
+        positions = None if masks is None else speaker_positions(q, k, masks, self.config)[skip:]
+        x = x + self.audio_cross_attn(self.norm_x(x), audio, per_frame, skip, positions)
         return add_gated(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.config.eps)), gate2)
 
 
@@ -354,9 +373,10 @@ class DiT(nn.Module):
         if image.shape != (config.img_tokens, config.img_dim):
             raise ValueError(f"image: got {list(image.shape)}, want [{config.img_tokens}, {config.img_dim}]")
         padded = F.pad(text.to(self.dtype), (0, 0, 0, config.text_len - text.shape[0]))
-        text, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
-        blocks = [block.cross_attn.embed(text, image) for block in self._blocks]
-        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)))
+        embedded, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
+        blocks = [block.cross_attn.embed(embedded, image) for block in self._blocks]
+        real = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
+        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), real=real)
 
     def embed_audio(self, audio: Tensor) -> AudioKV:
         """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel], all blocks."""
@@ -392,6 +412,7 @@ class DiT(nn.Module):
         context: ContextKV,
         audio: AudioKV,
         masks: Tensor | None = None,
+        known: int = 0,
     ) -> Tensor:
         """The velocity of a chunk at one timestep, float32 [F, out_dim, h, w].
 
@@ -403,6 +424,8 @@ class DiT(nn.Module):
             context: from `embed_context`.
             audio: of the chunk, from `embed_audio`.
             masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens of one latent frame].
+            known: latent frames at the beginning whose velocity nobody asks for: it is 0. After the last block's keys
+                and values nothing else depends on their tokens.
         """
         _, p, q = self.config.patch_size
         frames, _, rows, columns = latent.shape
@@ -413,8 +436,12 @@ class DiT(nn.Module):
         x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
         x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        skip = known * (rows // p) * (columns // q)
         for i, block in enumerate(self._blocks):
-            block_context, block_audio = ContextKV(*(y[i] for y in context)), AudioKV(audio.k[i], audio.v[i])
-            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks)
-        x = self.head(x, modulation.head)
+            keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
+            block_context = ContextKV(*keys_values, real=context.real)
+            block_audio = AudioKV(audio.k[i], audio.v[i])
+            last = i == len(self._blocks) - 1
+            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, skip if last else 0)
+        x = F.pad(self.head(x, modulation.head), (0, 0, skip, 0))
         return rearrange(x, "(f h w) (p q c) -> f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)

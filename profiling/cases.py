@@ -17,10 +17,11 @@ of products in the case's dtype, the stream between them in at least 16 bits.
 import difflib
 import fnmatch
 import importlib.util
+import itertools
 import math
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import attention, cross_attention, norm
+from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.color import lab_statistics, lab_transfer
 from kernels.conv import causal_conv3d
 from kernels.conv import reference as causal_conv3d_reference
+from kernels.cross_attention import (
+    fold_audio,
+    folded_attention,
+    frame_attention,
+    launch_fold,
+    launch_folded,
+    launch_frame,
+    launch_text_image,
+    text_image_attention,
+)
+from kernels.launch import Choice, Launch
+from kernels.norm import key_scale, launch_norm_rope
+from kernels.schedule import spans
 from model.config import PRESETS, Config
-from model.dit import attention, layer_norm_modulate, rotate
+from model.dit import layer_norm_modulate, rotate
 from model.errors import UserError
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
@@ -102,6 +118,7 @@ class Operation:
     backends: Mapping[str, Sequence[Backend]]  # dtype -> back-ends
     result: Callable[[Any], Output] = lambda output: output  # what of a back-end's output the reference is held to
     products: bool = True  # whether the FLOPs are matrix products, whose ceiling is measured
+    tolerances: Mapping[str, float] = field(default_factory=dict)  # by dtype, where they are not those of TOLERANCES
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,11 @@ def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
     return lambda *inputs: partial(torch.compile(function, dynamic=False), *inputs)
 
 
+def prepared(launcher: Callable[..., Output]) -> Callable[..., Call]:
+    """The `prepare` of a launcher that takes launch parameters."""
+    return lambda *inputs, launch=None: partial(launcher, *inputs, launch=launch)
+
+
 def eager_and_compiled(
     function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
 ) -> tuple[Backend, Backend]:
@@ -172,6 +194,7 @@ def eager_and_compiled(
 
 # On the CPU compilation takes seconds a shape; only passes over memory, which it fuses, are worth these.
 ANYWHERE = ("cuda", "cpu")
+CUDA = ("cuda",)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -186,9 +209,54 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(heads, dim=1)
 
 
-def model_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As the student calls it."""
-    return attention(q[None], k[None], v[None])[0].unflatten(-1, q.shape[1:])
+def ours(form: str) -> Callable[..., Call]:
+    """The `prepare` of one form of kernels/attention.py."""
+    return lambda q, k, v, launch=None: partial(launch_attention, form, q, k, v, launch)
+
+
+def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Tensor:
+    """That form, with its default parameters or those given."""
+    choice, scale = Choice(form, launch or {}), q.shape[2] ** -0.5
+    return attention.launch(q[None], k[None], v[None], None, spans(len(q), len(k)), scale, q.dtype, choice)[0][0]
+
+
+def ours_fp8(form: str) -> Callable[..., Call]:
+    """The same on e4m3 operands, which are made beforehand."""
+
+    def prepare(q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Call:
+        return partial(launch_attention_fp8, form, *quantize_attention(q, k, v), launch=launch)
+
+    return prepare
+
+
+def launch_attention_fp8(form: str, *operands: Tensor, launch: Launch | None = None) -> Tensor:
+    """That form of the FP8 attention."""
+    q, q_scale, k, k_scale, v, v_scale = (x[None] for x in operands)
+    seen, scale, choice = spans(q.shape[1], k.shape[1]), q.shape[3] ** -0.5, Choice(form, launch or {})
+    return attention.launch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
+
+
+def quantize_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Operands of `chunk_attention_fp8`, scaled by their largest values: per token and head, head, head and channel."""
+    q_scale, k_scale, v_scale = q.abs().amax(2).float(), k.abs().amax((0, 2)).float(), v.abs().amax(0).float()
+    q_scale, k_scale, v_scale = (x.clamp(min=1e-12) / FP8_MAX for x in (q_scale, k_scale, v_scale))
+    order = torch.from_numpy(attention.interleave(len(v))).to(v.device)
+    values = F.pad(v / v_scale, (0, 0, 0, 0, 0, len(order) - len(v)))[order].permute(1, 2, 0).contiguous()
+    scaled = (q / q_scale[..., None], k / k_scale[:, None], values)
+    q8, k8, v8 = (x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in scaled)
+    return q8, q_scale, k8, k_scale, v8, v_scale
+
+
+def attention_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for Hopper."""
+    for stages in (2, 3, 4):
+        yield {"BLOCK_N": 128, "STAGES": stages}
+
+
+def attention_space_16(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """The same in 16 bits, where shared memory holds two stages of 128 keys."""
+    yield {"BLOCK_N": 128, "STAGES": 2}
+    yield {"BLOCK_N": 64, "STAGES": 4}
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,6 +291,21 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: sageattn(q[None], k[None], v[None], tensor_layout="NHD")[0]
 
 
+def audit_attention_fp8(form: str) -> Callable[..., Tensor]:
+    """The launcher of an FP8 form, for inputs that have no values to be scaled by."""
+
+    def launcher(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (queries, heads, d), keys = q.shape, len(k)
+        q8, k8 = (torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in (q, k))
+        v8 = v.new_empty(heads, d, -(-keys // 16) * 16, dtype=torch.float8_e4m3fn)
+        q_scale, k_scale, v_scale = (
+            q.new_empty(n, dtype=torch.float32) for n in ((queries, heads), (heads,), (heads, d))
+        )
+        return launch_attention_fp8(form, q8, q_scale, k8, k_scale, v8, v_scale)
+
+    return launcher
+
+
 _ATTENTION_PEERS = (
     Backend("sdpa-cudnn", once(partial(sdpa, SDPBackend.CUDNN_ATTENTION)), devices=("cuda",)),
     Backend("sdpa-flash", once(partial(sdpa, SDPBackend.FLASH_ATTENTION))),
@@ -238,65 +321,173 @@ SELF_ATTENTION = Operation(
     lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
     lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["channels"] * item,
     {
-        "fp32": (Backend("eager", once(model_attention), ours=True), _ATTENTION_PEERS[1]),
-        "bf16": (Backend("eager", once(model_attention), ours=True), *_ATTENTION_PEERS),
+        "fp32": (Backend("eager", once(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
+        "bf16": (
+            Backend("gluon", ours("gluon"), True, CUDA, None, partial(launch_attention, "gluon"), attention_space_16),
+            Backend("triton", ours("triton"), True, CUDA, None, partial(launch_attention, "triton")),
+            *_ATTENTION_PEERS,
+        ),
         "fp8": (
+            Backend("gluon", ours_fp8("gluon"), True, CUDA, None, audit_attention_fp8("gluon"), attention_space),
+            Backend("triton", ours_fp8("triton"), True, CUDA, None, audit_attention_fp8("triton")),
             Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
             *_ATTENTION_PEERS[:2],
         ),
     },
+    # Of unrounded inputs: q k^T in e4m3 is off by 3.7 % of a logit's deviation of 1, the weights and v by 2.6 % each.
+    tolerances={"fp8": 6e-2},
 )
 
 
-def text_image_reference(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
-    """Two softmaxes, to text and to image keys, summed."""
-    return attention_reference(q, text_k, text_v) + attention_reference(q, image_k, image_v)
+def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Tiles, warps and stages."""
+    for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
+        if block_m // 16 >= warps:
+            yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def text_image_model(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
-    """As the student calls it."""
-    return model_attention(q, text_k, text_v) + model_attention(q, image_k, image_v)
+def frame_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Tiles and warps; a frame's keys are one tile."""
+    for block_m, warps in ((64, 4), (128, 4), (128, 8)):
+        yield {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1}
+
+
+def text_image_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
+    """q, keys and values of text and image; with `real` text keys in front of equal ones, how many."""
+    names = ("queries", "text", "text", "image", "image")
+    q, text_k, text_v, image_k, image_v = (draw(d[n], d["heads"], d["channels"]) for n in names)
+    if "real" not in d:
+        return q, text_k, text_v, image_k, image_v, None
+    for x in (text_k, text_v):
+        x[d["real"] :] = x[d["real"]].clone()
+    return q, text_k, text_v, image_k, image_v, torch.full((1,), d["real"], dtype=torch.int32, device=q.device)
+
+
+def text_image_library(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _real: Tensor | None
+) -> Tensor:
+    """Two calls of torch's attention, all keys, summed."""
+    q, text_k, text_v, image_k, image_v = (x.transpose(0, 1)[None] for x in (q, text_k, text_v, image_k, image_v))
+    attend = F.scaled_dot_product_attention
+    return (attend(q, text_k, text_v) + attend(q, image_k, image_v))[0].transpose(0, 1)
+
+
+def keys_of(d: Dims) -> int:
+    """Text and image keys, those of the padding once."""
+    return min(d.get("real", d["text"]) + 1, d["text"]) + d["image"]
 
 
 TEXT_IMAGE_ATTENTION = Operation(
     "text_image_attention",
-    lambda d, draw: tuple(draw(d[n], d["heads"], d["channels"]) for n in ("queries", "text", "text", "image", "image")),
-    text_image_reference,
-    lambda d: 4.0 * d["queries"] * (d["text"] + d["image"]) * d["heads"] * d["channels"],
-    lambda d, item: 2.0 * (d["queries"] + d["text"] + d["image"]) * d["heads"] * d["channels"] * item,
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(text_image_model)),
+    text_image_inputs,
+    cross_attention.text_image_reference,
+    lambda d: 4.0 * d["queries"] * keys_of(d) * d["heads"] * d["channels"],
+    lambda d, item: 2.0 * (d["queries"] + keys_of(d)) * d["heads"] * d["channels"] * item,
+    {
+        dtype: (
+            Backend("eager", once(text_image_attention), ours=True, devices=("cpu",)),
+            Backend("triton", prepared(launch_text_image), True, CUDA, None, launch_text_image, text_image_space),
+            Backend("sdpa", once(text_image_library)),
+            Backend("sdpa-compiled", compiled(text_image_library), devices=CUDA),
+        )
+        for dtype in ("fp32", "bf16")
+    },
 )
 
 
-def frame_reference(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
-    """Each latent frame's tokens attend to that frame's keys: q [tokens, head, d], k and v [frame, key, head, d].
-
-    The last frame may have fewer than `per_frame` tokens, as a rank's share of them ends.
-    """
-    return torch.cat([attention_reference(*qkv) for qkv in zip(q.split(per_frame), k, v, strict=True)])
-
-
-def frame_batched(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
-    """One attention call with the frames as its batch, as the student has it; a last, shorter frame is padded."""
+def frame_library(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
+    """One call of torch's attention with the frames as its batch; a last, shorter frame is padded."""
     missing = len(k) * per_frame - len(q)
     whole = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q  # padding by nothing would copy
-    return attention(whole.unflatten(0, (len(k), -1)), k, v).flatten(0, 1)[: len(q)].unflatten(-1, q.shape[1:])
+    q4, k4, v4 = (x.transpose(1, 2) for x in (whole.unflatten(0, (len(k), -1)), k, v))
+    return F.scaled_dot_product_attention(q4, k4, v4).transpose(1, 2).flatten(0, 1)[: len(q)]
+
+
+def frame_keys(d: Dims) -> int:
+    """Frames that the queries lie in."""
+    return -(-d["queries"] // d["per_frame"])
 
 
 FRAME_ATTENTION = Operation(
     "frame_attention",
     lambda d, draw: (
         draw(d["queries"], d["heads"], d["channels"]),
-        *(draw(-(-d["queries"] // d["per_frame"]), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
+        *(draw(frame_keys(d), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
         d["per_frame"],
     ),
-    frame_reference,
+    cross_attention.frame_reference,
     lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
-    lambda d, item: (
-        2.0 * (d["queries"] + -(-d["queries"] // d["per_frame"]) * d["keys"]) * d["heads"] * d["channels"] * item
-    ),
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(frame_batched)),
+    lambda d, item: 2.0 * (d["queries"] + frame_keys(d) * d["keys"]) * d["heads"] * d["channels"] * item,
+    {
+        dtype: (
+            Backend("eager", once(frame_attention), ours=True, devices=("cpu",)),
+            Backend("triton", prepared(launch_frame), True, CUDA, None, launch_frame, frame_space),
+            Backend("sdpa", once(frame_library)),
+            Backend("sdpa-compiled", compiled(frame_library), devices=CUDA),
+        )
+        for dtype in ("fp32", "bf16")
+    },
 )
+
+
+def audio_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
+    """z, the frames' keys and values, weight and bias of the projection before, weight of the one after."""
+    width = d["heads"] * d["channels"]
+    return (
+        draw(d["queries"], width),
+        *(draw(frame_keys(d), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
+        draw(width, width, scale=width**-0.5),
+        draw(width),
+        draw(width, width, scale=width**-0.5),
+        d["per_frame"],
+    )
+
+
+def audio_layer(
+    attend: Callable[..., Tensor],
+    z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    weight: Tensor,
+    per_frame: int,
+) -> Tensor:
+    """Projection, `attend`, projection."""
+    q = F.linear(z, q_weight, q_bias).unflatten(1, k.shape[2:])
+    return F.linear(attend(q, k, v, per_frame).flatten(1), weight)
+
+
+def audio_folded(
+    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
+) -> Tensor:
+    """The same, the projections folded into keys and values at each call."""
+    return folded_attention(z, *fold_audio(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+
+
+def launch_audio(
+    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
+) -> Tensor:
+    """What `audio_folded` launches."""
+    return launch_folded(z, *launch_fold(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+
+
+AUDIO_ATTENTION = Operation(
+    "audio_attention",
+    audio_inputs,
+    partial(audio_layer, cross_attention.frame_reference),
+    lambda d: 4.0 * d["queries"] * (d["heads"] * d["channels"]) ** 2 + FRAME_ATTENTION.flops(d),
+    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["channels"] + frame_keys(d) * d["keys"])
+    * d["heads"] * d["channels"],
+    {
+        dtype: (
+            Backend("direct", once(partial(audio_layer, frame_attention)), ours=True),
+            Backend("folded", once(audio_folded), True, ANYWHERE, None, launch_audio),
+            Backend("sdpa", once(partial(audio_layer, frame_library))),
+        )
+        for dtype in ("fp32", "bf16")
+    },
+)  # fmt: skip
 
 
 # --- Linear layers --------------------------------------------------------------------------------------------------
@@ -494,38 +685,191 @@ def rotations(draw: Draw, tokens: int, pairs: int) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rms_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k of a fused projection [S, 3 D], RMS-normalised over all D, weighted, rotated; [S, head, d] each."""
+def split_qkv(qkv: Tensor, rope: Tensor) -> list[Tensor]:
+    """q, k and v [S, head, d] of a fused projection [S, 3 D], in place."""
+    return list(qkv.unflatten(1, (3, -1, 2 * rope.shape[1])).unbind(1))
+
+
+def norm_rope_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and rotation by torch: q and k, [S, head, d] each."""
     q, k = (
-        F.rms_norm(x, x.shape[-1:], weight, EPS).unflatten(-1, (-1, 2 * rope.shape[1]))
-        for x, weight in zip(qkv.chunk(3, -1), (q_weight, k_weight), strict=False)
+        rotate(F.rms_norm(x.flatten(1), weight.shape, weight, EPS).unflatten(-1, x.shape[1:]), rope)
+        for x, weight in zip(split_qkv(qkv, rope)[:2], (q_weight, k_weight), strict=True)
     )
-    return rotate(q, rope), rotate(k, rope)
+    return q, k
 
 
-def rms_norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-    """`rms_norm_rope` written out, in the precision of its inputs."""
-    out = []
-    for x, weight in zip(qkv.chunk(3, -1), (q_weight, k_weight), strict=False):
-        y = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
-        pairs = torch.view_as_complex(y.unflatten(-1, (-1, rope.shape[1], 2)).contiguous())
-        turned = pairs * torch.view_as_complex(rope.contiguous())[:, None]
-        out.append(torch.view_as_real(turned).flatten(-2))
-    return tuple(out)
+def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """The operation of kernels/norm.py."""
+    q, k, _ = split_qkv(qkv, rope)
+    return norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+
+
+def norm_rope_launch(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """What it launches."""
+    q, k, _ = split_qkv(qkv, rope)
+    return launch_norm_rope(q, k, q_weight, k_weight, rope, EPS, launch=launch)
+
+
+def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """The same in the precision of its inputs."""
+    q, k, _ = split_qkv(qkv, rope)
+    return tuple(norm.reference(q, k, q_weight, k_weight, rope, EPS))
+
+
+def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
+    """A fused projection, two weights, rotations."""
+    return (
+        draw(d["tokens"], 3 * d["heads"] * d["channels"]),
+        *(1 + draw(d["heads"] * d["channels"], scale=0.1) for _ in range(2)),
+        rotations(draw, d["tokens"], d["channels"] // 2),
+    )
+
+
+def norm_rope_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Heads a pass, tokens a program."""
+    for block_h, tokens, warps in itertools.product((4, 8, 16), (1, 2, 4), (4, 8)):
+        yield {"BLOCK_H": block_h, "TOKENS": tokens, "num_warps": warps}
 
 
 RMS_NORM_ROPE = Operation(
     "rms_norm_rope",
-    lambda d, draw: (
-        draw(d["tokens"], 3 * d["heads"] * d["channels"]),
-        *(1 + draw(d["heads"] * d["channels"], scale=0.1) for _ in range(2)),
-        rotations(draw, d["tokens"], d["channels"] // 2),
-    ),
-    rms_norm_rope_reference,
+    norm_rope_inputs,
+    norm_rope_reference,
     lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
     lambda d, item: d["tokens"] * d["channels"] * (4.0 * d["heads"] * item + 4),
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(rms_norm_rope, ANYWHERE)),
+    {
+        dtype: (
+            Backend("eager", once(norm_rope_ours), ours=True, devices=("cpu",)),
+            Backend("triton", prepared(norm_rope_launch), True, CUDA, None, norm_rope_launch, norm_rope_space),
+            Backend("torch", once(norm_rope_library)),
+            Backend("torch-compiled", compiled(norm_rope_library), devices=ANYWHERE),
+        )
+        for dtype in ("fp32", "bf16")
+    },
     products=False,
+)
+
+
+def norm_rope_fp8(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The operands of FP8 attention; `scale` of the keys if it was made beforehand."""
+    q, k, v = split_qkv(qkv, rope)
+    scale = key_scale(k_weight, q.shape[1]) if scale is None else scale
+    return norm.rms_norm_rope_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+
+
+def prepare_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
+    """The keys' scale comes from the weight, once."""
+    return partial(
+        norm_rope_fp8, qkv, q_weight, k_weight, rope, key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
+    )
+
+
+def launch_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """What it launches."""
+    q, k, v = split_qkv(qkv, rope)
+    return norm.launch_fp8(q, k, v, q_weight, k_weight, q.new_empty(q.shape[1], dtype=torch.float32), rope, EPS)
+
+
+def norm_rope_fp8_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """The definition, in torch."""
+    q, k, v = split_qkv(qkv, rope)
+    scale = key_scale(k_weight, q.shape[1])
+    q8, q_scale, k8, v8, v_scale = norm.reference_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+    return q8, q_scale, k8, scale, v8, v_scale
+
+
+def norm_rope_smoothed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """q, k less the mean of its sample, and v, in the precision of the inputs."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
+    return q, k - k[norm.sample(len(k))].mean(0), v
+
+
+def multiplied_out(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the quantised operands stand for."""
+    q8, q_scale, k8, k_scale, v8, v_scale = output
+    return attention.dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
+
+
+QUANTIZE_QKV = Operation(
+    "quantize_qkv",
+    norm_rope_inputs,
+    norm_rope_smoothed,
+    lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
+    {
+        "fp8": (
+            Backend("ours", prepare_norm_rope_fp8, True, ANYWHERE, None, launch_norm_rope_fp8),
+            Backend("torch-compiled", compiled(norm_rope_fp8_library), devices=CUDA),
+        )
+    },
+    multiplied_out,
+    products=False,
+)
+
+
+def norm_attention_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Norm, rotation and attention of a fused projection, in the precision of its inputs."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
+    return attention_reference(q, k, v)
+
+
+def norm_attention(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Ours, in 16 bits."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+    return chunk_attention(q, k, v)
+
+
+def norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
+    """Ours, in FP8 from the norm on."""
+    q8, q_scale, k8, k_scale, v8, v_scale = norm_rope_fp8(qkv, q_weight, k_weight, rope, scale)
+    return chunk_attention_fp8(q8, q_scale, k8, k_scale, v8, v_scale)
+
+
+def prepare_norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
+    """The keys' scale comes from the weight, once."""
+    scale = key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
+    return partial(norm_attention_fp8, qkv, q_weight, k_weight, rope, scale)
+
+
+def norm_attention_sdpa(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """All of it by torch."""
+    q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
+    return sdpa(SDPBackend.FLASH_ATTENTION, q, k, split_qkv(qkv, rope)[2])
+
+
+def norm_attention_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Compiled norm and rotation, cuDNN's attention."""
+    q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
+    return sdpa(SDPBackend.CUDNN_ATTENTION, q, k, split_qkv(qkv, rope)[2])
+
+
+NORM_ATTENTION = Operation(
+    "norm_attention",
+    norm_rope_inputs,
+    norm_attention_reference,
+    lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * d["heads"] * 5.0 * max(item, 2.0),
+    {
+        "fp32": (Backend("ours", once(norm_attention), ours=True), Backend("sdpa", once(norm_attention_sdpa))),
+        "bf16": (
+            Backend("ours", once(norm_attention), ours=True, devices=CUDA),
+            Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
+        ),
+        "fp8": (
+            Backend("ours", prepare_norm_attention_fp8, ours=True, devices=CUDA),
+            Backend("ours-bf16", once(norm_attention), devices=CUDA),
+            Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
+        ),
+    },
+    tolerances={"fp8": 6e-2},  # as self_attention's
 )
 
 
@@ -649,6 +993,9 @@ def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
     return min(ways, key=lambda way: abs(rows / way[0] - columns / way[1]))
 
 
+PROMPT = 20  # tokens of a prompt like the published one
+
+
 def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
     """The student's operations on one of `world` GPUs: heads split inside self-attention, tokens everywhere else."""
     dit = config.dit
@@ -660,8 +1007,12 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
 
     heads = {"heads": dit.num_heads, "channels": dit.head_dim}
     yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, channels=dit.head_dim)
-    yield TEXT_IMAGE_ATTENTION, shape(1, queries=rows, text=dit.text_len, image=dit.img_tokens, **heads)
-    yield FRAME_ATTENTION, shape(1, queries=rows, per_frame=per_frame, keys=dit.context_tokens, **heads)
+    text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
+    yield TEXT_IMAGE_ATTENTION, shape(1, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", real=min(PROMPT, dit.text_len), **text_image)
+    audio = {"queries": rows, "per_frame": per_frame, "keys": dit.context_tokens, **heads}
+    yield FRAME_ATTENTION, shape(1, **audio)
+    yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and attention are counted as such
     wide, narrow = dit.ffn_dim, dit.dim
     # Output projections and queries of three attentions: o; cross q, o; audio q, o.
     for name, calls, inputs, outputs in (
@@ -675,6 +1026,9 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
         yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow)
     yield LAYER_NORM_MODULATE, shape(4, rows=rows, columns=narrow)  # two modulated, two affine ones
     yield RMS_NORM_ROPE, shape(1, tokens=rows, **heads)
+    yield QUANTIZE_QKV, shape(0, tokens=rows, **heads)
+    if world == 1:
+        yield NORM_ATTENTION, shape(0, tokens=rows, **heads)
     yield QUANTIZE_ROWS, shape(0, "-narrow", rows=rows, columns=narrow)
     yield QUANTIZE_ROWS, shape(0, "-wide", rows=rows, columns=wide)
     if world > 1:  # ring attention: a rank's queries, everybody's keys
@@ -738,7 +1092,7 @@ def preset_cases(preset: str) -> Iterator[Case]:
         tag = f"{family.tag}-w{world}"
         for operation, shape in (*student_shapes(config, world, tag), *vae_shapes(config, world, tag)):
             for dtype in [d for d in family.dtypes if d in operation.backends] or list(operation.backends):
-                yield Case(operation, shape, dtype, TOLERANCES[dtype])
+                yield Case(operation, shape, dtype, operation.tolerances.get(dtype, TOLERANCES[dtype]))
 
 
 def own_cases(file: Path) -> list[Case]:

@@ -106,8 +106,9 @@ class ChunkGenerator:
         def velocity(i: int, latents: Tensor) -> Tensor:
             with spans.span("denoise/step"):
                 return models.dit(
-                    latents, conditions.condition, self._modulations[i], self._rope, conditions.context, audio
-                )
+                    latents, conditions.condition, self._modulations[i], self._rope, conditions.context, audio,
+                    known=len(state.motion),
+                )  # fmt: skip
 
         latents = denoise(velocity, partial(self._noise, state.seed, state.chunk), self._times, state.motion)
 

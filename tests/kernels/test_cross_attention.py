@@ -21,6 +21,7 @@ from kernels.cross_attention import (
     frame_attention,
     frame_reference,
     frame_spans,
+    launch_fold,
     text_image_attention,
     text_image_reference,
 )
@@ -157,7 +158,8 @@ ONE = torch.tensor([1])
         (frame_attention, (Q, KF, KF, 0), "per_frame: 0"),
         (frame_attention, (Q, KF, KF, 2, -1), "first: -1"),
         (frame_attention, (Q, APART, KF, 2), "k: strides (640, 32, 16, 1), wanted frames 512"),
-        (fold_audio, (KF[:, :3], KF, Q[0], Q, Q), "k: shape [3, 3, 2, 16], wanted [frames, a power of two"),
+        (fold_audio, (K, K, Q[0], Q, Q), "k: shape [4, 2, 16], wanted [frames, keys, heads, channels]"),
+        (launch_fold, (KF[:, :3], KF[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
         (fold_audio, (KF, KF, torch.zeros(30, 5), torch.zeros(32), Q), "q_weight: shape [30, 5], wanted [32, 5]"),
         (folded_attention, (Z, torch.zeros(3, 32, 4), Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
         (folded_attention, (Z, torch.zeros(3, 30, 5), Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),

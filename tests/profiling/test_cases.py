@@ -22,7 +22,9 @@ def test_both_presets_at_every_world_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in TINY if c.operation.name in COUNTED and c.dtype == "fp32"], ids=lambda c: c.name
+    "case",
+    [c for c in TINY if c.operation.name in COUNTED and c.dtype == "fp32" and "-prompt" not in c.name],
+    ids=lambda c: c.name,
 )
 def test_flops_are_those_that_torch_counts(case: Case) -> None:
     inputs = case.inputs(torch.device("cpu"), torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def test_a_chunk_of_calls_makes_up_the_published_total() -> None:
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_share_the_work_of_one_gpu(world: int) -> None:
     for case in CASES.values():
-        if "14b-w1" in case.name:
+        if "14b-w1" in case.name and case.operation.name != "norm_attention":  # an exchange comes in between
             name = case.name.replace("w1", f"w{world}")
             rank = CASES[name]
             assert rank.flops * world == pytest.approx(case.flops, rel=1e-9), name

@@ -1,0 +1,84 @@
+"""The student through the Triton kernels: within the pass marks of the golden cases, and equal to its CPU path."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import launch_triton
+from kernels.cross_attention import launch_fold, launch_folded, launch_frame, launch_text_image
+from kernels.norm import launch_norm_rope
+from kernels.schedule import spans
+from model import dit
+from model.config import DiTConfig
+from tests.parity import cases, test_golden
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = spans(len(q), len(k))
+    return launch_triton(q[None], k[None], v[None], None, seen, q.shape[2] ** -0.5, q.dtype, SMALL)[0][0]
+
+
+def unfolded(k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Any, ...]:
+    """What the next function needs for the layer as it is, where a frame's keys are too few to be folded."""
+    return (k, v), weights, None
+
+
+def audio_layer(z: Tensor, kv: Any, weights: Any, _: None, _group: int, per_frame: int, first: int) -> Tensor:
+    q_weight, q_bias, weight = weights
+    q = torch.nn.functional.linear(z, q_weight, q_bias).unflatten(1, kv[0].shape[2:])
+    k, v = kv
+    return launch_frame(q, k, v, per_frame, first).flatten(1) @ weight.T
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations' launchers instead of what the CPU runs."""
+    launchers = {
+        "chunk_attention": attend,
+        "rms_norm_rope": launch_norm_rope,
+        "text_image_attention": launch_text_image,
+        "frame_attention": launch_frame,
+        "fold_audio": launch_fold,
+        "folded_attention": launch_folded,
+    }
+    for name, launcher in launchers.items():
+        monkeypatch.setattr(dit, name, launcher)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["dit_forward", "dit_forward_two_people"])
+def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dit, "fold_audio", unfolded)  # the golden student has 6 audio tokens a frame
+    monkeypatch.setattr(dit, "folded_attention", audio_layer)
+    assert name in cases.RUN
+    test_golden.test_case(GOLDEN / f"{name}.json")
+
+
+@torch.inference_mode()
+def test_folded_audio_and_known_frames(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    config = DiTConfig(
+        dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=24, text_len=9, img_dim=20, img_tokens=7, freq_dim=32,
+        intermediate_dim=16, output_dim=24, context_tokens=16, audio_blocks=2, audio_channels=6,
+    )  # fmt: skip
+    student = dit.DiT(config)
+    latent, condition = torch.randn(3, 16, 4, 6), torch.randn(3, 20, 4, 6)
+    text, image, audio = torch.randn(4, 24), torch.randn(7, 20), torch.randn(1, 9, 5, 2, 6)
+
+    def velocity(known: int) -> Tensor:
+        context, heard = student.embed_context(text, image), student.embed_audio(audio)
+        rope = dit.rope_table((3, 2, 3), config.head_dim)
+        return student(latent, condition, student.modulate(500.0), rope, context, heard, known=known)
+
+    whole, expected = velocity(0), velocity(2)
+    torch.testing.assert_close(expected[2:], whole[2:], rtol=1e-5, atol=1e-5)
+    request.getfixturevalue("kernels")
+    got = velocity(2)
+    assert (got[:2] == 0).all()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
