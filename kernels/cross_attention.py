@@ -32,16 +32,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention import DEFAULT as ATTENTION
-from kernels.attention import LOG2_E, attention_step, launch_triton
+from kernels.attention import LOG2_E, launch_triton
 from kernels.attention import reference as attention
 from kernels.launch import Launch, lookup
 from kernels.schedule import Spans, tiles_on
 
 # Where nothing was tuned.
 TEXT_IMAGE: dict[torch.dtype, Launch] = {
-    torch.float32: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-    torch.float16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-    torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+    torch.float32: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, "num_stages": 1},
+    torch.float16: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 2},
+    torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 2},
 }
 FRAME: Launch = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
 FOLD: Launch = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
@@ -103,63 +103,62 @@ def folded_reference(
 
 
 @triton.jit
-def attend_key(acc, top, total, q, factor, k, v, count, D: tl.constexpr):
-    """One more key, as if it were there `count` times; the rest as in `attention_step`."""
-    channels = tl.arange(0, D)
-    key = tl.load(k + channels).to(tl.float32)
-    score = tl.sum(q.to(tl.float32) * key[None, :], 1) * factor
-    new = tl.maximum(top, score)
-    p, fade = count * tl.exp2(score - new), tl.exp2(top - new)
-    value = tl.load(v + channels).to(tl.float32)
-    return acc * fade[:, None] + p[:, None] * value[None, :], new, total * fade + p
+def attend_tile(acc, top, total, q, factor, k_rows, v_rows, column, start, count, bonus, WIDTH: tl.constexpr):
+    """WIDTH keys from `start` on, of `count` in all; the last one's logit, in powers of 2, is `bonus` larger.
+
+    Boxes of k_rows and v_rows reach beyond the last key: into rows that have no weight, or beyond the end, into zeros.
+    """
+    keys = start + tl.arange(0, WIDTH)
+    bias = tl.where(keys < count, tl.where(keys == count - 1, bonus, 0.0), float("-inf"))
+    scores = tl.dot(q, k_rows.load([start, column]).T, input_precision="ieee") * factor + bias[None, :]
+    new = tl.maximum(top, tl.max(scores, 1))
+    p, fade = tl.exp2(scores - new[:, None]), tl.exp2(top - new)
+    v = v_rows.load([start, column])
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return acc, new, total * fade + tl.sum(p, 1)
 
 
 @triton.jit
-def attend_keys(q, factor, k, v, k_row, v_row, count, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Products, maximum and sum of `count` keys. A single one left over is not worth a tile."""
+def text_image_forward(q, text_k, text_v, image_k, image_v, tail_k, tail_v, real, o, scale, tokens, text, image,
+                       q_row, q_head, text_head, image_head, o_row, o_head,
+                       COLLAPSED: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """A tile of tokens of one head. COLLAPSED: text keys from the `real`th on are the same.
+
+    Descriptors cut boxes of BLOCK_T text keys, of BLOCK_N image keys, and of TAIL for the image's last ones.
+    """
+    head = tl.program_id(1)
+    wide = head.to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    channels, valid = tl.arange(0, D), rows < tokens
+    q_tile = tl.load(q + wide * q_head + rows[:, None] * q_row + channels[None, :], mask=valid[:, None], other=0.0)
+    count, bonus = text, 0.0
+    if COLLAPSED:
+        count = tl.minimum(tl.load(real) + 1, text)  # with one key of the padding, for all of them
+        bonus = tl.log2((text - count + 1).to(tl.float32))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    whole = count // BLOCK_N * BLOCK_N
+    for start in tl.range(0, count, BLOCK_T):
+        acc, top, total = attend_tile(
+            acc, top, total, q_tile, scale, text_k, text_v, head * text_head, start, count, bonus, BLOCK_T
+        )
+    out = (acc * (1.0 / total)[:, None]).to(o.dtype.element_ty)  # half the registers of float32
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    whole = image // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
-        acc, top, total = attention_step(
-            acc, top, total, q, factor, k, v, k_row, v_row, start, 0, count, False, False, D, BLOCK_M, BLOCK_N
+        acc, top, total = attend_tile(
+            acc, top, total, q_tile, scale, image_k, image_v, head * image_head, start, image, 0.0, BLOCK_N
         )
-    if count - whole == 1:
-        acc, top, total = attend_key(acc, top, total, q, factor, k + whole * k_row, v + whole * v_row, 1.0, D)
-    elif count > whole:
-        acc, top, total = attention_step(
-            acc, top, total, q, factor, k, v, k_row, v_row, whole, 0, count, False, True, D, BLOCK_M, BLOCK_N
+    if whole < image:
+        acc, top, total = attend_tile(
+            acc, top, total, q_tile, scale, tail_k, tail_v, head * image_head, whole, image, 0.0, TAIL
         )
-    return acc, top, total
-
-
-@triton.jit
-def text_image_forward(q, text_k, text_v, image_k, image_v, real, o, scale, tokens, text, image,
-                       q_row, q_head, text_k_row, text_k_head, text_v_row, text_v_head,
-                       image_k_row, image_k_head, image_v_row, image_v_head, o_row, o_head,
-                       COLLAPSED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile of tokens of one head. COLLAPSED: text keys from the `real`th on are the same."""
-    head = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    channels, valid = tl.arange(0, D), rows < tokens
-    q_tile = tl.load(q + head * q_head + rows[:, None] * q_row + channels[None, :], mask=valid[:, None], other=0.0)
-    factor = tl.zeros([BLOCK_M], tl.float32) + scale
-    k, v = text_k + head * text_k_head, text_v + head * text_v_head
-    count = tl.load(real) if COLLAPSED else text
-    acc, top, total = attend_keys(q_tile, factor, k, v, text_k_row, text_v_row, count, D, BLOCK_M, BLOCK_N)
-    if COLLAPSED:  # noqa: SIM102  (known to the compiler)
-        if count < text:  # known to the device
-            copies = (text - count).to(tl.float32)
-            k, v = k + count * text_k_row, v + count * text_v_row
-            acc, top, total = attend_key(acc, top, total, q_tile, factor, k, v, copies, D)
-    out = acc * (1.0 / total)[:, None]
-    k, v = image_k + head * image_k_head, image_v + head * image_v_head
-    acc, top, total = attend_keys(q_tile, factor, k, v, image_k_row, image_v_row, image, D, BLOCK_M, BLOCK_N)
-    out += acc * (1.0 / total)[:, None]
-    places = o + head * o_head + rows[:, None] * o_row + channels[None, :]
-    tl.store(places, out.to(o.dtype.element_ty), mask=valid[:, None])
+    acc = acc * (1.0 / total)[:, None] + out.to(tl.float32)
+    places = o + wide * o_head + rows[:, None] * o_row + channels[None, :]
+    tl.store(places, acc.to(o.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
@@ -221,13 +220,22 @@ def launch_text_image(
     dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "channels": d}
     parameters = _parameters("text_image_attention", dims, q, TEXT_IMAGE[q.dtype], launch)
     o = q.new_empty(q.shape)
-    operands = (q, text_k, text_v, image_k, image_v)
-    strides = [stride for x in (*operands, o) for stride in x.stride()[:2]]
+    block_t, block_n = parameters["BLOCK_T"], parameters["BLOCK_N"]
+    tail = max(16, triton.next_power_of_2(len(image_k) % block_n))
+    o = q.new_empty(q.shape)
     text_image_forward[(triton.cdiv(tokens, parameters["BLOCK_M"]), heads)](
-        *operands, q if real is None else real, o, d**-0.5 * LOG2_E, tokens, len(text_k), len(image_k), *strides,
-        COLLAPSED=real is not None, D=d, **parameters,
+        q, *(boxes(x, block_t) for x in (text_k, text_v)), *(boxes(x, block_n) for x in (image_k, image_v)),
+        *(boxes(x, tail) for x in (image_k, image_v)), q if real is None else real, o, d**-0.5 * LOG2_E,
+        tokens, len(text_k), len(image_k), *q.stride()[:2], text_k.stride(1), image_k.stride(1), *o.stride()[:2],
+        COLLAPSED=real is not None, D=d, TAIL=tail, **parameters,
     )  # fmt: skip
     return o
+
+
+def boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of boxes [rows, d] of x [keys, head, d]; every head is an offset of columns."""
+    keys, heads, d = x.shape
+    return TensorDescriptor(x, [keys, (heads - 1) * x.stride(1) + d], [x.stride(0), 1], [rows, d])
 
 
 def launch_frame(
@@ -350,6 +358,8 @@ def text_image_attention(
     _check_operands(q, {"text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v})
     for k, v, name in ((text_k, text_v, "text_v"), (image_k, image_v, "image_v")):
         _check_shape(name, v, k.shape)
+        if v.stride(1) != k.stride(1):
+            raise ValueError(f"{name}: heads {v.stride(1)} apart, wanted {k.stride(1)}, as the keys' are")
     if real is not None and (real.dtype, real.numel(), real.device) != (torch.int32, 1, q.device):
         raise ValueError(
             f"real: {real.dtype} {list(real.shape)} on {real.device}, wanted one torch.int32 on {q.device}"

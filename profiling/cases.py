@@ -340,10 +340,13 @@ SELF_ATTENTION = Operation(
 
 
 def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Tiles, warps and stages."""
-    for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
-        if block_m // 16 >= warps:
-            yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    """Tiles, warps and stages; 168 registers a thread leave room for three blocks of four warps."""
+    for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2)):
+        if block_m == 16 * warps:
+            parameters = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+            yield parameters
+            if warps == 4:
+                yield {**parameters, "maxnreg": 168}
 
 
 def frame_space(_dims: Dims) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,34 @@ def test_errors_name_the_argument() -> None:
     two = AudioKV(*(torch.cat((y, y), dim=2) for y in audio))
     with pytest.raises(ValueError, match=r"^masks: wanted"):
         dit(x["latent"], x["condition"], modulation, rope, context, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("speakers", [1, 2])
+@torch.inference_mode()
+def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int) -> None:
+    """Through the Triton kernels, compiled as a whole and not, with known frames and without."""
+    torch.manual_seed(0)
+    config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
+    dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
+    x["audio"] = x["audio"].expand(speakers, -1, -1, -1, -1) + torch.randn(speakers, 1, 1, 1, 1)
+    masks = torch.zeros(3, 20)
+    masks[0, :7] = masks[1, 7:12] = masks[2, 12:] = 1
+
+    def run(dit: DiT, device: str, known: int) -> torch.Tensor:
+        on = {name: value.to(device) for name, value in x.items()}
+        context, audio = dit.embed_context(on["text"], on["image"]), dit.embed_audio(on["audio"])
+        rope = rope_table((3, 4, 5), config.head_dim, device)
+        people = masks.to(device) if speakers == 2 else None
+        return dit(on["latent"], on["condition"], dit.modulate(625.0), rope, context, audio, people, known)
+
+    want = run(dit, "cpu", 0)
+    dit = dit.to("cuda", dtype)
+    for known in (0, 1):
+        got = run(dit, "cuda", known).cpu()
+        assert torch.linalg.norm(got[known:] - want[known:]) < bound * torch.linalg.norm(want[known:])
+    eager = run(dit, "cuda", 1)
+    for block in dit.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(run(dit, "cuda", 1), eager, rtol=bound, atol=bound)
