@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention import DEFAULT as ATTENTION
-from kernels.attention import LOG2_E, launch_triton
+from kernels.attention import LOG2_E, NAMES, launch_triton
 from kernels.attention import reference as attention
 from kernels.launch import Launch, lookup
 from kernels.schedule import Spans, tiles_on
@@ -218,6 +218,7 @@ def launch_text_image(
     """`text_image_attention` by its kernel."""
     tokens, heads, d = q.shape
     dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "channels": d}
+    dims["collapsed"] = int(real is not None)
     parameters = _parameters("text_image_attention", dims, q, TEXT_IMAGE[q.dtype], launch)
     o = q.new_empty(q.shape)
     block_t, block_n = parameters["BLOCK_T"], parameters["BLOCK_N"]
@@ -309,9 +310,8 @@ def _parameters(
     operation: str, dims: dict[str, int], x: Tensor, default: Launch, launch: Launch | None
 ) -> dict[str, Any]:
     """Launch parameters: those given, or tuned ones, or the default."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     tuned = lookup(
-        operation, dims, names[x.dtype], x.device, "triton", equal=("channels",) if "channels" in dims else ()
+        operation, dims, NAMES[x.dtype], x.device, "triton", equal=("channels",) if "channels" in dims else ()
     )
     return {**default, **(launch or (tuned.launch if tuned else {}))}
 
@@ -369,9 +369,8 @@ def text_image_attention(
 
 @torch.library.custom_op("flashtalk::frame_attention", mutates_args=(), device_types="cpu")
 def _frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int) -> Tensor:
-    if len(q) == len(k) * per_frame:  # all frames at once
-        q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (len(k), -1)), k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    if len(q) == len(k) * per_frame:
+        return _whole_frames(q, k, v)
     parts = [
         _library(q[start:end], k[key // k.shape[1]], v[key // k.shape[1]])
         for start, end, key, _ in frame_spans(len(q), k.shape[1], per_frame, first)
@@ -381,7 +380,18 @@ def _frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int
 
 @_frame_attention.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int) -> Tensor:
+    heads, d = q.shape[1:]
+    dims = {"queries": len(q), "per_frame": per_frame, "keys": k.shape[1], "heads": heads, "channels": d}
+    choice = lookup("frame_attention", dims, NAMES[q.dtype], q.device)
+    if len(q) == len(k) * per_frame and choice is not None and choice.backend.startswith("sdpa"):
+        return _whole_frames(q, k, v)
     return launch_frame(q, k, v, per_frame, first)
+
+
+def _whole_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The library's attention with the frames as its batch."""
+    q, k, v = (x.transpose(1, 2) for x in (q.unflatten(0, (len(k), -1)), k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().flatten(0, 1)
 
 
 @_frame_attention.register_fake

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.attention import chunk_attention
+from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.cross_attention import fold_audio, folded_attention, frame_attention, text_image_attention
-from kernels.norm import rms_norm_rope
+from kernels.norm import key_scale, rms_norm_rope, rms_norm_rope_fp8
 from model.config import DiTConfig
 
 
@@ -162,12 +162,26 @@ class SelfAttention(nn.Module):
         self.heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+        self.k_scale: Tensor | None = None  # of FP8 keys; None: attention in the parameters' dtype
 
-    def forward(self, x: Tensor, rope: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x [S, D] -> the output [S - skip, D] of all tokens but the first `skip`, and rotated q and k [S, head, d]."""
+    def forward(self, x: Tensor, rope: Tensor, skip: int, two_speakers: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """x [S, D] -> the output [S - skip, D] of all tokens but the first `skip`, and rotated q and k [S, head, d].
+
+        In FP8, q and k are made out only for two speakers.
+        """
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = rms_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.eps)
-        return self.o(chunk_attention(q[skip:], k, v).flatten(1)), q, k
+        q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
+        if self.k_scale is None:
+            q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
+            attended = chunk_attention(q[skip:], k, v)
+        else:
+            q, q_scale, k, k_scale, v, v_scale = rms_norm_rope_fp8(
+                q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps
+            )
+            attended = chunk_attention_fp8(q[skip:], q_scale[skip:], k, k_scale, v, v_scale, dtype=x.dtype)
+            if two_speakers:
+                q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
+        return self.o(attended.flatten(1)), q, k
 
 
 class CrossAttention(nn.Module):
@@ -262,7 +276,8 @@ class Block(nn.Module):
         """
         per_frame = len(x) // len(audio.k)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        branch, q, k = self.self_attn(layer_norm_modulate(x, shift1, scale1, self.config.eps), rope, skip)
+        h = layer_norm_modulate(x, shift1, scale1, self.config.eps)
+        branch, q, k = self.self_attn(h, rope, skip, masks is not None)
         x = add_gated(x[skip:], branch, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
         positions = None if masks is None else speaker_positions(q, k, masks, self.config)[skip:]
@@ -360,6 +375,12 @@ class DiT(nn.Module):
     @property
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
+
+    def attend_in_fp8(self) -> None:
+        """From now on, self-attention multiplies in FP8: faster, and off by about 5 % of its output."""
+        for block in self._blocks:
+            attention = block.self_attn
+            attention.k_scale = key_scale(attention.norm_k.weight.detach(), attention.heads)
 
     def embed_context(self, text: Tensor, image: Tensor) -> ContextKV:
         """Keys and values of prompt and portrait for all blocks.

@@ -164,6 +164,16 @@ def test_errors_name_the_argument() -> None:
         dit(x["latent"], x["condition"], modulation, rope, context, two)
 
 
+@torch.inference_mode()
+def test_fp8_attention_stays_near_float32() -> None:
+    torch.manual_seed(0)
+    dit, x = DiT(SMALL), inputs(SMALL, (3, 4, 5), 9)
+    want = forward(dit, x)
+    dit.attend_in_fp8()
+    error = torch.linalg.norm(forward(dit, x) - want) / torch.linalg.norm(want)
+    assert 1e-5 < error < 5e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("speakers", [1, 2])
