@@ -56,7 +56,7 @@ from triton.runtime.jit import JITFunction
 from kernels.launch import GPU, assuming
 from model.errors import UserError
 from profiling import sass, ttgir
-from profiling.cases import Case, registry, select
+from profiling.cases import Case, own_cases, registry, select
 from profiling.devices import Device, of_target
 from profiling.machine import describe
 from profiling.results import AuditResult, Run, build, now, save, to_json
@@ -460,9 +460,11 @@ def _show(run: Run) -> None:
 
 
 def _choose(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
-    """Cases that have a launcher: those that match, or all; raises `UserError` if none that matches has one."""
-    cases = registry(extra)
-    chosen = select(cases, patterns) if patterns else list(cases.values())
+    """Cases with a launcher: those that match, or `extra`'s own, or all; `UserError` if none that matches has one."""
+    if patterns:
+        chosen = select(registry(extra), patterns)
+    else:
+        chosen = list(registry().values()) if extra is None else own_cases(extra)
     compiled = [case for case in chosen if any(backend.launcher for backend in case.backends)]
     if patterns and not compiled:
         raise UserError(f"{', '.join(patterns)}: none of these cases has a Triton kernel; without a name all that have")
@@ -472,6 +474,6 @@ def _choose(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
 def _notes(chosen: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
     """What a reader must know besides the results."""
     if not chosen:
-        yield "no Triton kernels in the registry yet"
+        yield "none of these cases has a Triton kernel"
     elif not patterns:  # so everything that a budget could be meant for was there
         yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

@@ -439,10 +439,11 @@ def test_triton_is_left_as_it_was() -> None:
 
 
 def test_without_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch) == 0
-    assert capsys.readouterr().out == "no Triton kernels in the registry yet\n"
-    assert call(monkeypatch, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == ["no Triton kernels in the registry yet"]
+    toy = Path(__file__).with_name("toy.py")
+    assert call(monkeypatch, "--cases", toy) == 0
+    assert capsys.readouterr().out == "none of these cases has a Triton kernel\n"
+    assert call(monkeypatch, "--cases", toy, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == ["none of these cases has a Triton kernel"]
 
 
 def test_the_command_shows_and_writes_what_it_found(
