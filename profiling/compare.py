@@ -215,15 +215,28 @@ def items(run: Run) -> dict[tuple[str, str], Item]:
     return found
 
 
+# Back-ends that torch.compile makes of our own functions: they move with us, and excuse nothing.
+OWN_CODE = frozenset({"compiled", "bf16-compiled"})
+
+
 def disturbance(old: Mapping[tuple[str, str], Item], new: Mapping[tuple[str, str], Item]) -> dict[str, float]:
-    """How far peers have moved between two runs, by case and, as "", over all: median distance of their logarithms."""
+    """How far peers have moved between two runs: by case the median of their logarithms, over all, "", of the sizes."""
     moves: dict[str, list[float]] = defaultdict(list)
     for (name, part), a in old.items():
         b = new.get((name, part))
-        if not a.ours and a.value and b is not None and b.value:
-            for group in (name, ""):
-                moves[group].append(abs(math.log(b.value / a.value)))
+        if not a.ours and part not in OWN_CODE and a.value and b is not None and b.value:
+            move = math.log(b.value / a.value)
+            moves[name].append(move)
+            moves[""].append(abs(move))
     return {name: float(np.median(distances)) for name, distances in moves.items()}
+
+
+def excused(a: Item | None, b: Item | None, everywhere: float, beside: float) -> float:
+    """How far an item of ours may have moved with the machine: peers beside it excuse only what goes their way."""
+    if a is None or b is None or not a.ours or not a.value or not b.value:
+        return 0.0
+    same_way = beside * math.log(b.value / a.value) > 0
+    return max(everywhere, abs(beside) if same_way else 0.0)
 
 
 def rows(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Row]:
@@ -236,7 +249,7 @@ def rows(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 
     for name, part in dict.fromkeys((*old, *new)):
         a, b = old.get((name, part)), new.get((name, part))
         others = [run[name, part].samples for run in further if (name, part) in run]
-        peers = max(moved.get("", 0.0), moved.get(name, 0.0)) if a and a.ours else 0.0
+        peers = excused(a, b, moved.get("", 0.0), moved.get(name, 0.0))
         change = _change(a, b, others, threshold, peers)
         if change is None or (name in failed and part != "chunk"):  # a variant that failed is told once
             continue

@@ -460,7 +460,7 @@ def test_the_command_shows_and_writes_what_it_found(
     for word in ("attention_forward sm_90", "HGMMA", "2048", "1032", "516", "2878", "l2", "704"):
         assert word in shown
     assert "budget [a_kernel_that_is_gone] matches no kernel and no case" in shown
-    assert call(monkeypatch, "bf16", "--cases", KERNELS, "--budget", budget, "--json") == 0
+    assert call(monkeypatch, "test_attention/14b-w1/bf16", "--cases", KERNELS, "--budget", budget, "--json") == 0
     again = results.from_json(json.loads(capsys.readouterr().out), "output")
     assert (again.audit, again.notes) == ((production,), ())  # some cases only: the budget may be for others
 

@@ -263,6 +263,16 @@ def test_what_the_peers_do_as_well_is_the_machine_and_not_our_change() -> None:
     assert verdicts(rows(a, b))["op/s/d: ours"] == "slower", "peers of another version are no measure"
 
 
+def test_our_own_code_compiled_is_no_excuse_and_neither_is_a_peer_that_went_the_other_way() -> None:
+    quiet = [case(f"quiet{i}/s/d", measured("peer", 1e-3, ours=False, seed=i)) for i in range(3)]
+    a = run(case("op/s/d", measured("ours", 1e-3), measured("compiled", 1e-3, ours=False)), *quiet)
+    b = run(case("op/s/d", measured("ours", 2.8e-3, seed=1), measured("compiled", 2.8e-3, ours=False, seed=2)), *quiet)
+    assert verdicts(rows(a, b))["op/s/d: ours"] == "slower"
+    a = run(case("op/s/d", measured("ours", 1e-3), measured("peer", 1e-3, ours=False)), *quiet)
+    b = run(case("op/s/d", measured("ours", 1.4e-3, seed=1), measured("peer", 0.6e-3, ours=False, seed=2)), *quiet)
+    assert verdicts(rows(a, b))["op/s/d: ours"] == "slower"
+
+
 def variant(chunk: float, peak: int = 2**30, status: str = OK) -> VariantResult:
     if status != OK:
         return VariantResult("bf16-eager", status, "OutOfMemoryError")
