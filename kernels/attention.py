@@ -243,17 +243,18 @@ def launch(
     dtype: torch.dtype,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The form that kernels/tuned/ names for the shape, or `choice`; untuned, the one made for the GPU."""
+    """By the form that kernels/tuned/ names for the shape, or `choice`; else by the one made for the GPU."""
     dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "channels": q.shape[3]}
     name = "fp8" if scales else NAMES[q.dtype]
     choice = choice or lookup("self_attention", dims, name, q.device, equal=("channels",))
     hopper = gpu(q.device).capability == "9.0" and suits(q, k, v, seen)
-    if hopper and (choice is None or choice.backend == "gluon"):
-        return launch_hopper(q, k, v, scales, seen, scale, dtype, choice and choice.launch)
-    parameters = choice.launch if choice is not None and choice.backend == "triton" else None
-    return launch_triton(q, k, v, scales, seen, scale, dtype, parameters)
+    wanted = choice.backend if choice is not None and choice.backend in FORMS else "gluon"
+    form = FORMS[wanted if hopper else "triton"]
+    parameters = choice.launch if choice is not None and FORMS.get(choice.backend) is form else None
+    return form(q, k, v, scales, seen, scale, dtype, parameters)
 
 
+FORMS = {"gluon": launch_hopper, "triton": launch_triton}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 

@@ -15,8 +15,8 @@ consumers have read it.
                                       products are short of a float32's bits
 
 All weights are 2^(s - max): one fused multiply-add and one MUFU.EX2 an element. The keys' last tile, which may be cut
-off, comes first, so that no other tile pays for a mask. kernels/schedule.py shares the pieces out;
-a tile whose keys are shared by several programs leaves parts, which `merge_parts` merges.
+off, comes first, so that no other tile pays for a mask. kernels/schedule.py shares the pieces out; a tile whose keys
+are shared by several programs leaves parts, which `merge_parts` merges.
 
 Source of the algorithm: FlashAttention-3 (arXiv 2407.08608); the accumulation, SageAttention2 (arXiv 2411.10958).
 """
@@ -382,7 +382,7 @@ def attention_hopper(
 @triton.jit(do_not_specialize=["heads", "queries"])
 def merge_parts(o, lse, parts, part_sums, merges, heads, queries, o_batch, o_row, o_head,
                 D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """ROWS queries of a tile: o = sum_i 2^(lse_i - lse) o_i over the parts of its keys, as `merge_attention` has it."""
+    """ROWS queries of a tile: o = sum_i exp(lse_i - lse) o_i over the parts of its keys, as in `merge_attention`."""
     merge = merges + 5 * tl.program_id(0)
     column, row, end = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
     first, count = tl.load(merge + 3).to(tl.int64), tl.load(merge + 4)

@@ -24,7 +24,7 @@ from kernels.attention import (
     merge_attention,
     reference,
 )
-from kernels.launch import Choice
+from kernels.launch import GPU, Choice
 from kernels.schedule import Spans, spans
 from profiling.bench import poisoned_memory
 
@@ -148,6 +148,28 @@ def test_interleave_is_what_the_docstring_says():
 def test_extreme_logits_stay_finite(size):
     q, k, v = draw(*[(16, 1, 64)] * 3)
     assert chunk_attention(q * size, k * size, v).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "tuned", "d", "form", "parameters"),
+    [
+        ("9.0", None, 128, "gluon", None),
+        ("8.0", None, 128, "triton", None),
+        ("9.0", None, 32, "triton", None),
+        ("9.0", Choice("gluon", {"STAGES": 3}), 128, "gluon", {"STAGES": 3}),
+        ("8.0", Choice("gluon", {"STAGES": 3}), 128, "triton", None),
+        ("9.0", Choice("triton", {"BLOCK_M": 64}), 128, "triton", {"BLOCK_M": 64}),
+        ("9.0", Choice("sdpa-cudnn", {}), 128, "gluon", None),
+    ],
+)
+def test_the_form_is_the_one_that_was_tuned_or_is_made_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: str, tuned: Choice | None, d: int, form: str, parameters: Any
+) -> None:
+    monkeypatch.setattr(attention, "gpu", lambda _: GPU("any", capability, 132))
+    monkeypatch.setattr(attention, "lookup", lambda *_, **__: tuned)
+    monkeypatch.setattr(attention, "FORMS", {name: lambda *a, name=name: (name, a[-1]) for name in attention.FORMS})
+    x = torch.zeros(1, 20, 2, d, dtype=torch.bfloat16)
+    assert launch(x, x, x, None, spans(20, 20), 0.1, x.dtype) == (form, parameters)
 
 
 # --- As torch sees them ---------------------------------------------------------------------------------------------
