@@ -12,10 +12,12 @@ and goes on behind it. A second call with the same OUT goes on where the first o
 a task that may not fit is not begun, and at the end the child is killed.
 """
 
+import ctypes
 import dataclasses
 import faulthandler
 import gc
 import json
+import math
 import os
 import secrets
 import signal
@@ -159,14 +161,21 @@ def command(
     device = pick(device_name)
     tasks = plan(device, patterns, extra)
     if worker:
+        _die_with_parent()
         Worker(out, device, tasks).run(phases)
         return 0
-    if budget <= 0:
+    if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: a number of seconds is needed")
     options = ["--phase", phase, "--out", str(out), "--device", device.type]
     options += [item for pattern in patterns for item in ("--only", pattern)]
     options += ["--cases", str(extra)] if extra else []
-    progress = _supervise(options, out, budget)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this as Ctrl-C does
+    try:
+        progress = _supervise(options, out, budget)
+    except KeyboardInterrupt:
+        if (out / PROGRESS).is_file():
+            Progress.load(out).enter(out)  # what was running is not to blame
+        raise
     return _summary(phases, tasks, progress, out, as_json)
 
 
@@ -205,6 +214,13 @@ def _child(command_line: Sequence[str], seconds: float) -> int | None:
             os.killpg(child.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
             child.wait(KILL_SECONDS)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this process when the one that started it ends, in whatever way."""
+    set_parent_death_signal = 1  # prctl's name for it ends in PDEATHSIG
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 class Worker:
@@ -264,7 +280,9 @@ class Worker:
         progress = self._progress
         phase, task, backend = progress.phase, progress.task, progress.backend
         self._console.print(f"{phase} {task} {backend}: {LOST}; going on behind it")
-        if backend:
+        if task not in self._tasks.names(phase):
+            pass  # it is not asked for any more
+        elif backend:
             progress.lost.setdefault(task, []).append(backend)
         else:
             progress.done.setdefault(phase, []).append(task)

@@ -1,9 +1,11 @@
 """The phases on the CPU with cases that take no time: what hangs, crashes or is wrong, budgets, going on later."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,35 @@ def test_mistakes_end_in_one_line(
     out = [] if "--out" in arguments else ["--out", tmp_path]
     assert call(monkeypatch, *arguments, *out) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_blames_no_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+    """The child has begun a task when the parent is told to end; a second call does that task."""
+    child = gpu._child
+
+    def interrupted(command_line: Sequence[str], seconds: float) -> int | None:
+        Progress.load(tmp_path).enter(tmp_path, "check", "toy_good", "right")
+        signal.raise_signal(number)
+        return child(command_line, seconds)
+
+    arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good", "--budget", 60
+    monkeypatch.setattr(gpu, "_child", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with suppress(KeyboardInterrupt, SystemExit):
+            call(monkeypatch, *arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (Progress.load(tmp_path).phase, Progress.load(tmp_path).task) == ("", "")
+
+
+def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Progress(0, time.time() + 60).enter(tmp_path, "check", "gone/s/fp32", "right")
+    worker = gpu.Worker(tmp_path, CPU, plan(CPU, ["linear/tiny-w1-out/fp32"], None))
+    worker._enter("check")
+    worker._bury()
+    assert (worker._progress.task, worker._progress.lost, worker._run.cases) == ("", {}, ())
 
 
 def test_damaged_progress_is_said(tmp_path: Path) -> None:
