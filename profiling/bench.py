@@ -121,16 +121,33 @@ def check_case(
     `entering` is told the back-end that runs next, and "" at the end, for whoever must know what a process died of.
     What a back-end raises becomes its measurement's detail, unless it costs the process its GPU, see `survive`.
     """
+    wanted = [backend for backend in case.backends if only is None or backend.name in only]
     with torch.inference_mode():
-        inputs = case.inputs(device, torch.Generator(device).manual_seed(seed))
-        expected = reference(case, inputs, device)
+        try:
+            inputs = case.inputs(device, torch.Generator(device).manual_seed(seed))
+            expected = reference(case, inputs, device)
+        except Exception as raised:  # of the case itself: it costs no other
+            survive(device)
+            why = f"inputs or reference: {reason(raised)}"
+            return case_result(case, tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
         found = []
-        for backend in case.backends:
-            if only is None or backend.name in only:
-                entering(backend.name)
-                found.append(check(case, backend, inputs, expected, device))
+        for backend in wanted:
+            entering(backend.name)
+            found.append(_undisturbed(case, backend, inputs, expected, device))
     entering("")
     return case_result(case, tuple(found))
+
+
+def _undisturbed(
+    case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
+) -> Measurement:
+    """`check`; a back-end that changes its inputs, which the next ones get too, is wrong, and is made good."""
+    before = [(x, x.clone()) for x in inputs if isinstance(x, Tensor)]
+    measurement = check(case, backend, inputs, expected, device)
+    changed = [(x, was) for x, was in before if not torch.equal(x, was)]
+    for x, was in changed:
+        x.copy_(was)
+    return replace(measurement, status=WRONG, detail="changes its inputs") if changed else measurement
 
 
 def reference(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:

@@ -226,3 +226,23 @@ def test_a_triton_kernel_is_right_and_one_with_an_unwritten_tail_is_caught(tmp_p
     assert (good.status, len(good.samples)) == (OK, 1)
     assert (bad.status, bad.samples) == (WRONG, ())
     assert bad.detail == f"{4 * 2 * 64} of {84 * 2 * 64} elements are NaN or infinite"
+
+
+def test_a_back_end_that_changes_its_inputs_is_wrong_and_spoils_no_other() -> None:
+    def in_place(x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+    broken = toy.case("toy_in_place", toy.ours(in_place), toy.PEER)
+    result = check_case(broken, torch.device("cpu"), 0)
+    assert [(m.status, m.detail) for m in result.measurements] == [(WRONG, "changes its inputs"), (OK, "")]
+
+
+def test_a_case_without_inputs_costs_itself_only() -> None:
+    def none(*_: object) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("out of memory")
+
+    good = toy.case("toy_broken", toy.ours(toy.double), toy.PEER)
+    broken = replace(good, operation=replace(good.operation, inputs=none))
+    result = check_case(broken, torch.device("cpu"), 0)
+    assert {m.status for m in result.measurements} == {ERROR}
+    assert result.measurements[0].detail == "inputs or reference: RuntimeError: out of memory"
