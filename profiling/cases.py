@@ -1102,17 +1102,35 @@ def preset_cases(preset: str) -> Iterator[Case]:
 
 
 def own_cases(file: Path) -> list[Case]:
-    """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none."""
+    """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none, or one name twice."""
     try:
-        return list(runpy.run_path(str(file))["CASES"])
+        cases = list(runpy.run_path(str(file))["CASES"])
     except Exception as error:  # a file of the user's may raise anything
         raise UserError(f"--cases {file} gives no CASES: {type(error).__name__} {error}") from error
+    for case in cases:
+        if not isinstance(case, Case):
+            raise UserError(f"--cases {file}: CASES holds {case!r:.60}, wanted profiling.cases.Case")
+        if twice := _twice(backend.name for backend in case.backends):
+            raise UserError(f"--cases {file}: {case.name} has two back-ends called {twice}")
+    if twice := _twice(case.name for case in cases):
+        raise UserError(f"--cases {file}: two cases are called {twice}")
+    return cases
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def registry(extra: Path | None = None) -> dict[str, Case]:
-    """All cases by name, with those of the Python file `extra`."""
-    cases = [case for preset in FAMILIES for case in preset_cases(preset)]
-    return {case.name: case for case in (*cases, *(own_cases(extra) if extra else ()))}
+    """All cases by name, with those of the Python file `extra`; raises `UserError` if it has a name of ours."""
+    cases = {case.name: case for preset in FAMILIES for case in preset_cases(preset)}
+    for case in own_cases(extra) if extra else ():
+        if case.name in cases:
+            raise UserError(f"--cases {extra}: the registry has a {case.name} of its own")
+        cases[case.name] = case
+    return cases
 
 
 def chosen(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:

@@ -121,6 +121,22 @@ def test_a_cases_file_that_gives_none_is_refused(tmp_path: Path, text: str) -> N
         registry(file)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("CASES = [toy.CASES[0], toy.CASES[0]]", "two cases are called toy_good/toy/fp32"),
+        ("CASES = [toy.case('t', toy.PEER, toy.PEER)]", "t/toy/fp32 has two back-ends called peer"),
+        ("CASES = ['toy']", "CASES holds 'toy', wanted profiling.cases.Case"),
+        ("from profiling.cases import registry; CASES = list(registry().values())[:1]", "the registry has a "),
+    ],
+)
+def test_names_that_come_twice_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from tests.profiling import toy\n{text}")
+    with pytest.raises(UserError, match=words):
+        registry(file)
+
+
 def test_shapes_come_from_the_configuration() -> None:
     tokens = math.prod(FLASHTALK_14B.grid)
     assert CASES["self_attention/14b-w8/bf16"].shape.dims["keys"] == tokens
