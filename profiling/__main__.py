@@ -176,6 +176,9 @@ def project(
     raise typer.Exit(module.command(run, gpus, link, json))
 
 
+INTERRUPTED = 130  # the exit code
+
+
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -185,14 +188,19 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill or a closed terminal, as Ctrl-C
         signal.signal(number, _interrupt)
     try:
-        return app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or 0
+        if code != INTERRUPTED:  # which typer makes of Ctrl-C
+            return code
+        message = None
     except UserError as error:
         message = str(error)
     except typer.TyperException as error:
         message = error.format_message()
     except (KeyboardInterrupt, typer.Abort):
+        message = None
+    if message is None:
         print("interrupted: results written so far are kept", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if message:
         print("error:", " ".join(message.split()), file=sys.stderr)
     return 2

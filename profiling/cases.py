@@ -14,12 +14,14 @@ are held to the same float reference. FLOPs count a multiply-add as 2; bytes cou
 of products in the case's dtype, the stream between them in at least 16 bits.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import importlib.util
 import itertools
 import math
 import runpy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -1104,7 +1106,8 @@ def preset_cases(preset: str) -> Iterator[Case]:
 def own_cases(file: Path) -> list[Case]:
     """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none, or one name twice."""
     try:
-        cases = list(runpy.run_path(str(file))["CASES"])
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
+            cases = list(runpy.run_path(str(file))["CASES"])
     except Exception as error:  # a file of the user's may raise anything
         raise UserError(f"--cases {file} gives no CASES: {type(error).__name__} {error}") from error
     for case in cases:

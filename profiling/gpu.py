@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import faulthandler
 import gc
+import hashlib
 import json
 import math
 import os
@@ -92,6 +93,7 @@ class Progress:
     phase: str = ""  # begun and not ended
     task: str = ""
     backend: str = ""
+    code: str = ""  # digest of what is measured
     done: dict[str, list[str]] = field(default_factory=dict)  # phase -> tasks
     lost: dict[str, list[str]] = field(default_factory=dict)  # case -> back-ends that ended a child
 
@@ -169,7 +171,6 @@ def command(
     options = ["--phase", phase, "--out", str(out), "--device", device.type]
     options += [item for pattern in patterns for item in ("--only", pattern)]
     options += ["--cases", str(extra)] if extra else []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this as Ctrl-C does
     try:
         progress = _supervise(options, out, budget)
     except KeyboardInterrupt:
@@ -179,11 +180,25 @@ def command(
     return _summary(phases, tasks, progress, out, as_json)
 
 
+def digest() -> str:
+    """Of all code and data in the packages: other results are to be expected where it is another."""
+    root, found = Path(__file__).parents[1], hashlib.sha256()
+    for package in ("kernels", "model", "streaming", "profiling"):
+        for file in sorted((root / package).rglob("*")):
+            if file.suffix in (".py", ".toml", ".json") and "results" not in file.parts:
+                found.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def _supervise(options: Sequence[str], out: Path, budget: float) -> Progress:
     """Starts children until one ends well, the budget is spent, or one got nowhere."""
     deadline = time.time() + budget
-    fresh = not (out / PROGRESS).is_file()
-    progress = Progress(secrets.randbits(31), deadline) if fresh else replace(Progress.load(out), deadline=deadline)
+    if (out / PROGRESS).is_file():
+        progress = replace(Progress.load(out), deadline=deadline)
+        if progress.code != digest():
+            raise UserError(f"{out} holds results of other code than is here now; use another --out")
+    else:
+        progress = Progress(secrets.randbits(31), deadline, code=digest())
     progress.enter(out, progress.phase, progress.task, progress.backend)
     before = None
     while progress.left > CHILD_SECONDS:
@@ -368,8 +383,10 @@ def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, 
     console, bad, documents = terminal(), False, {}
     for phase in phases:
         missing = [name for name in tasks.names(phase) if name not in progress.done.get(phase, [])]
-        path = out / f"{phase}.json"
+        path = out / ("tuned" if phase == "tune" else f"{phase}.json")
         run = load(path) if path.is_file() else None
+        if phase == "tune":
+            documents[phase] = [json.loads(file.read_text()) for file in sorted(path.glob("*.json"))]
         if run is not None:
             documents[phase] = to_json(run)
             bad |= any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements)

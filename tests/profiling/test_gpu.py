@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,7 +167,9 @@ def test_mistakes_end_in_one_line(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_blames_no_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+def test_an_interruption_blames_no_task(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
     """The child has begun a task when the parent is told to end; a second call does that task."""
     child = gpu._child
 
@@ -179,21 +180,26 @@ def test_an_interruption_blames_no_task(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good", "--budget", 60
     monkeypatch.setattr(gpu, "_child", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with suppress(KeyboardInterrupt, SystemExit):
-            call(monkeypatch, *arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert call(monkeypatch, *arguments) == 130
+    assert "interrupted: results written so far are kept" in capsys.readouterr().err
     assert (Progress.load(tmp_path).phase, Progress.load(tmp_path).task) == ("", "")
 
 
 def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Progress(0, time.time() + 60).enter(tmp_path, "check", "gone/s/fp32", "right")
+    Progress(0, time.time() + 60, code=gpu.digest()).enter(tmp_path, "check", "gone/s/fp32", "right")
     worker = gpu.Worker(tmp_path, CPU, plan(CPU, ["linear/tiny-w1-out/fp32"], None))
     worker._enter("check")
     worker._bury()
     assert (worker._progress.task, worker._progress.lost, worker._run.cases) == ("", {}, ())
+
+
+def test_other_code_does_not_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Progress(0, time.time() + 60, code="that of yesterday").enter(tmp_path)
+    arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good"
+    assert call(monkeypatch, *arguments) == 2
+    assert "holds results of other code than is here now; use another --out" in capsys.readouterr().err
 
 
 def test_damaged_progress_is_said(tmp_path: Path) -> None:
