@@ -394,7 +394,7 @@ def _git(results: Path, *arguments: str) -> str:
 
 
 def choose(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source, Source]:
-    """The newest two that can be compared; if there are none, the newest of each.
+    """The newest two that can be compared and have something in common; if there are none, the newest of each.
 
     Results stay in the tree when others are added, so of what two revisions share one side only may take its pick.
     Raises `UserError` if they have nothing else.
@@ -406,7 +406,8 @@ def choose(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source,
     if not older:
         raise UserError(f"{befores[0].name} and {afters[0].name} are the same results; nothing was measured in between")
     pairs = [(a, b) for a in older for b in fresh or afters]
-    return next((pair for pair in pairs if not differences(pair[0].run.machine, pair[1].run.machine)), pairs[0])
+    like = [(a, b) for a, b in pairs if items(a.run).keys() & items(b.run).keys()] or pairs
+    return next((pair for pair in like if not differences(pair[0].run.machine, pair[1].run.machine)), like[0])
 
 
 # --- The command ----------------------------------------------------------------------------------------------------

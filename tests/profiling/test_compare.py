@@ -516,6 +516,17 @@ def test_of_two_revisions_the_newest_comparable_results_are_taken(
     assert ratio(capsys) == pytest.approx(3)
 
 
+def test_results_of_another_kind_are_not_what_a_revision_is_compared_by(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each time kernels were measured and then a whole chunk."""
+    other = dataclasses.replace(run(case("else/s/d", measured("m", 1e-3)), machine=MACHINE), started="2026-01-02")
+    repository.commit(a=of(1e-3, "2026-01-01"), a2=other)
+    repository.commit(b=of(3e-3, "2026-01-09"))
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
+    assert ratio(capsys) == pytest.approx(3)
+
+
 def test_two_revisions_with_the_same_results_are_not_compared_with_themselves(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
