@@ -425,7 +425,10 @@ def suits(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
     """
     fp8 = q.dtype == FP8
     rows = (q, k) if fp8 else (q, k, v)
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(1) * x.itemsize % 16 == 0 and extent(x) < 2**31 for x in rows)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(1) > 0 and x.stride(1) * x.itemsize % 16 == 0 and extent(x) < 2**31
+        for x in rows
+    )
     grouped = not fp8 or (v.is_contiguous() and all(first % 16 == 0 for *_, first, _ in seen))
     return q.dtype in ELEMENTS and q.shape[3] in (64, 128) and aligned and grouped
 

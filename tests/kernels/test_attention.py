@@ -24,6 +24,7 @@ from kernels.attention import (
     merge_attention,
     reference,
 )
+from kernels.attention_hopper import suits
 from kernels.launch import GPU, Choice
 from kernels.schedule import Spans, spans
 from profiling.bench import poisoned_memory
@@ -170,6 +171,31 @@ def test_the_form_is_the_one_that_was_tuned_or_is_made_for_the_gpu(
     monkeypatch.setattr(attention, "FORMS", {name: lambda *a, name=name: (name, a[-1]) for name in attention.FORMS})
     x = torch.zeros(1, 20, 2, d, dtype=torch.bfloat16)
     assert launch(x, x, x, None, spans(20, 20), 0.1, x.dtype) == (form, parameters)
+
+
+def test_what_suits_the_form_for_hopper():
+    """The copy engine's alignment, offsets of 31 bits, and whole groups of 16 FP8 keys."""
+    whole = spans(32, 32)
+
+    def fits(x: Tensor, seen: Spans = whole) -> bool:
+        return suits(x, x, x.transpose(1, 3).contiguous() if x.dtype == FP8 else x, seen)
+
+    x = torch.zeros(1, 32, 2, 128, dtype=torch.bfloat16)
+    assert fits(x)
+    assert fits(torch.zeros(1, 32, 3, 2, 64, dtype=torch.float16)[:, :, 1])
+    assert fits(x.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not fits(x.float())
+    assert not fits(x[..., :96])
+    assert not fits(x[:, :1].expand(-1, 32, -1, -1))  # rows no distance apart
+    assert not fits(torch.zeros(1, 32, 257, dtype=torch.bfloat16)[..., :256].unflatten(2, (2, 128)))
+    assert not fits(torch.zeros(2**13, dtype=torch.bfloat16)[1:].as_strided((1, 32, 1, 128), (0, 128, 0, 1)))
+    far = torch.zeros(1, dtype=torch.bfloat16, device="meta").as_strided((2, 32, 1, 128), (2**31, 128, 128, 1))
+    assert not fits(far)
+    e4m3 = x.to(FP8)
+    assert fits(e4m3)
+    assert fits(e4m3, spans(32, 32, (16, 16)))
+    assert not fits(e4m3, spans(32, 32, (8, 24)))
+    assert fits(x, spans(32, 32, (8, 24)))
 
 
 # --- As torch sees them ---------------------------------------------------------------------------------------------
