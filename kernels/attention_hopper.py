@@ -43,13 +43,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.hopper import ELEMENTS, FP8, GROUP, advance, new_barriers, read_piece, to_e4m3
 from kernels.launch import Launch, gpu
 from kernels.schedule import Spans, plan_on
 
-FP8 = torch.float8_e4m3fn
-ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
-GROUP = gl.constexpr(64)  # queries of a consumer
-PIECE = gl.constexpr(6)  # numbers of a piece: column, row, end of rows, first key, end of keys, part or -1
 SHIFT = gl.constexpr(8.0)  # FP8 weights are rounded as 2^8 p: e4m3 reaches 448, and goes down to 2^-9
 LN_2 = gl.constexpr(math.log(2))
 
@@ -66,25 +63,6 @@ DEFAULT: dict[bool, Launch] = {False: {"BLOCK_N": 128, "STAGES": 2}, True: {"BLO
 def exp2(x):
     """2^x by the special function unit; denormal results become zero, which spares three instructions."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def advance(slot, phase, STAGES: gl.constexpr):
-    """The next stage of the ring, and the parity of its barriers: it turns with every round."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
-    return slot, phase
-
-
-@gluon.jit
-def read_piece(pieces, i):
-    """column, row, end of rows, first key, end of keys, part."""
-    piece = pieces + PIECE * i
-    column, row, end = gl.load(piece), gl.load(piece + 1), gl.load(piece + 2)
-    first, last, part = gl.load(piece + 3), gl.load(piece + 4), gl.load(piece + 5)
-    return column, row, end, first, last, part
 
 
 @gluon.jit
@@ -145,12 +123,7 @@ def left_operand(p, dtype: gl.constexpr, layout: gl.constexpr, FP8: gl.constexpr
     if FP8:
         N: gl.constexpr = p.shape[1]
         p = p.reshape([GROUP, N // 16, 2, 4, 2]).permute(0, 1, 3, 2, 4).reshape([GROUP, N])
-        p = gl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
-            "mov.b32 $0, {low, high}; }",
-            "=r,f,f,f,f", [gl.convert_layout(p, layout, assert_trivial=True)],
-            dtype=gl.float8e4nv, is_pure=True, pack=4,
-        )  # fmt: skip
+        p = to_e4m3(gl.convert_layout(p, layout, assert_trivial=True))
     else:
         p = gl.convert_layout(p.to(dtype), layout, assert_trivial=True)
     return p
@@ -321,15 +294,6 @@ def attend_in_steps(work, buffers, q_bars, k_bars, v_bars, out, q_scale, k_scale
             )
         mbarrier.arrive(q_empty.index(GROUP_ID))
         finish(acc, top, total, out, pieces, i, heads, GROUP_ID, CONSUMERS, True)
-
-
-@gluon.jit
-def new_barriers(n: gl.constexpr, count: gl.constexpr):
-    """n barriers in shared memory, each of which `count` arrivals complete."""
-    barriers = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(n):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 # What is not specialised is not compiled anew: 1 head, lengths that 16 divides.

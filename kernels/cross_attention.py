@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention import DEFAULT as ATTENTION
-from kernels.attention import LOG2_E, NAMES, launch_triton
+from kernels.attention import FP8, LOG2_E, NAMES, launch_triton
 from kernels.attention import reference as attention
 from kernels.launch import Launch, lookup
 from kernels.schedule import Spans, tiles_on
@@ -77,14 +77,27 @@ def frame_spans(tokens: int, keys: int, per_frame: int, first: int) -> Spans:
     )
 
 
-def fold_reference(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def fold_reference(
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    weight: Tensor,
+    q_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """G, g, U; arguments as in `fold_audio`."""
     heads, d = k.shape[2:]
-    scale = d**-0.5
-    keys = torch.einsum("fkhd,hdn->fhkn", k, q_weight.unflatten(0, (heads, d))) * scale
-    bias = torch.einsum("fkhd,hd->fhk", k, q_bias.unflatten(0, (heads, d))) * scale
+    factor = d**-0.5
+    q_weight, weight = (_dequantized(w, s, k.dtype) for w, s in ((q_weight, q_scale), (weight, scale)))
+    keys = torch.einsum("fkhd,hdn->fhkn", k, q_weight.unflatten(0, (heads, d))) * factor
+    bias = torch.einsum("fkhd,hd->fhk", k, q_bias.unflatten(0, (heads, d))) * factor
     values = torch.einsum("fkhd,nhd->fhkn", v, weight.unflatten(1, (heads, d)))
     return keys.flatten(1, 2), bias.flatten(1, 2), values.flatten(1, 2)
+
+
+def _dequantized(w: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return w if scale is None else (w.to(dtype) * scale[:, None]).to(dtype)
 
 
 def folded_reference(
@@ -162,17 +175,22 @@ def text_image_forward(q, text_k, text_v, image_k, image_v, tail_k, tail_v, real
 
 
 @triton.jit
-def fold_forward(x, w, out, scale, width, frames, x_frame, x_row, x_head, w_head, w_channel, w_column,
-                 KEYS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """out[f, head, key, n] = scale sum_c x[f, key, head, c] w[head, c, n]: one head, BLOCK_N columns, all frames."""
+def fold_forward(x, w, w_scale, out, scale, width, frames, x_frame, x_row, x_head, w_head, w_channel, w_column,
+                 SCALED: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """out[f, head, key, n] = scale sum_c x[f, key, head, c] w[head, c, n]: one head, BLOCK_N columns, all frames.
+
+    SCALED: times w_scale[n]. e4m3 weights become x's dtype, which holds them exactly.
+    """
     head, heads = tl.program_id(1), tl.num_programs(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     keys, channels, valid = tl.arange(0, KEYS), tl.arange(0, D), columns < width
     w_places = w + head.to(tl.int64) * w_head + channels[:, None] * w_channel + columns[None, :].to(tl.int64) * w_column
-    w_tile = tl.load(w_places, mask=valid[None, :], other=0.0)
+    w_tile = tl.load(w_places, mask=valid[None, :], other=0.0).to(x.dtype.element_ty)
     for frame in range(frames):
         x_tile = tl.load(x + frame * x_frame + keys[:, None] * x_row + head * x_head + channels[None, :])
         product = tl.dot(x_tile, w_tile, input_precision="ieee") * scale
+        if SCALED:
+            product *= tl.load(w_scale + columns, mask=valid, other=0.0)[None, :]
         rows = ((frame * heads + head) * KEYS + keys).to(tl.int64)
         places = out + rows[:, None] * width + columns[None, :]
         tl.store(places, product.to(out.dtype.element_ty), mask=valid[None, :])
@@ -255,23 +273,35 @@ def launch_frame(
 
 
 def launch_fold(
-    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, launch: Launch | None = None
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    weight: Tensor,
+    q_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fold_audio` by its kernel, once for the keys and once for the values."""
+    """`fold_audio` by its kernel, once for the keys and once for the values.
+
+    The scales of the projection before are those of the channels that are summed over: they go to the keys.
+    """
     frames, keys, heads, d = k.shape
     if keys < 16 or keys & (keys - 1):
         raise ValueError(f"k: {keys} keys a frame, wanted a power of two from 16 on")
     dims = {"frames": frames, "keys": keys, "heads": heads, "channels": d}
     parameters = _parameters("fold_audio", dims, k, FOLD, launch)
     folded = []
-    for x, w, width, strides, scale in (
-        (k, q_weight, q_weight.shape[1], (d * q_weight.stride(0), q_weight.stride(0), q_weight.stride(1)), d**-0.5),
-        (v, weight, weight.shape[0], (d * weight.stride(1), weight.stride(1), weight.stride(0)), 1.0),
+    scaled = k if q_scale is None else (k * q_scale.view(heads, d)).to(k.dtype)
+    for x, w, w_scale, width, strides, factor in (
+        (scaled, q_weight, None, q_weight.shape[1], (d * q_weight.stride(0), *q_weight.stride()), d**-0.5),
+        (v, weight, scale, len(weight), (d * weight.stride(1), *reversed(weight.stride())), 1.0),
     ):
         out = x.new_empty(frames, heads * keys, width)
         fold_forward[(triton.cdiv(width, parameters["BLOCK_N"]), heads)](
-            x, w, out, scale, width, frames, *x.stride()[:3], *strides, KEYS=keys, D=d, **parameters
-        )
+            x, w, x if w_scale is None else w_scale, out, factor, width, frames, *x.stride()[:3], *strides,
+            SCALED=w_scale is not None, KEYS=keys, D=d, **parameters,
+        )  # fmt: skip
         folded.append(out)
     bias = torch.matmul(k.float().transpose(1, 2), q_bias.float().view(heads, d, 1)).flatten(1) * d**-0.5
     return folded[0], bias, folded[1]
@@ -428,19 +458,23 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int 
 
 @torch.library.custom_op("flashtalk::fold_audio", mutates_args=(), device_types="cpu")
 def _fold_audio(
-    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor
+    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, q_scale: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys, bias, values = fold_reference(k, v, q_weight, q_bias, weight)
+    keys, bias, values = fold_reference(k, v, q_weight, q_bias, weight, q_scale, scale)
     return keys, bias.float(), values
 
 
 @_fold_audio.register_kernel("cuda")
-def _(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_fold(k, v, q_weight, q_bias, weight)
+def _(
+    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, q_scale: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_fold(k, v, q_weight, q_bias, weight, q_scale, scale)
 
 
 @_fold_audio.register_fake
-def _(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, q_scale: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     frames, keys, heads, _ = k.shape
     return (
         k.new_empty(frames, heads * keys, q_weight.shape[1]), k.new_empty(frames, heads * keys, dtype=torch.float32),
@@ -448,7 +482,15 @@ def _(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) ->
     )  # fmt: skip
 
 
-def fold_audio(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold_audio(
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    weight: Tensor,
+    q_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """G, g and U of a layer: its projections multiplied into a chunk's keys and values; see the module's first lines.
 
     Args:
@@ -457,6 +499,8 @@ def fold_audio(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: T
         q_weight: [heads x channels, width] of the projection before, as nn.Linear has it.
         q_bias: [heads x channels].
         weight: [width out, heads x channels] of the projection after.
+        q_scale: with a q_weight of float8_e4m3fn, the scales of its rows, float32 [heads x channels].
+        scale: the same of weight, float32 [width out].
 
     Returns:
         G [frames, heads x keys, width], g float32 [frames, heads x keys], U [frames, heads x keys, width out].
@@ -467,15 +511,18 @@ def fold_audio(k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: T
     if k.ndim != 4:
         raise ValueError(f"k: shape {list(k.shape)}, wanted [frames, keys, heads, channels]")
     channels = k.shape[2] * k.shape[3]
-    for name, x, shape in (
-        ("v", v, k.shape),
-        ("q_weight", q_weight, (channels, *q_weight.shape[1:])),
-        ("q_bias", q_bias, (channels,)),
-        ("weight", weight, (*weight.shape[:1], channels)),
+    for name, x, shape, dtype in (
+        ("v", v, k.shape, k.dtype),
+        ("q_weight", q_weight, (channels, *q_weight.shape[1:]), k.dtype if q_scale is None else FP8),
+        ("q_bias", q_bias, (channels,), k.dtype),
+        ("weight", weight, (*weight.shape[:1], channels), k.dtype if scale is None else FP8),
+        ("q_scale", q_scale, (channels,), torch.float32),
+        ("scale", scale, weight.shape[:1], torch.float32),
     ):
-        _check_shape(name, x, shape)
-        _check_kind(name, x, k)
-    return _fold_audio(k, v, q_weight, q_bias, weight)
+        if x is not None:
+            _check_shape(name, x, shape)
+            _check_kind(name, x, k, dtype)
+    return _fold_audio(k, v, q_weight, q_bias, weight, q_scale, scale)
 
 
 @torch.library.custom_op("flashtalk::folded_attention", mutates_args=(), device_types="cpu")
@@ -556,9 +603,10 @@ def _check_operands(q: Tensor, others: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: stride {x.stride(2)} along the channels, wanted 1")
 
 
-def _check_kind(name: str, x: Tensor, like: Tensor) -> None:
-    if (x.dtype, x.device) != (like.dtype, like.device):
-        raise ValueError(f"{name}: {x.dtype} on {x.device}, wanted {like.dtype} on {like.device}")
+def _check_kind(name: str, x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> None:
+    wanted = dtype or like.dtype
+    if (x.dtype, x.device) != (wanted, like.device):
+        raise ValueError(f"{name}: {x.dtype} on {x.device}, wanted {wanted} on {like.device}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")
 

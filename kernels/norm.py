@@ -1,10 +1,17 @@
-"""RMSNorm over all channels and 3-D rotary embedding of queries and keys: what lies between projection and attention.
+"""Norms, rotation and quantisation: what lies between a product and the next one. In float32, one pass over memory.
+
+Before a linear layer, of rows [rows, columns]:
+
+    layer_norm             (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+    layer_norm_modulate    (x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift
+    ..._fp8                the same as `quantize_rows` would have it
+    quantize_rows          x8 = x / x_scale in e4m3, x_scale the largest value of the row / 448
+
+Before attention, of queries and keys [tokens, heads, channels], RMSNorm over all channels and 3-D rotary embedding; a
+token's heads lie side by side, tokens any distance apart: slices of a fused projection go in as they are.
 
     x_norm = x / sqrt(mean(x^2) + eps) * weight            over all heads x channels of a token, not head by head
     (a, b) -> (a cos - b sin, a sin + b cos)               of every adjacent pair of channels, by the token's angles
-
-In float32, rounded once, one pass over memory. `[tokens, heads, channels]`; a token's heads lie side by side, tokens
-any distance apart: slices of a fused projection go in as they are.
 
 `rms_norm_rope_fp8` writes what `kernels.attention.chunk_attention_fp8` reads, and takes v along:
 
@@ -33,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import FP8, interleave
+from kernels.attention import FP8, NAMES, interleave
 from kernels.launch import Launch, lookup
 
 SAMPLE = 128  # tokens that the mean key and the range of values are taken from
@@ -42,6 +49,7 @@ LARGEST = 448.0  # of e4m3
 TINY = 1e-12  # least scale: an operand of zeros has one too
 
 DEFAULT: Launch = {"BLOCK_H": 8, "TOKENS": 2, "num_warps": 4}
+ROWS: Launch = {"ROWS": 2, "num_warps": 8}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -80,6 +88,19 @@ def reference_fp8(
 
 def _round(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
+    """LayerNorm(x) (one + weight) + bias, in float32 or wider, not rounded."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(wide, x.shape[-1:], eps=eps) * (one + weight) + bias
+
+
+def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, columns] as e4m3 and the float32 scale of each row."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.abs().amax(1) / LARGEST).clamp_min(TINY)
+    return _round(wide / scale[:, None]), scale.float()
 
 
 def sample(tokens: int) -> list[int]:
@@ -126,6 +147,29 @@ def load_turned(x, weight, scale, cos, sin, places, mask, D: tl.constexpr):
 def to_e4m3(x, out):
     """x within the range of e4m3, in the dtype that `out` points to."""
     return tl.clamp(x, -448.0, 448.0).to(out.dtype.element_ty)
+
+
+@triton.jit
+def rows_forward(x, weight, bias, out, out_scale, eps, one, rows, columns, x_row, NORM: tl.constexpr, FP8: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """ROWS rows, each in registers as a whole: normalised if NORM, quantised if FP8."""
+    places = tl.arange(0, BLOCK)
+    within = places < columns
+    for i in range(ROWS):
+        row = (tl.program_id(0) * ROWS + i).to(tl.int64)
+        if row < rows:
+            y = tl.load(x + row * x_row + places, mask=within, other=0.0).to(tl.float32)
+            if NORM:
+                y = tl.where(within, y - tl.sum(y) / columns, 0.0)
+                y *= tl.rsqrt(tl.sum(y * y) / columns + eps)
+                # From the cache: registers for them would halve the rows that are under way.
+                y *= one + tl.load(weight + places, mask=within, other=0.0).to(tl.float32)
+                y += tl.load(bias + places, mask=within, other=0.0).to(tl.float32)
+            if FP8:
+                scale = tl.maximum(tl.max(tl.abs(y)) / 448.0, 1e-12)
+                tl.store(out_scale + row, scale)
+                y = to_e4m3(y * (1.0 / scale), out)
+            tl.store(out + row * columns + places, y.to(out.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -206,6 +250,31 @@ def transpose_values(v, out, v_scale, tokens, padded, v_row, D: tl.constexpr, BL
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
+def launch_rows(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float, float] | None,
+    fp8: bool,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x [rows, columns] normalised by (weight, bias, eps, one), and quantised if `fp8`; and the scales [rows], or none.
+
+    The interpreter cannot round to e4m3: on the CPU the result then stays float32.
+    """
+    rows, columns = x.shape
+    operation = "layer_norm_modulate" if norm else "quantize_rows"
+    dtype = "fp8" if fp8 else NAMES[x.dtype]
+    tuned = lookup(operation, {"rows": rows, "columns": columns}, dtype, x.device, "triton")
+    parameters = {**ROWS, **(launch or (tuned.launch if tuned else {}))}
+    out = x.new_empty(x.shape, dtype=(FP8 if x.is_cuda else torch.float32) if fp8 else x.dtype)
+    scale = x.new_empty(rows if fp8 else 0, dtype=torch.float32)
+    weight, bias, eps, one = norm or (x, x, 0.0, 0.0)
+    rows_forward[(triton.cdiv(rows, parameters["ROWS"]),)](
+        x, weight, bias, out, scale, eps, one, rows, columns, x.stride(0), NORM=norm is not None, FP8=fp8,
+        BLOCK=triton.next_power_of_2(columns), **parameters,
+    )  # fmt: skip
+    return out, scale
+
+
 def launch_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -275,6 +344,117 @@ BLOCK_VALUES = 128  # tokens that a program transposes
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashtalk::layer_norm", mutates_args=(), device_types="cpu")
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> Tensor:
+    return layer_norm_reference(x, weight, bias, eps, one).to(x.dtype)
+
+
+@_layer_norm.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> Tensor:
+    return launch_rows(x, (weight, bias, eps, one), fp8=False)[0]
+
+
+@_layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("flashtalk::layer_norm_fp8", mutates_args=(), device_types="cpu")
+def _layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> tuple[Tensor, Tensor]:
+    return quantize_reference(layer_norm_reference(x, weight, bias, eps, one))
+
+
+@_layer_norm_fp8.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> tuple[Tensor, Tensor]:
+    return launch_rows(x, (weight, bias, eps, one), fp8=True)
+
+
+@_layer_norm_fp8.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("flashtalk::quantize_rows", mutates_args=(), device_types="cpu")
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_reference(x)
+
+
+@_quantize_rows.register_kernel("cuda")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_rows(x, None, fp8=True)
+
+
+@_quantize_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the last axis; see the module's first lines.
+
+    Args:
+        x: [rows, columns], float32, float16 or bfloat16; a row's values side by side, rows any distance apart.
+        weight: [columns], float32, float16 or bfloat16, contiguous.
+        bias: like weight.
+        eps: added to the variance.
+
+    Returns:
+        Like x, contiguous.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
+    """
+    _check_rows(x, {"weight": weight, "bias": bias})
+    return _layer_norm(x, weight, bias, eps, 0.0)
+
+
+def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`layer_norm` as `quantize_rows` would have it: float8_e4m3fn [rows, columns], and float32 [rows]."""
+    _check_rows(x, {"weight": weight, "bias": bias})
+    return _layer_norm_fp8(x, weight, bias, eps, 0.0)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the last axis, modulated; see the module's first lines.
+
+    Args:
+        x: as in `layer_norm`.
+        shift: [columns], float32, float16 or bfloat16, contiguous.
+        scale: like shift.
+        eps: added to the variance.
+
+    Returns:
+        Like x, contiguous.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
+    """
+    _check_rows(x, {"shift": shift, "scale": scale})
+    return _layer_norm(x, scale, shift, eps, 1.0)
+
+
+def layer_norm_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`layer_norm_modulate` as `quantize_rows` would have it: float8_e4m3fn [rows, columns], and float32 [rows]."""
+    _check_rows(x, {"shift": shift, "scale": scale})
+    return _layer_norm_fp8(x, scale, shift, eps, 1.0)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x ~ x8 x_scale; see the module's first lines. A row of zeros has a scale, too: 1e-12.
+
+    Args:
+        x: [rows, columns], float32, float16 or bfloat16; a row's values side by side, rows any distance apart.
+
+    Returns:
+        float8_e4m3fn [rows, columns], contiguous, and float32 [rows].
+
+    Raises:
+        ValueError: x has another shape, dtype or stride, or wants a gradient.
+    """
+    _check_rows(x, {})
+    return _quantize_rows(x)
 
 
 @torch.library.custom_op("flashtalk::rms_norm_rope", mutates_args=(), device_types="cpu")
@@ -404,4 +584,21 @@ def _check(q: Tensor, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor],
                 f"{name}: strides {x.stride()} for shape {list(x.shape)}, wanted a token's values in a row"
             )
         if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")
+
+
+def _check_rows(x: Tensor, vectors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless x is rows, and the vectors go along with it."""
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"x: shape {list(x.shape)}, wanted [rows, columns], at least 1 of each")
+    for name, y in {"x": x, **vectors}.items():
+        if y.dtype not in NAMES:
+            raise ValueError(f"{name}: {y.dtype}, wanted float32, float16 or bfloat16")
+        if name != "x" and y.shape != x.shape[1:]:
+            raise ValueError(f"{name}: shape {list(y.shape)}, wanted [{x.shape[1]}]")
+        if y.device != x.device:
+            raise ValueError(f"{name}: on {y.device}, wanted {x.device}, where x is")
+        if y.stride(-1) != 1 and y.shape[-1] > 1:
+            raise ValueError(f"{name}: strides {y.stride()} for shape {list(y.shape)}, wanted a row's values in a row")
+        if y.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")

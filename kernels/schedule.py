@@ -1,7 +1,10 @@
-"""Who computes which part of an attention: tiles of queries, and their even distribution over persistent programs.
+"""Who computes which part: tiles, and their even distribution over persistent programs.
 
 All of it is plain arithmetic on lengths, done once for a shape and kept on the device: kernels only read tables, so
 chunks of any lengths cost them nothing, and neither does a number of tiles that multiprocessors do not divide.
+
+The words are attention's: rows are queries, columns are heads, and a tile's sum runs over keys. In a linear layer, rows
+are those of its input, columns are tiles of its output's, and the sum runs over what its input's columns are.
 """
 
 import heapq
@@ -51,15 +54,23 @@ def tiles(seen: Spans, block: int) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def plan(seen: Spans, block_m: int, block_n: int, columns: int, programs: int) -> Plan:
+def plan(
+    seen: Spans, block_m: int, block_n: int, columns: int, programs: int, group: int = 1, split: bool = True
+) -> Plan:
     """Tiles of block_m queries for each of `columns` (batch, head) pairs, shared out by their tiles of block_n keys.
 
-    Whole tiles go to whichever program has least to do, so that those at work at one time share a column's keys in the
-    cache; the last ones, fewer than there are programs, are cut by keys so that all end together.
+    Whole tiles go to whichever program has least to do, so that those at work at one time share the keys of `group`
+    columns in the cache; the last ones, fewer than there are programs, are cut by keys so that all end together, or
+    stay whole without `split`.
     """
-    work = [(column, *tile) for column in range(columns) for tile in tiles(seen, block_m)]
+    work = [
+        (column, *tile)
+        for first in range(0, columns, group)
+        for tile in tiles(seen, block_m)
+        for column in range(first, min(first + group, columns))
+    ]
     costs = [-(-(last - first) // block_n) for *_, first, last in work]
-    whole = len(work) - len(work) % programs
+    whole = len(work) - len(work) % programs if split else len(work)
     share = -(-sum(costs) // programs)
     pieces: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
     merges: list[tuple[int, ...]] = []
@@ -105,8 +116,16 @@ def tiles_on(device: torch.device, _kind: type, seen: Spans, block: int) -> Tens
 
 @cache
 def plan_on(
-    device: torch.device, _kind: type, seen: Spans, block_m: int, block_n: int, columns: int, programs: int
+    device: torch.device,
+    _kind: type,
+    seen: Spans,
+    block_m: int,
+    block_n: int,
+    columns: int,
+    programs: int,
+    group: int = 1,
+    split: bool = True,
 ) -> Plan:
     """`plan` on a device, likewise."""
-    made = plan(seen, block_m, block_n, columns, programs)
+    made = plan(seen, block_m, block_n, columns, programs, group, split)
     return Plan(made.pieces.to(device), made.firsts.to(device), made.merges.to(device), made.parts)

@@ -10,7 +10,6 @@ Modules are built without storage; each tensor then goes from the mapped file to
 memory holds one tensor at a time beside what the target device itself needs.
 """
 
-import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from model import quantize
 from model.audio import SpeechEncoder, official_name
 from model.config import AudioConfig, Config, DiTConfig, Precision, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder, unused
 from model.slots import Slot, own_slots
+from model.tensors import fill, read_json, safetensors_of, shards
 from model.text import TextEncoder
 from model.vae import VAE
 
@@ -40,7 +40,11 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Models:
-    """The five networks of a system, ready on one device, and the config they were built from."""
+    """The five networks of a system, ready for one device, and the config they were built from.
+
+    On a GPU, what only the beginning of a session needs stays in the host's memory, and visits: the encoders of text
+    and image, and the part of the student that makes their keys and values.
+    """
 
     config: Config
     dit: DiT
@@ -55,6 +59,14 @@ class Models:
 def random_models(config: Config, device: torch.device, precision: Precision, seed: int = 0) -> Models:
     """A system of random weights, the same for the same seed, device and precision. What it draws is noise."""
 
+    def student() -> DiT:
+        dit = DiT(config.dit)
+        if precision.fp8 is not None:
+            dit.quantize(precision.fp8)
+        if precision.fp8_attention:
+            dit.attend_in_fp8()
+        return dit
+
     def build(factory: Callable[[], M], dtype: torch.dtype) -> M:
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -66,16 +78,26 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return Models(
-            config,
-            build(lambda: DiT(config.dit), precision.dit),
-            build(lambda: VAE(config.vae), precision.vae),
-            build(lambda: TextEncoder(config.text), precision.text),
-            build(lambda: ImageEncoder(config.image), precision.image),
-            build(lambda: SpeechEncoder(config.audio), precision.audio),
-            device,
-            None,
+        return _settle(
+            Models(
+                config,
+                build(student, precision.dit),
+                build(lambda: VAE(config.vae), precision.vae),
+                build(lambda: TextEncoder(config.text), precision.text),
+                build(lambda: ImageEncoder(config.image), precision.image),
+                build(lambda: SpeechEncoder(config.audio), precision.audio),
+                device,
+                None,
+            )
         )
+
+
+def _settle(models: Models) -> Models:
+    """Sends home what only visits a GPU."""
+    if models.device.type != "cpu":
+        for module in (models.text, models.image, *models.dit.context_modules()):
+            module.to("cpu")
+    return models
 
 
 def load_models(config: Config, folder: Path, device: torch.device, precision: Precision) -> Models:
@@ -84,76 +106,48 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     Raises `UserError`, naming the file and tensor, for anything missing, extra, wrongly shaped or unreadable.
     """
     audio_folder = next((p for p in (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if p.is_dir()), None)
-    shards = _shards(folder)
+    quantised = quantize.is_quantised(folder)
+    if quantised and precision.fp8 is None:
+        raise UserError(f"{folder} holds an FP8 student: use --precision fp8 or fp8-attn")
+    weights = [] if quantised else shards(folder)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not a whole checkpoint: {file} is missing")
     if audio_folder is None:
         raise UserError(f"{folder} is not a whole checkpoint: the folder {AUDIO_FOLDER} is neither in it nor beside it")
-    _check_same(config.dit, _json(folder / "config.json"), folder / "config.json", config.name)
+    _check_same(config.dit, read_json(folder / "config.json"), folder / "config.json", config.name)
     config = replace(config, audio=_audio_config(config, audio_folder))
 
     def place(module: M, slots: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]], *args: Any) -> M:
         fill(module, slots, tensors, *args)
         return module.requires_grad_(False).eval()
 
+    home = torch.device("cpu")
     with torch.device("meta"):
         dit, vae, text = DiT(config.dit), VAE(config.vae), TextEncoder(config.text)
         image, audio = ImageEncoder(config.image), _speech_encoder(config.audio, audio_folder)
+    if quantised:
+        quantize.load(dit, folder, device)
+    elif precision.fp8 is not None:
+        quantize.load_official(dit, weights, precision.fp8, precision.dit, device)
+    else:
+        fill(dit, dit.slots(), safetensors_of(weights, device), folder, device, precision.dit)
+    if precision.fp8_attention:
+        dit.attend_in_fp8()
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not unused(name, config.image))
-    return Models(
-        config,
-        place(dit, own_slots(dit), _safetensors(shards, device), folder, device, precision.dit),
-        place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae),
-        place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, device, precision.text),
-        place(image, image.slots(), pixels, folder / IMAGE_FILE, device, precision.image),
-        place(audio, audio.slots(), speech, audio_folder, device, precision.audio),
-        device,
-        folder,
+    return _settle(
+        Models(
+            config,
+            dit.requires_grad_(False).eval(),
+            place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae),
+            place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, home, precision.text),
+            place(image, image.slots(), pixels, folder / IMAGE_FILE, home, precision.image),
+            place(audio, audio.slots(), speech, audio_folder, device, precision.audio),
+            device,
+            folder,
+        )
     )
-
-
-def fill(
-    module: nn.Module,
-    slots: Mapping[str, Slot],
-    tensors: Iterable[tuple[str, Tensor]],
-    source: Path | str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Replaces the parameters of `module` by official tensors, as `slots` says, on `device` in `dtype`.
-
-    `tensors` yields (official name, tensor); `source` is what errors call them by.
-    """
-    missing = dict(slots)
-    for name, tensor in tensors:
-        slot = missing.pop(name, None)
-        if slot is None:
-            what = "occurs twice" if name in slots else "is not part of this model"
-            raise UserError(f"{source}: tensor {name} {list(tensor.shape)} {what}")
-        if tuple(tensor.shape) != slot.shape:
-            raise UserError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
-        parts = tensor.chunk(len(slot.names)) if len(slot.names) > 1 else (tensor,)
-        for part, target in zip(parts, slot.names, strict=True):
-            owner, _, leaf = target.rpartition(".")
-            shape = module.get_parameter(target).shape
-            placed = part.reshape(shape).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
-    if missing:
-        name, slot = next(iter(missing.items()))
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{source}: tensor {name} {list(slot.shape)}{more} missing")
-
-
-def _safetensors(paths: Iterable[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
 
 
 def _pth_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +164,7 @@ def _pth_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _speech_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if (folder / "model.safetensors").is_file():
-        return _safetensors([folder / "model.safetensors"], torch.device("cpu"))
+        return safetensors_of([folder / "model.safetensors"], torch.device("cpu"))
     if (folder / "pytorch_model.bin").is_file():
         return _pth_tensors(folder / "pytorch_model.bin")
     raise UserError(f"{folder} is not a checkpoint: neither model.safetensors nor pytorch_model.bin is in it")
@@ -181,36 +175,6 @@ def _speech_encoder(config: AudioConfig, folder: Path) -> SpeechEncoder:
         return SpeechEncoder(config)
     except Exception as error:  # the library checks a configuration in many places
         raise UserError(f"{folder / 'config.json'} describes no speech encoder: {error}") from error
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The student's weight files: those its index names, or else all of its name pattern."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a checkpoint: there is no such folder")
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index} has no weight_map from tensors to files")
-        paths = sorted({folder / name for name in weight_map.values()})
-        for path in paths:
-            if not path.is_file():
-                raise UserError(f"{path}, which {index.name} names, is missing")
-    else:
-        paths = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if not paths or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint: config.json or diffusion_pytorch_model*.safetensors is missing")
-    return paths
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return values
 
 
 def _known(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,9 +196,9 @@ def _check_same(config: DiTConfig, values: Mapping[str, Any], path: Path, preset
 
 def _audio_config(config: Config, folder: Path) -> AudioConfig:
     """The speech encoder's own configuration, checked against what the student was made for."""
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if (folder / "preprocessor_config.json").is_file():
-        values |= {"do_normalize": _json(folder / "preprocessor_config.json").get("do_normalize", True)}
+        values |= {"do_normalize": read_json(folder / "preprocessor_config.json").get("do_normalize", True)}
     audio = replace(config.audio, **_known(config.audio, values))
     if (audio.num_hidden_layers, audio.hidden_size) != (config.dit.audio_blocks, config.dit.audio_channels):
         raise UserError(

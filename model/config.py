@@ -251,19 +251,50 @@ PRESETS = {preset.name: preset for preset in (TINY, FLASHTALK_14B)}
 
 
 @dataclass(frozen=True)
+class FP8Policy:
+    """Which of the student's layers multiply in FP8, e4m3. The rest keep the student's dtype, or the head float32.
+
+    Kept are embeddings, modulation, and what is computed once a session or a chunk: keys and values of text, image and
+    audio, where FP8 costs accuracy and gains nothing.
+    """
+
+    layers: tuple[str, ...] = (  # shell patterns
+        "blocks.*.self_attn.qkv",
+        "blocks.*.self_attn.o",
+        "blocks.*.cross_attn.q",
+        "blocks.*.cross_attn.o",
+        "blocks.*.audio_cross_attn.q_linear",
+        "blocks.*.audio_cross_attn.proj",
+        "blocks.*.ffn.up",
+        "blocks.*.ffn.down",
+    )
+    max_error: float = 0.05  # relative, of a layer's output: one with more is left as it is; rounding alone is 0.037
+
+
+@dataclass(frozen=True)
 class Precision:
-    """Storage and matrix-product dtype of each network; norms, modulation and colour are float32 in all of them."""
+    """Storage and matrix-product dtype of each network; norms, modulation and colour are float32 in all of them.
+
+    With `fp8`, the student's layers that the policy names are e4m3 instead; with `fp8_attention`, its self-attention
+    multiplies in e4m3 too.
+    """
 
     dit: torch.dtype
     vae: torch.dtype
     text: torch.dtype
     image: torch.dtype
     audio: torch.dtype
+    fp8: FP8Policy | None = None
+    fp8_attention: bool = False
 
+
+_BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 
 PRECISIONS = {
     "fp32": Precision(torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
-    "bf16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32),
+    "bf16": _BF16,
+    "fp8": dataclasses.replace(_BF16, fp8=FP8Policy()),
+    "fp8-attn": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True),
 }
 
 # What the reference's configurations also name: values that change nothing here, or that only one value of is

@@ -11,13 +11,15 @@ A call's inputs that do not change from step to step are values computed beforeh
     once per timestep              Modulation   `modulate`        shift, scale and gate of all blocks and the head
     once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
 
-Parameter names and shapes are those of the official checkpoint. Numbers: products in the parameters' dtype; norms,
-rotation, modulation, gated residuals and the head in float32. Attention and what surrounds it are operations of
+Parameter names and shapes are those of the official checkpoint, except that projections of the same input are one
+(`slots`). Numbers: products in the parameters' dtype, or in FP8 (`quantize`, `attend_in_fp8`); norms, rotation,
+modulation, gated residuals and the head in float32. Attention, linear layers and what surrounds them are operations of
 kernels/, which run as PyTorch on the CPU and as Triton on a GPU.
 """
 
+import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -27,8 +29,11 @@ from torch import Tensor, nn
 
 from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.cross_attention import fold_audio, folded_attention, frame_attention, text_image_attention
-from kernels.norm import key_scale, rms_norm_rope, rms_norm_rope_fp8
-from model.config import DiTConfig
+from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
+from model.config import DiTConfig, FP8Policy
+from model.linear import Linear, Rows, modulated, normed
+from model.slots import Slot, joined_slots
+from model.tensors import visiting
 
 
 class ContextKV(NamedTuple):
@@ -95,16 +100,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift over the last axis, in float32, rounded once to x's dtype."""
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
-
-
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + branch gate, in float32, rounded once to x's dtype."""
-    return (x.float() + branch.float() * gate).to(x.dtype)
-
-
 def in_float32(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """The layers in turn, linear ones in float32 whatever their parameters are stored in.
 
@@ -160,16 +155,19 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads, self.eps = config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.qkv, self.o = Linear(config.dim, 3 * config.dim), Linear(config.dim, config.dim)
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
         self.k_scale: Tensor | None = None  # of FP8 keys; None: attention in the parameters' dtype
 
-    def forward(self, x: Tensor, rope: Tensor, skip: int, two_speakers: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """x [S, D] -> the output [S - skip, D] of all tokens but the first `skip`, and rotated q and k [S, head, d].
+    def forward(
+        self, h: Tensor | Rows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [S, D], x the last tokens of the stream [n, D] -> x + gate (output), and rotated q and k [S, head, d].
 
         In FP8, q and k are made out only for two speakers.
         """
-        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k, v = self.qkv(h).unflatten(1, (3, self.heads, -1)).unbind(1)
+        skip = len(q) - len(x)
         q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
         if self.k_scale is None:
             q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
@@ -181,7 +179,7 @@ class SelfAttention(nn.Module):
             attended = chunk_attention_fp8(q[skip:], q_scale[skip:], k, k_scale, v, v_scale, dtype=x.dtype)
             if two_speakers:
                 q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
-        return self.o(attended.flatten(1)), q, k
+        return self.o(attended.flatten(1), gate=gate, residual=x), q, k
 
 
 class CrossAttention(nn.Module):
@@ -190,19 +188,25 @@ class CrossAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.q, self.k, self.v, self.o, self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(6))
+        self.q, self.o = (Linear(config.dim, config.dim) for _ in range(2))
+        self.kv, self.kv_img = (Linear(config.dim, 2 * config.dim) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
+
+    def context_modules(self) -> tuple[nn.Module, ...]:
+        """What only `embed` needs."""
+        return self.kv, self.kv_img, self.norm_k, self.norm_k_img
 
     def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This block's keys and values [key, head, d] of the embedded text [text_len, D] and image [img_tokens, D]."""
-        kv = (self.norm_k(self.k(text)), self.v(text), self.norm_k_img(self.k_img(image)), self.v_img(image))
+        (text_k, text_v), (image_k, image_v) = self.kv(text).chunk(2, 1), self.kv_img(image).chunk(2, 1)
+        kv = (self.norm_k(text_k), text_v, self.norm_k_img(image_k), image_v)
         text_k, text_v, image_k, image_v = (x.unflatten(-1, (self.heads, -1)) for x in kv)
         return text_k, text_v, image_k, image_v
 
-    def forward(self, x: Tensor, context: ContextKV) -> Tensor:
-        """x [S, D] -> [S, D]. All text keys take part, those of the padding as well: the model was trained so."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        return self.o(text_image_attention(q, *context).flatten(1))
+    def forward(self, h: Tensor | Rows, x: Tensor, context: ContextKV) -> Tensor:
+        """h and x [S, D] -> x + output. All text keys take part, those of the padding too: the model was trained so."""
+        q = self.norm_q(self.q(h)).unflatten(-1, (self.heads, -1))
+        return self.o(text_image_attention(q, *context).flatten(1), residual=x)
 
 
 class AudioAttention(nn.Module):
@@ -211,9 +215,8 @@ class AudioAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.q_linear = nn.Linear(config.dim, config.dim)
+        self.q_linear, self.proj = Linear(config.dim, config.dim), Linear(config.dim, config.dim)
         self.kv_linear = nn.Linear(config.output_dim, 2 * config.dim)
-        self.proj = nn.Linear(config.dim, config.dim)
 
     def embed(self, tokens: Tensor) -> AudioKV:
         """Audio tokens [speaker, frame, context_tokens, output_dim] -> k, v [frame, speaker x context_tokens, head, d].
@@ -229,19 +232,37 @@ class AudioAttention(nn.Module):
             k = rotate(k, audio_rope(places.repeat_interleave(per_speaker), config.head_dim))
         return AudioKV(k, v)
 
-    def forward(self, x: Tensor, audio: AudioKV, per_frame: int, first: int, positions: Tensor | None) -> Tensor:
-        """x [n, D], the tokens from `first` on in frames of `per_frame` -> [n, D].
+    def forward(
+        self, h: Tensor, x: Tensor, audio: AudioKV, per_frame: int, first: int, positions: Tensor | None
+    ) -> Tensor:
+        """h and x [n, D], the tokens from `first` on in frames of `per_frame` -> x + output.
 
         `positions` [n] on the audio position axis with two speakers, else None: with one, both projections are folded
-        into the keys and values, which is a third of the work and the same but for rounding.
+        into the keys and values, which is a third of the work and the same but for rounding. Their weights may be e4m3
+        then, too; h is not.
         """
         k, v = audio
+        before, after = self.q_linear, self.proj
         if positions is None:
-            keys, bias, values = fold_audio(k, v, self.q_linear.weight, self.q_linear.bias, self.proj.weight)
-            return folded_attention(x, keys, bias, values, k.shape[1], per_frame, first) + self.proj.bias
-        q = self.q_linear(x).unflatten(-1, (self.config.num_heads, -1))
+            scales = (layer.weight_scale if layer.fp8 else None for layer in (before, after))
+            keys, bias, values = fold_audio(k, v, before.weight, before.bias, after.weight, *scales)
+            return x + (folded_attention(h, keys, bias, values, k.shape[1], per_frame, first) + after.bias)
+        q = before(h).unflatten(-1, (self.config.num_heads, -1))
         q = rotate(q, audio_rope(positions, self.config.head_dim))
-        return self.proj(frame_attention(q, k, v, per_frame, first).flatten(1))
+        return after(frame_attention(q, k, v, per_frame, first).flatten(1), residual=x)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-GELU between; in FP8, what is between is e4m3 as well."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.up, self.down = Linear(config.dim, config.ffn_dim), Linear(config.ffn_dim, config.dim)
+
+    def forward(self, h: Tensor | Rows, x: Tensor, gate: Tensor) -> Tensor:
+        """h and x [S, D] -> x + gate (output)."""
+        inside = self.up.rows(h, gelu=True) if isinstance(h, Rows) and self.down.fp8 else self.up(h, gelu=True)
+        return self.down(inside, gate=gate, residual=x)
 
 
 class Block(nn.Module):
@@ -256,9 +277,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.norm_x = nn.LayerNorm(config.dim, config.eps)
         self.audio_cross_attn = AudioAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config)
 
     def forward(
         self,
@@ -274,15 +293,15 @@ class Block(nn.Module):
 
         The first `skip` tokens are attended to, and then dropped.
         """
-        per_frame = len(x) // len(audio.k)
+        per_frame, eps = len(x) // len(audio.k), self.config.eps
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        h = layer_norm_modulate(x, shift1, scale1, self.config.eps)
-        branch, q, k = self.self_attn(h, rope, skip, masks is not None)
-        x = add_gated(x[skip:], branch, gate1)
-        x = x + self.cross_attn(self.norm3(x), context)
+        h = modulated(x, shift1, scale1, eps, self.self_attn.qkv)
+        x, q, k = self.self_attn(h, x[skip:], gate1, rope, masks is not None)
+        x = self.cross_attn(normed(x, self.norm3, self.cross_attn.q), x, context)
         positions = None if masks is None else speaker_positions(q, k, masks, self.config)[skip:]
-        x = x + self.audio_cross_attn(self.norm_x(x), audio, per_frame, skip, positions)
-        return add_gated(x, self.ffn(layer_norm_modulate(x, shift2, scale2, self.config.eps)), gate2)
+        h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
+        x = self.audio_cross_attn(h, x, audio, per_frame, skip, positions)
+        return self.ffn(modulated(x, shift2, scale2, eps, self.ffn.up), x, gate2)
 
 
 class Head(nn.Module):
@@ -344,6 +363,16 @@ class ImageEmbedding(nn.Module):
         return self.proj(x)
 
 
+# Our layer of a block -> the official ones whose rows it has, in this order.
+JOINED: Mapping[str, tuple[str, ...]] = {
+    "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+    "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
+    "cross_attn.kv_img": ("cross_attn.k_img", "cross_attn.v_img"),
+    "ffn.up": ("ffn.0",),
+    "ffn.down": ("ffn.2",),
+}
+
+
 class DiT(nn.Module):
     """The student; see the module's first lines for how its inputs are prepared."""
 
@@ -376,6 +405,24 @@ class DiT(nn.Module):
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
+    def slots(self) -> dict[str, Slot]:
+        """Where the official checkpoint's tensors go."""
+        return joined_slots(self, JOINED)
+
+    def quantize(self, policy: FP8Policy) -> None:
+        """From now on, the linear layers that `policy` names multiply in FP8; other layers of that kind are fused."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, Linear):
+                if any(fnmatch.fnmatch(name, pattern) for pattern in policy.layers):
+                    layer.quantize()
+                else:
+                    layer.fuse()
+
+    def context_modules(self) -> list[nn.Module]:
+        """What only `embed_context` needs, a fifth of the parameters: they may be elsewhere, and then visit."""
+        projections = [module for block in self._blocks for module in block.cross_attn.context_modules()]
+        return [self.text_embedding, self.img_emb, *projections]
+
     def attend_in_fp8(self) -> None:
         """From now on, self-attention multiplies in FP8: faster, and off by about 5 % of its output."""
         for block in self._blocks:
@@ -394,8 +441,12 @@ class DiT(nn.Module):
         if image.shape != (config.img_tokens, config.img_dim):
             raise ValueError(f"image: got {list(image.shape)}, want [{config.img_tokens}, {config.img_dim}]")
         padded = F.pad(text.to(self.dtype), (0, 0, 0, config.text_len - text.shape[0]))
-        embedded, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
-        blocks = [block.cross_attn.embed(embedded, image) for block in self._blocks]
+        with visiting(padded.device, self.text_embedding, self.img_emb):
+            embedded, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
+        blocks = []
+        for attention in (block.cross_attn for block in self._blocks):
+            with visiting(padded.device, *attention.context_modules()):
+                blocks.append(attention.embed(embedded, image))
         real = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
         return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), real=real)
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention, cross_attention, norm
+from kernels import attention, cross_attention, linear, norm
 from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.color import lab_statistics, lab_transfer
 from kernels.conv import causal_conv3d
@@ -52,7 +52,7 @@ from kernels.launch import Choice, Launch
 from kernels.norm import key_scale, launch_norm_rope
 from kernels.schedule import spans
 from model.config import PRESETS, Config
-from model.dit import layer_norm_modulate, rotate
+from model.dit import rotate
 from model.errors import UserError
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
@@ -504,7 +504,7 @@ AUDIO_ATTENTION = Operation(
 # --- Linear layers --------------------------------------------------------------------------------------------------
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_library(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, columns] as e4m3 and the float32 scale of each row [rows, 1]: x ~ quantised * scale."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
@@ -520,8 +520,56 @@ def scaled_mm(x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], bias: Tensor, 
 
 def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
     """The product alone: activations as well as weights are quantised beforehand."""
-    xq, wq = quantize_rows(x), quantize_rows(w)
+    xq, wq = quantize_library(x), quantize_library(w)
     return lambda: scaled_mm(xq, wq, bias, x.dtype)
+
+
+def ours_linear(form: str, fp8: bool) -> Backend:
+    """One form of kernels/linear.py; in FP8, activations as well as weights are quantised beforehand."""
+
+    def launch(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+        choice, epilogue = Choice(form, launch or {}), linear.Epilogue(bias)
+        if not fp8:
+            return linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
+        (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
+        return linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
+
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
+        choice, epilogue = Choice(form, launch or {}), linear.Epilogue(bias)
+        if not fp8:
+            return lambda: linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
+        (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
+        return lambda: linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
+
+    space = {"gluon": linear_space, "triton": linear_space_triton}[form]
+    return Backend(form, prepare, True, CUDA, None, launch, space)
+
+
+def operand(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what `quantize_rows` makes of x: for the audit, whose inputs have no values."""
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+
+
+def linear_space(dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for Hopper; tiles are cut where the last round of programs tells."""
+    few = dims["rows"] * dims["outputs"] < 512 * 128 * 256
+    for (consumers, block_n, stages), width, promoted in itertools.product(
+        ((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16), (0, 1)
+    ):
+        for split in (0, 1) if few else (0,):
+            yield {
+                "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width, "PROMOTED": promoted,
+                "SPLIT": split,
+            }  # fmt: skip
+
+
+def linear_space_triton(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for any GPU; bytes of a stage's row are 128 in 8 bits as in 16."""
+    for (block_n, promoted, stages), width in itertools.product(((256, 0, 3), (128, 0, 4), (128, 1, 4)), (4, 8, 16)):
+        yield {
+            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_N": width, "PROMOTED": promoted,
+            "num_warps": 8, "num_stages": stages,
+        }  # fmt: skip
 
 
 LINEAR = Operation(
@@ -536,8 +584,16 @@ LINEAR = Operation(
     lambda d, item: (d["rows"] + d["outputs"]) * d["inputs"] * item + d["rows"] * d["outputs"] * max(item, 2.0),
     {
         "fp32": (Backend("eager", once(F.linear), ours=True),),
-        "bf16": (Backend("eager", once(F.linear), ours=True),),
-        "fp8": (Backend("scaled-mm-row", prepare_scaled_mm),),
+        "bf16": (
+            Backend("eager", once(F.linear), ours=True),
+            ours_linear("gluon", fp8=False),
+            ours_linear("triton", fp8=False),
+        ),
+        "fp8": (
+            ours_linear("gluon", fp8=True),
+            ours_linear("triton", fp8=True),
+            Backend("scaled-mm-row", prepare_scaled_mm),
+        ),
     },
 )
 
@@ -559,9 +615,14 @@ def torchao_linear(w: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 EPS = 1e-6  # of every layer norm of the student
 
 
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm and modulation by torch, in float32, rounded once."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift).to(x.dtype)
+
+
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     """LayerNorm, modulation, linear layer, and tanh-GELU if asked for: what comes before attention and in the FFN."""
-    y = F.linear(layer_norm_modulate(x, shift, scale, EPS), w, bias)
+    y = F.linear(norm_modulate(x, shift, scale), w, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
@@ -573,13 +634,13 @@ def norm_linear_reference(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bi
 
 def norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, wq: Tensor, ws: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     """`norm_linear` on e4m3 weights, with the activations quantised by row in a pass of their own."""
-    y = scaled_mm(quantize_rows(layer_norm_modulate(x, shift, scale, EPS)), (wq, ws), bias, x.dtype)
+    y = scaled_mm(quantize_library(norm_modulate(x, shift, scale)), (wq, ws), bias, x.dtype)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def prepare_norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
     """Unfused row quantisation, `torch._scaled_mm`, compiled pointwise operations around it."""
-    return compiled(norm_scaled_mm)(x, shift, scale, *quantize_rows(w), bias, gelu)
+    return compiled(norm_scaled_mm)(x, shift, scale, *quantize_library(w), bias, gelu)
 
 
 def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
@@ -587,34 +648,80 @@ def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bia
     layer = torchao_linear(w, bias)
 
     def run(x: Tensor) -> Tensor:
-        y = layer(layer_norm_modulate(x, shift, scale, EPS))
+        y = layer(norm_modulate(x, shift, scale))
         return F.gelu(y, approximate="tanh") if gelu else y
 
     return compiled(run)(x)
 
 
+def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
+    """Ours: two kernels. What GELU makes is handed to the next layer in e4m3, as the model does."""
+    w8, w_scale = linear.quantize_rows(w)
+    bound = linear.output_bound(w8, w_scale, bias)
+
+    def run() -> Output:
+        x8, x_scale = norm.layer_norm_modulate_fp8(x, shift, scale, EPS)
+        if gelu:
+            return linear.linear_fp8_quantized(x8, x_scale, w8, w_scale, bound, bias, "gelu_tanh")
+        return linear.linear_fp8(x8, x_scale, w8, w_scale, bias, dtype=x.dtype)
+
+    return run
+
+
+def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Output:
+    """What it launches, for Hopper."""
+    x8, x_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8=True)
+    w8, w_scale = operand(w)
+    bound = x_scale.new_empty(2) if gelu else None
+    epilogue, dtype = linear.Epilogue(bias, gelu, bound=bound), torch.float8_e4m3fn if gelu else x.dtype
+    return linear.launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice("gluon", {}))
+
+
+def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, quantised: bool) -> Call:
+    """Ours; `quantised`: y comes in e4m3 from the layer before."""
+    (w8, w_scale), (y8, y_scale) = linear.quantize_rows(w), linear.quantize_rows(y)
+
+    def run() -> Output:
+        a, scale = (y8, y_scale) if quantised else linear.quantize_rows(y)
+        return linear.linear_fp8(a, scale, w8, w_scale, bias, None, gate, x, x.dtype)
+
+    return run
+
+
+def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Output:
+    """What it launches, for Hopper."""
+    y8, y_scale = norm.launch_rows(y, None, fp8=True)
+    w8, w_scale = operand(w)
+    epilogue = linear.Epilogue(bias, False, gate, x)
+    return linear.launch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, Choice("gluon", {}))
+
+
 def residual_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
-    """y [rows, inputs], w, bias, the stream x [rows, outputs] that the result is added to, its gate [outputs]."""
+    """y [rows, inputs], w, bias, the stream x [rows, outputs] that the result is added to, its gate [outputs].
+
+    At last, whether the layer before hands y over in e4m3: peers quantise it themselves.
+    """
     return (
         *LINEAR.inputs(d, draw),
         draw(d["rows"], d["outputs"]),
         draw(d["outputs"], dtype=torch.float32),
+        bool(d["quantised"]),
     )
 
 
-def linear_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+def linear_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Tensor:
     """x + gate (y w^T + bias), rounded once."""
     return (x.float() + F.linear(y, w, bias).float() * gate).to(x.dtype)
 
 
 def residual_scaled_mm(y: Tensor, wq: Tensor, ws: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """`linear_residual` on e4m3 weights."""
-    return (x.float() + scaled_mm(quantize_rows(y), (wq, ws), bias, x.dtype).float() * gate).to(x.dtype)
+    return (x.float() + scaled_mm(quantize_library(y), (wq, ws), bias, x.dtype).float() * gate).to(x.dtype)
 
 
-def prepare_residual_scaled_mm(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Call:
+def prepare_residual_scaled_mm(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Call:
     """Unfused row quantisation, `torch._scaled_mm`, compiled pointwise operations around it."""
-    return compiled(residual_scaled_mm)(y, *quantize_rows(w), bias, x, gate)
+    return compiled(residual_scaled_mm)(y, *quantize_library(w), bias, x, gate)
 
 
 NORM_LINEAR = Operation(
@@ -632,23 +739,26 @@ NORM_LINEAR = Operation(
         "fp32": eager_and_compiled(norm_linear),
         "bf16": eager_and_compiled(norm_linear),
         "fp8": (
+            Backend("ours", prepare_norm_linear_fp8, True, ANYWHERE, None, launch_norm_linear),
             Backend("scaled-mm-row", prepare_norm_scaled_mm, devices=("cuda",)),
             Backend("torchao", prepare_norm_torchao, devices=("cuda",), needs="torchao"),
             Backend("bf16-compiled", compiled(norm_linear), devices=("cuda",)),
         ),
     },
+    lambda output: dequantized(output) if isinstance(output, tuple) else output,
 )
 
 LINEAR_RESIDUAL = Operation(
     "linear_residual",
     residual_inputs,
-    lambda y, w, bias, x, gate: x + gate * (y @ w.T + bias),
+    lambda y, w, bias, x, gate, _: x + gate * (y @ w.T + bias),
     LINEAR.flops,
     lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + 2 * d["outputs"]) * max(item, 2.0),
     {
         "fp32": eager_and_compiled(linear_residual),
         "bf16": eager_and_compiled(linear_residual),
         "fp8": (
+            Backend("ours", prepare_residual_fp8, True, ANYWHERE, None, launch_residual),
             Backend("scaled-mm-row", prepare_residual_scaled_mm, devices=("cuda",)),
             Backend("bf16-compiled", compiled(linear_residual), devices=("cuda",)),
         ),
@@ -660,9 +770,20 @@ LINEAR_RESIDUAL = Operation(
 
 
 def dequantized(output: tuple[Tensor, Tensor]) -> Tensor:
-    """What `quantize_rows` returned, multiplied out again, to be held to its input."""
+    """What values and the scales of their rows stand for, to be held to what was quantised."""
     quantised, scale = output
-    return quantised.float() * scale
+    return quantised.float() * scale.view(-1, 1)
+
+
+def rows_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Rows a program, warps."""
+    for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
+        yield {"ROWS": rows, "num_warps": warps}
+
+
+def launch_quantize(x: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernel."""
+    return norm.launch_rows(x, None, fp8=True, launch=launch)
 
 
 QUANTIZE_ROWS = Operation(
@@ -671,10 +792,29 @@ QUANTIZE_ROWS = Operation(
     lambda x: x,
     lambda d: 3.0 * d["rows"] * d["columns"],
     lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
-    {"fp8": eager_and_compiled(quantize_rows)},
+    {
+        "fp8": (
+            Backend("ours", once(linear.quantize_rows), ours=True, devices=("cpu",)),
+            triton("fp8", launch_quantize, rows_space),
+            Backend("torch", once(quantize_library)),
+            Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
+        )
+    },
     dequantized,
     products=False,
 )
+
+
+def launch_norm(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernel."""
+    out, out_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8, launch)
+    return (out, out_scale) if fp8 else out
+
+
+def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
+    """Norm, modulation and quantisation by torch."""
+    return quantize_library(norm_modulate(x, shift, scale))
+
 
 LAYER_NORM_MODULATE = Operation(
     "layer_norm_modulate",
@@ -684,8 +824,24 @@ LAYER_NORM_MODULATE = Operation(
     ),
     lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
     lambda d: 8.0 * d["rows"] * d["columns"],
-    lambda d, item: 2.0 * item * d["rows"] * d["columns"],
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(partial(layer_norm_modulate, eps=EPS), ANYWHERE)),
+    lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
+    {
+        **{
+            dtype: (
+                Backend("eager", once(norm.layer_norm_modulate), ours=True, devices=("cpu",)),
+                triton(dtype, partial(launch_norm, False), rows_space),
+                Backend("torch", once(norm_modulate)),
+                Backend("torch-compiled", compiled(norm_modulate), devices=ANYWHERE),
+            )
+            for dtype in ("fp32", "bf16")
+        },
+        "fp8": (
+            Backend("ours", once(norm.layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
+            triton("fp8", partial(launch_norm, True), rows_space),
+            Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
+        ),
+    },
+    lambda output: dequantized(output) if isinstance(output, tuple) else output,
     products=False,
 )
 
@@ -1030,8 +1186,8 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     # Whole sequences, of which the linear layer and the passes around it are parts: no calls of their own.
     for name, inputs, outputs, gelu in (("qkv", narrow, 3 * narrow, 0), ("up", narrow, wide, 1)):
         yield NORM_LINEAR, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=outputs, gelu=gelu)
-    for name, inputs in (("out", narrow), ("down", wide)):
-        yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow)
+    for name, inputs, quantised in (("out", narrow, 0), ("down", wide, 1)):
+        yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow, quantised=quantised)
     yield LAYER_NORM_MODULATE, shape(4, rows=rows, columns=narrow)  # two modulated, two affine ones
     yield RMS_NORM_ROPE, shape(1, tokens=rows, **heads)
     yield QUANTIZE_QKV, shape(0, tokens=rows, **heads)

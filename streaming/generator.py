@@ -20,6 +20,7 @@ from model.checkpoint import Models
 from model.dit import ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise, normal_noise, timesteps
+from model.tensors import visiting
 from streaming.spans import Spans
 
 Noise = Callable[[int, int, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
@@ -79,7 +80,11 @@ class ChunkGenerator:
         if image.shape != (3, chunk.height, chunk.width):
             raise ValueError(f"image: got {list(image.shape)}, want [3, {chunk.height}, {chunk.width}]")
         portrait = to_pixels(image).to(models.device)
-        context = models.dit.embed_context(models.text(ids.to(models.device)), models.image(portrait))
+        with visiting(models.device, models.text):
+            text = models.text(ids.to(models.device))
+        with visiting(models.device, models.image):
+            features = models.image(portrait)
+        context = models.dit.embed_context(text, features)
         # The clip that the condition latents describe: the portrait, then mid grey.
         clip = torch.zeros(chunk.frame_num, *portrait.shape, dtype=self._vae_dtype, device=models.device)
         clip[0] = portrait

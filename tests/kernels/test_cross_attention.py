@@ -25,6 +25,7 @@ from kernels.cross_attention import (
     text_image_attention,
     text_image_reference,
 )
+from kernels.linear import dequantize, quantize_rows
 from profiling.bench import poisoned_memory
 
 
@@ -98,6 +99,16 @@ def test_folded_is_the_layer(tokens, per_frame, first, keys):
     assert error(folded_attention(z, *folded, keys, per_frame, first), expected) < 1e-5
 
 
+def test_folds_quantised_weights():
+    layer = audio_layer()
+    k, v, q_weight, q_bias, weight = (layer[name] for name in ("k", "v", "q_weight", "q_bias", "weight"))
+    (q8, q_scale), (w8, scale) = quantize_rows(q_weight), quantize_rows(weight)
+    folded = fold_audio(k, v, q8, q_bias, w8, q_scale, scale)
+    expected = fold_audio(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
+    for x, y in zip(folded, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 # --- As torch sees them ---------------------------------------------------------------------------------------------
 
 
@@ -114,7 +125,7 @@ def test_opcheck():
     torch.library.opcheck(cross_attention._frame_attention, (*draw((7, 2, 16), (2, 16, 2, 16), (2, 16, 2, 16)), 4, 1))
     layer = audio_layer()
     weights = [layer[name] for name in ("k", "v", "q_weight", "q_bias", "weight")]
-    torch.library.opcheck(cross_attention._fold_audio, tuple(weights))
+    torch.library.opcheck(cross_attention._fold_audio, (*weights, None, None))
     folded = fold_audio(*weights)
     torch.library.opcheck(cross_attention._folded_attention, (layer["z"], *folded, 16, 4, 0))
 
@@ -161,6 +172,11 @@ ONE = torch.tensor([1])
         (fold_audio, (K, K, Q[0], Q, Q), "k: shape [4, 2, 16], wanted [frames, keys, heads, channels]"),
         (launch_fold, (KF[:, :3], KF[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
         (fold_audio, (KF, KF, torch.zeros(30, 5), torch.zeros(32), Q), "q_weight: shape [30, 5], wanted [32, 5]"),
+        (
+            fold_audio,
+            (KF, KF, torch.zeros(32, 5), torch.zeros(32), torch.zeros(5, 32), torch.zeros(32)),
+            "q_weight: torch.float32 on cpu, wanted torch.float8_e4m3fn on cpu",
+        ),
         (folded_attention, (Z, torch.zeros(3, 32, 4), Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
         (folded_attention, (Z, torch.zeros(3, 30, 5), Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
     ],

@@ -43,12 +43,13 @@ def test_tiles_cover_each_row_once_and_no_masked_key(chunks, past, block):
 @settings(deadline=None)
 @given(
     CHUNKS, st.sampled_from([None, 0, 1, -1]), st.sampled_from([64, 128]), st.sampled_from([64, 128]),
-    st.integers(1, 5), st.sampled_from([1, 3, 132]),
+    st.integers(1, 5), st.sampled_from([1, 3, 132]), st.integers(1, 6), st.booleans(),
 )  # fmt: skip
-def test_a_plan_computes_every_tile_of_keys_once(chunks, past, block_m, block_n, columns, programs):
+def test_a_plan_computes_every_tile_of_keys_once(chunks, past, block_m, block_n, columns, programs, group, split):
     n = sum(chunks)
     seen = spans(n, n) if past is None else spans(n, n, tuple(chunks), past)
-    made = plan(seen, block_m, block_n, columns, programs)
+    made = plan(seen, block_m, block_n, columns, programs, group, split)
+    assert split or not made.parts
     assert made.pieces.dtype == torch.int32
     assert made.firsts.tolist()[0] == 0
     assert made.firsts.tolist()[-1] == len(made.pieces)
@@ -91,3 +92,13 @@ def test_programs_at_work_at_one_time_share_columns():
     firsts = made.firsts.tolist()[:-1]
     columns = {made.pieces[i + 10, 0].item() for i in firsts}
     assert len(columns) <= 3
+
+
+def test_a_group_of_columns_is_worked_off_row_by_row():
+    made = plan(spans(3, 8), 1, 8, 5, 1, group=2)
+    order = [(column, row) for column, row, *_ in made.pieces.tolist()]
+    assert order == [
+        (0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2),
+        (2, 0), (3, 0), (2, 1), (3, 1), (2, 2), (3, 2),
+        (4, 0), (4, 1), (4, 2),
+    ]  # fmt: skip

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.norm import layer_norm_modulate
 from model.config import DiTConfig
-from model.dit import AudioKV, DiT, group_audio, layer_norm_modulate, rope_table, rotate
-from model.slots import own_slots
+from model.dit import AudioKV, DiT, group_audio, rope_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = DiTConfig(
@@ -24,7 +24,7 @@ SMALL = DiTConfig(
 def test_official_names_and_shapes_at_full_size() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["dit"]["keys"]
     with torch.device("meta"):
-        slots = own_slots(DiT(DiTConfig()))
+        slots = DiT(DiTConfig()).slots()
     assert {name: list(slot.shape) for name, slot in slots.items()} == official
     assert sum(math.prod(slot.shape) for slot in slots.values()) == 18_882_046_784
 

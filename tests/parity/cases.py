@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.color import lab_statistics, lab_transfer
 from model.audio import SpeechEncoder, normalize_loudness, official_once_chunks, stream_window, windows
-from model.checkpoint import Models, fill
+from model.checkpoint import Models
 from model.config import (
     AudioConfig,
     ChunkConfig,
@@ -32,6 +32,7 @@ from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, resize_center_crop, to_pixels, unused
 from model.sampler import denoise, timesteps
 from model.slots import own_slots
+from model.tensors import fill
 from model.text import TextEncoder
 from model.vae import VAE
 from streaming.generator import ChunkGenerator, first_frame_mask
@@ -62,7 +63,7 @@ class Case:
         tensors = self.weights(component)
         if isinstance(module, ImageEncoder):
             tensors = {name: t for name, t in tensors.items() if not unused(name, module.config)}
-        slots = module.slots() if isinstance(module, ImageEncoder | TextEncoder | SpeechEncoder) else own_slots(module)
+        slots = own_slots(module) if isinstance(module, VAE | AudioProjector) else module.slots()
         fill(module, slots, tensors.items(), component, CPU, torch.float32)
         return module.eval()
 

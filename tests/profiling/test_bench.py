@@ -115,7 +115,7 @@ def test_quantised_layers_are_right_on_the_cpu_too(name: str, prepare: Callable[
     """They are measured on a GPU, but their arithmetic is the same everywhere."""
     operation = registry()[f"{name}/fp8"].operation
     here = replace(operation, backends={"fp8": (Backend("scaled-mm-row", prepare),)})
-    shape = Shape("small", {"rows": 64, "inputs": 256, "outputs": 192, "gelu": 1})
+    shape = Shape("small", {"rows": 64, "inputs": 256, "outputs": 192, "gelu": 1, "quantised": 0})
     with torch._dynamo.config.patch(disable=True):
         result = check_case(Case(here, shape, "fp8", TOLERANCES["fp8"]), CPU, seed=5)
     assert result.measurements[0].status == OK, result.measurements

@@ -122,7 +122,7 @@ def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int,
     assert progress.chunks == len(slices)
     assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(progress.frames)]
     assert np.array_equal(np.concatenate(sink.sounds), np.concatenate([item.sound for item in slices]))
-    assert (progress.fps is None) == (samples // 17920 < 2)
+    assert (progress.fps is None) == (progress.frames // 28 < 2)
     values = report(progress, spans, CPU, {"seed": 1})
     assert 0 < values["startup_s"] < values["cold_start_s"]
     assert values["spans"]["audio"]["count"] == len(slices)

@@ -98,6 +98,18 @@ def test_fold(frames, keys, heads, seed):
         assert error(x, y) < 1e-5
 
 
+def test_fold_of_scaled_weights():
+    """e4m3 weights stand for themselves times the scales of their rows."""
+    k, v, q_weight, q_bias, weight = draw((2, 16, 3, 16), (2, 16, 3, 16), (48, 40), (48,), (24, 48), seed=0)
+    q_scale, scale = torch.rand(48) + 0.5, torch.rand(24) + 0.5
+    folded = launch_fold(k, v, q_weight, q_bias, weight, q_scale, scale)
+    expected = fold_reference(
+        *(x.double() for x in (k, v, q_weight * q_scale[:, None], q_bias, weight * scale[:, None]))
+    )
+    for x, y in zip(folded, expected, strict=True):
+        assert error(x, y) < 1e-5
+
+
 @EXAMPLES
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.integers(1, 5), st.integers(0, 99))
 def test_folded(tokens, per_frame, first, heads, seed):

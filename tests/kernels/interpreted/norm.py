@@ -10,7 +10,17 @@ from torch import Tensor
 
 from kernels import norm
 from kernels.attention import interleave
-from kernels.norm import HEADROOM, LARGEST, key_scale, launch_fp8, launch_norm_rope, reference, sample
+from kernels.norm import (
+    HEADROOM,
+    LARGEST,
+    key_scale,
+    launch_fp8,
+    launch_norm_rope,
+    launch_rows,
+    layer_norm_reference,
+    reference,
+    sample,
+)
 from profiling.bench import poisoned_memory
 
 EXAMPLES = settings(deadline=None, max_examples=15)
@@ -104,3 +114,41 @@ def test_zeros_stay_zeros():
     assert all(x.isfinite().all() for x in outputs)
     assert (outputs[0] == 0).all()
     assert (outputs[3] == 0).all()
+
+
+@EXAMPLES
+@given(st.integers(1, 9), st.sampled_from([1, 3, 16, 65, 96]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_layer_norm(rows, columns, modulated, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 + 2 * torch.randn(rows, 2 * columns, generator=generator)
+    x = x[:, :columns] if strided else x[:, :columns].contiguous()
+    weight, bias = torch.randn(2, columns, generator=generator)
+    one = float(modulated)
+    expected = layer_norm_reference(x.double(), weight.double(), bias.double(), EPS, one)
+    out, none = launch_rows(x, (weight, bias, EPS, one), fp8=False)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)  # 3 less 3 in one column
+    assert len(none) == 0
+    out, scale = launch_rows(x, (weight, bias, EPS, one), fp8=True)
+    torch.testing.assert_close(out.double() * scale.double()[:, None], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.abs().amax(1), torch.full((rows,), LARGEST))
+
+
+def test_layer_norm_of_rows_without_variance():
+    """What is left is the bias, or nothing at all; an outlier is normalised like any value."""
+    x = torch.full((3, 32), 5.0)
+    x[1, 7] = 1e6
+    zeros = torch.zeros(32)
+    out, scale = launch_rows(x, (zeros, zeros, EPS, 1.0), fp8=True)
+    assert out.isfinite().all()
+    assert (out[0] == 0).all()
+    assert scale[0] == pytest.approx(1e-12)
+    expected = layer_norm_reference(x.double(), zeros.double(), zeros.double(), EPS, 1.0)
+    assert error(out * scale[:, None], expected) < 1e-5
+
+
+def test_half_precision_layer_norm():
+    x = torch.randn(5, 48).half()
+    weight, bias = torch.randn(2, 48)
+    out, _ = launch_rows(x, (weight, bias, EPS, 0.0), fp8=False)
+    expected = layer_norm_reference(x.double(), weight.double(), bias.double(), EPS)
+    torch.testing.assert_close(out, expected.half(), rtol=1e-3, atol=1e-3)

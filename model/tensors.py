@@ -1,0 +1,124 @@
+"""Tensors from files into modules: shards of safetensors, and what goes where; and modules that only visit a device."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from model.errors import UserError
+from model.slots import Slot
+
+
+def fill(
+    module: nn.Module,
+    slots: Mapping[str, Slot],
+    tensors: Iterable[tuple[str, Tensor]],
+    source: Path | str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Replaces the parameters of `module` by official tensors, as `slots` says, on `device` in `dtype`, or their own.
+
+    `tensors` yields (official name, tensor); `source` is what errors call them by.
+    """
+    missing = dict(slots)
+    for name, tensor in tensors:
+        slot = missing.pop(name, None)
+        if slot is None:
+            what = "occurs twice" if name in slots else "is not part of this model"
+            raise UserError(f"{source}: tensor {name} {list(tensor.shape)} {what}")
+        if tuple(tensor.shape) != slot.shape:
+            raise UserError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
+        if slot.start is not None:
+            _fill_rows(module, slot, tensor, device, dtype or tensor.dtype)
+            continue
+        parts = tensor.chunk(len(slot.names)) if len(slot.names) > 1 else (tensor,)
+        for part, target in zip(parts, slot.names, strict=True):
+            shape = module.get_parameter(target).shape
+            placed = part.reshape(shape).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            place(module, target, placed)
+    if missing:
+        name, slot = next(iter(missing.items()))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{source}: tensor {name} {list(slot.shape)}{more} missing")
+
+
+def _fill_rows(module: nn.Module, slot: Slot, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Fills the slot's rows of its parameter, which gets its memory with the first of them."""
+    target, start = slot.names[0], slot.start
+    parameter = module.get_parameter(target)
+    if (parameter.device, parameter.dtype) != (device, dtype):
+        parameter = place(module, target, torch.empty(parameter.shape, device=device, dtype=dtype))
+    parameter.data[start:][: len(tensor)] = tensor.to(device, dtype)
+
+
+def place(module: nn.Module, target: str, tensor: Tensor) -> nn.Parameter:
+    """Makes the tensor the parameter of that name."""
+    owner, _, leaf = target.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(module.get_submodule(owner), leaf, parameter)
+    return parameter
+
+
+def safetensors_of(paths: Iterable[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of these files, one at a time, on `device`; raises `UserError`, naming it, if one is damaged."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
+
+
+def shards(folder: Path) -> list[Path]:
+    """The student's weight files: those its index names, or else all of its name pattern."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a checkpoint: there is no such folder")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files")
+        paths = sorted({folder / name for name in weight_map.values()})
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path}, which {index.name} names, is missing")
+    else:
+        paths = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not paths or not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint: config.json or diffusion_pytorch_model*.safetensors is missing")
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in that file; raises `UserError`, naming it, if there is none."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return values
+
+
+@contextmanager
+def visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """The modules are on `device` while the body runs; where they come from, their memory stays for their return."""
+    homes = {
+        x: x.data for module in modules for x in chain(module.parameters(), module.buffers()) if x.device != device
+    }
+    with torch.inference_mode(False):
+        for x, home in homes.items():
+            x.data = home.to(device)
+    try:
+        yield
+    finally:
+        for x, home in homes.items():
+            x.data = home

@@ -1,0 +1,310 @@
+"""Linear layers in FP8 and in 16 bits: on the CPU, as torch sees them, and on a GPU.
+
+The kernels also run in Triton's interpreter: `interpreted/linear.py`.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import linear as module
+from kernels.attention import FP8
+from kernels.launch import GPU, Choice, assuming
+from kernels.linear import (
+    FORMS,
+    Epilogue,
+    dequantize,
+    launch,
+    linear,
+    linear_fp8,
+    linear_fp8_quantized,
+    output_bound,
+    quantize_rows,
+    reference,
+)
+from kernels.linear_hopper import suits
+from profiling.bench import poisoned_memory
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def operands(m: int, k: int, n: int, outliers: float = 1.0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and bias; every hundredth column of x, and one of w's rows in a hundred, is `outliers` times as large."""
+    x, w, bias = torch.randn(m, k), torch.randn(n, k) * k**-0.5, torch.randn(n)
+    x[:, torch.randperm(k)[: k // 100 + 1]] *= outliers
+    w[torch.randperm(n)[: n // 100 + 1]] *= outliers
+    return x.to(device), w.to(device), bias.to(device)
+
+
+# --- On the CPU -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.sampled_from(["", "gelu", "gate", "residual"]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_is_the_definition(m, groups, n, what, seed):
+    torch.manual_seed(seed)
+    x, w, bias = operands(m, 16 * groups, n)
+    gate = torch.randn(n) if what in ("gate", "residual") else None
+    residual = torch.randn(m, n) if what == "residual" else None
+    activation = "gelu_tanh" if what == "gelu" else None
+    y = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+    y = torch.nn.functional.gelu(y, approximate="tanh") if activation else y
+    y = y if gate is None else y * gate
+    y = y if residual is None else y + residual
+    assert error(linear(x, w, bias, activation, gate, residual), y) < 1e-5
+    (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
+    same = linear_fp8(x8, x_scale, w8, w_scale, bias, activation, gate, residual, torch.float32)
+    exact = linear(dequantize(x8, x_scale), dequantize(w8, w_scale), bias, activation, gate, residual)
+    torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outliers", [1.0, 10.0, 100.0])
+def test_quantised_operands_are_exact_to_four_bits(outliers):
+    x, _, _ = operands(64, 512, 8, outliers)
+    values, scale = quantize_rows(x)
+    assert values.dtype == FP8
+    assert values.float().abs().amax() <= 448
+    assert error(dequantize(values, scale), x) < 3.5e-2
+
+
+def test_what_cannot_be_quantised_stays_finite():
+    x = torch.zeros(5, 16)
+    x[1] = 1e-42
+    x[2, 3] = 3e38
+    x[3] = -1.0
+    values, scale = quantize_rows(x)
+    assert values.float().isfinite().all()
+    assert (values[:2].float() == 0).all()
+    assert scale[0] == pytest.approx(1e-12)
+    assert values[2, 3].float() == 448
+    assert (values[3].float() == -448).all()
+
+
+@pytest.mark.parametrize("outliers", [1.0, 30.0])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_rounded_output_costs_one_rounding(outliers, gelu):
+    """The room that its bound leaves costs nothing: the error is that of rounding to 4 bits, 2.6 %, in any case."""
+    torch.manual_seed(0)
+    x, w, bias = operands(64, 1024, 512, outliers)
+    (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
+    activation = "gelu_tanh" if gelu else None
+    exact = linear_fp8(x8, x_scale, w8, w_scale, bias, activation, dtype=torch.float32)
+    y, y_scale = linear_fp8_quantized(x8, x_scale, w8, w_scale, output_bound(w8, w_scale, bias), bias, activation)
+    assert error(dequantize(y, y_scale), exact) < 2.8e-2
+
+
+def test_two_layers_stay_near_float32():
+    """A feed-forward layer: quantised, multiplied, rounded, multiplied."""
+    torch.manual_seed(0)
+    x, up, bias = operands(48, 512, 1024, 20.0)
+    _, down, _ = operands(1, 1024, 512)
+    expected = torch.nn.functional.gelu(x @ up.T + bias, approximate="tanh") @ down.T
+    (up8, up_scale), (down8, down_scale) = quantize_rows(up), quantize_rows(down)
+    bound = output_bound(up8, up_scale, bias)
+    hidden = linear_fp8_quantized(*quantize_rows(x), up8, up_scale, bound, bias, "gelu_tanh")
+    assert error(linear_fp8(*hidden, down8, down_scale, dtype=torch.float32), expected) < 6e-2
+
+
+# --- As torch sees them ---------------------------------------------------------------------------------------------
+
+
+def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Each operation with arguments."""
+    x, w, bias = operands(5, 32, 16)
+    (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
+    gate, residual = torch.randn(16), torch.randn(5, 16)
+    bound = output_bound(w8, w_scale, bias)
+    return {
+        "linear": (module._linear, (x, w, bias, False, gate, residual)),
+        "linear_fp8": (module._linear_fp8, (x8, x_scale, w8, w_scale, bias, False, gate, residual, torch.float32)),
+        "linear_fp8_quantized": (module._linear_fp8_quantized, (x8, x_scale, w8, w_scale, bound, bias, True)),
+    }
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_fp8", "linear_fp8_quantized"])
+def test_opcheck(name):
+    operation, arguments = calls()[name]
+    # The check of the schema multiplies inputs, which torch cannot in FP8.
+    skipped = "" if name == "linear" else "test_schema"
+    tests = [test for test in torch.library._OPCHECK_DEFAULT_UTILS if test != skipped]
+    torch.library.opcheck(operation, arguments, test_utils=tests)
+
+
+def test_compiles_without_a_break():
+    x, w, bias = operands(5, 32, 16)
+    (w8, w_scale), residual = quantize_rows(w), torch.randn(5, 16)
+    bound = output_bound(w8, w_scale, bias)
+
+    def layer(x: Tensor) -> Tensor:
+        x8, x_scale = quantize_rows(x)
+        hidden, scale = linear_fp8_quantized(x8, x_scale, w8, w_scale, bound, bias, "gelu_tanh")
+        y = linear_fp8(hidden, scale, w8[:, :16], w_scale, bias, residual=residual, dtype=torch.float32)
+        return linear(y, w[:, :16])
+
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+FLOAT = {"x": torch.zeros(4, 16), "w": torch.zeros(8, 16), "bias": torch.zeros(8)}
+EIGHT = {
+    "x": torch.zeros(4, 16).to(FP8), "x_scale": torch.ones(4), "w": torch.zeros(8, 16).to(FP8),
+    "w_scale": torch.ones(8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "words"),
+    [
+        (linear, {"x": torch.zeros(16)}, "x: shape [16], wanted [rows, columns], at least 1 of each"),
+        (linear, {"x": torch.zeros(4, 16).double()}, "x: torch.float64, wanted float32, float16 or bfloat16"),
+        (linear, {"x": torch.zeros(4, 17)[:, :16]}, "x: strides (17, 1), wanted rows whole 16 bytes apart"),
+        (linear, {"w": torch.zeros(8, 12)}, "w: shape [8, 12], wanted [8, 16]"),
+        (linear, {"w": torch.zeros(8, 16).half()}, "w: torch.float16, wanted torch.float32"),
+        (linear, {"w": torch.zeros(8, 16, device="meta")}, "w: on meta, wanted cpu, where x is"),
+        (linear, {"bias": torch.zeros(4)}, "bias: shape [4], wanted [8]"),
+        (linear, {"activation": "relu"}, "activation: 'relu', wanted 'gelu_tanh' or None"),
+        (linear, {"gate": torch.zeros(8).half()}, "gate: torch.float16, wanted torch.float32"),
+        (linear, {"gate": torch.zeros(8), "activation": "gelu_tanh"}, "gate: not with an activation"),
+        (linear, {"residual": torch.zeros(4, 8).half()}, "residual: torch.float16, wanted torch.float32"),
+        (linear, {"residual": torch.zeros(8, 4).T}, "residual: strides (1, 4), wanted 1 along its last axis"),
+        (linear, {"bias": torch.zeros(8, requires_grad=True)}, "bias: requires a gradient"),
+        (linear_fp8, {"x": torch.zeros(4, 16)}, "x: torch.float32, wanted torch.float8_e4m3fn"),
+        (
+            linear_fp8,
+            {"x_scale": torch.ones(4, 1)},
+            "x_scale: torch.float32 [4, 1], wanted contiguous torch.float32 [4]",
+        ),
+        (linear_fp8, {"w_scale": torch.ones(8).half()}, "w_scale: torch.float16 [8], wanted contiguous"),
+        (linear_fp8, {"dtype": FP8}, "dtype: torch.float8_e4m3fn, wanted float32, float16 or bfloat16"),
+        (linear_fp8, {"residual": torch.zeros(4, 8)}, "residual: torch.float32, wanted torch.bfloat16"),
+        (linear_fp8_quantized, {"bound": torch.zeros(3)}, "bound: shape [3], wanted [2]"),
+    ],
+)
+def test_bad_arguments(function, change, words):
+    given: dict[str, Any] = dict(FLOAT if function is linear else EIGHT)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        function(**given | change)
+    assert words in str(raised.value)
+
+
+def test_what_the_form_for_hopper_takes():
+    x, w = torch.zeros(4, 32).to(FP8), torch.zeros(16, 32).to(FP8)
+    residual = torch.zeros(4, 16, dtype=torch.bfloat16)
+    assert suits(x, w, torch.bfloat16, residual)
+    assert suits(x, w, FP8, None)
+    assert not suits(x[:, 1:17], w[:, 1:17], torch.bfloat16, None)  # begins anywhere
+    assert not suits(x, w[:12], FP8, None)  # rows of the output 12 bytes apart
+    assert not suits(x, w, torch.float32, None)
+    assert not suits(x, w, torch.bfloat16, residual.float())
+
+
+def test_the_form_is_the_tables(monkeypatch):
+    """Where nothing was measured, the library in 16 bits and Triton in FP8; a peer that was fastest is the library."""
+    taken: list[tuple[str, object]] = []
+
+    def take(name: str, *arguments: object) -> None:
+        taken.append((name, arguments[-1]))
+
+    monkeypatch.setattr(module, "FORMS", {name: partial(take, name) for name in FORMS})
+    x, w = torch.zeros(4, 32), torch.zeros(16, 32)
+    x8, w8, scales = x.to(FP8), w.to(FP8), (torch.ones(4), torch.ones(16))
+    tables: dict[str, Choice | None] = {"bf16": None, "fp8": None}
+    monkeypatch.setattr(module, "lookup", lambda _operation, _dims, dtype, _device: tables[dtype])
+    for capability, found, expected in (
+        ("9.0", None, ("triton", None)),
+        ("9.0", Choice("gluon", {"STAGES": 3}), ("gluon", {"STAGES": 3})),
+        ("8.9", Choice("gluon", {"STAGES": 3}), ("triton", None)),
+        ("9.0", Choice("scaled-mm-row", {}), ("library", None)),
+    ):
+        tables["fp8"] = found
+        with assuming(GPU("any", capability, 132)):
+            launch(x8, w8, scales, Epilogue(), torch.bfloat16)
+        assert taken.pop() == expected
+    with assuming(GPU("any", "9.0", 132)):
+        launch(x.bfloat16(), w.bfloat16(), None, Epilogue(), torch.bfloat16)
+    assert taken.pop() == ("library", None)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 64, 128), (17, 208, 272), (300, 4096, 512), (1000, 8208, 1040)]
+HOPPER = [
+    {},
+    {"PROMOTED": 1},
+    {"PROMOTED": 0, "SPLIT": 1},
+    {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4, "PROMOTED": 1, "SPLIT": 1, "GROUP_N": 3},
+]
+WAYS = [("gluon", parameters) for parameters in HOPPER] + [("triton", {}), ("library", {})]
+
+
+def skip_unless_hopper(form: str) -> None:
+    if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the form for Hopper needs one")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("form", "parameters"), WAYS)
+@pytest.mark.parametrize("what", ["plain", "gelu", "residual", "round"])
+def test_gpu_fp8(shape, form, parameters, what):
+    skip_unless_hopper(form)
+    m, k, n = shape
+    x, w, bias = operands(m, k, n, 10.0, "cuda")
+    scales = (quantize_rows(x), quantize_rows(w))
+    (x8, x_scale), (w8, w_scale) = scales
+    gate, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda").bfloat16()
+    epilogue = {
+        "plain": Epilogue(bias.bfloat16()),
+        "gelu": Epilogue(bias, True),
+        "residual": Epilogue(bias, False, gate, residual),
+        "round": Epilogue(bias, True, bound=output_bound(w8, w_scale, bias)),
+    }[what]
+    dtype = FP8 if what == "round" else torch.bfloat16
+    with poisoned_memory():
+        y, y_scale = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice(form, parameters))
+    wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
+    expected = reference(x8, w8, (x_scale.double(), w_scale.double()), wide, torch.float64)
+    assert y.dtype == dtype
+    got = dequantize(y, y_scale) if what == "round" else y
+    assert error(got, expected) < (3.5e-2 if what == "round" else 1e-2)
+    again = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice(form, parameters))[0]
+    assert torch.equal(y.view(torch.uint8), again.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("form", "parameters"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_16_bits(shape, form, parameters, dtype):
+    skip_unless_hopper(form)
+    m, k, n = shape
+    x, w, bias = (t.to(dtype) for t in operands(m, k, n, 1.0, "cuda"))
+    gate, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda").to(dtype)
+    for epilogue in (Epilogue(bias, True), Epilogue(bias, False, gate, residual)):
+        with poisoned_memory():
+            y, _ = launch(x, w, None, epilogue, dtype, Choice(form, {**parameters, "PROMOTED": 0}))
+        wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
+        assert error(y, reference(x.double(), w.double(), None, wide, torch.float64)) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "promoted", "bound"), [("gluon", 1, 2e-3), ("triton", 1, 2e-3), ("gluon", 0, 2e-2)])
+def test_gpu_sums_of_many_terms(form, promoted, bound):
+    """Of one sign, where sums that are cut off drift the most."""
+    skip_unless_hopper(form)
+    x8, w8 = (torch.rand(s, 13824, device="cuda").to(FP8) for s in (256, 512))
+    scales = (torch.ones(256, device="cuda"), torch.ones(512, device="cuda"))
+    parameters = {"PROMOTED": promoted} if form == "gluon" else module.EXACT
+    y, _ = launch(x8, w8, scales, Epilogue(), torch.bfloat16, Choice(form, parameters))
+    assert error(y, x8.double() @ w8.double().T) < bound + 2e-3  # and the output's rounding
