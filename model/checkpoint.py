@@ -43,7 +43,7 @@ class Models:
     """The five networks of a system, ready for one device, and the config they were built from.
 
     On a GPU, what only the beginning of a session needs stays in the host's memory, and visits: the encoders of text
-    and image, and the part of the student that makes their keys and values.
+    and image, and the part of the student that makes their keys and values, and the modulation.
     """
 
     config: Config
@@ -95,7 +95,7 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
 def _settle(models: Models) -> Models:
     """Sends home what only visits a GPU."""
     if models.device.type != "cpu":
-        for module in (models.text, models.image, *models.dit.context_modules()):
+        for module in (models.text, models.image, *models.dit.visitors()):
             module.to("cpu")
     return models
 

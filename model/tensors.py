@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +110,19 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """The modules are on `device` while the body runs; where they come from, their memory stays for their return."""
-    homes = {
-        x: x.data for module in modules for x in chain(module.parameters(), module.buffers()) if x.device != device
-    }
-    with torch.inference_mode(False):
-        for x, home in homes.items():
-            x.data = home.to(device)
+    homes: list[tuple[dict[str, Any], str, Tensor]] = [
+        (table, name, x)
+        for module in modules
+        for owner in module.modules()
+        for table in (owner._parameters, owner._buffers)
+        for name, x in table.items()
+        if x is not None and x.device != device
+    ]
+    for table, name, x in homes:
+        there = x.detach().to(device)
+        table[name] = nn.Parameter(there, requires_grad=False) if isinstance(x, nn.Parameter) else there
     try:
         yield
     finally:
-        for x, home in homes.items():
-            x.data = home
+        for table, name, x in homes:
+            table[name] = x

@@ -1,15 +1,17 @@
 """Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
 
-A *variant* is a precision and a compile mode. `bf16-eager` is plain PyTorch with its scaled-dot-product attention, and
-`bf16-compiled` the same under torch.compile: what the published code does. A chunk is what `ChunkGenerator.chunk` does
-from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion frames. Student and VAE are
-made on the device at once; the encoders, which run before a session or beside it, are left out.
+A *variant* is a precision, a compile mode, and whose operations the student runs. `bf16-eager` is PyTorch alone, and
+`bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The others are ours
+under torch.compile: `bf16-ours`, `fp8` and, with FP8 attention too, `fp8-attn`. A chunk is what `ChunkGenerator.chunk`
+does from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion frames. Student and VAE
+are made on the device at once; the encoders, which run before a session or beside it, are left out.
 
 The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
 only asks which variants there are does without.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from kernels.color import lab_statistics
 from model.config import PRECISIONS, TINY, Config
+from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult
 from profiling.trace import export, summarise
 from streaming.spans import Spans
@@ -38,12 +41,19 @@ class Variant:
     name: str
     precision: str  # of `PRECISIONS`
     compiled: bool
+    ours: bool  # the student's operations, which on a CPU are PyTorch's in any case
     seconds: float  # without which it is not worth beginning
 
 
 VARIANTS = {
-    "cuda": (Variant("bf16-eager", "bf16", False, 60), Variant("bf16-compiled", "bf16", True, 180)),
-    "cpu": (Variant("fp32-eager", "fp32", False, 10), Variant("fp32-compiled", "fp32", True, 60)),
+    "cuda": (
+        Variant("bf16-eager", "bf16", False, False, 60),
+        Variant("bf16-compiled", "bf16", True, False, 120),
+        Variant("fp8-attn", "fp8-attn", True, True, 120),
+        Variant("fp8", "fp8", True, True, 120),
+        Variant("bf16-ours", "bf16", True, True, 120),
+    ),
+    "cpu": (Variant("fp32-eager", "fp32", False, True, 10), Variant("fp32-compiled", "fp32", True, True, 60)),
 }
 
 
@@ -85,10 +95,11 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 class Runner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
-    def __init__(self, models: "Models", seed: int) -> None:
+    def __init__(self, models: "Models", seed: int, ours: bool = True) -> None:
         from streaming.generator import ChunkGenerator
 
         config, device = models.config, models.device
+        self._ours = ours
         self.models, self.spans = models, Spans(device)
         self._generator = ChunkGenerator(models, self.spans)
         random = torch.Generator(device).manual_seed(seed)
@@ -106,6 +117,10 @@ class Runner:
 
     def chunk(self) -> tuple[float, float]:
         """Runs the next chunk; seconds until its first frames were there, and until all of it was done."""
+        with nullcontext() if self._ours else published():
+            return self._chunk()
+
+    def _chunk(self) -> tuple[float, float]:
         begin, first = time.perf_counter(), None
         steps = self._generator.chunk(self._conditions, self._state, self._window)
         while True:
@@ -136,7 +151,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     if variant.compiled:
         torch.compiler.reset()
         compile_models(models)
-    runner = Runner(models, seed)
+    runner = Runner(models, seed, variant.ours)
     _, first_call = runner.chunk()
     runner.chunk()  # the first one to begin with motion frames: the last to meet something new
     if device.type == "cuda":

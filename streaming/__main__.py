@@ -63,7 +63,13 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 9999,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU, else fp32.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), or auto: what the"
+            " checkpoint is made for, bf16 on a GPU, fp32 on a CPU."
+        ),
+    ] = "auto",
     steps: Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")] = 4,
     audio_mode: Annotated[
         str, typer.Option(help="stream hears up to now, as a live session must; once hears the whole file first.")
@@ -78,6 +84,7 @@ def run(
     from model.checkpoint import load_models, random_models
     from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
     from model.image import load_image, resize_center_crop
+    from model.quantize import is_quantised
     from model.sampler import NUM_TIMESTEPS
     from model.text import tokenize
     from streaming.generator import ChunkGenerator
@@ -94,7 +101,8 @@ def run(
     if preset is None:
         preset = "flashtalk-14b" if device == "cuda" and checkpoint else "tiny"
     if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+        quantised = checkpoint is not None and is_quantised(checkpoint)
+        precision = "fp8" if quantised else "bf16" if device == "cuda" else "fp32"
     _choice("--device", device, ("cpu", "cuda"))
     _choice("--preset", preset, PRESETS)
     _choice("--precision", precision, PRECISIONS)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from model import dit, linear
 from profiling import e2e
 from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
+from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult
 from tests.small import SMALL
 
@@ -77,3 +79,26 @@ def test_frames_that_are_not_numbers_give_no_times() -> None:
     models.vae.conv2.bias.fill_(float("nan"))
     result, _ = run_variant(EAGER, models, 0, time.monotonic())
     assert (result.status, result.chunk, result.stages) == (WRONG, (), {})
+
+
+def test_the_published_form_is_the_same_student() -> None:
+    """Both chunks of two, the second of which has two known latent frames."""
+    states = []
+    for ours in (True, False):
+        runner = Runner(generating_models(SMALL, CPU, "fp32"), 0, ours)
+        for _ in range(2):
+            runner.chunk()
+        states.append(runner._state.motion)
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
+    with published():
+        assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.published"
+    assert dit.chunk_attention.__module__ == "kernels.attention"
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("precision", ["fp8", "fp8-attn"])
+def test_fp8_chunks_compile_without_a_break(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    variant = Variant(precision, precision, True, True, 60)
+    assert run(variant).status == OK

@@ -136,7 +136,7 @@ def test_spans_carry_the_agreed_names(models: Models) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 2e-1)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 2e-1), ("fp8", 4e-1), ("fp8-attn", 4e-1)])
 def test_gpu_draws_what_the_cpu_draws(
     precision: str, bound: float, conditions: Conditions, generator: ChunkGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +145,12 @@ def test_gpu_draws_what_the_cpu_draws(
     want, _ = collect(generator.chunk(conditions, generator.start(conditions, 3), window(1)))
     cuda, models = torch.device("cuda"), random_models(CONFIG, CPU, PRECISIONS["fp32"])
     for name, dtype in vars(PRECISIONS[precision]).items():
-        getattr(models, name).to(cuda, dtype)
+        if isinstance(dtype, torch.dtype):
+            getattr(models, name).to(cuda, dtype)
+    if (policy := PRECISIONS[precision].fp8) is not None:
+        models.dit.quantize(policy)
+    if PRECISIONS[precision].fp8_attention:
+        models.dit.attend_in_fp8()
     there = ChunkGenerator(replace(models, device=cuda), Spans(cuda))
     same = there.prepare(IMAGE, IDS)
     got, _ = collect(there.chunk(same, there.start(same, 3), window(1)))

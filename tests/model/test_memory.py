@@ -1,0 +1,158 @@
+"""GPU memory of the 14B system in FP8, counted without a GPU: tensors that have shapes, but no memory.
+
+What operations allocate inside, and convolutions' workspaces, is not counted; a GPU measures that (`profiling gpu`).
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import conv
+from model.audio import SpeechEncoder
+from model.config import FLASHTALK_14B, PRECISIONS
+from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
+from model.tensors import visiting
+from model.vae import VAE
+
+GIB = 2**30
+CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, of those made or seen while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            key = storage._cdata
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, key)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, int]:
+    """Bytes by what they are for, of the student with FP8 attention and of what surrounds it."""
+    dit, chunk = CONFIG.dit, CONFIG.chunk
+    frames, channels, rows, columns = CONFIG.latent_shape
+    found = {}
+    default = torch.get_default_dtype()
+    try:
+        with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), torch.inference_mode():
+            patch.setattr(conv, "_stacked", conv._volume)  # what runs on a GPU
+            found["speech"] = parameters(SpeechEncoder(CONFIG.audio))
+            torch.set_default_dtype(PRECISION.dit)
+            student, vae = DiT(dit), VAE(CONFIG.vae)
+            assert PRECISION.fp8 is not None
+            student.quantize(PRECISION.fp8)
+            student.attend_in_fp8()
+            found["visitors"] = parameters(*student.visitors())
+            found["student"] = parameters(student) - found["visitors"]
+            found["vae"] = parameters(vae)
+
+            def keys(*counts: int) -> Tensor:
+                return torch.empty(dit.num_layers, *counts, dit.num_heads, dit.head_dim)
+
+            real = torch.empty(1, dtype=torch.int32)
+            context = ContextKV(
+                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), real=real
+            )
+            audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
+            found["keys and values"] = sum(x.nbytes for x in (*context, *audio))
+            vectors = torch.empty(dit.num_layers, 6, dit.dim).float(), torch.empty(2, dit.dim).float()
+            rope = rope_table(CONFIG.grid, dit.head_dim)
+            condition = torch.empty(frames, dit.in_dim - channels, rows, columns)
+            student.blocks = student.blocks[:2]  # the others come after them, in the same memory
+            latents = torch.empty(CONFIG.latent_shape).float()
+
+            def denoise() -> object:
+                return student(latents, condition, Modulation(*vectors), rope, context, audio, known=2)
+
+            found["denoise"] = peak(denoise) - found["keys and values"]  # they are seen there, too
+            latent = torch.empty(frames, channels, rows, columns)
+            found["decode"] = peak(lambda: [len(x) for x in vae.decode(latent)]) - parameters(vae.decoder)
+            motion = torch.empty(chunk.motion_frames_num, 3, chunk.height, chunk.width)
+            found["motion"] = peak(lambda: [len(x) for x in vae.encode(motion)]) - parameters(vae.encoder)
+    finally:
+        torch.set_default_dtype(default)
+    return found
+
+
+def peak(run: Callable[[], object]) -> int:
+    with Live() as live:
+        run()
+    return live.peak
+
+
+def test_weights_and_a_whole_chunk_take_less_than_20_gib(counted: dict[str, int]) -> None:
+    stay = sum(counted[name] for name in ("student", "vae", "speech", "keys and values"))
+    assert stay + max(counted[name] for name in ("denoise", "decode", "motion")) < 20 * GIB
+
+
+def test_where_the_memory_is(counted: dict[str, int]) -> None:
+    """The numbers the documentation gives, in GiB; a count of operations that are eager, not compiled."""
+    assert {name: round(size / GIB, 1) for name, size in counted.items()} == {
+        "speech": 0.4,
+        "visitors": 8.3,
+        "student": 13.8,
+        "vae": 0.2,
+        "keys and values": 0.8,
+        "denoise": 0.9,
+        "decode": 4.1,
+        "motion": 2.6,
+    }
+
+
+def test_the_students_eight_bit_weights_are_nearly_all_of_it(counted: dict[str, int]) -> None:
+    dim, wide = CONFIG.dit.dim, CONFIG.dit.ffn_dim
+    products = CONFIG.dit.num_layers * (8 * dim * dim + 2 * dim * wide)
+    assert 0.9 < products / counted["student"] < 1
+    assert math.isclose(products, 14.05e9, rel_tol=1e-2)
+
+
+def test_what_visits_goes_home_whatever_happens() -> None:
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    home = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
+
+    def fail() -> None:
+        with torch.inference_mode(), visiting(torch.device("meta"), layer, norm):
+            assert all(x.is_meta for x in (*layer.parameters(), *norm.buffers()))
+            assert layer(torch.ones(2, 4, device="meta")).shape == (2, 4)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    after = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
+    assert all(x is y for x, y in zip(home, after, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_visitors_leave_no_memory_behind() -> None:
+    layer, x = nn.Linear(1024, 1024), torch.randn(2, 1024)
+    want, before = layer(x), torch.cuda.memory_allocated()
+    with torch.inference_mode(), visiting(torch.device("cuda"), layer):
+        torch.testing.assert_close(layer(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+    assert torch.cuda.memory_allocated() == before
