@@ -21,7 +21,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -50,23 +50,17 @@ SAMPLE, OUTLIER = 64, 30.0  # rows that errors are measured on, and how much lar
 
 
 class Official:
-    """The student's tensors in official shards, read by name, one at a time."""
+    """The student's tensors in official shards, read by name, one at a time: no file stays mapped."""
 
-    def __init__(self, shards: list[Path]) -> None:
-        self.shards = shards
-        self._stack, self._files = ExitStack(), {}
-        for path in shards:
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.shards = tuple(paths)
+        self._files: dict[str, Path] = {}
+        for path in paths:
             try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._files |= dict.fromkeys(file.keys(), (path, file))
+                with safe_open(path, framework="pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
-
-    def __enter__(self) -> "Official":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
 
     @property
     def quantised(self) -> bool:
@@ -87,8 +81,9 @@ class Official:
     def _tensor(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
         if name not in self._files:
             raise UserError(f"{self.shards[0].parent}: tensor {name} {list(shape or ())} missing")
-        path, file = self._files[name]
-        tensor = file.get_tensor(name)
+        path = self._files[name]
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise UserError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
@@ -248,13 +243,12 @@ def load(dit: DiT, folder: Path, device: torch.device) -> None:
 
 def load_official(dit: DiT, paths: list[Path], policy: FP8Policy, dtype: torch.dtype, device: torch.device) -> None:
     """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`."""
-    with Official(paths) as source:
-        for part in quantised(source, dit, policy, dtype, device):
-            layer = dit.get_submodule(part.module)
-            for name, tensor in part.tensors.items():
-                place(dit, name, tensor.to(device))
-            if isinstance(layer, Linear) and not layer.fp8:
-                layer.fuse()
+    for part in quantised(Official(paths), dit, policy, dtype, device):
+        layer = dit.get_submodule(part.module)
+        for name, tensor in part.tensors.items():
+            place(dit, name, tensor.to(device))
+        if isinstance(layer, Linear) and not layer.fp8:
+            layer.fuse()
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
@@ -286,6 +280,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors lets nobody else read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -347,8 +342,7 @@ def run(
         raise UserError(f"{checkpoint / 'config.json'}: {error}") from error
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); name another folder") from error
-    with Official(paths) as source:
-        manifest = write(source, out, config, FP8Policy(), device)
+    manifest = write(Official(paths), out, config, FP8Policy(), device)
     copy_rest(checkpoint, out, paths)
     print(table(manifest))
 

@@ -206,8 +206,7 @@ def test_refusals_in_one_line(
 def test_a_layer_with_too_large_an_error_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     policy = FP8Policy(("blocks.*.ffn.*",), max_error=0.03)
-    with Official(shards(folder)) as source:
-        values = write(source, tmp_path / "out", SMALL.dit, policy)
+    values = write(Official(shards(folder)), tmp_path / "out", SMALL.dit, policy)
     assert not any(layer["fp8"] for layer in values["layers"].values())
     dit = student(tmp_path / "out")
     assert all(layer.fused and not layer.fp8 for layer in dit.modules() if isinstance(layer, Linear))

@@ -13,6 +13,7 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from model.config import PRECISIONS, FP8Policy
 from model.dit import Block, DiT, resize_masks, rope_table
@@ -24,9 +25,11 @@ Outputs = list[Tensor]  # of each block, and of the whole
 
 def forward(case: Case, dit: DiT) -> Outputs:
     outputs: Outputs = []
-    hooks = [
-        block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in dit.blocks
-    ]
+
+    def note(_block: Module, _inputs: object, output: Tensor) -> None:
+        outputs.append(output)
+
+    hooks = [block.register_forward_hook(note) for block in dit.blocks]
     latent = frames_first(case["in.latent"])
     _, p, q = dit.config.patch_size
     grid = (latent.shape[0], latent.shape[2] // p, latent.shape[3] // q)
