@@ -341,7 +341,7 @@ def _parameters(
 ) -> dict[str, Any]:
     """Launch parameters: those given, or tuned ones, or the default."""
     tuned = lookup(
-        operation, dims, NAMES[x.dtype], x.device, "triton", equal=("channels",) if "channels" in dims else ()
+        operation, dims, NAMES[x.dtype], x.device, ("triton",), equal=("channels",) if "channels" in dims else ()
     )
     return {**default, **(launch or (tuned.launch if tuned else {}))}
 

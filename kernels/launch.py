@@ -107,18 +107,18 @@ def lookup(
     dims: Mapping[str, int],
     dtype: str,
     device: str | torch.device,
-    backend: str | None = None,
+    among: Collection[str] = (),
     equal: Collection[str] = (),
 ) -> Choice | None:
     """The fastest back-end for that shape on that device and its parameters; None if nothing suitable was measured.
 
-    `backend` asks for the parameters of that one instead. Dimensions named in `equal` must be those of the entry, such
-    as a head size that a kernel is compiled for; the others may be near. `dtype` is a case's: "bf16", "fp8".
+    `among` leaves only these back-ends to choose from. Dimensions named in `equal` must be those of the entry, such as
+    a head size that a kernel is compiled for; the others may be near. `dtype` is a case's: "bf16", "fp8".
     """
     device = torch.device(device)
     if device.type != "cuda":
         return None  # references run there
-    return _lookup(gpu(device), operation, tuple(dims.items()), dtype, backend, tuple(equal))
+    return _lookup(gpu(device), operation, tuple(dims.items()), dtype, tuple(among), tuple(equal))
 
 
 @cache  # a launch must not wait for a search
@@ -127,11 +127,11 @@ def _lookup(
     operation: str,
     dims: tuple[tuple[str, int], ...],
     dtype: str,
-    backend: str | None,
+    among: tuple[str, ...],
     equal: tuple[str, ...],
 ) -> Choice | None:
     table = _table_of(gpu)
-    return None if table is None else choose(table, operation, dict(dims), dtype, backend, equal)
+    return None if table is None else choose(table, operation, dict(dims), dtype, among, equal)
 
 
 @cache
@@ -144,7 +144,7 @@ def choose(
     operation: str,
     dims: Mapping[str, int],
     dtype: str,
-    backend: str | None = None,
+    among: Collection[str] = (),
     equal: Collection[str] = (),
 ) -> Choice | None:
     """`lookup` in a table; of several nearest entries the first."""
@@ -153,12 +153,13 @@ def choose(
         for entry in table.entries
         if (entry.operation, entry.dtype, entry.dims.keys()) == (operation, dtype, dims.keys())
         and all(entry.dims[name] == dims[name] for name in equal)
-        and (backend is None or backend in entry.seconds)
+        and (not among or any(name in entry.seconds for name in among))
     ]
     if not fitting:
         return None
     nearest = min(fitting, key=lambda entry: distance(entry.dims, dims))
-    chosen = backend or nearest.backend
+    measured = [name for name in among if name in nearest.seconds]
+    chosen = min(measured, key=lambda name: nearest.seconds[name]) if among else nearest.backend
     return Choice(chosen, nearest.launch.get(chosen, {}))
 
 

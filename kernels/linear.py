@@ -227,7 +227,8 @@ def launch_library(
         wide = torch.bfloat16  # all that it gives with a scale for each row
         bias = bias if bias is None else bias.to(wide)
         x_scale, w_scale = scales[0][:, None], scales[1][None]
-        y = product(x, w.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=wide, use_fast_accum=True)
+        fast = x.shape[1] < LONG
+        y = product(x, w.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=wide, use_fast_accum=fast)
     else:
         y = F.linear(x, w, bias if bias is None else bias.to(x.dtype))
     y = _finish(y, epilogue._replace(bias=None))
@@ -270,10 +271,8 @@ def launch(
     That is the library in 16 bits and the Triton kernel in FP8.
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-    choice = choice or lookup("linear", dims, "fp8" if scales else NAMES[x.dtype], x.device)
-    wanted = "triton" if scales else "library"
-    if choice is not None:  # a peer that was fastest is the library
-        wanted = choice.backend if choice.backend in FORMS else "library"
+    choice = choice or lookup("linear", dims, "fp8" if scales else NAMES[x.dtype], x.device, among=FORMS)
+    wanted = choice.backend if choice is not None else "triton" if scales else "library"
     if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, w, dtype, epilogue.residual)):
         wanted = "triton"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None

@@ -263,7 +263,7 @@ def launch_rows(
     rows, columns = x.shape
     operation = "layer_norm_modulate" if norm else "quantize_rows"
     dtype = "fp8" if fp8 else NAMES[x.dtype]
-    tuned = lookup(operation, {"rows": rows, "columns": columns}, dtype, x.device, "triton")
+    tuned = lookup(operation, {"rows": rows, "columns": columns}, dtype, x.device, ("triton",))
     parameters = {**ROWS, **(launch or (tuned.launch if tuned else {}))}
     out = x.new_empty(x.shape, dtype=(FP8 if x.is_cuda else torch.float32) if fp8 else x.dtype)
     scale = x.new_empty(rows if fp8 else 0, dtype=torch.float32)
@@ -290,7 +290,7 @@ def launch_norm_rope(
     The interpreter cannot round to e4m3; there, q_scale being on the CPU, the results stay float32.
     """
     tokens, heads, d = q.shape
-    tuned = lookup("rms_norm_rope", {"tokens": tokens, "heads": heads, "channels": d}, "bf16", q.device, "triton")
+    tuned = lookup("rms_norm_rope", {"tokens": tokens, "heads": heads, "channels": d}, "bf16", q.device, ("triton",))
     parameters: dict[str, Any] = {**DEFAULT, **(launch or (tuned.launch if tuned else {}))}
     parameters |= {"FP8": fp8 is not None, "D": d, "BLOCKS": triton.cdiv(heads, parameters["BLOCK_H"])}
     dtype = q.dtype if fp8 is None else FP8 if q.is_cuda else torch.float32

@@ -78,25 +78,18 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return _settle(
-            Models(
-                config,
-                build(student, precision.dit),
-                build(lambda: VAE(config.vae), precision.vae),
-                build(lambda: TextEncoder(config.text), precision.text),
-                build(lambda: ImageEncoder(config.image), precision.image),
-                build(lambda: SpeechEncoder(config.audio), precision.audio),
-                device,
-                None,
-            )
+        models = Models(
+            config,
+            build(student, precision.dit),
+            build(lambda: VAE(config.vae), precision.vae),
+            build(lambda: TextEncoder(config.text), precision.text),
+            build(lambda: ImageEncoder(config.image), precision.image),
+            build(lambda: SpeechEncoder(config.audio), precision.audio),
+            device,
+            None,
         )
-
-
-def _settle(models: Models) -> Models:
-    """Sends home what only visits a GPU."""
-    if models.device.type != "cpu":
-        for module in (models.text, models.image, *models.dit.visitors()):
-            module.to("cpu")
+    for module in (models.text, models.image, *models.dit.visitors().values()):
+        module.to("cpu")
     return models
 
 
@@ -126,27 +119,26 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     with torch.device("meta"):
         dit, vae, text = DiT(config.dit), VAE(config.vae), TextEncoder(config.text)
         image, audio = ImageEncoder(config.image), _speech_encoder(config.audio, audio_folder)
+    visitors = dit.visitors()
     if quantised:
-        quantize.load(dit, folder, device)
+        quantize.load(dit, folder, device, visitors)
     elif precision.fp8 is not None:
-        quantize.load_official(dit, weights, precision.fp8, precision.dit, device)
+        quantize.load_official(dit, weights, precision.fp8, precision.dit, device, visitors)
     else:
-        fill(dit, dit.slots(), safetensors_of(weights, device), folder, device, precision.dit)
+        fill(dit, dit.slots(), safetensors_of(weights, device), folder, device, precision.dit, visitors)
     if precision.fp8_attention:
         dit.attend_in_fp8()
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not unused(name, config.image))
-    return _settle(
-        Models(
-            config,
-            dit.requires_grad_(False).eval(),
-            place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae),
-            place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, home, precision.text),
-            place(image, image.slots(), pixels, folder / IMAGE_FILE, home, precision.image),
-            place(audio, audio.slots(), speech, audio_folder, device, precision.audio),
-            device,
-            folder,
-        )
+    return Models(
+        config,
+        dit.requires_grad_(False).eval(),
+        place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae),
+        place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, home, precision.text),
+        place(image, image.slots(), pixels, folder / IMAGE_FILE, home, precision.image),
+        place(audio, audio.slots(), speech, audio_folder, device, precision.audio),
+        device,
+        folder,
     )
 
 

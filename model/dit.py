@@ -192,9 +192,9 @@ class CrossAttention(nn.Module):
         self.kv, self.kv_img = (Linear(config.dim, 2 * config.dim) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
 
-    def context_modules(self) -> tuple[nn.Module, ...]:
+    def context_modules(self) -> dict[str, nn.Module]:
         """What only `embed` needs."""
-        return self.kv, self.kv_img, self.norm_k, self.norm_k_img
+        return {name: getattr(self, name) for name in ("kv", "kv_img", "norm_k", "norm_k_img")}
 
     def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This block's keys and values [key, head, d] of the embedded text [text_len, D] and image [img_tokens, D]."""
@@ -418,10 +418,14 @@ class DiT(nn.Module):
                 else:
                     layer.fuse()
 
-    def visitors(self) -> list[nn.Module]:
+    def visitors(self) -> dict[str, nn.Module]:
         """What only `embed_context` and `modulate` need, a quarter of the parameters: may be elsewhere, then visits."""
-        projections = [module for block in self._blocks for module in block.cross_attn.context_modules()]
-        return [self.text_embedding, self.img_emb, self.time_embedding, self.time_projection, *projections]
+        found = {
+            name: getattr(self, name) for name in ("text_embedding", "img_emb", "time_embedding", "time_projection")
+        }
+        for i, block in enumerate(self._blocks):
+            found |= {f"blocks.{i}.cross_attn.{name}": x for name, x in block.cross_attn.context_modules().items()}
+        return found
 
     def attend_in_fp8(self) -> None:
         """From now on, self-attention multiplies in FP8: faster, and off by about 5 % of its output."""
@@ -445,7 +449,7 @@ class DiT(nn.Module):
             embedded, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
         blocks = []
         for attention in (block.cross_attn for block in self._blocks):
-            with visiting(padded.device, *attention.context_modules()):
+            with visiting(padded.device, *attention.context_modules().values()):
                 blocks.append(attention.embed(embedded, image))
         real = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
         return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), real=real)

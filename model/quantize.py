@@ -215,8 +215,8 @@ def is_quantised(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def load(dit: DiT, folder: Path, device: torch.device) -> None:
-    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`.
+def load(dit: DiT, folder: Path, device: torch.device, home: Collection[str] = ()) -> None:
+    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`, or where `home` says.
 
     Raises `UserError`, naming the file, if the folder is not finished, or a shard is missing, damaged or another one.
     """
@@ -238,15 +238,25 @@ def load(dit: DiT, folder: Path, device: torch.device) -> None:
             layers.pop(name).quantize()
     for layer in layers.values():
         layer.fuse()
-    fill(dit, own_slots(dit), safetensors_of(paths, device), folder, device, None)
+    fill(dit, own_slots(dit), safetensors_of(paths, device), folder, device, None, home)
 
 
-def load_official(dit: DiT, paths: list[Path], policy: FP8Policy, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`."""
+def load_official(
+    dit: DiT,
+    paths: list[Path],
+    policy: FP8Policy,
+    dtype: torch.dtype,
+    device: torch.device,
+    home: Collection[str] = (),
+) -> None:
+    """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`.
+
+    Submodules named in `home` go to the host's memory.
+    """
     for part in quantised(Official(paths), dit, policy, dtype, device):
         layer = dit.get_submodule(part.module)
         for name, tensor in part.tensors.items():
-            place(dit, name, tensor.to(device))
+            place(dit, name, tensor if part.module.startswith(tuple(home)) else tensor.to(device))
         if isinstance(layer, Linear) and not layer.fp8:
             layer.fuse()
 

@@ -1,7 +1,7 @@
 """Tensors from files into modules: shards of safetensors, and what goes where; and modules that only visit a device."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,15 @@ def fill(
     source: Path | str,
     device: torch.device,
     dtype: torch.dtype | None,
+    home: Collection[str] = (),
 ) -> None:
     """Replaces the parameters of `module` by official tensors, as `slots` says, on `device` in `dtype`, or their own.
 
-    `tensors` yields (official name, tensor); `source` is what errors call them by.
+    `tensors` yields (official name, tensor); `source` is what errors call them by. Submodules named in `home` go to the
+    host's memory.
     """
+    resident = tuple(f"{name}." for name in home)
+
     missing = dict(slots)
     for name, tensor in tensors:
         slot = missing.pop(name, None)
@@ -34,13 +38,14 @@ def fill(
             raise UserError(f"{source}: tensor {name} {list(tensor.shape)} {what}")
         if tuple(tensor.shape) != slot.shape:
             raise UserError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
+        there = torch.device("cpu") if slot.names[0].startswith(resident) else device
         if slot.start is not None:
-            _fill_rows(module, slot, tensor, device, dtype or tensor.dtype)
+            _fill_rows(module, slot, tensor, there, dtype or tensor.dtype)
             continue
         parts = tensor.chunk(len(slot.names)) if len(slot.names) > 1 else (tensor,)
         for part, target in zip(parts, slot.names, strict=True):
             shape = module.get_parameter(target).shape
-            placed = part.reshape(shape).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            placed = part.reshape(shape).to(there, dtype, copy=True, memory_format=torch.contiguous_format)
             place(module, target, placed)
     if missing:
         name, slot = next(iter(missing.items()))
@@ -52,7 +57,7 @@ def _fill_rows(module: nn.Module, slot: Slot, tensor: Tensor, device: torch.devi
     """Fills the slot's rows of its parameter, which gets its memory with the first of them."""
     target, start = slot.names[0], slot.start
     parameter = module.get_parameter(target)
-    if (parameter.device, parameter.dtype) != (device, dtype):
+    if (parameter.device.type, parameter.dtype) != (device.type, dtype):
         parameter = place(module, target, torch.empty(parameter.shape, device=device, dtype=dtype))
     parameter.data[start:][: len(tensor)] = tensor.to(device, dtype)
 

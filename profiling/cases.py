@@ -49,6 +49,7 @@ from kernels.cross_attention import (
     text_image_attention,
 )
 from kernels.launch import Choice, Launch
+from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
 from kernels.schedule import spans
 from model.config import PRESETS, Config
@@ -541,8 +542,8 @@ def ours_linear(form: str, fp8: bool) -> Backend:
         (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
         return lambda: linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
 
-    space = {"gluon": linear_space, "triton": linear_space_triton}[form]
-    return Backend(form, prepare, True, CUDA, None, launch, space)
+    space = {"gluon": partial(linear_space, fp8), "triton": partial(linear_space_triton, fp8)}.get(form)
+    return Backend(form, prepare, True, CUDA, None, launch if space else None, space)
 
 
 def operand(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -550,12 +551,11 @@ def operand(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
 
 
-def linear_space(dims: Dims) -> Iterator[dict[str, Any]]:
+def linear_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the form for Hopper; tiles are cut where the last round of programs tells."""
     few = dims["rows"] * dims["outputs"] < 512 * 128 * 256
-    for (consumers, block_n, stages), width, promoted in itertools.product(
-        ((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16), (0, 1)
-    ):
+    promoted = int(fp8 and dims["inputs"] >= LONG)  # a matter of accuracy, not of speed
+    for (consumers, block_n, stages), width in itertools.product(((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16)):
         for split in (0, 1) if few else (0,):
             yield {
                 "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width, "PROMOTED": promoted,
@@ -563,12 +563,13 @@ def linear_space(dims: Dims) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def linear_space_triton(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for any GPU; bytes of a stage's row are 128 in 8 bits as in 16."""
-    for (block_n, promoted, stages), width in itertools.product(((256, 0, 3), (128, 0, 4), (128, 1, 4)), (4, 8, 16)):
+def linear_space_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for any GPU: as many bytes of a stage's row in 8 bits as in 16."""
+    promoted = int(fp8 and dims["inputs"] >= LONG)
+    for block_n, width in itertools.product((128,) if promoted or not fp8 else (128, 256), (4, 8, 16)):
         yield {
-            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_N": width, "PROMOTED": promoted,
-            "num_warps": 8, "num_stages": stages,
+            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width, "PROMOTED": promoted,
+            "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
         }  # fmt: skip
 
 
@@ -585,13 +586,11 @@ LINEAR = Operation(
     {
         "fp32": (Backend("eager", once(F.linear), ours=True),),
         "bf16": (
-            Backend("eager", once(F.linear), ours=True),
-            ours_linear("gluon", fp8=False),
-            ours_linear("triton", fp8=False),
+            *(ours_linear(form, fp8=False) for form in linear.FORMS),
+            Backend("eager", once(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            ours_linear("gluon", fp8=True),
-            ours_linear("triton", fp8=True),
+            *(ours_linear(form, fp8=True) for form in linear.FORMS),
             Backend("scaled-mm-row", prepare_scaled_mm),
         ),
     },

@@ -211,7 +211,9 @@ def main() -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _fail("the GPU has too little free memory (flashtalk-14b needs about 51 GB in bf16, twice that in fp32)")
+        return _fail(
+            "the GPU has too little free memory: flashtalk-14b needs 36 GB in bf16, 21 GB in fp8, by arithmetic"
+        )
     except _Interrupted:
         print("interrupted: what was made so far is kept", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """The student: names and shapes at full size, tables, independence of its parts, errors. Numbers: tests/parity."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.norm import layer_norm_modulate
-from model.config import DiTConfig
+from model.config import DiTConfig, FP8Policy
 from model.dit import AudioKV, DiT, group_audio, rope_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -203,3 +204,30 @@ def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int
     for block in dit.blocks:
         block.compile(fullgraph=True)
     torch.testing.assert_close(run(dit, "cuda", 1), eager, rtol=bound, atol=bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("speakers", [1, 2])
+@torch.inference_mode()
+def test_gpu_student_in_fp8_is_the_cpus(attention: bool, speakers: int) -> None:
+    """The same e4m3 weights through the kernels, the stream in bf16, and as the CPU has it, the stream in float32."""
+    torch.manual_seed(0)
+    config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
+    dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
+    x["audio"] = x["audio"].expand(speakers, -1, -1, -1, -1) + torch.randn(speakers, 1, 1, 1, 1)
+    masks = torch.zeros(3, 20)
+    masks[0, :7] = masks[1, 7:12] = masks[2, 12:] = 1
+    outputs = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        student = copy.deepcopy(dit).to(device, dtype)
+        student.quantize(FP8Policy())
+        if attention:
+            student.attend_in_fp8()
+        on = {name: value.to(device) for name, value in x.items()}
+        context, audio = student.embed_context(on["text"], on["image"]), student.embed_audio(on["audio"])
+        rope, modulation = rope_table((3, 4, 5), config.head_dim, device), student.modulate(625.0)
+        people = masks.to(device) if speakers == 2 else None
+        outputs.append(student(on["latent"], on["condition"], modulation, rope, context, audio, people).cpu())
+    want, got = outputs
+    assert torch.linalg.norm(got - want) < 8e-2 * torch.linalg.norm(want)

@@ -69,7 +69,7 @@ def counted() -> dict[str, int]:
             assert PRECISION.fp8 is not None
             student.quantize(PRECISION.fp8)
             student.attend_in_fp8()
-            found["visitors"] = parameters(*student.visitors())
+            found["visitors"] = parameters(*student.visitors().values())
             found["student"] = parameters(student) - found["visitors"]
             found["vae"] = parameters(vae)
 

@@ -395,6 +395,6 @@ def test_a_triton_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
     table = read(path)
     assert to_json(table) == path.read_text()
     dims = {"queries": 21, "keys": 84, "heads": 1, "channels": 16}
-    tuned = choose(table, "tune_attention", dims, "fp32", "triton", equal=["channels"])
+    tuned = choose(table, "tune_attention", dims, "fp32", ["triton"], equal=["channels"])
     assert tuned is not None
     assert dict(tuned.launch) in list(attention_kernel.space(dims))
