@@ -6,7 +6,7 @@ last input frames of every convolution in time, None at the start of a clip. Ste
 handing one in twice gives the same result twice. Shapes below are of one step: T frames in, and T varies by layer.
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
-the dtype of the parameters; only the norms' statistics are at least float32.
+the dtype of the parameters; norms and SiLU are computed in float32 or wider.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.conv import causal_conv3d, conv3d
+from kernels.pixel_norm import pixel_norm
 from model.config import VAEConfig
 
 State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
@@ -52,10 +53,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A fresh tensor like x [T, C, H, W]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
-        scale = self.gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5
-        return (x / norm).mul_(scale).to(x.dtype)
+        return pixel_norm(x, self.gamma)
+
+
+def norm_silu_conv(norm: nn.Module, conv: nn.Module, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Norm, SiLU, causal 3 x 3 x 3 convolution: x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past.
+
+    The past is of the convolution's own input; norm and SiLU put it in front of theirs.
+    """
+    assert isinstance(norm, RMSNorm)
+    assert isinstance(conv, CausalConv3d)
+    clip = pixel_norm(x, norm.gamma, True, past)
+    if past is None:
+        return conv(clip, None)
+    return conv3d(clip, conv.weight, conv.bias), clip[-2:].clone()  # a view would keep all of the clip alive
 
 
 class Head(nn.ModuleDict):
@@ -66,7 +77,8 @@ class Head(nn.ModuleDict):
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past."""
-        return self["2"](F.silu(self["0"](x), inplace=True), past)
+        norm, conv = self.values()
+        return norm_silu_conv(norm, conv, x, past)
 
 
 class ResidualBlock(nn.Module):
@@ -88,8 +100,8 @@ class ResidualBlock(nn.Module):
         """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
         past1, past2 = state or (None, None)
         norm1, conv1, norm2, conv2 = self.residual.values()
-        y, past1 = conv1(F.silu(norm1(x), inplace=True), past1)
-        y, past2 = conv2(F.silu(norm2(y), inplace=True), past2)
+        y, past1 = norm_silu_conv(norm1, conv1, x, past1)
+        y, past2 = norm_silu_conv(norm2, conv2, y, past2)
         y += x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
         return y, (past1, past2)
 

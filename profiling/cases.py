@@ -51,6 +51,7 @@ from kernels.cross_attention import (
 from kernels.launch import Choice, Launch
 from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
+from kernels.pixel_norm import launch_pixel_norm, pixel_norm
 from kernels.schedule import spans
 from model.config import PRESETS, Config
 from model.dit import rotate
@@ -1051,6 +1052,17 @@ def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> T
     return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
 
 
+def norm_silu_launch(x: Tensor, gamma: Tensor, launch: Launch | None = None) -> Tensor:
+    """Our kernel."""
+    return launch_pixel_norm(x, gamma, True, launch=launch)
+
+
+def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Pixels a program, warps."""
+    for pixels, warps in itertools.product((4, 8, 16, 32), (4, 8)):
+        yield {"PIXELS": pixels, "num_warps": warps}
+
+
 NORM_SILU = Operation(
     "norm_silu",
     lambda d, draw: (
@@ -1060,7 +1072,15 @@ NORM_SILU = Operation(
     norm_silu,
     lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(norm_silu, ANYWHERE)),
+    {
+        dtype: (
+            Backend("eager", once(partial(pixel_norm, silu=True)), ours=True, devices=("cpu",)),
+            triton(dtype, norm_silu_launch, norm_silu_space),
+            Backend("torch", once(norm_silu)),
+            Backend("torch-compiled", compiled(norm_silu), devices=ANYWHERE),
+        )
+        for dtype in ("fp32", "bf16")
+    },
     products=False,
 )
 

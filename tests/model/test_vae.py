@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import model.vae
 from model.config import VAEConfig, from_official
 from model.vae import VAE
 
@@ -222,7 +223,7 @@ def test_interleaved_clips_do_not_meet():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_format_and_dtype(dtype):
+def test_memory_format_and_dtype(dtype, monkeypatch):
     torch.manual_seed(5)
     vae = VAE(VAEConfig(dim=8)).to(dtype)
     seen = []
@@ -231,9 +232,19 @@ def test_memory_format_and_dtype(dtype):
         x = output[0] if isinstance(output, tuple) else output
         seen.append(x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last))
 
+    def checked(function):
+        def call(*arguments, **more):
+            output = function(*arguments, **more)
+            check(function, arguments, output)
+            return output
+
+        return call
+
     for module in vae.modules():
         if not isinstance(module, VAE):
             module.register_forward_hook(check)
+    for name in ("pixel_norm", "conv3d", "causal_conv3d"):
+        monkeypatch.setattr(f"model.vae.{name}", checked(getattr(model.vae, name)))
     state = None
     for latent in torch.randn(3, 16, 2, 3).to(dtype).split(1):
         frames, state = vae.decode_step(latent, state)

@@ -1,0 +1,58 @@
+"""The kernel of the VAE's norm and SiLU against its definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.pixel_norm import launch_pixel_norm, reference
+from profiling.bench import poisoned_memory
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is not written is NaN."""
+    with poisoned_memory():
+        yield
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 4), st.sampled_from([2, 3, 16, 24, 96]), st.integers(1, 5), st.integers(1, 5),
+    st.sampled_from([None, 1, 2]), st.booleans(), st.sampled_from([1, 4, 16]), st.integers(0, 99),
+)  # fmt: skip
+def test_norm_and_silu_behind_past_frames(frames, channels, rows, columns, before, silu, block, seed):
+    """Frames that no tile divides, sizes of one pixel, channels that are no power of two."""
+    torch.manual_seed(seed)
+    x, gamma = pixels(frames, channels, rows, columns), 1 + torch.randn(channels) / 4
+    past = None if before is None else pixels(before, channels, rows, columns)
+    y = launch_pixel_norm(x, gamma, silu, past, {"PIXELS": block, "num_warps": 4})
+    expected = reference(x.double(), gamma.double(), silu, None if past is None else past.double())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    if past is not None:
+        assert torch.equal(y[: len(past)], past)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e15])
+def test_pixels_of_any_size(scale):
+    """A pixel of zeros stays one; one whose squares a float32 does not hold is divided by the least norm there is."""
+    x, gamma = scale * pixels(1, 8, 2, 3), torch.ones(8)
+    y = launch_pixel_norm(x, gamma, True)
+    assert y.isfinite().all()
+    if scale == 1e15:
+        torch.testing.assert_close(y.double(), reference(x.double(), gamma.double(), True, None), rtol=1e-5, atol=1e-6)
+    else:
+        assert y.abs().max() < 1e-6
+
+
+def test_half_precision():
+    x, gamma, past = pixels(2, 12, 3, 4).half(), torch.randn(12).half(), pixels(2, 12, 3, 4).half()
+    y = launch_pixel_norm(x, gamma, True, past)
+    expected = reference(x.double(), gamma.double(), True, past.double())
+    torch.testing.assert_close(y, expected.half(), rtol=2e-3, atol=1e-3)

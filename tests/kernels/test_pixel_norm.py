@@ -1,0 +1,74 @@
+"""The VAE's norm and SiLU: on the CPU, as torch sees them, and on a GPU. The kernel: `interpreted/pixel_norm.py`."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import pixel_norm as module
+from kernels.pixel_norm import pixel_norm, reference
+from profiling.bench import poisoned_memory
+
+
+def pixels(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("silu", [False, True])
+def test_is_the_definition(dtype, silu):
+    x, gamma, past = pixels(3, 6, 4, 5).to(dtype), torch.randn(6, 1, 1, 1).to(dtype), pixels(2, 6, 4, 5).to(dtype)
+    y = pixel_norm(x, gamma, silu, past)
+    expected = F.normalize(x.double(), dim=1) * 6**0.5 * gamma.double().view(-1, 1, 1)
+    expected = torch.cat([past.double(), F.silu(expected) if silu else expected])
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=close, atol=close)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y[2:], pixel_norm(x, gamma, silu))
+
+
+def test_opcheck():
+    x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
+    torch.library.opcheck(module._pixel_norm, (x, gamma, True, past))
+    torch.library.opcheck(module._pixel_norm, (x, gamma, False, None))
+
+
+def test_compiles_without_a_break():
+    x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
+    whole = torch.compile(pixel_norm, fullgraph=True)
+    torch.testing.assert_close(whole(x, gamma, True, past), pixel_norm(x, gamma, True, past))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("x", torch.zeros(4, 5), "x: shape [4, 5], wanted [frames, channels, rows, columns]"),
+        ("x", torch.zeros(2, 6, 4, 5), "x: strides (120, 20, 5, 1) for shape [2, 6, 4, 5], wanted channels-last"),
+        ("gamma", torch.ones(5), "gamma: shape [5], wanted [6], contiguous"),
+        ("gamma", torch.ones(6, device="meta"), "gamma: on meta, wanted cpu, where x is"),
+        ("past", pixels(2, 6, 4, 4), "past: torch.float32 [2, 6, 4, 4], wanted torch.float32 ['frames', 6, 4, 5]"),
+        ("past", pixels(2, 6, 4, 5).half(), "past: torch.float16 [2, 6, 4, 5], wanted torch.float32"),
+        ("past", torch.zeros(2, 6, 4, 5), "past: strides (120, 20, 5, 1)"),
+        ("gamma", torch.ones(6, requires_grad=True), "gamma: requires a gradient"),
+    ],
+)
+def test_bad_arguments(name, value, words):
+    given: dict[str, Any] = {"x": pixels(2, 6, 4, 5), "gamma": torch.ones(6), "past": pixels(2, 6, 4, 5)}
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        pixel_norm(**given | {name: value})
+    assert words in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 192, 384, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("before", [None, 2])
+def test_gpu(channels, dtype, before):
+    x, gamma = pixels(4, channels, 33, 21, device="cuda").to(dtype), torch.randn(channels, device="cuda").to(dtype)
+    past = None if before is None else pixels(before, channels, 33, 21, device="cuda").to(dtype)
+    with poisoned_memory():
+        y = pixel_norm(x, gamma, True, past)
+    expected = reference(x.double(), gamma.double(), True, None if past is None else past.double())
+    assert (y.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
