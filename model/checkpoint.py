@@ -90,6 +90,7 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
         )
     for module in (models.text, models.image, *models.dit.visitors().values()):
         module.to("cpu")
+    models.vae.lay_out()
     return models
 
 
@@ -130,10 +131,12 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
         dit.attend_in_fp8()
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not unused(name, config.image))
+    place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae)
+    vae.lay_out()
     return Models(
         config,
         dit.requires_grad_(False).eval(),
-        place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae),
+        vae,
         place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, home, precision.text),
         place(image, image.slots(), pixels, folder / IMAGE_FILE, home, precision.image),
         place(audio, audio.slots(), speech, audio_folder, device, precision.audio),

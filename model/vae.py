@@ -227,6 +227,13 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
+    def lay_out(self) -> None:
+        """Lays the weights out as the library's convolutions on channels-last memory want them: not anew in each call."""
+        for weight in self.parameters():
+            if weight.ndim in (4, 5):
+                last = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+                weight.data = weight.data.contiguous(memory_format=last)
+
     def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next latent frame (mean, normalised) and the state after it.
 

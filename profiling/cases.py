@@ -35,7 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import attention, cross_attention, linear, norm
 from kernels.attention import chunk_attention, chunk_attention_fp8
-from kernels.color import lab_statistics, lab_transfer
+from kernels.color import lab_statistics, lab_transfer, launch_transfer
+from kernels.color import reference as lab_reference
 from kernels.conv import causal_conv3d
 from kernels.conv import reference as causal_conv3d_reference
 from kernels.cross_attention import (
@@ -1084,16 +1085,41 @@ NORM_SILU = Operation(
     products=False,
 )
 
+
+def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernels; pixels and bytes."""
+    return launch_transfer(pixels, mean, std, 1.0, launch)
+
+
+def prepare_transfer(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Call:
+    """Nothing is prepared."""
+    return partial(launch_lab, pixels, mean, std, launch)
+
+
+def lab_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Pixels a program, warps."""
+    for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
+        yield {"BLOCK": block, "num_warps": warps}
+
+
 LAB_TRANSFER = Operation(
     "lab_transfer",
     lambda d, draw: (
         draw(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
         *lab_statistics(draw(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
     ),
-    lab_transfer,
+    partial(lab_reference, strength=1.0),
     lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
     lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
-    {"fp32": eager_and_compiled(lab_transfer, ANYWHERE)},
+    {
+        "fp32": (
+            Backend("eager", once(lab_transfer), ours=True, devices=("cpu",)),
+            Backend("triton", prepare_transfer, True, CUDA, None, launch_lab, lab_space),
+            Backend("torch", once(partial(lab_reference, strength=1.0))),
+            Backend("torch-compiled", compiled(partial(lab_reference, strength=1.0)), devices=ANYWHERE),
+        )
+    },
+    lambda output: output[0] if isinstance(output, tuple) else output,
     products=False,
 )
 

@@ -134,7 +134,7 @@ class Runner:
             if first is None:
                 self._synchronize()
                 first = time.perf_counter()
-            self._finite.append(frames.isfinite().all())
+            self._finite.append(frames.pixels.isfinite().all())
 
     def _synchronize(self) -> None:
         if self.models.device.type == "cuda":

@@ -11,6 +11,7 @@ two and the same window give the same frames, on any machine count and after any
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +56,11 @@ def first_frame_mask(latents: Tensor, channels: int) -> Tensor:
     return mask
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels [frame, 3, height, width] in [-1, 1] -> uint8 [frame, height, width, 3]; truncated, as the reference."""
-    return (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+class Frames(NamedTuple):
+    """Frames of a video, on the device."""
+
+    pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
+    rgb: Tensor  # the same, uint8 [n, height, width, 3]
 
 
 class ChunkGenerator:
@@ -98,8 +101,8 @@ class ChunkGenerator:
         return State(seed, 0, conditions.motion)
 
     @torch.inference_mode()
-    def chunk(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Tensor, None, State]:
-        """Yields a chunk's new frames, float32 [n, 3, height, width] in [-1, 1] on the device; returns the next state.
+    def chunk(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Frames, None, State]:
+        """Yields a chunk's new frames; returns the next state.
 
         window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
         `state = yield from generator.chunk(...)`. Frames come in groups of one latent frame, each as soon as decoded.
@@ -126,10 +129,11 @@ class ChunkGenerator:
             if end <= min(first_shown, first_fed_back):
                 continue
             with spans.span("color"):
-                frames = lab_transfer(frames.float(), *conditions.lab, chunk.color_correction_strength)
+                frames, rgb = lab_transfer(frames, *conditions.lab, chunk.color_correction_strength)
             fed_back.append(frames[max(first_fed_back - begin, 0) :])
             if end > first_shown:
-                yield frames[max(first_shown - begin, 0) :]
+                shown = max(first_shown - begin, 0)
+                yield Frames(frames[shown:], rgb[shown:])
         with spans.span("motion"):
             motion = torch.cat(list(models.vae.encode(torch.cat(fed_back).to(self._vae_dtype))))
         return State(state.seed, state.chunk + 1, motion)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.audio import Ring, SpeechEncoder, normalize_loudness, once_window, stream_window
 from model.config import ChunkConfig
-from streaming.generator import ChunkGenerator, Conditions, State, to_uint8
+from streaming.generator import ChunkGenerator, Conditions, Frames, State
 from streaming.machine import cpu_name, package_version
 from streaming.sinks import Sink
 from streaming.sources import Slice
@@ -64,7 +64,7 @@ class Session:
         self.state: State = generator.start(conditions, seed)
         self._generator, self._conditions = generator, conditions
 
-    def frames(self, window: Tensor) -> Iterator[Tensor]:
+    def frames(self, window: Tensor) -> Iterator[Frames]:
         """The new frames of the next chunk, as `ChunkGenerator.chunk` yields them; then the state has moved on."""
         self.state = yield from self._generator.chunk(self._conditions, self.state, window)
 
@@ -98,12 +98,12 @@ def run(
         shown = 0
         with spans.span("audio"):
             window = listener(item)
-        for pixels in session.frames(window):
-            count = min(len(pixels), wanted - shown)
+        for frames in session.frames(window):
+            count = min(len(frames.rgb), wanted - shown)
             with spans.span("emit"):
                 last = shown + count == wanted
                 sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
-                sink.write(to_uint8(pixels[:count]).cpu().numpy(), sound)
+                sink.write(frames.rgb[:count].cpu().numpy(), sound)
             shown += count
             progress.frames += count
             if progress.startup is None:

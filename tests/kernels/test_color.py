@@ -1,12 +1,16 @@
 """Lab transfer against a float64 evaluation of the published formulas, pixel by pixel."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.color import lab_statistics, lab_to_rgb, lab_transfer, rgb_to_lab
+from kernels import color
+from kernels.color import lab_statistics, lab_to_rgb, lab_transfer, reference, rgb_to_lab, to_bytes
+from profiling.bench import poisoned_memory
 
 WHITE = np.array([0.95047, 1.0, 1.08883])
 TO_XYZ = np.array(
@@ -49,7 +53,7 @@ def test_frames_take_the_reference_statistics(frames: int, height: int, width: i
     # Mid-range colours, so that nothing is clamped at either end of the range.
     video = torch.rand(frames, 3, height, width, generator=random) * 0.2 - 0.1
     mean, std = lab_statistics(torch.rand(1, 3, 16, 16, generator=random) * 0.2 - 0.1)
-    got_mean, got_std = lab_statistics(lab_transfer(video, mean, std))
+    got_mean, got_std = lab_statistics(lab_transfer(video, mean, std)[0])
     torch.testing.assert_close(got_mean, mean.expand(frames, 3, 1, 1), atol=2e-2, rtol=0)
     torch.testing.assert_close(got_std, std.expand(frames, 3, 1, 1), atol=2e-2, rtol=0)
 
@@ -57,15 +61,17 @@ def test_frames_take_the_reference_statistics(frames: int, height: int, width: i
 def test_frames_are_independent_and_own_statistics_change_nothing() -> None:
     video = torch.rand(3, 3, 8, 8) * 2 - 1
     mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
-    whole = lab_transfer(video, mean, std)
-    assert torch.equal(whole[1:2], lab_transfer(video[1:2], mean, std))
-    torch.testing.assert_close(lab_transfer(video[:1], *lab_statistics(video[:1])), video[:1], atol=1e-4, rtol=0)
+    whole, rgb = lab_transfer(video, mean, std)
+    part, part_rgb = lab_transfer(video[1:2], mean, std)
+    assert torch.equal(whole[1:2], part)
+    assert torch.equal(rgb[1:2], part_rgb)
+    torch.testing.assert_close(lab_transfer(video[:1], *lab_statistics(video[:1]))[0], video[:1], atol=1e-4, rtol=0)
 
 
 def test_one_colour_and_extremes_stay_finite() -> None:
     mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
     for value in (-1.0, 0.0, 1.0):
-        out = lab_transfer(torch.full((1, 3, 8, 8), value), mean, std)
+        out, _ = lab_transfer(torch.full((1, 3, 8, 8), value), mean, std)
         assert out.isfinite().all()
         assert out.abs().max() <= 1 + 1e-6
 
@@ -73,8 +79,68 @@ def test_one_colour_and_extremes_stay_finite() -> None:
 def test_strength() -> None:
     video = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
-    assert lab_transfer(video, mean, std, 0) is video
-    half, full = lab_transfer(video, mean, std, 0.5), lab_transfer(video, mean, std)
+    torch.testing.assert_close(lab_transfer(video, mean, std, 0)[0], video, atol=1e-6, rtol=0)
+    half, full = lab_transfer(video, mean, std, 0.5)[0], lab_transfer(video, mean, std)[0]
     torch.testing.assert_close(half, (video + full) / 2)
-    with pytest.raises(ValueError, match="strength"):
-        lab_transfer(video, mean, std, 1.5)
+
+
+def test_bytes_are_truncated() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    out = to_bytes(pixels)
+    assert out.shape == (1, 1, 6, 3)
+    assert out[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_any_memory_format_and_dtype() -> None:
+    video, (mean, std) = torch.rand(2, 3, 5, 6) * 2 - 1, lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
+    for x in (video.contiguous(memory_format=torch.channels_last), video.bfloat16(), video.half()):
+        out, rgb = lab_transfer(x, mean, std)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, lab_transfer(x.float().contiguous(), mean, std)[0])
+        assert torch.equal(rgb, to_bytes(out))
+
+
+def test_opcheck_and_compilation() -> None:
+    video, (mean, std) = torch.rand(2, 3, 5, 6) * 2 - 1, lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
+    torch.library.opcheck(color._lab_transfer, (video, mean, std, 0.5))
+    for x, y in zip(
+        torch.compile(lab_transfer, fullgraph=True)(video, mean, std), lab_transfer(video, mean, std), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+STATISTICS = torch.ones(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.zeros(1, 3, 4, 4), STATISTICS, STATISTICS, 1.5), "strength: got 1.5, want 0..1"),
+        ((torch.zeros(3, 4, 4), STATISTICS, STATISTICS), "pixels: torch.float32 [3, 4, 4], wanted float32 [frame, 3"),
+        ((torch.zeros(1, 4, 4, 4), STATISTICS, STATISTICS), "pixels: torch.float32 [1, 4, 4, 4], wanted"),
+        ((torch.zeros(1, 3, 4, 4).double(), STATISTICS, STATISTICS), "pixels: torch.float64"),
+        ((torch.zeros(1, 3, 4, 8)[..., :4], STATISTICS, STATISTICS), "wanted rows one behind the other"),
+        (
+            (torch.zeros(1, 3, 4, 4), STATISTICS[0], STATISTICS),
+            "mean: torch.float32 [3, 1, 1] on cpu, wanted contiguous",
+        ),
+        ((torch.zeros(1, 3, 4, 4), STATISTICS, STATISTICS.double()), "std: torch.float64 [1, 3, 1, 1] on cpu, wanted"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        lab_transfer(*arguments)
+    assert words in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3, 5), (97, 131)])
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_gpu(dtype: torch.dtype, size: tuple[int, int], strength: float) -> None:
+    video = (torch.rand(3, 3, *size, device="cuda") * 2 - 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    mean, std = lab_statistics(torch.rand(1, 3, 8, 8, device="cuda") * 2 - 1)
+    with poisoned_memory():
+        out, rgb = lab_transfer(video, mean, std, strength)
+    torch.testing.assert_close(out, reference(video, mean, std, strength), atol=2e-4, rtol=0)
+    assert (rgb.int() - to_bytes(out).int()).abs().max() <= 1  # another order of multiplication

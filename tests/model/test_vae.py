@@ -283,3 +283,14 @@ def test_says_what_is_wrong():
         vae.encode_step(torch.zeros(1, 3, 8, 8).double())
     with pytest.raises(ValueError, match=r"latent: dtype torch.float64, wanted the parameters', torch.float32"):
         vae.decode_step(torch.zeros(1, 16, 1, 1).double())
+
+
+def test_another_layout_of_weights_changes_nothing():
+    torch.manual_seed(0)
+    vae, latents = VAE(VAEConfig(dim=4)), torch.randn(2, 16, 2, 3)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    video = torch.cat(list(vae.decode(latents)))
+    vae.lay_out()
+    assert vae.decoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+    torch.testing.assert_close(torch.cat(list(vae.decode(latents))), video, rtol=1e-5, atol=1e-6)

@@ -207,7 +207,7 @@ def replay(case: Case, steps: int) -> Tensor:
 def color_correction(case: Case) -> dict[str, Tensor]:
     video, lab = frames_first(case["in.video"]), lab_statistics(frames_first(case["in.reference"]))
     strengths = case.config["strengths"]
-    return {f"out.corrected.strength{s}": frames_first(lab_transfer(video, *lab, s))[None] for s in strengths}
+    return {f"out.corrected.strength{s}": frames_first(lab_transfer(video, *lab, s)[0])[None] for s in strengths}
 
 
 def resize_and_centercrop(case: Case) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
         except StopIteration as end:
             state = end.value
         seen.remove()
-        frames = (torch.cat(shown) + 1) / 2
+        frames = (torch.cat([group.pixels for group in shown]) + 1) / 2
         out |= {
             f"out.chunk{c}.latents": torch.stack([*seen.latents, torch.cat(seen.decoder_inputs)]).transpose(1, 2),
             f"out.chunk{c}.velocity": torch.stack(seen.velocities).transpose(1, 2),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.color import to_bytes
 from model.checkpoint import Models, random_models
 from model.config import PRECISIONS, TINY, ChunkConfig, Config
-from streaming.generator import ChunkGenerator, Conditions, State, to_uint8
+from streaming.generator import ChunkGenerator, Conditions, Frames, State
 from streaming.spans import Spans
 
 CPU = torch.device("cpu")
@@ -40,11 +41,11 @@ def window(seed: int, config: Config = CONFIG) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def collect(chunk: Generator[Tensor, None, State]) -> tuple[Tensor, State]:
+def collect(chunk: Generator[Frames, None, State]) -> tuple[Tensor, State]:
     groups = []
     while True:
         try:
-            groups.append(next(chunk))
+            groups.append(next(chunk).pixels)
         except StopIteration as end:
             return torch.cat(groups), end.value
 
@@ -77,7 +78,7 @@ def test_frames_leave_before_the_last_are_decoded(
     decode_step = models.vae.decode_step
     monkeypatch.setattr(models.vae, "decode_step", lambda z, s: decoded.append(1) or decode_step(z, s))
     chunk = generator.chunk(conditions, generator.start(conditions, 0), window(1))
-    assert next(chunk).shape == (4, 3, 32, 48)
+    assert next(chunk).pixels.shape == (4, 3, 32, 48)
     assert len(decoded) == 3  # two motion latents and the first new one, of five
     next(chunk)
     assert len(decoded) == 4
@@ -118,11 +119,9 @@ def test_other_geometries(models: Models, frame_num: int, motion: int) -> None:
         assert frames.isfinite().all()
 
 
-def test_to_uint8_truncates() -> None:
-    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
-    out = to_uint8(pixels)
-    assert out.shape == (1, 1, 6, 3)
-    assert out[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+def test_bytes_are_the_pixels(generator: ChunkGenerator, conditions: Conditions) -> None:
+    for frames in generator.chunk(conditions, generator.start(conditions, 0), window(1)):
+        assert torch.equal(frames.rgb, to_bytes(frames.pixels))
 
 
 def test_spans_carry_the_agreed_names(models: Models) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.audio import SpeechEncoder
 from model.config import ChunkConfig
+from streaming.generator import Frames
 from streaming.session import Listener, Progress, Session, once_listener, report, run, stream_listener
 from streaming.sinks import Sink
 from streaming.sources import Slice
@@ -83,11 +84,12 @@ class GroupsOfFour:
     def __init__(self) -> None:
         self.number = 0
 
-    def frames(self, _window: Tensor) -> Iterator[Tensor]:
+    def frames(self, _window: Tensor) -> Iterator[Frames]:
         for _ in range(7):
             levels = torch.arange(self.number, self.number + 4) % 256
             self.number += 4
-            yield (levels / 127.5 - 1 + 1e-3).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+            rgb = levels.to(torch.uint8).view(4, 1, 1, 1).expand(4, 16, 16, 3)
+            yield Frames(rgb.permute(0, 3, 1, 2) / 127.5 - 1, rgb)
 
 
 class Kept(Sink):
