@@ -228,7 +228,7 @@ class VAE(nn.Module):
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
     def lay_out(self) -> None:
-        """Lays the weights out as the library's convolutions on channels-last memory want them: not anew in each call."""
+        """Lays the weights out as the library's convolutions on channels-last memory want them, or do in each call."""
         for weight in self.parameters():
             if weight.ndim in (4, 5):
                 last = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
