@@ -33,9 +33,9 @@ class CausalConv3d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kt, k, k).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], next past."""
-        y = causal_conv3d(x, self.weight, self.bias, past)
+    def forward(self, x: Tensor, past: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past."""
+        y = causal_conv3d(x, self.weight, self.bias, past, residual)
         keep = self.weight.shape[2] - 1
         if len(x) >= keep:
             return y, x[-keep:].clone()  # a view would keep all of x alive
@@ -56,17 +56,20 @@ class RMSNorm(nn.Module):
         return pixel_norm(x, self.gamma)
 
 
-def norm_silu_conv(norm: nn.Module, conv: nn.Module, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_silu_conv(
+    norm: nn.Module, conv: nn.Module, x: Tensor, past: Tensor | None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Norm, SiLU, causal 3 x 3 x 3 convolution: x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past.
 
-    The past is of the convolution's own input; norm and SiLU put it in front of theirs.
+    The past is of the convolution's own input; norm and SiLU put it in front of theirs. The residual is added to y.
     """
     assert isinstance(norm, RMSNorm)
     assert isinstance(conv, CausalConv3d)
     clip = pixel_norm(x, norm.gamma, True, past)
     if past is None:
-        return conv(clip, None)
-    return conv3d(clip, conv.weight, conv.bias), clip[-2:].clone()  # a view would keep all of the clip alive
+        return conv(clip, None, residual)
+    y = conv3d(clip, conv.weight, conv.bias, residual=residual)
+    return y, clip[-2:].clone()  # a view would keep all of the clip alive
 
 
 class Head(nn.ModuleDict):
@@ -101,8 +104,8 @@ class ResidualBlock(nn.Module):
         past1, past2 = state or (None, None)
         norm1, conv1, norm2, conv2 = self.residual.values()
         y, past1 = norm_silu_conv(norm1, conv1, x, past1)
-        y, past2 = norm_silu_conv(norm2, conv2, y, past2)
-        y += x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
+        residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
+        y, past2 = norm_silu_conv(norm2, conv2, y, past2, residual)
         return y, (past1, past2)
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention, cross_attention, linear, norm
+from kernels import attention, conv, cross_attention, linear, norm
 from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.color import lab_statistics, lab_transfer, launch_transfer
 from kernels.color import reference as lab_reference
@@ -1145,6 +1145,35 @@ def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Ca
     return call
 
 
+def ours_conv(form: str) -> Backend:
+    """One form of kernels/conv.py, behind the past frames that the norm before it has put in front."""
+
+    def run(clip: Tensor, w: Tensor, bias: Tensor, before: int, launch: Launch | None = None) -> Tensor:
+        return conv.launch(clip, w, bias, None, before, Choice(form, launch or {}))
+
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
+        last = w.contiguous(memory_format=torch.channels_last_3d)
+        return partial(run, torch.cat([past, x]), last, bias, len(past), launch)
+
+    def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Tensor:
+        frames, channels, rows, columns = x.shape
+        clip = x.new_empty(len(past) + frames, rows, columns, channels).permute(0, 3, 1, 2)
+        outputs, _, kt, k, _ = w.shape
+        last = w.new_empty(outputs, kt, k, k, channels).permute(0, 4, 1, 2, 3)
+        return run(clip, last, bias, len(past), launch)
+
+    return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, CONV_SPACES.get(form))
+
+
+def conv_space(dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for Hopper: output channels that divide those there are."""
+    for (left, right), (block_k, stages) in itertools.product(((128, 64), (64, 32), (128, 0)), ((64, 3), (32, 6))):
+        if dims["outputs"] % (left + right) == 0 and dims["channels"] % block_k == 0:
+            yield {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages}
+
+
+CONV_SPACES = {"gluon": conv_space}
+
 CAUSAL_CONV3D = Operation(
     "causal_conv3d",
     lambda d, draw: (
@@ -1159,14 +1188,18 @@ CAUSAL_CONV3D = Operation(
         item * (d["rows"] * d["columns"] * ((d["frames"] + 2) * d["channels"] + d["frames"] * d["outputs"]))
         + 27.0 * item * d["channels"] * d["outputs"]
     ),
-    dict.fromkeys(
-        ("fp32", "bf16"),
-        (
+    {
+        "fp32": (
             Backend("eager", once(causal_conv3d), ours=True),
             Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
             Backend("conv3d-official", once(conv3d_official)),
         ),
-    ),
+        "bf16": (
+            *(ours_conv(form) for form in ("gluon", "library")),
+            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
+            Backend("conv3d-official", once(conv3d_official), devices=("cuda",)),
+        ),
+    },
 )
 
 

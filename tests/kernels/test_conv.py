@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kernels import conv
 from kernels.conv import causal_conv3d, conv3d, reference
+from kernels.conv_hopper import suits
+from profiling.bench import poisoned_memory
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
 SIZES = st.integers(1, 6)
@@ -119,3 +121,82 @@ def test_says_what_is_wrong():
         causal_conv3d(x.contiguous(), weight, bias)
     with pytest.raises(ValueError, match=r"x: shape \[2, 3, 5, 6\], wanted \[3 or more, 3, rows, columns\]"):
         conv3d(x[:2], weight, bias)
+
+
+@pytest.mark.parametrize("has_past", [False, True])
+def test_a_residual_is_added(has_past):
+    torch.manual_seed(0)
+    weight, bias = parameters(3, 4, 3, 3)
+    x, residual = channels_last(3, 3, 5, 6), channels_last(3, 4, 5, 6)
+    past = channels_last(2, 3, 5, 6) if has_past else None
+    before = residual.clone()
+    assert_like(causal_conv3d(x, weight, bias, past, residual), reference(x, weight, bias, past) + residual)
+    assert torch.equal(residual, before)
+    strided = conv3d(x, weight, None, 2, residual[:1])
+    assert_like(strided, conv3d(x, weight, None, 2) + residual[:1])
+
+
+def test_says_what_is_wrong_with_a_residual():
+    weight, bias = parameters(3, 4, 3, 3)
+    x = channels_last(3, 3, 5, 6)
+    with pytest.raises(
+        ValueError, match=r"residual: torch.float64 \[2, 4, 5, 6\], wanted torch.float64 \[3, 4, 5, 6\]"
+    ):
+        causal_conv3d(x, weight, bias, None, channels_last(2, 4, 5, 6))
+    with pytest.raises(ValueError, match=r"residual: strides .* wanted channels-last memory"):
+        causal_conv3d(x, weight, bias, None, torch.zeros(3, 4, 5, 6, dtype=torch.float64))
+
+
+def test_opcheck_and_compilation():
+    torch.manual_seed(0)
+    weight, bias = (t.float() for t in parameters(3, 4, 3, 3))
+    clip, residual = channels_last(4, 3, 5, 6).float(), channels_last(2, 4, 5, 6).float()
+    for arguments in ((clip, weight, bias, residual, 2), (clip, weight, None, None, 0)):
+        torch.library.opcheck(conv._conv3d, arguments)
+    whole = torch.compile(conv3d, fullgraph=True)
+    torch.testing.assert_close(whole(clip, weight, bias, 1, residual), conv3d(clip, weight, bias, 1, residual))
+
+
+def test_what_the_form_for_hopper_takes():
+    x, weight = torch.zeros(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
+    assert suits(x, weight, None)
+    assert not suits(x.float(), weight.float(), None)
+    assert not suits(x, weight[:3], None)  # pixels of 6 bytes
+    assert not suits(x[:, :12], weight[:, :12], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "launch"),
+    [
+        (384, 384, (3, 3), None),
+        (192, 192, (3, 3), None),
+        (96, 96, (3, 3), None),
+        (16, 384, (3, 3), None),
+        (384, 32, (3, 3), None),
+        (40, 24, (3, 3), None),
+        (96, 192, (3, 1), None),
+        (192, 96, (1, 3), None),
+        (64, 256, (3, 3), {"LEFT": 128, "RIGHT": 0, "STAGES": 3}),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("added", [False, True])
+def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, launch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the form for Hopper needs one")
+    kt, k = kernel
+    before = min(before, kt - 1)
+    clip = channels_last(before + 3, inputs, 21, 19).to("cuda", torch.bfloat16)
+    weight = (torch.randn(outputs, inputs, kt, k, k) * (inputs * kt * k * k) ** -0.5).to("cuda", torch.bfloat16)
+    bias = torch.randn(outputs).to("cuda", torch.bfloat16)
+    residual = channels_last(3, outputs, 21, 19).to("cuda", torch.bfloat16) if added else None
+    with poisoned_memory():
+        y = conv.launch_hopper(clip, weight, bias, residual, before, launch)
+    wide = clip.double()
+    past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
+    expected = reference(wide[before:], weight.double(), bias.double(), past)
+    expected = expected if residual is None else expected + residual.double()
+    assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, conv.launch_hopper(clip, weight, bias, residual, before, launch))

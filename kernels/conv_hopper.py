@@ -1,0 +1,254 @@
+"""The causal convolution of kernels/conv.py on Hopper: an implicit matrix product, in Gluon.
+
+    y[pixel, o] = bias[o] + sum over taps and channels of x[pixel + tap, c] w[o, tap, c]  (+ residual[pixel, o])
+
+A program works off tiles: ROWS x COLUMNS pixels (64) for each of its consumers, one below the other, by LEFT + RIGHT
+output channels. kernels/hopper.py says what roles its warps have. The producer copies, for every tap and block of
+channels, the pixels that the tap sees as a box of the frame; TMA fills what lies outside with zeros, so that there is
+no padding, and takes it from `past` or from x, so that nothing is concatenated. Taps on frames before the clip are left
+out. Output and residual pass through shared memory as in kernels/linear_hopper.py.
+
+wgmma has widths that tensors cannot have: 192 and 96 channels are LEFT + RIGHT = 128 + 64 and 64 + 32.
+"""
+
+# Types inside device code are Triton's, not Python's.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.hopper import ELEMENTS, GROUP, advance, new_barriers
+from kernels.launch import Launch, gpu
+from kernels.linear_hopper import epilogue, halves
+
+SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
+
+# By output channels, where nothing was tuned.
+WIDE: Launch = {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "CONSUMERS": 3, "STAGES": 3}
+NARROW: Launch = {"LEFT": 64, "RIGHT": 32, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": 6}
+
+
+# --- Device code ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def locate(tile, sizes, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr):
+    """A tile's frame, row, column and first output channel: all channels of a place, then places, then frames."""
+    _frames, _before, tiles_h, tiles_w, groups, _blocks, _channels = sizes
+    place = tile // groups
+    frame, place = place // (tiles_h * tiles_w), place % (tiles_h * tiles_w)
+    return frame, place // tiles_w * (CONSUMERS * SIDE), place % tiles_w * SIDE, tile % groups * WIDTH
+
+
+@gluon.jit
+def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT: gl.constexpr, K: gl.constexpr,
+            RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+            BLOCK_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Copies the pixels and weights of all tiles, in the order in which the consumers take them."""
+    x_boxes, past_boxes, left_boxes, right_boxes, _y_boxes, residual_boxes = boxes
+    x_smem, left_smem, right_smem, y_smem = buffers
+    full, empty = stage_bars
+    residual_full, residual_empty = residual_bars
+    _frames, before, _tiles_h, _tiles_w, _groups, blocks, channels = sizes
+    PIECES: gl.constexpr = 3 if RIGHT else 2
+    slot = 0
+    phase = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
+        for i in range(gl.maximum(0, KT - 1 - frame - before), KT):
+            seen = frame + i - (KT - 1)
+            for tap in range(K * K):
+                for block in range(blocks):
+                    mbarrier.wait(empty.index(slot), phase ^ 1)
+                    bar = full.index(slot)
+                    mbarrier.expect(
+                        bar, CONSUMERS * x_boxes.block_type.nbytes + left_boxes.block_type.nbytes
+                        + (right_boxes.block_type.nbytes if RIGHT else 0),
+                    )  # fmt: skip
+                    channel = block * BLOCK_K
+                    for group in gl.static_range(CONSUMERS):
+                        top = row + group * SIDE + tap // K - K // 2
+                        left = column + tap % K - K // 2
+                        x = x_smem.index(slot * CONSUMERS + group)
+                        if seen < 0:
+                            tma.async_copy_global_to_shared(past_boxes, [seen + before, top, left, channel], bar, x)
+                        else:
+                            tma.async_copy_global_to_shared(x_boxes, [seen, top, left, channel], bar, x)
+                    term = (i * K * K + tap) * channels + channel
+                    tma.async_copy_global_to_shared(left_boxes, [first, term], bar, left_smem.index(slot))
+                    if RIGHT:
+                        tma.async_copy_global_to_shared(right_boxes, [first + LEFT, term], bar, right_smem.index(slot))
+                    slot, phase = advance(slot, phase, STAGES)
+        if RESIDUAL:  # now, as consumers still have all stages to read: earlier it would wait for the output before
+            for group in gl.static_range(CONSUMERS):
+                mbarrier.wait(residual_empty.index(group), turn ^ 1)
+                mbarrier.expect(residual_full.index(group), PIECES * residual_boxes.block_type.nbytes)
+                for piece in gl.static_range(PIECES):
+                    tma.async_copy_global_to_shared(
+                        residual_boxes, [frame, row + group * SIDE, column, first + piece * (LEFT // 2)],
+                        residual_full.index(group), y_smem.index(group * PIECES + piece),
+                    )  # fmt: skip
+            turn ^= 1
+
+
+@gluon.jit
+def flat(x, layout: gl.constexpr):
+    """A box of pixels [1, 8, 8, n] in shared memory as the matrix [64, n] that it is."""
+    return x._reinterpret(x.dtype, [GROUP, x.shape[3]], layout)
+
+
+@gluon.jit
+def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, GROUP_ID: gl.constexpr,
+             KT: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr,
+             LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A consumer."""
+    x_smem, left_smem, right_smem, y_smem = buffers
+    full, empty = stage_bars
+    residual_full, residual_empty = residual_bars
+    _frames, before, _tiles_h, _tiles_w, _groups, blocks, _channels = sizes
+    DTYPE: gl.constexpr = x_smem.dtype
+    PIECES: gl.constexpr = 3 if RIGHT else 2
+    TERMS: gl.constexpr = 256 // DTYPE.primitive_bitwidth  # that one instruction multiplies
+    left_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, TERMS])
+    right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT if RIGHT else 32, TERMS])
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, BLOCK_K], DTYPE)
+    y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, LEFT // 2], y_smem.dtype)
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        frame, _row, _column, _first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
+        steps = (KT - gl.maximum(0, KT - 1 - frame - before)) * (K * K) * blocks
+        left = gl.zeros([GROUP, LEFT], gl.float32, left_layout)
+        right = gl.zeros([GROUP, RIGHT if RIGHT else 32], gl.float32, right_layout)
+        last = slot
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            x = flat(x_smem.index(slot * CONSUMERS + GROUP_ID), x_layout)
+            left = warpgroup_mma(x, left_smem.index(slot).permute((1, 0)), left, is_async=True)
+            if RIGHT:
+                right = warpgroup_mma(x, right_smem.index(slot).permute((1, 0)), right, is_async=True)
+                left, right = warpgroup_mma_wait(2, deps=[left, right])
+            else:
+                left = warpgroup_mma_wait(1, deps=[left])
+            if step > 0:
+                mbarrier.arrive(empty.index(last))
+            last = slot
+            slot, phase = advance(slot, phase, STAGES)
+        if RIGHT:
+            left, right = warpgroup_mma_wait(0, deps=[left, right])
+        else:
+            left = warpgroup_mma_wait(0, deps=[left])
+        mbarrier.arrive(empty.index(last))
+        frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)  # again, so as not to hold registers
+        if RESIDUAL:
+            mbarrier.wait(residual_full.index(GROUP_ID), tile // gl.num_programs(0) & 1)
+        else:
+            tma.store_wait(0)  # of the tile before: its bytes have left
+        pieces = halves(left) + (right,)  # noqa: RUF005
+        for i in gl.static_range(PIECES):
+            gl.thread_barrier()  # or ptxas loads all pieces' vectors first, and runs out of registers
+            out = flat(y_smem.index(GROUP_ID * PIECES + i), y_layout)
+            epilogue(pieces[i], first + i * (LEFT // 2), 0, (bias, bias, bias, bias), (bias, bias), (0, outputs), out,
+                     False, BIAS, False, RESIDUAL, False, False)  # fmt: skip
+        fence_async_shared()
+        for i in gl.static_range(PIECES):
+            place = [frame, row + GROUP_ID * SIDE, column, first + i * (LEFT // 2)]
+            tma.async_copy_shared_to_global(boxes[4], place, y_smem.index(GROUP_ID * PIECES + i))
+        if RESIDUAL:
+            tma.store_wait(0)
+            mbarrier.arrive(residual_empty.index(GROUP_ID))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["frames", "before", "tiles_h", "tiles_w", "groups", "blocks", "channels", "outputs"])
+def conv_hopper(
+    x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, bias, frames, before, tiles_h, tiles_w,
+    groups, blocks, channels, outputs, KT: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Every program takes each num_programs-th tile; the launcher says what the rest is."""
+    PIECES: gl.constexpr = 3 if RIGHT else 2
+    x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * CONSUMERS, 1, SIDE, SIDE, BLOCK_K], x_boxes.layout)
+    left_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES, LEFT, BLOCK_K], left_boxes.layout)
+    right_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES, RIGHT if RIGHT else 8, BLOCK_K], right_boxes.layout)
+    y_smem = gl.allocate_shared_memory(y_boxes.dtype, [CONSUMERS * PIECES, 1, SIDE, SIDE, LEFT // 2], y_boxes.layout)
+    stage_bars = new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)  # full, empty
+    residual_bars = new_barriers(CONSUMERS, 1), new_barriers(CONSUMERS, 1)
+    fence_async_shared()
+    boxes = x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes
+    buffers = x_smem, left_smem, right_smem, y_smem
+    sizes = frames, before, tiles_h, tiles_w, groups, blocks, channels
+    tiles = frames * tiles_h * tiles_w * groups
+    # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
+    gl.warp_specialize([
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 0, KT, K, BIAS, RESIDUAL,
+                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 1, KT, K, BIAS, RESIDUAL,
+                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 2, KT, K, BIAS, RESIDUAL,
+                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
+        (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT, K, RESIDUAL, CONSUMERS, LEFT, RIGHT,
+                   BLOCK_K, STAGES)),
+    ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+
+
+# --- Launcher -------------------------------------------------------------------------------------------------------
+
+
+def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """Boxes of x; what is beyond its ends is zero, and is not stored."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def suits(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernel takes these operands: 16 bits, and pixels of whole 16 bytes before and after."""
+    outputs, channels = weight.shape[:2]
+    aligned = all(y.data_ptr() % 16 == 0 for y in (x, weight, *(() if residual is None else (residual,))))
+    return x.dtype in (torch.float16, torch.bfloat16) and channels % 8 == outputs % 8 == 0 and aligned
+
+
+def launch_hopper(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    residual: Tensor | None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """`causal_conv3d`, plus the residual if there is one."""
+    frames, channels, rows, columns = x.shape
+    outputs, _, kt, k, _ = weight.shape
+    parameters: dict[str, Any] = {**(WIDE if outputs > 96 else NARROW), **(launch or {})}
+    left, right, block_k = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K"))
+    consumers, side = parameters["CONSUMERS"], SIDE.value
+    y = x.new_empty(frames, rows, columns, outputs)
+    matrix = weight.permute(0, 2, 3, 4, 1).reshape(outputs, -1)  # a view, where the weight is channels-last
+    box, piece = [1, side, side, block_k], [1, side, side, left // 2]
+    pixels, before = x.permute(0, 2, 3, 1), 0 if past is None else len(past)
+    y_boxes, x_boxes = describe(y, piece), describe(pixels, box)
+    tiles_h, tiles_w = -(-rows // (side * consumers)), -(-columns // side)
+    groups = -(-outputs // (left + right))
+    programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
+    conv_hopper[(programs,)](
+        x_boxes, x_boxes if past is None else describe(past.permute(0, 2, 3, 1), box),
+        describe(matrix, [left, block_k]), describe(matrix, [right or 8, block_k]), y_boxes,
+        y_boxes if residual is None else describe(residual.permute(0, 2, 3, 1), piece),
+        y if bias is None else bias, frames, before, tiles_h, tiles_w, groups, -(-channels // block_k), channels,
+        outputs, KT=kt, K=k, BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4, **parameters,
+    )  # fmt: skip
+    return y.permute(0, 3, 1, 2)

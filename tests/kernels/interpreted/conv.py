@@ -1,0 +1,45 @@
+"""The Triton kernel of the causal convolution against its definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.conv import launch_triton, reference
+from profiling.bench import poisoned_memory
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is not written is NaN."""
+    with poisoned_memory():
+        yield
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([(3, 3), (3, 1), (1, 3), (1, 1)]), st.integers(1, 3), st.sampled_from([2, 3, 16, 20]),
+    st.sampled_from([1, 3, 17]), st.integers(1, 5), st.integers(1, 5), st.sampled_from([0, 1, 2]), st.booleans(),
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_any_kernel_and_length_of_the_past(kernel, frames, inputs, outputs, rows, columns, before, biased, added, seed):
+    """Sizes of one pixel, channels that no tile divides, no, one or two frames before."""
+    torch.manual_seed(seed)
+    kt, k = kernel
+    before = min(before, kt - 1)
+    clip, weight = channels_last(before + frames, inputs, rows, columns), torch.randn(outputs, inputs, kt, k, k)
+    bias, residual = torch.randn(outputs), channels_last(frames, outputs, rows, columns)
+    y = launch_triton(clip, weight, bias if biased else None, residual if added else None, before, SMALL)
+    wide = clip.double()
+    past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
+    expected = reference(wide[before:], weight.double(), bias.double() * biased, past)
+    expected = expected + residual.double() * added
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
