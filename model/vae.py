@@ -10,14 +10,14 @@ the dtype of the parameters; norms and SiLU are computed in float32 or wider.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.conv import causal_conv3d, conv3d
+from kernels.conv import causal_conv3d, conv3d, fold_upsampling, upsample_conv2d
 from kernels.pixel_norm import pixel_norm
 from model.config import VAEConfig
 
@@ -162,16 +162,26 @@ class Upsample(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1) if temporal else None
+        self.register_buffer("phases", None, persistent=False)  # of the second step's convolution, once it is folded
+
+    def fold(self) -> None:
+        """From now on without the doubled image."""
+        self.phases = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T or, after the first step, 2 T, C / 2, 2 H, 2 W], next state."""
         if self.time_conv is None:
-            return self.resample(x), ()
+            return self._double(x), ()
         if state is None:
-            return self.resample(x), (_zeros(2, x),)
+            return self._double(x), (_zeros(2, x),)
         y, past = self.time_conv(x, state[0])
         y = rearrange(y, "t (two c) h w -> (t two) h w c", two=2).contiguous()
-        return self.resample(y.permute(0, 3, 1, 2)), (past,)
+        return self._double(y.permute(0, 3, 1, 2)), (past,)
+
+    def _double(self, x: Tensor) -> Tensor:
+        if self.phases is None:
+            return self.resample(x)
+        return upsample_conv2d(x, self.phases, cast(Tensor, self.resample[1].bias))
 
 
 class Encoder(nn.Module):
@@ -231,11 +241,14 @@ class VAE(nn.Module):
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
     def lay_out(self) -> None:
-        """Lays the weights out as the library's convolutions on channels-last memory want them, or do in each call."""
+        """Weights as convolutions want them, once and for all: in channels-last memory, and up-sampling folded in."""
         for weight in self.parameters():
             if weight.ndim in (4, 5):
                 last = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
                 weight.data = weight.data.contiguous(memory_format=last)
+        for module in self.decoder.upsamples:
+            if isinstance(module, Upsample):
+                module.fold()
 
     def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next latent frame (mean, normalised) and the state after it.

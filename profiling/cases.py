@@ -1208,6 +1208,11 @@ def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), w, bias, padding=1)
 
 
+def prepare_phases(x: Tensor, w: Tensor, bias: Tensor) -> Call:
+    """Ours, on the small image; weights are folded beforehand."""
+    return partial(conv.upsample_conv2d, x, conv.fold_upsampling(w), bias)
+
+
 UPSAMPLE_CONV = Operation(
     "upsample_conv",
     lambda d, draw: (
@@ -1222,7 +1227,14 @@ UPSAMPLE_CONV = Operation(
         item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + 4 * d["outputs"]))
         + 9.0 * item * d["channels"] * d["outputs"]
     ),
-    dict.fromkeys(("fp32", "bf16"), eager_and_compiled(upsample_conv)),
+    {
+        dtype: (
+            Backend("phases", prepare_phases, ours=True),
+            Backend("torch", once(upsample_conv)),
+            Backend("torch-compiled", compiled(upsample_conv), devices=CUDA),
+        )
+        for dtype in ("fp32", "bf16")
+    },
 )
 
 # --- Shapes ---------------------------------------------------------------------------------------------------------

@@ -200,3 +200,18 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, launch):
     assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, conv.launch_hopper(clip, weight, bias, residual, before, launch))
+
+
+@settings(deadline=None, max_examples=25)
+@given(SIZES, CHANNELS, SIZES, SIZES, SIZES, st.integers(0, 2**31))
+def test_upsampling_folded_into_its_convolution(frames, inputs, outputs, rows, columns, seed):
+    torch.manual_seed(seed)
+    x, weight = channels_last(frames, inputs, rows, columns), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64)
+    bias = torch.randn(outputs, dtype=torch.float64)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
+    assert_like(conv.upsample_conv2d(x, conv.fold_upsampling(weight), bias), expected)
+
+
+def test_folded_weights_are_rounded_once():
+    weight = torch.randn(2, 3, 3, 3).bfloat16()
+    assert torch.equal(conv.fold_upsampling(weight), conv.fold_upsampling(weight.float()).bfloat16())
