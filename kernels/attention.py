@@ -42,10 +42,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_hopper import launch_hopper, suits
+from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
 from kernels.schedule import Spans, spans, tiles_on
 
-FP8 = torch.float8_e4m3fn
 LOG2_E = math.log2(math.e)
 
 # Of the Triton kernel, where nothing was tuned. Float32 products run out of registers in large tiles.

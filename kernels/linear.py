@@ -35,7 +35,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import linear_hopper
-from kernels.attention import FP8, NAMES
+from kernels.attention import NAMES
+from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
 from kernels.linear_hopper import LONG, suits
 from kernels.norm import LARGEST, TINY, quantize_rows, to_e4m3
