@@ -126,8 +126,15 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, frames: int, leas
 # --- The library's --------------------------------------------------------------------------------------------------
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int) -> Tensor:
-    """As `launch`, by PyTorch."""
+def launch_library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    before: int,
+    launch: Launch | None = None,
+) -> Tensor:
+    """As `launch`, by PyTorch: cuDNN on a GPU."""
     form, kt = (_volume if x.is_cuda else _stacked), weight.shape[2]
     if before == kt - 1:
         y = form(x, weight, bias, 1)
@@ -228,18 +235,6 @@ def launch_hopper(
     return conv_hopper.launch_hopper(x[before:], weight, bias, past, residual, launch)
 
 
-def launch_library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    before: int,
-    launch: Launch | None = None,
-) -> Tensor:
-    """As `launch`, by cuDNN."""
-    return _library(x, weight, bias, residual, before)
-
-
 FORMS: Mapping[str, Callable[..., Tensor]] = {
     "gluon": launch_hopper, "triton": launch_triton, "library": launch_library
 }  # fmt: skip
@@ -269,7 +264,7 @@ def launch(
 
 @torch.library.custom_op("flashtalk::conv3d", mutates_args=(), device_types="cpu")
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int) -> Tensor:
-    return _library(x, weight, bias, residual, before)
+    return launch_library(x, weight, bias, residual, before)
 
 
 @_conv3d.register_kernel("cuda")

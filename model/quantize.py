@@ -62,11 +62,6 @@ class Official:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
 
-    @property
-    def quantised(self) -> bool:
-        """Whether torchao has been here."""
-        return any(name.endswith("._weight_qdata") for name in self._files)
-
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Rows:
         """The tensor, or, of torchao's, values and scales."""
         owner, _, leaf = name.rpartition(".")

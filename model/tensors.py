@@ -29,7 +29,6 @@ def fill(
     host's memory.
     """
     resident = tuple(f"{name}." for name in home)
-
     missing = dict(slots)
     for name, tensor in tensors:
         slot = missing.pop(name, None)

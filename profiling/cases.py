@@ -53,10 +53,11 @@ from kernels.launch import Choice, Launch
 from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
 from kernels.pixel_norm import launch_pixel_norm, pixel_norm
+from kernels.pixel_norm import reference as pixel_norm_reference
 from kernels.schedule import spans
 from model.config import PRESETS, Config
-from model.dit import rotate
 from model.errors import UserError
+from profiling import published
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of its matrix operands
@@ -618,7 +619,7 @@ EPS = 1e-6  # of every layer norm of the student
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm and modulation by torch, in float32, rounded once."""
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift).to(x.dtype)
+    return published.layer_norm_modulate(x, shift, scale, EPS)
 
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
@@ -860,11 +861,8 @@ def split_qkv(qkv: Tensor, rope: Tensor) -> list[Tensor]:
 
 def norm_rope_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
     """Norm and rotation by torch: q and k, [S, head, d] each."""
-    q, k = (
-        rotate(F.rms_norm(x.flatten(1), weight.shape, weight, EPS).unflatten(-1, x.shape[1:]), rope)
-        for x, weight in zip(split_qkv(qkv, rope)[:2], (q_weight, k_weight), strict=True)
-    )
-    return q, k
+    q, k, _ = split_qkv(qkv, rope)
+    return published.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
 
 
 def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -1042,10 +1040,8 @@ NORM_ATTENTION = Operation(
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """The VAE's norm and SiLU: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(1e-12)
-    return F.silu((x / norm * (gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5)).to(x.dtype))
+    """The VAE's norm and SiLU by torch: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
+    return pixel_norm_reference(x, gamma, silu=True, past=None)
 
 
 def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:

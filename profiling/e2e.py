@@ -174,13 +174,14 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         frames=chunk.new_frames,
         first_call=first_call,
         peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        weights_bytes=sum(_bytes(module) for module in (models.dit, models.vae)),
+        weights_bytes=sum(_bytes(module, device) for module in (models.dit, models.vae)),
     )
     return result, runner
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _bytes(module: nn.Module, device: torch.device) -> int:
+    """Of its parameters on the device: some only visit."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type == device.type)
 
 
 def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:

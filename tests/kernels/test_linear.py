@@ -92,6 +92,15 @@ def test_what_cannot_be_quantised_stays_finite():
     assert (values[3].float() == -448).all()
 
 
+def test_what_a_wrong_bound_lets_through_is_clamped():
+    """In e4m3 itself, which has no infinity: by the clamp, and by torch's cast, which saturates here as well."""
+    x, w, _ = operands(8, 64, 32)
+    bound = torch.tensor([1e-6, 1e-6])
+    y, _ = linear_fp8_quantized(*quantize_rows(x), *quantize_rows(w), bound)
+    assert y.float().isfinite().all()
+    assert (y.float().abs() == 448).float().mean() > 0.5
+
+
 @pytest.mark.parametrize("outliers", [1.0, 30.0])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_a_rounded_output_costs_one_rounding(outliers, gelu):

@@ -159,7 +159,8 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
             "block-01.safetensors, which fp8.json names",
         ),
         (lambda out: flip(next(out.glob("student-block-00*"))), "block-00.safetensors is damaged: its SHA-256"),
-        (lambda out: (out / MANIFEST).write_text("{"), "fp8.json cannot be read"),
+        (lambda out: tear(next(out.glob("student-rest*"))), "student-rest.safetensors is damaged: its SHA-256"),
+        (lambda out: tear(out / MANIFEST), "fp8.json cannot be read"),
         (lambda out: (out / MANIFEST).write_text("{}"), "fp8.json is not a flashtalk-fp8 file of version 1"),
         (lambda out: change(out, "shards", []), "fp8.json: shards is [], wanted dict"),
         (lambda out: change(out, "layers", {"blocks.9.ffn.up": {"fp8": True}}), "layer blocks.9.ffn.up is not part"),
@@ -178,6 +179,11 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
+
+
+def tear(path: Path) -> None:
+    """The first half of it, as a copy that was cut off leaves."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def change(out: Path, name: str, value: object) -> None:

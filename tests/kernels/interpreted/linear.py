@@ -119,6 +119,27 @@ def test_rounded_outputs_never_saturate(kind, gelu):
     assert error(y.double() * y_scale.double()[:, None], expected) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["forward", "merge"])
+def test_what_a_wrong_bound_lets_through_is_clamped(form):
+    """A bound a thousand times too small: values saturate at 448, and none is NaN or infinite."""
+    torch.manual_seed(0)
+    x, w, scales = torch.randn(16, 32), torch.randn(32, 32), (torch.ones(16), torch.ones(32))
+    epilogue = Epilogue(bound=torch.tensor([1e-5, 1e-5]))
+    if form == "forward":
+        y, y_scale = launch_triton(x, w, scales, epilogue, torch.float8_e4m3fn, SMALL)
+    else:
+        y, y_scale = torch.empty(16, 32), torch.empty(16)
+        pointers, strides, flags = _arguments(y, y_scale, scales, epilogue)
+        merges = torch.tensor([[0, 0, 16, 0, 1]], dtype=torch.int32)
+        merge_linear[(1, 1)](
+            x @ w.T, merges, *pointers, 16, 32, *strides, **flags, TILE=16, BLOCK_N=32, BLOCK_M=16, num_warps=4
+        )
+    assert y.isfinite().all()
+    expected = (exact(x, w, scales, Epilogue()) / y_scale.double()[:, None]).clamp(-LARGEST, LARGEST)
+    assert (expected.abs() == LARGEST).float().mean() > 0.5
+    assert error(y, expected) < 1e-5
+
+
 def test_the_bound_is_reached():
     """By a row that is a column of signs."""
     w = torch.randn(8, 32)
