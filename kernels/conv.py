@@ -7,6 +7,8 @@ the start of a clip. So a clip goes through in pieces of any length, each with t
 
 Tensors are frames first, [frame, channel, row, column], in channels-last memory: the same bytes as channels_last_3d of
 [1, channel, frame, row, column]. Weights are best in channels-last memory too: elsewhere they are copied in each call.
+In FP8 (e4m3) x is that of `pixel_norm(..., factor)`, `scale` [O] undoes the factor and the weights' own scales, and y
+has the dtype of the bias.
 
 Forms: `reference` is the definition; on CPUs a 2-D convolution of stacked frames; on GPUs the library's (cuDNN), which
 stays until kernels/tuned/ names another: the Triton kernel below, or on Hopper that of kernels/conv_hopper.py.
@@ -27,7 +29,9 @@ from torch import Tensor
 from kernels import conv_hopper
 from kernels.attention import NAMES
 from kernels.conv_hopper import suits
+from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
+from kernels.pixel_norm import FP8_MAX
 
 DEFAULT: Launch = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
@@ -42,40 +46,66 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = Non
 
 
 def causal_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`reference` without its zero frames: x [T, C, H, W] -> [T, O, H, W], in channels-last memory and x's dtype.
 
     weight [O, C, kt, k, k] with k odd, bias [O]; `past` [kt - 1, C, H, W] are the frames before x, None at the start of
     a clip or where kt = 1. At the start the taps on zero frames are skipped, kt (kt - 1) / 2 of the clip's tap-frames.
-    `residual`, like the result, is added to it.
+    `residual`, like the result, is added to it. In FP8, x, `past` and the weight are e4m3, the sums are multiplied by
+    `scale`, float32 [O], and the result has the bias's dtype.
 
-    Raises ValueError if x, `past` or the residual has another shape, dtype or memory format than that.
+    Raises ValueError if x, `past`, the residual or the scale has another shape, dtype or memory format than that.
     """
     kt = weight.shape[2]
     if past is None:
-        _check(x, weight, residual, len(x), 1)
-        return _conv3d(x, weight, bias, residual, 0)
+        _check(x, weight, bias, residual, scale, len(x), 1)
+        return _conv3d(x, weight, bias, residual, 0, scale)
     if past.shape != (kt - 1, *x.shape[1:]):
         raise ValueError(f"past: shape {list(past.shape)}, wanted {[kt - 1, *x.shape[1:]]}")
     if past.dtype != x.dtype:
         raise ValueError(f"past: dtype {past.dtype}, wanted x's, {x.dtype}")
-    return conv3d(torch.cat([past, x]), weight, bias, residual=residual)
+    return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, residual: Tensor | None = None) -> Tensor:
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """The same convolution over the frames given and no others, at every `stride`-th place in time.
 
     x [N, C, H, W] -> [(N - kt) // stride + 1, O, H, W], in channels-last memory and x's dtype; weight [O, C, kt, k, k]
-    with k odd, bias [O] or None; `residual`, like the result, is added to it. Raises ValueError if x or the residual
-    has another shape, dtype or memory format than that.
+    with k odd, bias [O] or None; `residual`, like the result, is added to it; FP8 as above. Raises ValueError if x, the
+    residual or the scale has another shape, dtype or memory format than that.
     """
     kt = weight.shape[2]
-    _check(x, weight, residual, (len(x) - kt) // stride + 1, kt)
+    _check(x, weight, bias, residual, scale, (len(x) - kt) // stride + 1, kt)
     if stride == 1:
-        return _conv3d(x, weight, bias, residual, kt - 1)
+        return _conv3d(x, weight, bias, residual, kt - 1, scale)
+    if scale is not None:
+        raise ValueError(f"stride: {stride}, wanted 1 in FP8")
     y = (_volume if x.is_cuda else _stacked)(x, weight, bias, stride)
     return y if residual is None else y.add_(residual)
+
+
+def quantize_conv(weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """e4m3 weights [O, C, kt, k, k] in channels-last memory, each output channel by its largest, and `scale` [O].
+
+    The scale undoes the weights' own and that of inputs which are `factor` too large.
+    """
+    wide = weight.float()
+    largest = wide.abs().amax((1, 2, 3, 4)).clamp_min(1e-12) / FP8_MAX
+    narrow = (wide / largest.view(-1, 1, 1, 1, 1)).to(FP8)
+    return narrow.contiguous(memory_format=torch.channels_last_3d), largest / factor
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
@@ -90,37 +120,55 @@ def fold_upsampling(weight: Tensor) -> Tensor:
         first, second, third = wide.unbind(axis)
         even, odd = torch.stack((first, second + third), axis), torch.stack((first + second, third), axis)
         wide = torch.stack((even, odd))
-    return wide.transpose(0, 1).to(weight.dtype).contiguous()
+    memory = wide.transpose(0, 1).to(weight.dtype).permute(0, 1, 2, 4, 5, 3).contiguous()
+    return memory.permute(0, 1, 2, 5, 3, 4)
 
 
 def upsample_conv2d(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    """Doubled rows and columns of x, convolved: [T, C, H, W] -> [T, O, 2 H, 2 W] in channels-last memory.
+    """Doubled rows and columns of x, convolved: [T, C, H, W] -> [T, O, 2 H, 2 W], both in channels-last memory.
 
-    `phases` are `fold_upsampling(weight)`, bias [O].
+    `phases` are `fold_upsampling(weight)`, bias [O]. Raises ValueError for another shape, dtype or memory format of x.
     """
-    frames, _, rows, columns = x.shape
-    y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
-    for i, of_row in enumerate(phases):
-        for j, weight in enumerate(of_row):
-            part = F.conv2d(x, weight, bias, padding=1)  # one row and one column too many
-            y[:, :, i::2, j::2] = part[:, :, i : i + rows, j : j + columns]
-    return y
+    if x.ndim != 4 or x.shape[1] != phases.shape[3]:
+        raise ValueError(f"x: shape {list(x.shape)}, wanted [frames, {phases.shape[3]}, rows, columns]")
+    if x.dtype != phases.dtype:
+        raise ValueError(f"x: dtype {x.dtype}, wanted the weight's, {phases.dtype}")
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")
+    return _upsample_conv2d(x, phases, bias)
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None, frames: int, least: int) -> None:
-    """Raises ValueError unless x goes along with the weight, and the residual with `frames` of output."""
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    frames: int,
+    least: int,
+) -> None:
+    """Raises ValueError unless x goes along with the weight, and residual and scale with `frames` of output."""
     if x.ndim != 4 or x.shape[1] != weight.shape[1] or len(x) < least:
         raise ValueError(f"x: shape {list(x.shape)}, wanted [{least} or more, {weight.shape[1]}, rows, columns]")
     if x.dtype != weight.dtype:
         raise ValueError(f"x: dtype {x.dtype}, wanted the weight's, {weight.dtype}")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")
+    if (x.dtype == FP8) != (scale is not None) or (scale is not None and bias is None):
+        raise ValueError(f"scale: wanted with e4m3 and a bias, and only with them; x is {x.dtype}")
+    if scale is not None and (scale.shape != weight.shape[:1] or scale.dtype != torch.float32):
+        raise ValueError(f"scale: {scale.dtype} {list(scale.shape)}, wanted float32 {[len(weight)]}")
     if residual is not None:
-        wanted = (frames, weight.shape[0], *x.shape[2:])
-        if residual.shape != wanted or residual.dtype != x.dtype:
-            raise ValueError(f"residual: {residual.dtype} {list(residual.shape)}, wanted {x.dtype} {list(wanted)}")
+        wanted, dtype = (frames, weight.shape[0], *x.shape[2:]), _result(x, bias)
+        if residual.shape != wanted or residual.dtype != dtype:
+            raise ValueError(f"residual: {residual.dtype} {list(residual.shape)}, wanted {dtype} {list(wanted)}")
         if not residual.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"residual: strides {residual.stride()}, wanted channels-last memory")
+
+
+def _result(x: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the result."""
+    return bias.dtype if x.dtype == FP8 and bias is not None else x.dtype
 
 
 # --- The library's --------------------------------------------------------------------------------------------------
@@ -132,10 +180,17 @@ def launch_library(
     bias: Tensor | None,
     residual: Tensor | None,
     before: int,
+    scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """As `launch`, by PyTorch: cuDNN on a GPU."""
+    """As `launch`, by PyTorch: cuDNN on a GPU. FP8 is widened first, exactly."""
     form, kt = (_volume if x.is_cuda else _stacked), weight.shape[2]
+    if scale is not None:
+        assert bias is not None
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        y = launch_library(x.to(wide), weight.to(wide), None, None, before)
+        y = y.mul_(scale.view(-1, 1, 1)).add_(bias.to(wide).view(-1, 1, 1))
+        return (y if residual is None else y.add_(residual)).to(bias.dtype)
     if before == kt - 1:
         y = form(x, weight, bias, 1)
     else:
@@ -143,6 +198,17 @@ def launch_library(
         for lag in range(1, min(kt, len(x))):
             y[lag:] += form(x[:-lag], weight[:, :, kt - 1 - lag : kt - lag], None, 1)
     return y if residual is None else y.add_(residual)
+
+
+def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+    """As `upsample_conv2d`, by PyTorch."""
+    frames, _, rows, columns = x.shape
+    y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
+    for i, of_row in enumerate(phases):
+        for j, weight in enumerate(of_row):
+            part = F.conv2d(x, weight, bias, padding=1)  # one row and one column too many
+            y[:, :, i::2, j::2] = part[:, :, i : i + rows, j : j + columns]
+    return y
 
 
 def _volume(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -166,9 +232,9 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
 
 
 @triton.jit(do_not_specialize=["before"])
-def conv_forward(x, weight, bias, residual, y, before, pixels, rows, columns, channels, outputs, KT: tl.constexpr,
-                 K: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def conv_forward(x, weight, scale, bias, residual, y, before, pixels, rows, columns, channels, outputs,
+                 KT: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """BLOCK_M pixels by BLOCK_N output channels; x [before + frames, rows, columns, channels], weight [o, tap, c]."""
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,6 +255,8 @@ def conv_forward(x, weight, bias, residual, y, before, pixels, rows, columns, ch
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     mask = own[:, None] & within[None, :]
     places = pixel.to(tl.int64)[:, None] * outputs + output[None, :]
+    if SCALED:
+        acc *= tl.load(scale + output, mask=within, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias + output, mask=within, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
@@ -205,6 +273,7 @@ def launch_triton(
     bias: Tensor | None,
     residual: Tensor | None,
     before: int,
+    scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """As `launch`, by the Triton kernel."""
@@ -212,12 +281,12 @@ def launch_triton(
     outputs, _, kt, k, _ = weight.shape
     parameters: dict[str, Any] = {**DEFAULT, **(launch or {})}
     frames = total - before
-    y = x.new_empty(frames, rows, columns, outputs).permute(0, 3, 1, 2)
+    y = x.new_empty(frames, rows, columns, outputs, dtype=_result(x, bias)).permute(0, 3, 1, 2)
     grid = (triton.cdiv(frames * rows * columns, parameters["BLOCK_M"]), triton.cdiv(outputs, parameters["BLOCK_N"]))
     conv_forward[grid](
-        x, weight.permute(0, 2, 3, 4, 1).contiguous(), y if bias is None else bias, y if residual is None else residual,
-        y, before, frames * rows * columns, rows, columns, channels, outputs, KT=kt, K=k, BIAS=bias is not None,
-        RESIDUAL=residual is not None, **parameters,
+        x, weight.permute(0, 2, 3, 4, 1).contiguous(), y if scale is None else scale, y if bias is None else bias,
+        y if residual is None else residual, y, before, frames * rows * columns, rows, columns, channels, outputs,
+        KT=kt, K=k, SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, **parameters,
     )  # fmt: skip
     return y
 
@@ -228,51 +297,109 @@ def launch_hopper(
     bias: Tensor | None,
     residual: Tensor | None,
     before: int,
+    scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """As `launch`, by the kernel of kernels/conv_hopper.py."""
-    past = x[:before] if before else None
-    return conv_hopper.launch_hopper(x[before:], weight, bias, past, residual, launch)
+    total, _, rows, columns = x.shape
+    y = x.new_empty(total - before, rows, columns, len(weight), dtype=_result(x, bias)).permute(0, 3, 1, 2)
+    past, reach = x[:before] if before else None, -(weight.shape[3] // 2)
+    conv_hopper.launch_hopper(x[before:], weight, scale, bias, past, residual, y, (reach, reach), launch)
+    return y
+
+
+def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+    """As `upsample_conv2d`, by the kernel of kernels/conv_hopper.py: every phase into its pixels."""
+    frames, _, rows, columns = x.shape
+    y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
+    for i, of_row in enumerate(phases):
+        for j, weight in enumerate(of_row):
+            part = y[:, :, i::2, j::2]
+            conv_hopper.launch_hopper(x, weight[:, :, None], None, bias, None, None, part, (i - 1, j - 1), launch)
+    return y
 
 
 FORMS: Mapping[str, Callable[..., Tensor]] = {
     "gluon": launch_hopper, "triton": launch_triton, "library": launch_library
 }  # fmt: skip
+UPSAMPLING: Mapping[str, Callable[..., Tensor]] = {"gluon": upsample_hopper, "library": upsample_library}
 
 
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, choice: Choice | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    before: int,
+    scale: Tensor | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
-    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library.
+    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library, FP8 by a kernel.
 
     x [before + T, C, H, W]: T frames behind those that the first of them see; what lies before these is zero.
     """
-    frames, (_, channels, rows, columns) = len(x) - before, x.shape
-    dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns, "outputs": len(weight)}
-    if choice is None and weight.shape[2:] == (3, 3, 3) and x.dtype in NAMES:
-        equal = ("channels", "outputs")
-        choice = lookup("causal_conv3d", dims, NAMES[x.dtype], x.device, FORMS, equal)
-    wanted = choice.backend if choice is not None else "library"
+    if choice is None and weight.shape[2:] == (3, 3, 3):
+        choice = _tuned("causal_conv3d", x, len(x) - before, len(weight), FORMS)
+    wanted = choice.backend if choice is not None else "gluon" if x.dtype == FP8 else "library"
     if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, weight, residual)):
         wanted = "triton"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None
-    return FORMS[wanted](x, weight, bias, residual, before, parameters)
+    return FORMS[wanted](x, weight, bias, residual, before, scale, parameters)
 
 
-# --- Operation ------------------------------------------------------------------------------------------------------
+def launch_upsampling(x: Tensor, phases: Tensor, bias: Tensor, choice: Choice | None = None) -> Tensor:
+    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library."""
+    choice = choice or _tuned("upsample_conv", x, len(x), phases.shape[2], UPSAMPLING)
+    if choice is None or not (gpu(x.device).capability == "9.0" and suits(x, phases[0, 0], None)):
+        return upsample_library(x, phases, bias)
+    return UPSAMPLING[choice.backend](x, phases, bias, choice.launch)
+
+
+def _tuned(operation: str, x: Tensor, frames: int, outputs: int, forms: Mapping[str, Any]) -> Choice | None:
+    """What kernels/tuned/ names for these channels and the nearest of the sizes measured."""
+    if (dtype := {**NAMES, FP8: "fp8"}.get(x.dtype)) is None:
+        return None
+    _, channels, rows, columns = x.shape
+    dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns, "outputs": outputs}
+    return lookup(operation, dims, dtype, x.device, forms, ("channels", "outputs"))
+
+
+# --- Operations -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("flashtalk::conv3d", mutates_args=(), device_types="cpu")
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int) -> Tensor:
-    return launch_library(x, weight, bias, residual, before)
+def _conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+) -> Tensor:
+    return launch_library(x, weight, bias, residual, before, scale)
 
 
 @_conv3d.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int) -> Tensor:
-    return launch(x, weight, bias, residual, before)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+) -> Tensor:
+    return launch(x, weight, bias, residual, before, scale)
 
 
 @_conv3d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+) -> Tensor:
     total, _, rows, columns = x.shape
-    return x.new_empty(total - before, rows, columns, weight.shape[0]).permute(0, 3, 1, 2)
+    return x.new_empty(total - before, rows, columns, weight.shape[0], dtype=_result(x, bias)).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("flashtalk::upsample_conv2d", mutates_args=(), device_types="cpu")
+def _upsample_conv2d(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
+    return upsample_library(x, phases, bias)
+
+
+@_upsample_conv2d.register_kernel("cuda")
+def _(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
+    return launch_upsampling(x, phases, bias)
+
+
+@_upsample_conv2d.register_fake
+def _(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
+    frames, _, rows, columns = x.shape
+    return x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)

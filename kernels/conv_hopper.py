@@ -2,13 +2,18 @@
 
     y[pixel, o] = bias[o] + sum over taps and channels of x[pixel + tap, c] w[o, tap, c]  (+ residual[pixel, o])
 
-A program works off tiles: ROWS x COLUMNS pixels (64) for each of its consumers, one below the other, by LEFT + RIGHT
-output channels. kernels/hopper.py says what roles its warps have. The producer copies, for every tap and block of
-channels, the pixels that the tap sees as a box of the frame; TMA fills what lies outside with zeros, so that there is
-no padding, and takes it from `past` or from x, so that nothing is concatenated. Taps on frames before the clip are left
-out. Output and residual pass through shared memory as in kernels/linear_hopper.py.
+A program works off tiles: 8 x 8 pixels for each of its consumers, one below the other, by LEFT + RIGHT output channels.
+kernels/hopper.py says what roles its warps have. The producer copies, for every tap and block of channels, the pixels
+that the tap sees as boxes of the frame; TMA fills what lies outside with zeros, so that there is no padding, and takes
+it from `past` or from x, so that nothing is concatenated. Taps on frames before the clip are left out. Output and
+residual pass through shared memory as in kernels/linear_hopper.py.
 
-wgmma has widths that tensors cannot have: 192 and 96 channels are LEFT + RIGHT = 128 + 64 and 64 + 32.
+TALL: a stage holds one box more below the others, and serves the K taps of a column of the kernel: eight pixels of a
+line are a whole number of swizzled rows, so that the tap below sees the same bytes, one line on. With few output
+channels copies from the L2 cache are what limits, and these are 4/9 of those of nine taps.
+
+wgmma has widths that tensors cannot have: 192 and 96 channels are LEFT + RIGHT = 128 + 64 and 64 + 32. FP8 sums stay in
+the tensor cores, which keep 13 bits behind the point of the largest term, see kernels/linear_hopper.py.
 """
 
 # Types inside device code are Triton's, not Python's.
@@ -30,15 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, GROUP, advance, new_barriers
+from kernels.hopper import ELEMENTS, GROUP, advance, new_barriers, preceding
 from kernels.launch import Launch, gpu
-from kernels.linear_hopper import epilogue, halves
+from kernels.linear_hopper import halves
 
 SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
 
-# By output channels, where nothing was tuned.
-WIDE: Launch = {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "CONSUMERS": 3, "STAGES": 3}
-NARROW: Launch = {"LEFT": 64, "RIGHT": 32, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": 6}
+NARROW = 96  # output channels that a tile of 64 + 32 takes at once
 
 
 # --- Device code ----------------------------------------------------------------------------------------------------
@@ -54,16 +57,21 @@ def locate(tile, sizes, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT: gl.constexpr, K: gl.constexpr,
+def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT: gl.constexpr, K: gl.constexpr,
             RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-            BLOCK_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Copies the pixels and weights of all tiles, in the order in which the consumers take them."""
+            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
+    """Copies the pixels and weights of all tiles, in the order in which the consumers take them.
+
+    The taps of a pixel begin dy rows and dx columns from it.
+    """
     x_boxes, past_boxes, left_boxes, right_boxes, _y_boxes, residual_boxes = boxes
     x_smem, left_smem, right_smem, y_smem = buffers
     full, empty = stage_bars
     residual_full, residual_empty = residual_bars
     _frames, before, _tiles_h, _tiles_w, _groups, blocks, channels = sizes
     PIECES: gl.constexpr = 3 if RIGHT else 2
+    TAPS: gl.constexpr = K if TALL else 1
+    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
     slot = 0
     phase = 0
     turn = 0
@@ -71,27 +79,31 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT: gl.cons
         frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
         for i in range(gl.maximum(0, KT - 1 - frame - before), KT):
             seen = frame + i - (KT - 1)
-            for tap in range(K * K):
+            for step in range(K * K // TAPS):
                 for block in range(blocks):
                     mbarrier.wait(empty.index(slot), phase ^ 1)
                     bar = full.index(slot)
                     mbarrier.expect(
-                        bar, CONSUMERS * x_boxes.block_type.nbytes + left_boxes.block_type.nbytes
-                        + (right_boxes.block_type.nbytes if RIGHT else 0),
+                        bar, BOXES * x_boxes.block_type.nbytes + TAPS * left_boxes.block_type.nbytes
+                        + (TAPS * right_boxes.block_type.nbytes if RIGHT else 0),
                     )  # fmt: skip
                     channel = block * BLOCK_K
-                    for group in gl.static_range(CONSUMERS):
-                        top = row + group * SIDE + tap // K - K // 2
-                        left = column + tap % K - K // 2
-                        x = x_smem.index(slot * CONSUMERS + group)
+                    top = row + step // K + dy
+                    left = column + step % K + dx
+                    for box in gl.static_range(BOXES):
+                        place = [seen, top + box * SIDE, left, channel]
+                        x = x_smem.index(slot * BOXES + box)
                         if seen < 0:
-                            tma.async_copy_global_to_shared(past_boxes, [seen + before, top, left, channel], bar, x)
+                            old = [seen + before, top + box * SIDE, left, channel]
+                            tma.async_copy_global_to_shared(past_boxes, old, bar, x)
                         else:
-                            tma.async_copy_global_to_shared(x_boxes, [seen, top, left, channel], bar, x)
-                    term = (i * K * K + tap) * channels + channel
-                    tma.async_copy_global_to_shared(left_boxes, [first, term], bar, left_smem.index(slot))
-                    if RIGHT:
-                        tma.async_copy_global_to_shared(right_boxes, [first + LEFT, term], bar, right_smem.index(slot))
+                            tma.async_copy_global_to_shared(x_boxes, place, bar, x)
+                    for tap in gl.static_range(TAPS):
+                        term = ((i * K + tap) * K + step) * channels + channel
+                        w = slot * TAPS + tap
+                        tma.async_copy_global_to_shared(left_boxes, [first, term], bar, left_smem.index(w))
+                        if RIGHT:
+                            tma.async_copy_global_to_shared(right_boxes, [first + LEFT, term], bar, right_smem.index(w))
                     slot, phase = advance(slot, phase, STAGES)
         if RESIDUAL:  # now, as consumers still have all stages to read: earlier it would wait for the output before
             for group in gl.static_range(CONSUMERS):
@@ -106,15 +118,25 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT: gl.cons
 
 
 @gluon.jit
-def flat(x, layout: gl.constexpr):
-    """A box of pixels [1, 8, 8, n] in shared memory as the matrix [64, n] that it is."""
-    return x._reinterpret(x.dtype, [GROUP, x.shape[3]], layout)
+def finish(y, first, scale, bias, outputs, out, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr):
+    """Turns the sums y of the output channels from `first` on into `out`, where the residual lies."""
+    layout: gl.constexpr = gl.SliceLayout(0, y.type.layout)
+    channel = first + gl.arange(0, y.shape[1], layout)
+    within = channel < outputs
+    if SCALED:
+        y = y * gl.load(scale + channel, mask=within, other=0.0)[None, :]
+    if BIAS:
+        y = y + gl.load(bias + channel, mask=within, other=0.0).to(gl.float32)[None, :]
+    if RESIDUAL:
+        y = y + out.load(y.type.layout).to(gl.float32)
+    out.store(y.to(out.dtype))
 
 
 @gluon.jit
-def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, GROUP_ID: gl.constexpr,
-             KT: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr,
-             LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, GROUP_ID: gl.constexpr,
+             KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+             CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
+             STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
     """A consumer."""
     x_smem, left_smem, right_smem, y_smem = buffers
     full, empty = stage_bars
@@ -122,37 +144,43 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outp
     _frames, before, _tiles_h, _tiles_w, _groups, blocks, _channels = sizes
     DTYPE: gl.constexpr = x_smem.dtype
     PIECES: gl.constexpr = 3 if RIGHT else 2
+    TAPS: gl.constexpr = K if TALL else 1
+    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
     TERMS: gl.constexpr = 256 // DTYPE.primitive_bitwidth  # that one instruction multiplies
     left_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, TERMS])
     right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT if RIGHT else 32, TERMS])
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, BLOCK_K], DTYPE)
     y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, LEFT // 2], y_smem.dtype)
+    line_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, BLOCK_K], DTYPE)
+    lines = x_smem._reinterpret(DTYPE, [STAGES * BOXES * SIDE, SIDE, BLOCK_K], line_layout)
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         frame, _row, _column, _first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
-        steps = (KT - gl.maximum(0, KT - 1 - frame - before)) * (K * K) * blocks
+        steps = (KT - gl.maximum(0, KT - 1 - frame - before)) * (K * K // TAPS) * blocks
         left = gl.zeros([GROUP, LEFT], gl.float32, left_layout)
         right = gl.zeros([GROUP, RIGHT if RIGHT else 32], gl.float32, right_layout)
-        last = slot
         for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
-            x = flat(x_smem.index(slot * CONSUMERS + GROUP_ID), x_layout)
-            left = warpgroup_mma(x, left_smem.index(slot).permute((1, 0)), left, is_async=True)
+            for tap in gl.static_range(TAPS):
+                line = lines.index((slot * BOXES + GROUP_ID) * SIDE + tap)
+                x = line._reinterpret(DTYPE, [GROUP, BLOCK_K], x_layout)  # that line and the seven below it
+                w = slot * TAPS + tap
+                left = warpgroup_mma(x, left_smem.index(w).permute((1, 0)), left, is_async=True)
+                if RIGHT:
+                    right = warpgroup_mma(x, right_smem.index(w).permute((1, 0)), right, is_async=True)
             if RIGHT:
-                right = warpgroup_mma(x, right_smem.index(slot).permute((1, 0)), right, is_async=True)
-                left, right = warpgroup_mma_wait(2, deps=[left, right])
+                left, right = warpgroup_mma_wait(2 * TAPS, deps=[left, right])
             else:
-                left = warpgroup_mma_wait(1, deps=[left])
+                left = warpgroup_mma_wait(TAPS, deps=[left])
             if step > 0:
-                mbarrier.arrive(empty.index(last))
-            last = slot
+                mbarrier.arrive(empty.index(preceding(slot, STAGES)))
             slot, phase = advance(slot, phase, STAGES)
         if RIGHT:
             left, right = warpgroup_mma_wait(0, deps=[left, right])
         else:
             left = warpgroup_mma_wait(0, deps=[left])
-        mbarrier.arrive(empty.index(last))
+        mbarrier.arrive(empty.index(preceding(slot, STAGES)))
         frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)  # again, so as not to hold registers
         if RESIDUAL:
             mbarrier.wait(residual_full.index(GROUP_ID), tile // gl.num_programs(0) & 1)
@@ -161,9 +189,9 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outp
         pieces = halves(left) + (right,)  # noqa: RUF005
         for i in gl.static_range(PIECES):
             gl.thread_barrier()  # or ptxas loads all pieces' vectors first, and runs out of registers
-            out = flat(y_smem.index(GROUP_ID * PIECES + i), y_layout)
-            epilogue(pieces[i], first + i * (LEFT // 2), 0, (bias, bias, bias, bias), (bias, bias), (0, outputs), out,
-                     False, BIAS, False, RESIDUAL, False, False)  # fmt: skip
+            out = y_smem.index(GROUP_ID * PIECES + i)
+            out = out._reinterpret(out.dtype, [GROUP, LEFT // 2], y_layout)  # pixels [1, 8, 8, n] as [64, n]
+            finish(pieces[i], first + i * (LEFT // 2), scale, bias, outputs, out, SCALED, BIAS, RESIDUAL)
         fence_async_shared()
         for i in gl.static_range(PIECES):
             place = [frame, row + GROUP_ID * SIDE, column, first + i * (LEFT // 2)]
@@ -174,17 +202,22 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outp
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["frames", "before", "tiles_h", "tiles_w", "groups", "blocks", "channels", "outputs"])
+@gluon.jit(do_not_specialize=["frames", "before", "tiles_h", "tiles_w", "groups", "blocks", "channels", "outputs", "dy",
+                              "dx"])  # fmt: skip
 def conv_hopper(
-    x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, bias, frames, before, tiles_h, tiles_w,
-    groups, blocks, channels, outputs, KT: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, frames, before, tiles_h,
+    tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr,
+    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr,
 ):  # fmt: skip
     """Every program takes each num_programs-th tile; the launcher says what the rest is."""
     PIECES: gl.constexpr = 3 if RIGHT else 2
-    x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * CONSUMERS, 1, SIDE, SIDE, BLOCK_K], x_boxes.layout)
-    left_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES, LEFT, BLOCK_K], left_boxes.layout)
-    right_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES, RIGHT if RIGHT else 8, BLOCK_K], right_boxes.layout)
+    TAPS: gl.constexpr = K if TALL else 1
+    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
+    RIGHT_ROWS: gl.constexpr = RIGHT if RIGHT else 8
+    x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * BOXES, 1, SIDE, SIDE, BLOCK_K], x_boxes.layout)
+    left_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, LEFT, BLOCK_K], left_boxes.layout)
+    right_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, RIGHT_ROWS, BLOCK_K], right_boxes.layout)
     y_smem = gl.allocate_shared_memory(y_boxes.dtype, [CONSUMERS * PIECES, 1, SIDE, SIDE, LEFT // 2], y_boxes.layout)
     stage_bars = new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)  # full, empty
     residual_bars = new_barriers(CONSUMERS, 1), new_barriers(CONSUMERS, 1)
@@ -195,14 +228,14 @@ def conv_hopper(
     tiles = frames * tiles_h * tiles_w * groups
     # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
     gl.warp_specialize([
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 0, KT, K, BIAS, RESIDUAL,
-                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 1, KT, K, BIAS, RESIDUAL,
-                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, bias, outputs, 2, KT, K, BIAS, RESIDUAL,
-                    CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES)),
-        (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, KT, K, RESIDUAL, CONSUMERS, LEFT, RIGHT,
-                   BLOCK_K, STAGES)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 0, KT, K, SCALED,
+                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 1, KT, K, SCALED,
+                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 2, KT, K, SCALED,
+                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, CONSUMERS, LEFT,
+                   RIGHT, BLOCK_K, STAGES, TALL)),
     ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
@@ -210,45 +243,58 @@ def conv_hopper(
 
 
 def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """Boxes of x; what is beyond its ends is zero, and is not stored."""
+    """Boxes of x, as [frame, row, column, channel] if it has frames; what is beyond is zero, and is not stored."""
+    x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 def suits(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Whether the kernel takes these operands: 16 bits, and pixels of whole 16 bytes before and after."""
+    """Whether the kernel takes these operands: 8 or 16 bits, and pixels of whole 16 bytes before and after."""
     outputs, channels = weight.shape[:2]
     aligned = all(y.data_ptr() % 16 == 0 for y in (x, weight, *(() if residual is None else (residual,))))
-    return x.dtype in (torch.float16, torch.bfloat16) and channels % 8 == outputs % 8 == 0 and aligned
+    return x.dtype in ELEMENTS and channels * x.itemsize % 16 == outputs % 8 == 0 and aligned
 
 
 def launch_hopper(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     past: Tensor | None,
     residual: Tensor | None,
+    y: Tensor,
+    reach: tuple[int, int],
     launch: Launch | None = None,
-) -> Tensor:
-    """`causal_conv3d`, plus the residual if there is one."""
+) -> None:
+    """Fills y, float16 or bfloat16, any view of [frame, channel, row, column] with neighbouring channels in a row.
+
+    The sums of operands that `suits` approves are multiplied by scale [outputs], float32, if there is one, and the
+    residual is added, if there is one. `reach` says where the taps of a pixel begin: rows and columns from it.
+    """
     frames, channels, rows, columns = x.shape
     outputs, _, kt, k, _ = weight.shape
-    parameters: dict[str, Any] = {**(WIDE if outputs > 96 else NARROW), **(launch or {})}
+    parameters: dict[str, Any] = {**default(x.dtype, outputs, k), **(launch or {})}
     left, right, block_k = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K"))
     consumers, side = parameters["CONSUMERS"], SIDE.value
-    y = x.new_empty(frames, rows, columns, outputs)
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(outputs, -1)  # a view, where the weight is channels-last
     box, piece = [1, side, side, block_k], [1, side, side, left // 2]
-    pixels, before = x.permute(0, 2, 3, 1), 0 if past is None else len(past)
-    y_boxes, x_boxes = describe(y, piece), describe(pixels, box)
+    x_boxes, y_boxes = describe(x, box), describe(y, piece)
     tiles_h, tiles_w = -(-rows // (side * consumers)), -(-columns // side)
     groups = -(-outputs // (left + right))
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
     conv_hopper[(programs,)](
-        x_boxes, x_boxes if past is None else describe(past.permute(0, 2, 3, 1), box),
-        describe(matrix, [left, block_k]), describe(matrix, [right or 8, block_k]), y_boxes,
-        y_boxes if residual is None else describe(residual.permute(0, 2, 3, 1), piece),
-        y if bias is None else bias, frames, before, tiles_h, tiles_w, groups, -(-channels // block_k), channels,
-        outputs, KT=kt, K=k, BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4, **parameters,
+        x_boxes, x_boxes if past is None else describe(past, box), describe(matrix, [left, block_k]),
+        describe(matrix, [right or 8, block_k]), y_boxes, y_boxes if residual is None else describe(residual, piece),
+        y if scale is None else scale, y if bias is None else bias, frames, 0 if past is None else len(past), tiles_h,
+        tiles_w, groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k, SCALED=scale is not None,
+        BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4, **parameters,
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
+
+
+def default(dtype: torch.dtype, outputs: int, k: int) -> Launch:
+    """Where nothing was tuned: by the columns of a tile, and what fits into shared memory."""
+    if outputs > NARROW:
+        return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "CONSUMERS": 3, "STAGES": 6 // dtype.itemsize, "TALL": 0}
+    stages = (10 if k > 1 else 12) // dtype.itemsize
+    return {"LEFT": 64, "RIGHT": 32, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": stages, "TALL": int(k > 1)}

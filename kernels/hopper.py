@@ -32,6 +32,13 @@ def advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def preceding(slot, STAGES: gl.constexpr):
+    """The stage before. To remember it in a variable set to `slot` before a loop fails silently: Triton 3.6 takes what
+    a loop sets to a value that it had before the loop for unchanged, and does not carry it."""
+    return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
 def read_piece(pieces, i):
     """column, row, end of rows, first key, end of keys, part."""
     piece = pieces + PIECE * i

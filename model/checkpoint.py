@@ -91,6 +91,7 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
     for module in (models.text, models.image, *models.dit.visitors().values()):
         module.to("cpu")
     models.vae.lay_out()
+    models.vae.quantize(precision.fp8_vae)
     return models
 
 
@@ -133,6 +134,7 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not unused(name, config.image))
     place(vae, own_slots(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae)
     vae.lay_out()
+    vae.quantize(precision.fp8_vae)
     return Models(
         config,
         dit.requires_grad_(False).eval(),

@@ -9,7 +9,7 @@ State-dict keys and shapes are the official ones. Tensors are [frame, channel, r
 the dtype of the parameters; norms and SiLU are computed in float32 or wider.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.conv import causal_conv3d, conv3d, fold_upsampling, upsample_conv2d
-from kernels.pixel_norm import pixel_norm
+from kernels.conv import causal_conv3d, conv3d, fold_upsampling, quantize_conv, upsample_conv2d
+from kernels.pixel_norm import fp8_factor, pixel_norm
 from model.config import VAEConfig
 
 State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
@@ -32,10 +32,17 @@ class CausalConv3d(nn.Module):
         bound = (in_channels * kt * k * k) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kt, k, k).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+        self.factor: float | None = None  # of the e4m3 input that the norm before it makes, once it is quantised
+        self.register_buffer("scale", None, persistent=False)  # [out channels], then: undoes all factors
+
+    def quantize(self, factor: float) -> None:
+        """From now on e4m3 weights, each output channel by its largest, and e4m3 inputs that are `factor` too large."""
+        self.weight.data, self.scale = quantize_conv(self.weight.data, factor)
+        self.factor = factor
 
     def forward(self, x: Tensor, past: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past."""
-        y = causal_conv3d(x, self.weight, self.bias, past, residual)
+        y = causal_conv3d(x, self.weight, self.bias, past, residual, self.scale)
         keep = self.weight.shape[2] - 1
         if len(x) >= keep:
             return y, x[-keep:].clone()  # a view would keep all of x alive
@@ -65,10 +72,10 @@ def norm_silu_conv(
     """
     assert isinstance(norm, RMSNorm)
     assert isinstance(conv, CausalConv3d)
-    clip = pixel_norm(x, norm.gamma, True, past)
+    clip = pixel_norm(x, norm.gamma, True, past, conv.factor)
     if past is None:
         return conv(clip, None, residual)
-    y = conv3d(clip, conv.weight, conv.bias, residual=residual)
+    y = conv3d(clip, conv.weight, conv.bias, residual=residual, scale=conv.scale)
     return y, clip[-2:].clone()  # a view would keep all of the clip alive
 
 
@@ -98,6 +105,12 @@ class ResidualBlock(nn.Module):
             }
         )
         self.shortcut = CausalConv3d(in_channels, out_channels, 1, 1) if in_channels != out_channels else None
+
+    def quantize(self) -> None:
+        """From now on both convolutions in FP8."""
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        for norm, conv in ((norm1, conv1), (norm2, conv2)):
+            cast(CausalConv3d, conv).quantize(fp8_factor(cast(RMSNorm, norm).gamma))
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
@@ -249,6 +262,15 @@ class VAE(nn.Module):
         for module in self.decoder.upsamples:
             if isinstance(module, Upsample):
                 module.fold()
+
+    def quantize(self, levels: Collection[int]) -> None:
+        """From now on the residual blocks of these levels of the decoder, 0 being the latent's, multiply in FP8."""
+        level = 0
+        for module in self.decoder.upsamples:
+            if isinstance(module, Upsample):
+                level += 1
+            elif level in levels:
+                cast(ResidualBlock, module).quantize()
 
     def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next latent frame (mean, normalised) and the state after it.

@@ -24,7 +24,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, conv, cross_attention, linear, norm
 from kernels.attention import chunk_attention, chunk_attention_fp8
@@ -55,8 +56,9 @@ from kernels.norm import key_scale, launch_norm_rope
 from kernels.pixel_norm import launch_pixel_norm, pixel_norm
 from kernels.pixel_norm import reference as pixel_norm_reference
 from kernels.schedule import spans
-from model.config import PRESETS, Config
+from model.config import PRECISIONS, PRESETS, Config, VAEConfig
 from model.errors import UserError
+from model.vae import VAE
 from profiling import published
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
@@ -64,6 +66,7 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of its matrix operands
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # relative Frobenius error of one operation
 FP8_MAX = 448.0  # largest e4m3 value
 PROMPT = 20  # tokens of a prompt like the published one
+FP8_LEVELS = PRECISIONS["fp8-vae"].fp8_vae
 
 Dims = Mapping[str, int]
 Output = Tensor | tuple[Tensor, ...]
@@ -1141,34 +1144,42 @@ def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Ca
     return call
 
 
-def ours_conv(form: str) -> Backend:
-    """One form of kernels/conv.py, behind the past frames that the norm before it has put in front."""
+def ours_conv(form: str, fp8: bool = False) -> Backend:
+    """One form of kernels/conv.py, behind the past frames that the norm before it has put in front; in FP8, rounded."""
 
-    def run(clip: Tensor, w: Tensor, bias: Tensor, before: int, launch: Launch | None = None) -> Tensor:
-        return conv.launch(clip, w, bias, None, before, Choice(form, launch or {}))
+    def run(clip: Tensor, w: Tensor, bias: Tensor, before: int, scale: Tensor | None, launch: Launch | None) -> Tensor:
+        return conv.launch(clip, w, bias, None, before, scale, Choice(form, launch or {}))
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
-        last = w.contiguous(memory_format=torch.channels_last_3d)
-        return partial(run, torch.cat([past, x]), last, bias, len(past), launch)
+        clip, last, scale = torch.cat([past, x]), w.contiguous(memory_format=torch.channels_last_3d), None
+        if fp8:
+            factor = FP8_MAX / float(clip.abs().max())
+            clip, (last, scale) = (clip * factor).to(torch.float8_e4m3fn), conv.quantize_conv(w, factor)
+        return partial(run, clip, last, bias, len(past), scale, launch)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Tensor:
         frames, channels, rows, columns = x.shape
-        clip = x.new_empty(len(past) + frames, rows, columns, channels).permute(0, 3, 1, 2)
         outputs, _, kt, k, _ = w.shape
-        last = w.new_empty(outputs, kt, k, k, channels).permute(0, 4, 1, 2, 3)
-        return run(clip, last, bias, len(past), launch)
+        dtype = torch.float8_e4m3fn if fp8 else x.dtype
+        clip = x.new_empty(len(past) + frames, rows, columns, channels, dtype=dtype).permute(0, 3, 1, 2)
+        last = w.new_empty(outputs, kt, k, k, channels, dtype=dtype).permute(0, 4, 1, 2, 3)
+        scale = w.new_empty(outputs, dtype=torch.float32) if fp8 else None
+        return run(clip, last, bias, len(past), scale, launch)
 
-    return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, CONV_SPACES.get(form))
-
-
-def conv_space(dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for Hopper: output channels that divide those there are."""
-    for (left, right), (block_k, stages) in itertools.product(((128, 64), (64, 32), (128, 0)), ((64, 3), (32, 6))):
-        if dims["outputs"] % (left + right) == 0 and dims["channels"] % block_k == 0:
-            yield {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages}
+    space = partial(conv_space, fp8) if form == "gluon" else None
+    return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, space)
 
 
-CONV_SPACES = {"gluon": conv_space}
+def conv_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for Hopper: tiles that divide the channels, as many stages as shared memory has."""
+    for left, right, row_bytes, stages, tall in (
+        (128, 64, 128, 3, 0), (128, 64, 64, 6, 0), (128, 64, 64, 2, 1), (128, 0, 128, 4, 0), (128, 0, 64, 4, 1),
+        (64, 32, 128, 5, 0), (64, 32, 64, 10, 0), (64, 32, 64, 5, 1), (64, 32, 32, 12, 0), (64, 32, 32, 11, 1),
+    ):  # fmt: skip
+        block_k = row_bytes if fp8 else row_bytes // 2
+        if dims["outputs"] % (left + right) == dims["channels"] % block_k == 0 and block_k >= 32:
+            yield {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
+
 
 CAUSAL_CONV3D = Operation(
     "causal_conv3d",
@@ -1195,6 +1206,10 @@ CAUSAL_CONV3D = Operation(
             Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
             Backend("conv3d-official", once(conv3d_official), devices=("cuda",)),
         ),
+        "fp8": (
+            ours_conv("gluon", fp8=True),
+            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
+        ),
     },
 )
 
@@ -1205,8 +1220,29 @@ def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 
 
 def prepare_phases(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-    """Ours, on the small image; weights are folded beforehand."""
-    return partial(conv.upsample_conv2d, x, conv.fold_upsampling(w), bias)
+    """The library's convolutions, on the small image; weights are folded beforehand."""
+    return partial(conv.upsample_library, x, conv.fold_upsampling(w), bias)
+
+
+def ours_upsampling(form: str) -> Backend:
+    """One form of kernels/conv.py, on the small image; weights are folded beforehand."""
+
+    def run(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None) -> Tensor:
+        return conv.launch_upsampling(x, phases, bias, Choice(form, launch or {}))
+
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
+        return partial(run, x, conv.fold_upsampling(w), bias, launch)
+
+    def launcher(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+        phases = w.new_empty(2, 2, len(w), 2, 2, w.shape[1]).permute(0, 1, 2, 5, 3, 4)
+        return run(x, phases, bias, launch)
+
+    return Backend(form, prepare, True, CUDA, None, launcher, upsampling_space)
+
+
+def upsampling_space(dims: Dims) -> Iterator[dict[str, Any]]:
+    """As `conv_space`."""
+    return conv_space(False, dims)
 
 
 UPSAMPLE_CONV = Operation(
@@ -1225,13 +1261,105 @@ UPSAMPLE_CONV = Operation(
     ),
     {
         dtype: (
-            Backend("phases", prepare_phases, ours=True),
+            *((ours_upsampling("gluon"),) if dtype == "bf16" else ()),
+            Backend("library", prepare_phases, ours=True),
             Backend("torch", once(upsample_conv)),
             Backend("torch-compiled", compiled(upsample_conv), devices=CUDA),
         )
         for dtype in ("fp32", "bf16")
     },
 )
+
+# --- The whole VAE --------------------------------------------------------------------------------------------------
+
+
+def vae_of(config: VAEConfig, values: Tensor) -> VAE:
+    """A VAE whose weights are the normal `values`, scaled so that what passes through keeps its size."""
+    with torch.device("meta"):
+        vae = VAE(config)
+    vae.to_empty(device=values.device).to(values.dtype)
+    taken = 0
+    for name, parameter in vae.named_parameters():
+        own = values[taken : taken + parameter.numel()].view_as(parameter)
+        taken += parameter.numel()
+        if name.endswith("weight"):
+            parameter.data = own * (parameter.numel() / len(parameter)) ** -0.5
+        else:
+            parameter.data = (1 if name.endswith("gamma") else 0) + 0.1 * own
+    return vae
+
+
+@cache
+def vae_size(config: VAEConfig) -> int:
+    """Numbers in its parameters."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VAE(config).parameters())
+
+
+@cache
+def vae_flops(config: VAEConfig, half: str, frames: int, rows: int, columns: int) -> float:
+    """Of the published form: zero frames and doubled images are multiplied."""
+    with torch.device("meta"), published.published(), FlopCounterMode(display=False) as counter:
+        coded(half, VAE(config), torch.empty(frames, config.z_dim if half == "decode" else 3, rows, columns))
+    return counter.get_total_flops()
+
+
+def coded(half: str, vae: VAE, x: Tensor) -> Tensor:
+    """Frames of latents, or latents of frames, step by step."""
+    return torch.cat(list(getattr(vae, half)(x)))
+
+
+def whole_vae(config: VAEConfig, half: str) -> Operation:
+    """`VAE.decode` or `VAE.encode` of a clip."""
+    channels = config.z_dim if half == "decode" else 3
+
+    def prepare_ours(levels: Sequence[int], x: Tensor, values: Tensor) -> Call:
+        vae = vae_of(config, values)
+        vae.lay_out()
+        vae.quantize(levels)
+        return partial(coded, half, vae, x)
+
+    def as_published(vae: VAE, x: Tensor) -> Tensor:
+        with published.published():
+            return coded(half, vae, x)
+
+    def reference(x: Tensor, values: Tensor) -> Tensor:
+        return as_published(vae_of(config, values), x)
+
+    @cache
+    def compiled_vae(device: torch.device, dtype: torch.dtype) -> VAE:
+        vae = VAE(config).to(device, dtype)
+        (vae.decoder if half == "decode" else vae.encoder).compile(dynamic=False)
+        return vae
+
+    def prepare_compiled(x: Tensor, values: Tensor) -> Call:
+        # One module for all sets of inputs, with the last one's weights: compiling takes a minute.
+        vae = compiled_vae(x.device, x.dtype)
+        vae.load_state_dict(vae_of(config, values).state_dict())
+        return partial(as_published, vae, x)
+
+    return Operation(
+        f"vae_{half}",
+        lambda d, draw: (
+            draw(d["frames"], channels, d["rows"], d["columns"], scale=1.0 if half == "decode" else 0.3),
+            draw(vae_size(config)),
+        ),
+        reference,
+        lambda d: vae_flops(config, half, d["frames"], d["rows"], d["columns"]),
+        lambda d, item: item * (vae_size(config) + channels * d["frames"] * d["rows"] * d["columns"]),
+        {
+            dtype: (
+                Backend("ours", partial(prepare_ours, ()), ours=True),
+                *((Backend("ours-fp8", partial(prepare_ours, FP8_LEVELS), True, CUDA),) if dtype == "bf16" else ()),
+                Backend("published", lambda x, values: partial(as_published, vae_of(config, values), x)),
+                Backend("published-compiled", prepare_compiled, devices=CUDA),
+            )
+            for dtype in ("fp32", "bf16")
+        },
+        # Sixty layers in a row; FP8 is held to as much, and judged by its signal to noise (tests/model/test_vae.py).
+        tolerances={"bf16": 0.3},
+    )
+
 
 # --- Shapes ---------------------------------------------------------------------------------------------------------
 
@@ -1286,7 +1414,7 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
 
 
 def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
-    """The VAE's operations at the decoder's four levels, on one tile of the picture.
+    """The VAE's operations at the decoder's four levels, on one tile of the picture; and on one GPU all of them.
 
     Calls are frames over frames a call, decode of a chunk and re-encode of its motion frames together; a level's
     first convolution, which may have other input channels, counts as one of the rest.
@@ -1316,6 +1444,10 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | {"outputs": 3}, world, decoded)
             shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames)
             yield LAB_TRANSFER, shown
+    if world == 1:
+        yield whole_vae(vae, "decode"), Shape(tag, {"frames": latents, "rows": rows, "columns": columns})
+        pictures = {"frames": chunk.motion_frames_num, "rows": chunk.height, "columns": chunk.width}
+        yield whole_vae(vae, "encode"), Shape(tag, pictures)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
 
-A *variant* is a precision, a compile mode, and whose operations the student runs. `bf16-eager` is PyTorch alone, and
+A *variant* is a precision, a compile mode, and whose operations student and VAE run. `bf16-eager` is PyTorch alone, and
 `bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The others are ours
-under torch.compile: `bf16-ours`, `fp8` and, with FP8 attention too, `fp8-attn`. A chunk is what `ChunkGenerator.chunk`
-does from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion frames. Student and VAE
-are made on the device at once; the encoders, which run before a session or beside it, are left out.
+under torch.compile: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`. A
+chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps, decode, colour, re-encode
+of the motion frames. Student and VAE are made on the device at once; the encoders, which run before a session or beside
+it, are left out.
 
 The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
 only asks which variants there are does without.
@@ -41,7 +42,7 @@ class Variant:
     name: str
     precision: str  # of `PRECISIONS`
     compiled: bool
-    ours: bool  # the student's operations, which on a CPU are PyTorch's in any case
+    ours: bool  # the operations, which on a CPU are PyTorch's in any case
     seconds: float  # without which it is not worth beginning
 
 
@@ -49,6 +50,7 @@ VARIANTS = {
     "cuda": (
         Variant("bf16-eager", "bf16", False, False, 60),
         Variant("bf16-compiled", "bf16", True, False, 120),
+        Variant("fp8-vae", "fp8-vae", True, True, 120),
         Variant("fp8-attn", "fp8-attn", True, True, 120),
         Variant("fp8", "fp8", True, True, 120),
         Variant("bf16-ours", "bf16", True, True, 120),

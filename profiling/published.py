@@ -1,7 +1,8 @@
-"""The student as published code runs it: PyTorch's operations wherever model/ calls those of kernels/.
+"""Student and VAE as published code runs them: PyTorch's operations wherever model/ calls those of kernels/.
 
 The baseline that whole chunks are held to. Under torch.compile its norms, rotation and residuals are fused, as anyone
-would have it; attention is PyTorch's, audio's projections are not folded.
+would have it; attention is PyTorch's, audio's projections are not folded. The VAE's convolutions are the library's, on
+clips that are concatenated, padded and channels first; its doubled images are made.
 """
 
 from collections.abc import Iterator
@@ -9,16 +10,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import dit, linear
+from model import dit, linear, vae
 from model.dit import rotate
 
 
 @contextmanager
 def published() -> Iterator[None]:
-    """While the body runs, the student computes by PyTorch alone."""
+    """While the body runs, student and VAE compute by PyTorch alone."""
     with ExitStack() as stack:
         for module, functions in _FORMS.items():
             for function in functions:
@@ -83,6 +85,52 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
+def pixel_norm(
+    x: Tensor, gamma: Tensor, silu: bool = False, past: Tensor | None = None, factor: float | None = None
+) -> Tensor:
+    """As `kernels.pixel_norm.pixel_norm`, not in FP8."""
+    assert factor is None
+    y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
+    y = F.silu(y) if silu else y
+    return y if past is None else torch.cat([past, y])
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.conv.conv3d`, not in FP8."""
+    assert scale is None
+    clip = F.pad(x.transpose(0, 1)[None].contiguous(), [weight.shape[3] // 2] * 4)
+    y = F.conv3d(clip, weight.contiguous(), bias, (stride, 1, 1))[0].transpose(0, 1)
+    return y if residual is None else y + residual
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.conv.causal_conv3d`, not in FP8; the zero frames at the start of a clip are multiplied too."""
+    if past is None:
+        past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
+    return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+
+
+def _double(self: vae.Upsample, x: Tensor) -> Tensor:
+    """As `model.vae.Upsample._double`, on the doubled image."""
+    double, convolution = self.resample
+    assert isinstance(convolution, nn.Conv2d)
+    return F.conv2d(double.forward(x), convolution.weight.contiguous(), convolution.bias, padding=1)
+
+
 _FORMS = {
     dit: (
         rms_norm_rope,
@@ -95,4 +143,6 @@ _FORMS = {
         layer_norm_modulate,
     ),
     linear: (layer_norm, layer_norm_modulate),
+    vae: (pixel_norm, conv3d, causal_conv3d),
+    vae.Upsample: (_double,),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import conv
 from kernels.conv import causal_conv3d, conv3d, reference
 from kernels.conv_hopper import suits
+from kernels.hopper import FP8
 from profiling.bench import poisoned_memory
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
@@ -151,7 +152,7 @@ def test_opcheck_and_compilation():
     torch.manual_seed(0)
     weight, bias = (t.float() for t in parameters(3, 4, 3, 3))
     clip, residual = channels_last(4, 3, 5, 6).float(), channels_last(2, 4, 5, 6).float()
-    for arguments in ((clip, weight, bias, residual, 2), (clip, weight, None, None, 0)):
+    for arguments in ((clip, weight, bias, residual, 2, None), (clip, weight, None, None, 0, None)):
         torch.library.opcheck(conv._conv3d, arguments)
     whole = torch.compile(conv3d, fullgraph=True)
     torch.testing.assert_close(whole(clip, weight, bias, 1, residual), conv3d(clip, weight, bias, 1, residual))
@@ -165,6 +166,10 @@ def test_what_the_form_for_hopper_takes():
     assert not suits(x[:, :12], weight[:, :12], None)
 
 
+def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[str, int]:
+    return {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("inputs", "outputs", "kernel", "launch"),
@@ -174,15 +179,19 @@ def test_what_the_form_for_hopper_takes():
         (96, 96, (3, 3), None),
         (16, 384, (3, 3), None),
         (384, 32, (3, 3), None),
-        (40, 24, (3, 3), None),
+        (48, 24, (3, 3), None),
         (96, 192, (3, 1), None),
         (192, 96, (1, 3), None),
-        (64, 256, (3, 3), {"LEFT": 128, "RIGHT": 0, "STAGES": 3}),
+        (64, 256, (3, 3), hopper(128, 0, 64, 3, 0)),
+        (64, 256, (3, 3), hopper(128, 0, 32, 4, 1)),
+        (96, 192, (3, 3), hopper(128, 64, 32, 2, 1)),
+        (96, 96, (3, 3), hopper(64, 32, 32, 9, 0)),
     ],
 )
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("added", [False, True])
-def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, launch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the form for Hopper needs one")
     kt, k = kernel
@@ -191,15 +200,72 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, launch):
     weight = (torch.randn(outputs, inputs, kt, k, k) * (inputs * kt * k * k) ** -0.5).to("cuda", torch.bfloat16)
     bias = torch.randn(outputs).to("cuda", torch.bfloat16)
     residual = channels_last(3, outputs, 21, 19).to("cuda", torch.bfloat16) if added else None
+    wide, filters = clip.double(), weight.double()
+    if fp8:
+        clip, (weight, scale) = (clip * 64).to(FP8), conv.quantize_conv(weight, 64.0)
+        wide, filters = clip.double() / 64, weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
+    else:
+        scale = None
     with poisoned_memory():
-        y = conv.launch_hopper(clip, weight, bias, residual, before, launch)
-    wide = clip.double()
+        y = conv.launch_hopper(clip, weight, bias, residual, before, scale, launch)
     past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
-    expected = reference(wide[before:], weight.double(), bias.double(), past)
+    expected = reference(wide[before:], filters, bias.double(), past)
     expected = expected if residual is None else expected + residual.double()
     assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
+    assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, conv.launch_hopper(clip, weight, bias, residual, before, launch))
+    assert torch.equal(y, conv.launch_hopper(clip, weight, bias, residual, before, scale, launch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inputs", "outputs"), [(384, 192), (192, 96), (40, 24)])
+@pytest.mark.parametrize("tall", [0, 1])
+def test_gpu_upsampling_on_hopper(inputs, outputs, tall):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the form for Hopper needs one")
+    x = channels_last(3, inputs, 13, 11).to("cuda", torch.bfloat16)
+    weight = (torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5).to("cuda", torch.bfloat16)
+    phases, bias = conv.fold_upsampling(weight), torch.randn(outputs).to("cuda", torch.bfloat16)
+    with poisoned_memory():
+        y = conv.upsample_hopper(x, phases, bias, hopper(64, 32, 32, 5, tall))
+    expected = conv.upsample_library(x.double(), phases.double(), bias.double())
+    assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+def test_fp8_is_the_product_of_what_was_rounded(kernel, frames, inputs, outputs, rows, columns, added, seed):
+    torch.manual_seed(seed)
+    weight, bias = (t.float() for t in parameters(inputs, outputs, *kernel))
+    x = channels_last(frames, inputs, rows, columns).mul(32).clamp(-448, 448).to(FP8)
+    residual = channels_last(frames, outputs, rows, columns).float() if added else None
+    narrow, scale = conv.quantize_conv(weight, 32.0)
+    assert narrow.is_contiguous(memory_format=torch.channels_last_3d)
+    restored = narrow.double() * scale.double().view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(restored * 32, weight.double(), rtol=2**-4, atol=float(weight.abs().max()) * 2**-15)
+    y = causal_conv3d(x, narrow, bias, None, residual, scale)
+    past = x.new_zeros(kernel[0] - 1, *x.shape[1:], dtype=torch.float64)
+    expected = reference(x.double(), restored, bias.double(), past) + (0 if residual is None else residual.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
+    assert y.dtype == torch.float32
+
+
+def test_says_what_is_wrong_in_fp8():
+    x, weight, bias = channels_last(1, 4, 3, 3).to(FP8), torch.randn(2, 4, 1, 1, 1), torch.randn(2)
+    narrow, scale = conv.quantize_conv(weight, 1.0)
+    with pytest.raises(ValueError, match="scale: wanted with e4m3"):
+        conv3d(x, narrow, bias)
+    with pytest.raises(ValueError, match="scale: wanted with e4m3"):
+        conv3d(x.float(), weight, bias, scale=scale)
+    with pytest.raises(ValueError, match="scale: wanted with e4m3 and a bias"):
+        conv3d(x, narrow, None, scale=scale)
+    with pytest.raises(ValueError, match=r"scale: torch.float32 \[1\], wanted float32 \[2\]"):
+        conv3d(x, narrow, bias, scale=scale[:1])
+    with pytest.raises(ValueError, match="stride: 2, wanted 1 in FP8"):
+        conv3d(x, narrow, bias, stride=2, scale=scale)
+    with pytest.raises(ValueError, match=r"x: dtype torch\.float32, wanted the weight's"):
+        conv3d(x.float(), narrow, bias, scale=scale)
 
 
 @settings(deadline=None, max_examples=25)

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import pixel_norm as module
-from kernels.pixel_norm import pixel_norm, reference
+from kernels.hopper import FP8
+from kernels.pixel_norm import fp8_factor, pixel_norm, reference
 from profiling.bench import poisoned_memory
 
 
@@ -31,14 +34,14 @@ def test_is_the_definition(dtype, silu):
 
 def test_opcheck():
     x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
-    torch.library.opcheck(module._pixel_norm, (x, gamma, True, past))
-    torch.library.opcheck(module._pixel_norm, (x, gamma, False, None))
+    torch.library.opcheck(module._pixel_norm, (x, gamma, True, past, None))
+    torch.library.opcheck(module._pixel_norm, (x, gamma, False, None, None))
 
 
 def test_compiles_without_a_break():
     x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
     whole = torch.compile(pixel_norm, fullgraph=True)
-    torch.testing.assert_close(whole(x, gamma, True, past), pixel_norm(x, gamma, True, past))
+    torch.testing.assert_close(whole(x, gamma, True, past), pixel_norm(x, gamma, True, past, None))
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,32 @@ def test_gpu(channels, dtype, before):
         y = pixel_norm(x, gamma, True, past)
     expected = reference(x.double(), gamma.double(), True, None if past is None else past.double())
     assert (y.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 40), st.booleans(), st.integers(0, 2**31))
+def test_fp8_never_saturates_and_keeps_its_digits(channels, silu, seed):
+    torch.manual_seed(seed)
+    gamma, past = torch.randn(channels), pixels(1, channels, 4, 5).to(FP8)
+    x = pixels(2, channels, 4, 5)
+    x[0, :, 0, 0] = 0
+    x[0, gamma.abs().argmax(), 0, 0] = 1e15 * gamma[gamma.abs().argmax()].sign()  # all of the norm in one channel
+    factor = fp8_factor(gamma)
+    y = pixel_norm(x, gamma, silu, past, factor)
+    assert y.dtype == FP8
+    assert torch.equal(y[:1], past)
+    expected = reference(x.double(), gamma.double(), silu, None) * factor
+    assert expected.abs().max() < 448 * (1 + 1e-6)
+    torch.testing.assert_close(y[1:].double(), expected, rtol=2**-4, atol=2**-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 192, 384, 10])
+def test_gpu_fp8(channels):
+    x, gamma = pixels(4, channels, 33, 21, device="cuda").bfloat16(), torch.randn(channels, device="cuda").bfloat16()
+    past, factor = pixels(2, channels, 33, 21, device="cuda").to(FP8), fp8_factor(gamma)
+    with poisoned_memory():
+        y = pixel_norm(x, gamma, True, past, factor)
+    expected = reference(x.double(), gamma.double(), True, past, factor)
+    assert torch.equal(y[:2].view(torch.uint8), past.view(torch.uint8))
+    assert (y.double() - expected.double()).norm() < 4e-3 * expected.double().norm()  # where rounding was on the edge

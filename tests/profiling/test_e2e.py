@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import dit, linear
+from model import dit, linear, vae
 from profiling import e2e
 from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
 from profiling.published import published
@@ -81,7 +81,7 @@ def test_frames_that_are_not_numbers_give_no_times() -> None:
     assert (result.status, result.chunk, result.stages) == (WRONG, (), {})
 
 
-def test_the_published_form_is_the_same_student() -> None:
+def test_the_published_form_is_the_same_model() -> None:
     """Both chunks of two, the second of which has two known latent frames."""
     states = []
     for ours in (True, False):
@@ -92,6 +92,9 @@ def test_the_published_form_is_the_same_student() -> None:
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
     with published():
         assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.published"
+        assert vae.conv3d.__module__ == vae.pixel_norm.__module__ == "profiling.published"
+        assert vae.Upsample._double.__module__ == "profiling.published"
+    assert vae.Upsample._double.__module__ == "model.vae"
     assert dit.chunk_attention.__module__ == "kernels.attention"
 
 

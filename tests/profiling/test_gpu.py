@@ -144,7 +144,7 @@ def test_one_gpu_comes_first_then_the_largest_world() -> None:
     assert plan(CPU, ["fp32-eager"], None).names("bench") == []
     assert plan(CPU, ["fp32-eager"], None).names("e2e") == ["fp32-eager"]
     everything = plan(torch.device("cuda"), [], None)
-    assert everything.names("e2e") == ["bf16-eager", "bf16-compiled", "fp8-attn", "fp8", "bf16-ours"]
+    assert everything.names("e2e") == ["bf16-eager", "bf16-compiled", "fp8-vae", "fp8-attn", "fp8", "bf16-ours"]
     assert all("14b" in name for name in everything.names("bench"))
     assert set(everything.names("check")) <= set(everything.names("bench"))
 

@@ -36,7 +36,7 @@ def test_any_kernel_and_length_of_the_past(kernel, frames, inputs, outputs, rows
     before = min(before, kt - 1)
     clip, weight = channels_last(before + frames, inputs, rows, columns), torch.randn(outputs, inputs, kt, k, k)
     bias, residual = torch.randn(outputs), channels_last(frames, outputs, rows, columns)
-    y = launch_triton(clip, weight, bias if biased else None, residual if added else None, before, SMALL)
+    y = launch_triton(clip, weight, bias if biased else None, residual if added else None, before, launch=SMALL)
     wide = clip.double()
     past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
     expected = reference(wide[before:], weight.double(), bias.double() * biased, past)

@@ -31,7 +31,7 @@ def test_norm_and_silu_behind_past_frames(frames, channels, rows, columns, befor
     torch.manual_seed(seed)
     x, gamma = pixels(frames, channels, rows, columns), 1 + torch.randn(channels) / 4
     past = None if before is None else pixels(before, channels, rows, columns)
-    y = launch_pixel_norm(x, gamma, silu, past, {"PIXELS": block, "num_warps": 4})
+    y = launch_pixel_norm(x, gamma, silu, past, launch={"PIXELS": block, "num_warps": 4})
     expected = reference(x.double(), gamma.double(), silu, None if past is None else past.double())
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
