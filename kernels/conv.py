@@ -17,7 +17,7 @@ stays until kernels/tuned/ names another: the Triton kernel below, or on Hopper 
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels import conv_hopper
 from kernels.attention import NAMES
-from kernels.conv_hopper import suits
+from kernels.conv_hopper import WHOLE, suits
 from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
 from kernels.pixel_norm import FP8_MAX
@@ -63,14 +63,16 @@ def causal_conv3d(
     Raises ValueError if x, `past`, the residual or the scale has another shape, dtype or memory format than that.
     """
     kt = weight.shape[2]
+    _check(x, weight, bias, residual, scale, len(x), 1)
     if past is None:
-        _check(x, weight, bias, residual, scale, len(x), 1)
-        return _conv3d(x, weight, bias, residual, 0, scale)
-    if past.shape != (kt - 1, *x.shape[1:]):
+        past = x[:0]
+    elif past.shape != (kt - 1, *x.shape[1:]):
         raise ValueError(f"past: shape {list(past.shape)}, wanted {[kt - 1, *x.shape[1:]]}")
     if past.dtype != x.dtype:
         raise ValueError(f"past: dtype {past.dtype}, wanted x's, {x.dtype}")
-    return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+    if not past.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"past: strides {past.stride()} for shape {list(past.shape)}, wanted channels-last memory")
+    return _conv3d(x, past, weight, bias, residual, scale)
 
 
 def conv3d(
@@ -90,7 +92,7 @@ def conv3d(
     kt = weight.shape[2]
     _check(x, weight, bias, residual, scale, (len(x) - kt) // stride + 1, kt)
     if stride == 1:
-        return _conv3d(x, weight, bias, residual, kt - 1, scale)
+        return _conv3d(x[kt - 1 :], x[: kt - 1], weight, bias, residual, scale)
     if scale is not None:
         raise ValueError(f"stride: {stride}, wanted 1 in FP8")
     y = (_volume if x.is_cuda else _stacked)(x, weight, bias, stride)
@@ -176,10 +178,10 @@ def _result(x: Tensor, bias: Tensor | None) -> torch.dtype:
 
 def launch_library(
     x: Tensor,
+    past: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    before: int,
     scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
@@ -188,11 +190,12 @@ def launch_library(
     if scale is not None:
         assert bias is not None
         wide = torch.promote_types(bias.dtype, torch.float32)
-        y = launch_library(x.to(wide), weight.to(wide), None, None, before)
+        y = launch_library(x.to(wide), past.to(wide), weight.to(wide), None, None)
         y = y.mul_(scale.view(-1, 1, 1)).add_(bias.to(wide).view(-1, 1, 1))
         return (y if residual is None else y.add_(residual)).to(bias.dtype)
-    if before == kt - 1:
-        y = form(x, weight, bias, 1)
+    if len(past) or kt == 1:
+        zeros = x.new_zeros(kt - 1 - len(past), *x.shape[1:])
+        y = form(torch.cat([zeros, past, x]).contiguous(memory_format=torch.channels_last), weight, bias, 1)
     else:
         y = form(x, weight[:, :, -1:], bias, 1)
         for lag in range(1, min(kt, len(x))):
@@ -232,24 +235,25 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
 
 
 @triton.jit(do_not_specialize=["before"])
-def conv_forward(x, weight, scale, bias, residual, y, before, pixels, rows, columns, channels, outputs,
+def conv_forward(x, past, weight, scale, bias, residual, y, before, pixels, rows, columns, channels, outputs,
                  KT: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """BLOCK_M pixels by BLOCK_N output channels; x [before + frames, rows, columns, channels], weight [o, tap, c]."""
+    """BLOCK_M pixels by BLOCK_N output channels; x and past [frame, row, column, channel], weight [o, tap, c]."""
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     own, within = pixel < pixels, output < outputs
     frame, row, column = pixel // (rows * columns), pixel // columns % rows, pixel % columns
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tap in range(KT * K * K):
-        f = frame + before + tap // (K * K) - (KT - 1)
+        f = frame + tap // (K * K) - (KT - 1)
         h, w = row + tap // K % K - K // 2, column + tap % K - K // 2
-        inside = own & (f >= 0) & (h >= 0) & (h < rows) & (w >= 0) & (w < columns)
-        source = ((f.to(tl.int64) * rows + h) * columns + w) * channels
+        inside = own & (f >= -before) & (h >= 0) & (h < rows) & (w >= 0) & (w < columns)
+        place = ((tl.where(f < 0, f + before, f).to(tl.int64) * rows + h) * columns + w) * channels
+        source = tl.where(f < 0, past, x) + place
         for start in range(0, channels, BLOCK_K):
             channel = start + tl.arange(0, BLOCK_K)
             valid = channel < channels
-            a = tl.load(x + source[:, None] + channel[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
+            a = tl.load(source[:, None] + channel[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
             places = (output[:, None] * (KT * K * K) + tap) * channels + channel[None, :]
             b = tl.load(weight + places, mask=within[:, None] & valid[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
@@ -269,23 +273,22 @@ def conv_forward(x, weight, scale, bias, residual, y, before, pixels, rows, colu
 
 def launch_triton(
     x: Tensor,
+    past: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    before: int,
     scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """As `launch`, by the Triton kernel."""
-    total, channels, rows, columns = x.shape
+    frames, channels, rows, columns = x.shape
     outputs, _, kt, k, _ = weight.shape
     parameters: dict[str, Any] = {**DEFAULT, **(launch or {})}
-    frames = total - before
-    y = x.new_empty(frames, rows, columns, outputs, dtype=_result(x, bias)).permute(0, 3, 1, 2)
+    y = _empty(x, weight, bias)
     grid = (triton.cdiv(frames * rows * columns, parameters["BLOCK_M"]), triton.cdiv(outputs, parameters["BLOCK_N"]))
     conv_forward[grid](
-        x, weight.permute(0, 2, 3, 4, 1).contiguous(), y if scale is None else scale, y if bias is None else bias,
-        y if residual is None else residual, y, before, frames * rows * columns, rows, columns, channels, outputs,
+        x, past, weight.permute(0, 2, 3, 4, 1).contiguous(), y if scale is None else scale, y if bias is None else bias,
+        y if residual is None else residual, y, len(past), frames * rows * columns, rows, columns, channels, outputs,
         KT=kt, K=k, SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, **parameters,
     )  # fmt: skip
     return y
@@ -293,19 +296,30 @@ def launch_triton(
 
 def launch_hopper(
     x: Tensor,
+    past: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    before: int,
     scale: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """As `launch`, by the kernel of kernels/conv_hopper.py."""
-    total, _, rows, columns = x.shape
-    y = x.new_empty(total - before, rows, columns, len(weight), dtype=_result(x, bias)).permute(0, 3, 1, 2)
-    past, reach = x[:before] if before else None, -(weight.shape[3] // 2)
-    conv_hopper.launch_hopper(x[before:], weight, scale, bias, past, residual, y, (reach, reach), launch)
-    return y
+    """As `launch`, by the kernel of kernels/conv_hopper.py; output channels that it cannot store alone get company."""
+    outputs, spare = len(weight), -len(weight) % WHOLE
+    if spare:
+        more = weight.new_zeros(spare, *weight.shape[1:])
+        weight = torch.cat([weight, more]).contiguous(memory_format=torch.channels_last_3d)
+        bias, scale = (None if v is None else F.pad(v, (0, spare)) for v in (bias, scale))
+        if residual is not None:
+            residual = F.pad(residual, (0, 0, 0, 0, 0, spare)).contiguous(memory_format=torch.channels_last)
+    y, reach = _empty(x, weight, bias), -(weight.shape[3] // 2)
+    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch)
+    return y[:, :outputs].contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Memory for the result: [T, O, H, W], channels last."""
+    frames, _, rows, columns = x.shape
+    return x.new_empty(frames, rows, columns, len(weight), dtype=_result(x, bias)).permute(0, 3, 1, 2)
 
 
 def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
@@ -315,51 +329,54 @@ def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | No
     for i, of_row in enumerate(phases):
         for j, weight in enumerate(of_row):
             part = y[:, :, i::2, j::2]
-            conv_hopper.launch_hopper(x, weight[:, :, None], None, bias, None, None, part, (i - 1, j - 1), launch)
+            conv_hopper.launch_hopper(x, x[:0], weight[:, :, None], None, bias, None, part, (i - 1, j - 1), launch)
     return y
 
 
 FORMS: Mapping[str, Callable[..., Tensor]] = {
     "gluon": launch_hopper, "triton": launch_triton, "library": launch_library
 }  # fmt: skip
+OPERATIONS = {(3, 3, 3): "causal_conv3d", (3, 1, 1): "time_conv"}  # by kernel: what is measured
 UPSAMPLING: Mapping[str, Callable[..., Tensor]] = {"gluon": upsample_hopper, "library": upsample_library}
 
 
 def launch(
     x: Tensor,
+    past: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    before: int,
     scale: Tensor | None = None,
     choice: Choice | None = None,
 ) -> Tensor:
     """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library, FP8 by a kernel.
 
-    x [before + T, C, H, W]: T frames behind those that the first of them see; what lies before these is zero.
+    Up to kt - 1 frames `past` [before, C, H, W] lie before x [T, C, H, W]; what lies before these is zero.
     """
-    if choice is None and weight.shape[2:] == (3, 3, 3):
-        choice = _tuned("causal_conv3d", x, len(x) - before, len(weight), FORMS)
+    if choice is None and (operation := OPERATIONS.get(tuple(weight.shape[2:]))) is not None:
+        choice = tuned(operation, x, len(weight), FORMS)
     wanted = choice.backend if choice is not None else "gluon" if x.dtype == FP8 else "library"
-    if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, weight, residual)):
+    if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, past, weight)):
         wanted = "triton"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None
-    return FORMS[wanted](x, weight, bias, residual, before, scale, parameters)
+    return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
 
 
 def launch_upsampling(x: Tensor, phases: Tensor, bias: Tensor, choice: Choice | None = None) -> Tensor:
     """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library."""
-    choice = choice or _tuned("upsample_conv", x, len(x), phases.shape[2], UPSAMPLING)
-    if choice is None or not (gpu(x.device).capability == "9.0" and suits(x, phases[0, 0], None)):
+    choice = choice or tuned("upsample_conv", x, phases.shape[2], UPSAMPLING)
+    if choice is None or not (
+        gpu(x.device).capability == "9.0" and suits(x, x, phases[0, 0]) and phases.shape[2] % WHOLE == 0
+    ):
         return upsample_library(x, phases, bias)
     return UPSAMPLING[choice.backend](x, phases, bias, choice.launch)
 
 
-def _tuned(operation: str, x: Tensor, frames: int, outputs: int, forms: Mapping[str, Any]) -> Choice | None:
+def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Choice | None:
     """What kernels/tuned/ names for these channels and the nearest of the sizes measured."""
     if (dtype := {**NAMES, FP8: "fp8"}.get(x.dtype)) is None:
         return None
-    _, channels, rows, columns = x.shape
+    frames, channels, rows, columns = x.shape
     dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns, "outputs": outputs}
     return lookup(operation, dims, dtype, x.device, forms, ("channels", "outputs"))
 
@@ -369,24 +386,23 @@ def _tuned(operation: str, x: Tensor, frames: int, outputs: int, forms: Mapping[
 
 @torch.library.custom_op("flashtalk::conv3d", mutates_args=(), device_types="cpu")
 def _conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None
 ) -> Tensor:
-    return launch_library(x, weight, bias, residual, before, scale)
+    return launch_library(x, past, weight, bias, residual, scale)
 
 
 @_conv3d.register_kernel("cuda")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None
 ) -> Tensor:
-    return launch(x, weight, bias, residual, before, scale)
+    return launch(x, past, weight, bias, residual, scale)
 
 
 @_conv3d.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, before: int, scale: Tensor | None
+    x: Tensor, _past: Tensor, weight: Tensor, bias: Tensor | None, _residual: Tensor | None, _scale: Tensor | None
 ) -> Tensor:
-    total, _, rows, columns = x.shape
-    return x.new_empty(total - before, rows, columns, weight.shape[0], dtype=_result(x, bias)).permute(0, 3, 1, 2)
+    return _empty(x, weight, bias)
 
 
 @torch.library.custom_op("flashtalk::upsample_conv2d", mutates_args=(), device_types="cpu")

@@ -41,7 +41,8 @@ from kernels.linear_hopper import halves
 
 SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
 
-NARROW = 96  # output channels that a tile of 64 + 32 takes at once
+NARROW, THIN = 96, 16  # output channels that tiles of 64 + 32 and of 16 + 0 take at once
+WHOLE = 8  # output channels that 16 bytes hold, which the copy engine moves
 
 
 # --- Device code ----------------------------------------------------------------------------------------------------
@@ -249,19 +250,18 @@ def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-def suits(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Whether the kernel takes these operands: 8 or 16 bits, and pixels of whole 16 bytes before and after."""
-    outputs, channels = weight.shape[:2]
-    aligned = all(y.data_ptr() % 16 == 0 for y in (x, weight, *(() if residual is None else (residual,))))
-    return x.dtype in ELEMENTS and channels * x.itemsize % 16 == outputs % 8 == 0 and aligned
+def suits(x: Tensor, past: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes these operands: 8 or 16 bits, pixels of whole 16 bytes."""
+    aligned = all(y.data_ptr() % 16 == 0 for y in (x, past, weight) if len(y))
+    return x.dtype in ELEMENTS and weight.shape[1] * x.itemsize % 16 == 0 and aligned
 
 
 def launch_hopper(
     x: Tensor,
+    past: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
-    past: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
     reach: tuple[int, int],
@@ -269,8 +269,9 @@ def launch_hopper(
 ) -> None:
     """Fills y, float16 or bfloat16, any view of [frame, channel, row, column] with neighbouring channels in a row.
 
-    The sums of operands that `suits` approves are multiplied by scale [outputs], float32, if there is one, and the
-    residual is added, if there is one. `reach` says where the taps of a pixel begin: rows and columns from it.
+    `past`, [before, C, H, W], may be empty. The sums of operands that `suits` approves are multiplied by scale
+    [outputs], float32, if there is one, and the residual is added, if there is one. `reach` says where the taps of a
+    pixel begin: rows and columns from it.
     """
     frames, channels, rows, columns = x.shape
     outputs, _, kt, k, _ = weight.shape
@@ -284,10 +285,10 @@ def launch_hopper(
     groups = -(-outputs // (left + right))
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
     conv_hopper[(programs,)](
-        x_boxes, x_boxes if past is None else describe(past, box), describe(matrix, [left, block_k]),
+        x_boxes, describe(past, box) if len(past) else x_boxes, describe(matrix, [left, block_k]),
         describe(matrix, [right or 8, block_k]), y_boxes, y_boxes if residual is None else describe(residual, piece),
-        y if scale is None else scale, y if bias is None else bias, frames, 0 if past is None else len(past), tiles_h,
-        tiles_w, groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k, SCALED=scale is not None,
+        y if scale is None else scale, y if bias is None else bias, frames, len(past), tiles_h, tiles_w,
+        groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k, SCALED=scale is not None,
         BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4, **parameters,
     )  # fmt: skip
 
@@ -296,5 +297,6 @@ def default(dtype: torch.dtype, outputs: int, k: int) -> Launch:
     """Where nothing was tuned: by the columns of a tile, and what fits into shared memory."""
     if outputs > NARROW:
         return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "CONSUMERS": 3, "STAGES": 6 // dtype.itemsize, "TALL": 0}
+    columns = {"LEFT": 64, "RIGHT": 32} if outputs > THIN else {"LEFT": THIN, "RIGHT": 0}
     stages = (10 if k > 1 else 12) // dtype.itemsize
-    return {"LEFT": 64, "RIGHT": 32, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": stages, "TALL": int(k > 1)}
+    return {**columns, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": stages, "TALL": int(k > 1)}

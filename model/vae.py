@@ -68,15 +68,11 @@ def norm_silu_conv(
 ) -> tuple[Tensor, Tensor]:
     """Norm, SiLU, causal 3 x 3 x 3 convolution: x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past.
 
-    The past is of the convolution's own input; norm and SiLU put it in front of theirs. The residual is added to y.
+    The past is of the convolution's own input. The residual is added to y.
     """
     assert isinstance(norm, RMSNorm)
     assert isinstance(conv, CausalConv3d)
-    clip = pixel_norm(x, norm.gamma, True, past, conv.factor)
-    if past is None:
-        return conv(clip, None, residual)
-    y = conv3d(clip, conv.weight, conv.bias, residual=residual, scale=conv.scale)
-    return y, clip[-2:].clone()  # a view would keep all of the clip alive
+    return conv(pixel_norm(x, norm.gamma, True, conv.factor), past, residual)
 
 
 class Head(nn.ModuleDict):

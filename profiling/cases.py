@@ -1044,7 +1044,7 @@ NORM_ATTENTION = Operation(
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     """The VAE's norm and SiLU by torch: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
-    return pixel_norm_reference(x, gamma, silu=True, past=None)
+    return pixel_norm_reference(x, gamma, silu=True)
 
 
 def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:
@@ -1144,74 +1144,85 @@ def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Ca
     return call
 
 
-def ours_conv(form: str, fp8: bool = False) -> Backend:
-    """One form of kernels/conv.py, behind the past frames that the norm before it has put in front; in FP8, rounded."""
+def ours_conv(operation: str, form: str, fp8: bool = False) -> Backend:
+    """One form of kernels/conv.py, as it is tuned; FP8 operands are rounded beforehand."""
 
-    def run(clip: Tensor, w: Tensor, bias: Tensor, before: int, scale: Tensor | None, launch: Launch | None) -> Tensor:
-        return conv.launch(clip, w, bias, None, before, scale, Choice(form, launch or {}))
+    def run(
+        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, launch: Launch | None = None
+    ) -> Tensor:
+        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(w), (form,))
+        return conv.launch(x, past, w, bias, None, scale, choice or Choice(form, {}))
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
-        clip, last, scale = torch.cat([past, x]), w.contiguous(memory_format=torch.channels_last_3d), None
+        last, scale = w.contiguous(memory_format=torch.channels_last_3d), None
         if fp8:
-            factor = FP8_MAX / float(clip.abs().max())
-            clip, (last, scale) = (clip * factor).to(torch.float8_e4m3fn), conv.quantize_conv(w, factor)
-        return partial(run, clip, last, bias, len(past), scale, launch)
+            factor = FP8_MAX / float(max(x.abs().max(), past.abs().max()))
+            x, past = ((t * factor).to(torch.float8_e4m3fn) for t in (x, past))
+            last, scale = conv.quantize_conv(w, factor)
+        return partial(run, x, past, last, bias, scale, launch)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Tensor:
-        frames, channels, rows, columns = x.shape
-        outputs, _, kt, k, _ = w.shape
         dtype = torch.float8_e4m3fn if fp8 else x.dtype
-        clip = x.new_empty(len(past) + frames, rows, columns, channels, dtype=dtype).permute(0, 3, 1, 2)
-        last = w.new_empty(outputs, kt, k, k, channels, dtype=dtype).permute(0, 4, 1, 2, 3)
-        scale = w.new_empty(outputs, dtype=torch.float32) if fp8 else None
-        return run(clip, last, bias, len(past), scale, launch)
+        last = torch.empty_like(w, dtype=dtype, memory_format=torch.channels_last_3d)
+        scale = w.new_empty(len(w), dtype=torch.float32) if fp8 else None
+        return run(torch.empty_like(x, dtype=dtype), torch.empty_like(past, dtype=dtype), last, bias, scale, launch)
 
-    space = partial(conv_space, fp8) if form == "gluon" else None
+    space = partial(conv_space, fp8, 1 if operation == "time_conv" else 3) if form == "gluon" else None
     return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, space)
 
 
-def conv_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for Hopper: tiles that divide the channels, as many stages as shared memory has."""
+def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the form for Hopper: tiles that divide the channels, as many stages as shared memory has.
+
+    Rows of channels that reach beyond the last one cost multiplications with zeros, but copies are fewer and longer.
+    """
     for left, right, row_bytes, stages, tall in (
         (128, 64, 128, 3, 0), (128, 64, 64, 6, 0), (128, 64, 64, 2, 1), (128, 0, 128, 4, 0), (128, 0, 64, 4, 1),
-        (64, 32, 128, 5, 0), (64, 32, 64, 10, 0), (64, 32, 64, 5, 1), (64, 32, 32, 12, 0), (64, 32, 32, 11, 1),
+        (64, 32, 128, 5, 0), (64, 32, 128, 2, 1), (64, 32, 64, 10, 0), (64, 32, 64, 5, 1), (64, 32, 32, 11, 1),
+        (16, 0, 128, 5, 1), (16, 0, 64, 9, 1),
     ):  # fmt: skip
-        block_k = row_bytes if fp8 else row_bytes // 2
-        if dims["outputs"] % (left + right) == dims["channels"] % block_k == 0 and block_k >= 32:
+        block_k, outputs = row_bytes if fp8 else row_bytes // 2, dims["outputs"]
+        waste = -dims["channels"] % block_k / dims["channels"]
+        if (
+            (outputs <= 16) == (left == 16)
+            and (left == 16 or outputs % (left + right) == 0)
+            and block_k >= 32
+            and waste < 0.5
+            and (k > 1 or not tall)
+        ):
             yield {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
 
 
-CAUSAL_CONV3D = Operation(
-    "causal_conv3d",
-    lambda d, draw: (
-        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
-        draw(d["outputs"], d["channels"], 3, 3, 3, scale=(27 * d["channels"]) ** -0.5),
-        draw(d["outputs"]),
-        pixels(draw, 2, d["channels"], d["rows"], d["columns"]),
-    ),
-    causal_conv3d_reference,
-    lambda d: 2.0 * 27 * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
-    lambda d, item: (
-        item * (d["rows"] * d["columns"] * ((d["frames"] + 2) * d["channels"] + d["frames"] * d["outputs"]))
-        + 27.0 * item * d["channels"] * d["outputs"]
-    ),
-    {
-        "fp32": (
-            Backend("eager", once(causal_conv3d), ours=True),
-            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
-            Backend("conv3d-official", once(conv3d_official)),
+def convolution(name: str, k: int) -> Operation:
+    """The causal convolution with a kernel of 3 x k x k."""
+    taps = 3.0 * k * k
+    peers = (
+        Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
+        Backend("conv3d-official", once(conv3d_official)),
+    )
+    return Operation(
+        name,
+        lambda d, draw: (
+            pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+            draw(d["outputs"], d["channels"], 3, k, k, scale=(taps * d["channels"]) ** -0.5),
+            draw(d["outputs"]),
+            pixels(draw, 2, d["channels"], d["rows"], d["columns"]),
         ),
-        "bf16": (
-            *(ours_conv(form) for form in ("gluon", "library")),
-            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
-            Backend("conv3d-official", once(conv3d_official), devices=("cuda",)),
+        causal_conv3d_reference,
+        lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+        lambda d, item: (
+            item * (d["rows"] * d["columns"] * ((d["frames"] + 2) * d["channels"] + d["frames"] * d["outputs"]))
+            + taps * item * d["channels"] * d["outputs"]
         ),
-        "fp8": (
-            ours_conv("gluon", fp8=True),
-            Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
-        ),
-    },
-)
+        {
+            "fp32": (Backend("eager", once(causal_conv3d), ours=True), *peers),
+            "bf16": (ours_conv(name, "gluon"), ours_conv(name, "library"), *peers),
+            "fp8": (ours_conv(name, "gluon", fp8=True), peers[0]),
+        },
+    )
+
+
+CAUSAL_CONV3D, TIME_CONV = convolution("causal_conv3d", 3), convolution("time_conv", 1)
 
 
 def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -1228,7 +1239,8 @@ def ours_upsampling(form: str) -> Backend:
     """One form of kernels/conv.py, on the small image; weights are folded beforehand."""
 
     def run(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None) -> Tensor:
-        return conv.launch_upsampling(x, phases, bias, Choice(form, launch or {}))
+        choice = Choice(form, launch) if launch else conv.tuned("upsample_conv", x, phases.shape[2], (form,))
+        return conv.launch_upsampling(x, phases, bias, choice or Choice(form, {}))
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
         return partial(run, x, conv.fold_upsampling(w), bias, launch)
@@ -1242,7 +1254,7 @@ def ours_upsampling(form: str) -> Backend:
 
 def upsampling_space(dims: Dims) -> Iterator[dict[str, Any]]:
     """As `conv_space`."""
-    return conv_space(False, dims)
+    return conv_space(False, 2, dims)
 
 
 UPSAMPLE_CONV = Operation(
@@ -1436,6 +1448,8 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
         yield NORM_SILU, Shape(name, dims, world, convolutions)
         if level + 1 < len(widths):
             frames *= 2 if doubles else 1
+            if doubles:
+                yield TIME_CONV, Shape(name, dims | {"outputs": 2 * width}, world, latents - 1)
             up = dims | {"frames": frames, "outputs": width // 2}
             yield UPSAMPLE_CONV, Shape(name, up, world, 1 / frames + latents - 1)
             scale *= 2

@@ -85,14 +85,11 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
-def pixel_norm(
-    x: Tensor, gamma: Tensor, silu: bool = False, past: Tensor | None = None, factor: float | None = None
-) -> Tensor:
+def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
     """As `kernels.pixel_norm.pixel_norm`, not in FP8."""
     assert factor is None
     y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
-    y = F.silu(y) if silu else y
-    return y if past is None else torch.cat([past, y])
+    return F.silu(y) if silu else y
 
 
 def conv3d(

@@ -152,7 +152,7 @@ def test_opcheck_and_compilation():
     torch.manual_seed(0)
     weight, bias = (t.float() for t in parameters(3, 4, 3, 3))
     clip, residual = channels_last(4, 3, 5, 6).float(), channels_last(2, 4, 5, 6).float()
-    for arguments in ((clip, weight, bias, residual, 2, None), (clip, weight, None, None, 0, None)):
+    for arguments in ((clip[2:], clip[:2], weight, bias, residual, None), (clip, clip[:0], weight, None, None, None)):
         torch.library.opcheck(conv._conv3d, arguments)
     whole = torch.compile(conv3d, fullgraph=True)
     torch.testing.assert_close(whole(clip, weight, bias, 1, residual), conv3d(clip, weight, bias, 1, residual))
@@ -160,10 +160,11 @@ def test_opcheck_and_compilation():
 
 def test_what_the_form_for_hopper_takes():
     x, weight = torch.zeros(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
-    assert suits(x, weight, None)
-    assert not suits(x.float(), weight.float(), None)
-    assert not suits(x, weight[:3], None)  # pixels of 6 bytes
-    assert not suits(x[:, :12], weight[:, :12], None)
+    assert suits(x, x[:0], weight)
+    assert not suits(x.float(), x[:0].float(), weight.float())
+    assert suits(x, x[:1], weight[:3])
+    assert not suits(x[:, :12], x[:0], weight[:, :12])  # pixels of 24 bytes
+    assert not suits(x, torch.zeros(1000).bfloat16()[1:513].view(2, 16, 4, 4), weight)
 
 
 def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[str, int]:
@@ -180,6 +181,8 @@ def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[
         (16, 384, (3, 3), None),
         (384, 32, (3, 3), None),
         (48, 24, (3, 3), None),
+        (96, 3, (3, 3), None),
+        (96, 96, (3, 3), hopper(64, 32, 128, 2, 1)),
         (96, 192, (3, 1), None),
         (192, 96, (1, 3), None),
         (64, 256, (3, 3), hopper(128, 0, 64, 3, 0)),
@@ -188,7 +191,7 @@ def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[
         (96, 96, (3, 3), hopper(64, 32, 32, 9, 0)),
     ],
 )
-@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch):
@@ -196,25 +199,25 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch
         pytest.skip("the form for Hopper needs one")
     kt, k = kernel
     before = min(before, kt - 1)
-    clip = channels_last(before + 3, inputs, 21, 19).to("cuda", torch.bfloat16)
+    x, past = (channels_last(n, inputs, 21, 19).to("cuda", torch.bfloat16) for n in (3, before))
     weight = (torch.randn(outputs, inputs, kt, k, k) * (inputs * kt * k * k) ** -0.5).to("cuda", torch.bfloat16)
-    bias = torch.randn(outputs).to("cuda", torch.bfloat16)
+    bias, scale = torch.randn(outputs).to("cuda", torch.bfloat16), None
     residual = channels_last(3, outputs, 21, 19).to("cuda", torch.bfloat16) if added else None
-    wide, filters = clip.double(), weight.double()
+    wide, filters = torch.cat([past, x]).double(), weight.double()
     if fp8:
-        clip, (weight, scale) = (clip * 64).to(FP8), conv.quantize_conv(weight, 64.0)
-        wide, filters = clip.double() / 64, weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
-    else:
-        scale = None
+        (x, past), (weight, scale) = ((t * 64).to(FP8) for t in (x, past)), conv.quantize_conv(weight, 64.0)
+        wide = torch.cat([past.double(), x.double()]) / 64
+        filters = weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
+    given = (x, past, weight, bias, residual, scale, launch)
     with poisoned_memory():
-        y = conv.launch_hopper(clip, weight, bias, residual, before, scale, launch)
-    past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
-    expected = reference(wide[before:], filters, bias.double(), past)
+        y = conv.launch_hopper(*given)
+    zeros = wide.new_zeros(kt - 1 - before, *wide.shape[1:])
+    expected = reference(wide[before:], filters, bias.double(), torch.cat([zeros, wide[:before]]))
     expected = expected if residual is None else expected + residual.double()
     assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, conv.launch_hopper(clip, weight, bias, residual, before, scale, launch))
+    assert torch.equal(y, conv.launch_hopper(*given))
 
 
 @pytest.mark.gpu

@@ -22,26 +22,25 @@ def pixels(*shape: int, device: str = "cpu") -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
 def test_is_the_definition(dtype, silu):
-    x, gamma, past = pixels(3, 6, 4, 5).to(dtype), torch.randn(6, 1, 1, 1).to(dtype), pixels(2, 6, 4, 5).to(dtype)
-    y = pixel_norm(x, gamma, silu, past)
+    x, gamma = pixels(3, 6, 4, 5).to(dtype), torch.randn(6, 1, 1, 1).to(dtype)
+    y = pixel_norm(x, gamma, silu)
     expected = F.normalize(x.double(), dim=1) * 6**0.5 * gamma.double().view(-1, 1, 1)
-    expected = torch.cat([past.double(), F.silu(expected) if silu else expected])
+    expected = F.silu(expected) if silu else expected
     close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=close, atol=close)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y[2:], pixel_norm(x, gamma, silu))
 
 
 def test_opcheck():
-    x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
-    torch.library.opcheck(module._pixel_norm, (x, gamma, True, past, None))
-    torch.library.opcheck(module._pixel_norm, (x, gamma, False, None, None))
+    x, gamma = pixels(2, 6, 4, 5), torch.randn(6)
+    torch.library.opcheck(module._pixel_norm, (x, gamma, True, None))
+    torch.library.opcheck(module._pixel_norm, (x, gamma, False, None))
 
 
 def test_compiles_without_a_break():
-    x, gamma, past = pixels(2, 6, 4, 5), torch.randn(6), pixels(1, 6, 4, 5)
+    x, gamma = pixels(2, 6, 4, 5), torch.randn(6)
     whole = torch.compile(pixel_norm, fullgraph=True)
-    torch.testing.assert_close(whole(x, gamma, True, past), pixel_norm(x, gamma, True, past, None))
+    torch.testing.assert_close(whole(x, gamma, True), pixel_norm(x, gamma, True))
 
 
 @pytest.mark.parametrize(
@@ -51,14 +50,11 @@ def test_compiles_without_a_break():
         ("x", torch.zeros(2, 6, 4, 5), "x: strides (120, 20, 5, 1) for shape [2, 6, 4, 5], wanted channels-last"),
         ("gamma", torch.ones(5), "gamma: shape [5], wanted [6], contiguous"),
         ("gamma", torch.ones(6, device="meta"), "gamma: on meta, wanted cpu, where x is"),
-        ("past", pixels(2, 6, 4, 4), "past: torch.float32 [2, 6, 4, 4], wanted torch.float32 ['frames', 6, 4, 5]"),
-        ("past", pixels(2, 6, 4, 5).half(), "past: torch.float16 [2, 6, 4, 5], wanted torch.float32"),
-        ("past", torch.zeros(2, 6, 4, 5), "past: strides (120, 20, 5, 1)"),
         ("gamma", torch.ones(6, requires_grad=True), "gamma: requires a gradient"),
     ],
 )
 def test_bad_arguments(name, value, words):
-    given: dict[str, Any] = {"x": pixels(2, 6, 4, 5), "gamma": torch.ones(6), "past": pixels(2, 6, 4, 5)}
+    given: dict[str, Any] = {"x": pixels(2, 6, 4, 5), "gamma": torch.ones(6)}
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
         pixel_norm(**given | {name: value})
     assert words in str(raised.value)
@@ -67,13 +63,11 @@ def test_bad_arguments(name, value, words):
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [96, 192, 384, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("before", [None, 2])
-def test_gpu(channels, dtype, before):
+def test_gpu(channels, dtype):
     x, gamma = pixels(4, channels, 33, 21, device="cuda").to(dtype), torch.randn(channels, device="cuda").to(dtype)
-    past = None if before is None else pixels(before, channels, 33, 21, device="cuda").to(dtype)
     with poisoned_memory():
-        y = pixel_norm(x, gamma, True, past)
-    expected = reference(x.double(), gamma.double(), True, None if past is None else past.double())
+        y = pixel_norm(x, gamma, True)
+    expected = reference(x.double(), gamma.double(), True)
     assert (y.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
 
@@ -81,26 +75,23 @@ def test_gpu(channels, dtype, before):
 @given(st.integers(2, 40), st.booleans(), st.integers(0, 2**31))
 def test_fp8_never_saturates_and_keeps_its_digits(channels, silu, seed):
     torch.manual_seed(seed)
-    gamma, past = torch.randn(channels), pixels(1, channels, 4, 5).to(FP8)
-    x = pixels(2, channels, 4, 5)
+    gamma, x = torch.randn(channels), pixels(2, channels, 4, 5)
     x[0, :, 0, 0] = 0
     x[0, gamma.abs().argmax(), 0, 0] = 1e15 * gamma[gamma.abs().argmax()].sign()  # all of the norm in one channel
     factor = fp8_factor(gamma)
-    y = pixel_norm(x, gamma, silu, past, factor)
+    y = pixel_norm(x, gamma, silu, factor)
     assert y.dtype == FP8
-    assert torch.equal(y[:1], past)
-    expected = reference(x.double(), gamma.double(), silu, None) * factor
+    expected = reference(x.double(), gamma.double(), silu) * factor
     assert expected.abs().max() < 448 * (1 + 1e-6)
-    torch.testing.assert_close(y[1:].double(), expected, rtol=2**-4, atol=2**-10)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-4, atol=2**-10)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [96, 192, 384, 10])
 def test_gpu_fp8(channels):
     x, gamma = pixels(4, channels, 33, 21, device="cuda").bfloat16(), torch.randn(channels, device="cuda").bfloat16()
-    past, factor = pixels(2, channels, 33, 21, device="cuda").to(FP8), fp8_factor(gamma)
+    factor = fp8_factor(gamma)
     with poisoned_memory():
-        y = pixel_norm(x, gamma, True, past, factor)
-    expected = reference(x.double(), gamma.double(), True, past, factor)
-    assert torch.equal(y[:2].view(torch.uint8), past.view(torch.uint8))
+        y = pixel_norm(x, gamma, True, factor)
+    expected = reference(x.double(), gamma.double(), True, factor)
     assert (y.double() - expected.double()).norm() < 4e-3 * expected.double().norm()  # where rounding was on the edge

@@ -23,23 +23,28 @@ def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 @given(
-    st.sampled_from([(3, 3), (3, 1), (1, 3), (1, 1)]), st.integers(1, 3), st.sampled_from([2, 3, 16, 20]),
+    st.sampled_from([(3, 3), (3, 1), (1, 3), (1, 1)]), st.integers(1, 3), st.sampled_from([2, 3, 16, 20, 33]),
     st.sampled_from([1, 3, 17]), st.integers(1, 5), st.integers(1, 5), st.sampled_from([0, 1, 2]), st.booleans(),
-    st.booleans(), st.integers(0, 99),
+    st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_any_kernel_and_length_of_the_past(kernel, frames, inputs, outputs, rows, columns, before, biased, added, seed):
+def test_any_kernel_and_length_of_the_past(kernel, frames, inputs, outputs, rows, columns, before, biased, added,
+                                           scaled, seed):  # fmt: skip
     """Sizes of one pixel, channels that no tile divides, no, one or two frames before."""
     torch.manual_seed(seed)
     kt, k = kernel
     before = min(before, kt - 1)
-    clip, weight = channels_last(before + frames, inputs, rows, columns), torch.randn(outputs, inputs, kt, k, k)
+    x, past = channels_last(frames, inputs, rows, columns), channels_last(before, inputs, rows, columns)
+    weight, scale = torch.randn(outputs, inputs, kt, k, k), torch.rand(outputs) if scaled else None
     bias, residual = torch.randn(outputs), channels_last(frames, outputs, rows, columns)
-    y = launch_triton(clip, weight, bias if biased else None, residual if added else None, before, launch=SMALL)
-    wide = clip.double()
-    past = torch.cat([wide.new_zeros(kt - 1 - before, *wide.shape[1:]), wide[:before]])
-    expected = reference(wide[before:], weight.double(), bias.double() * biased, past)
+    given = (x, past, weight, bias if biased else None, residual if added else None, scale)
+    y = launch_triton(*given, launch=SMALL)
+    zeros = torch.zeros(kt - 1 - before, inputs, rows, columns)
+    filters = weight.double() * (1 if scale is None else scale.double().view(-1, 1, 1, 1, 1))
+    expected = reference(x.double(), filters, bias.double() * biased, torch.cat([zeros, past]).double())
     expected = expected + residual.double() * added
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    padded = torch.cat([zeros, past]).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, launch_triton(x, padded, *given[2:], launch=SMALL))  # zeros before are none
