@@ -194,13 +194,20 @@ def launch_library(
         y = y.mul_(scale.view(-1, 1, 1)).add_(bias.to(wide).view(-1, 1, 1))
         return (y if residual is None else y.add_(residual)).to(bias.dtype)
     if len(past) or kt == 1:
-        zeros = x.new_zeros(kt - 1 - len(past), *x.shape[1:])
-        y = form(torch.cat([zeros, past, x]).contiguous(memory_format=torch.channels_last), weight, bias, 1)
+        y = form(_clip(x, past, kt - 1), weight, bias, 1)
     else:
         y = form(x, weight[:, :, -1:], bias, 1)
         for lag in range(1, min(kt, len(x))):
             y[lag:] += form(x[:-lag], weight[:, :, kt - 1 - lag : kt - lag], None, 1)
     return y if residual is None else y.add_(residual)
+
+
+def _clip(x: Tensor, past: Tensor, before: int) -> Tensor:
+    """x behind `before` frames: those of the past, and zeros before these; in channels-last memory."""
+    frames, (_, channels, rows, columns) = before - len(past), x.shape
+    zeros = x.new_zeros(frames, rows, columns, channels).permute(0, 3, 1, 2)
+    parts = [part for part in (zeros, past, x) if len(part)]
+    return x if len(parts) == 1 else torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
 
 def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
@@ -228,7 +235,8 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
     span = stride * ((len(x) - kt) // stride) + 1
     taps = [x[i : i + span : stride] for i in range(kt)]
     stacked = torch.cat(taps, dim=1) if kt > 1 else taps[0]  # [T, kt * C, H, W]
-    return F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, padding=k // 2)
+    y = F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, padding=k // 2)
+    return y.contiguous(memory_format=torch.channels_last)  # the library overlooks it in single frames of odd strides
 
 
 # --- Triton kernel --------------------------------------------------------------------------------------------------
@@ -357,7 +365,7 @@ def launch(
         choice = tuned(operation, x, len(weight), FORMS)
     wanted = choice.backend if choice is not None else "gluon" if x.dtype == FP8 else "library"
     if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, past, weight)):
-        wanted = "triton"
+        wanted = "triton" if x.dtype == FP8 else "library"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None
     return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
 
@@ -373,12 +381,12 @@ def launch_upsampling(x: Tensor, phases: Tensor, bias: Tensor, choice: Choice | 
 
 
 def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Choice | None:
-    """What kernels/tuned/ names for these channels and the nearest of the sizes measured."""
+    """What kernels/tuned/ names for as many output channels, at the nearest of the sizes measured."""
     if (dtype := {**NAMES, FP8: "fp8"}.get(x.dtype)) is None:
         return None
     frames, channels, rows, columns = x.shape
     dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns, "outputs": outputs}
-    return lookup(operation, dims, dtype, x.device, forms, ("channels", "outputs"))
+    return lookup(operation, dims, dtype, x.device, forms, ("outputs",))
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def launch_pixel_norm(
     """`pixel_norm` by its kernel."""
     frames, channels, rows, columns = x.shape
     dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns}
-    tuned = lookup("norm_silu", dims, NAMES[x.dtype], x.device, ("triton",), equal=("channels",))
+    tuned = lookup("norm_silu", dims, NAMES[x.dtype], x.device, ("triton",))
     parameters: dict[str, Any] = {**DEFAULT, **(launch or (tuned.launch if tuned else {}))}
     out = torch.empty_like(x, dtype=x.dtype if factor is None else FP8)
     pixels = frames * rows * columns

@@ -296,9 +296,10 @@ PRECISIONS = {
     "bf16": _BF16,
     "fp8": dataclasses.replace(_BF16, fp8=FP8Policy()),
     "fp8-attn": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True),
-    # The last level, at full resolution: a third of decoding's products, half of its bytes. One level is what 38 dB of
-    # peak signal to noise leave room for (tests/model/test_vae.py: 39 to 40 dB; with all levels 33 to 34 dB).
-    "fp8-vae": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True, fp8_vae=(3,)),
+    # One level is what 38 dB of peak signal to noise leave room for, and 192 channels gain the most of it: half of the
+    # time of a third of all products. Random weights of full width, three seeds: 39 to 41 dB; two levels 38 to 39, and
+    # 36.5 on a whole frame (tests/model/test_vae.py).
+    "fp8-vae": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True, fp8_vae=(2,)),
 }
 
 # What the reference's configurations also name: values that change nothing here, or that only one value of is

@@ -2,8 +2,9 @@
 
 The first frame of a clip makes one latent frame, every further four frames one more, and back. All is causal in time,
 so a clip is coded step by step, and what a step must know of the frames before it is its *state*: nested tuples of the
-last input frames of every convolution in time, None at the start of a clip. Steps neither keep nor change a state:
-handing one in twice gives the same result twice. Shapes below are of one step: T frames in, and T varies by layer.
+last input frames of every convolution in time, None at the start of a clip. At full size those of the decoder are
+1.6 GB, so a step writes the next state over the one that it gets, which is spent: to go on from it twice, copy it.
+Shapes below are of one step: T frames in, and T varies by layer.
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
 the dtype of the parameters; norms and SiLU are computed in float32 or wider.
@@ -41,14 +42,18 @@ class CausalConv3d(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, past: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past."""
-        y = causal_conv3d(x, self.weight, self.bias, past, residual, self.scale)
+        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past.
+
+        The next past lies where the one before lay.
+        """
+        return causal_conv3d(x, self.weight, self.bias, past, residual, self.scale), self.follow(x, past)
+
+    def follow(self, x: Tensor, past: Tensor | None) -> Tensor:
+        """The next past alone."""
         keep = self.weight.shape[2] - 1
-        if len(x) >= keep:
-            return y, x[-keep:].clone()  # a view would keep all of x alive
         if past is None:
-            past = _zeros(keep, x)
-        return y, torch.cat([past[len(x) :], x])
+            return torch.cat([_zeros(max(0, keep - len(x)), x), x[-keep:]])
+        return past.copy_(x[-keep:] if len(x) >= keep else torch.cat([past[len(x) :], x]))
 
 
 class RMSNorm(nn.Module):
@@ -81,10 +86,13 @@ class Head(nn.ModuleDict):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__({"0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels, 3, 3)})
 
-    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past."""
+    def forward(self, x: Tensor, past: Tensor | None, shown: bool = True) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past. Not shown, y are no frames [0, O, H, W]."""
         norm, conv = self.values()
-        return norm_silu_conv(norm, conv, x, past)
+        if shown:
+            return norm_silu_conv(norm, conv, x, past)
+        past = cast(CausalConv3d, conv).follow(pixel_norm(x, cast(RMSNorm, norm).gamma, True), past)
+        return x[:0, : len(cast(CausalConv3d, conv).weight)], past
 
 
 class ResidualBlock(nn.Module):
@@ -189,7 +197,7 @@ class Upsample(nn.Module):
 
     def _double(self, x: Tensor) -> Tensor:
         if self.phases is None:
-            return self.resample(x)
+            return self.resample(x).contiguous(memory_format=torch.channels_last)  # it is not where H = W = 1
         return upsample_conv2d(x, self.phases, cast(Tensor, self.resample[1].bias))
 
 
@@ -232,9 +240,12 @@ class Decoder(nn.Module):
             inputs = width // 2
         self.head = Head(widths[-1], 3)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Latent [1, z, h, w] -> [1 or 4, 3, 8 h, 8 w], next state."""
-        return _run((self.conv1, *self.middle, *self.upsamples, self.head), x, state)
+    def forward(self, x: Tensor, state: State | None, shown: bool = True) -> tuple[Tensor, State]:
+        """Latent [1, z, h, w] -> [1 or 4, 3, 8 h, 8 w], or no frames at all if they are not to be shown; next state."""
+        *before, past = state or (None,)
+        x, after = _run((self.conv1, *self.middle, *self.upsamples), x, tuple(before))
+        y, past = self.head(x, past, shown)
+        return y, (*after, past)
 
 
 class VAE(nn.Module):
@@ -247,6 +258,7 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1, 1)
         self.decoder = Decoder(config)
+        self._made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
     def lay_out(self) -> None:
@@ -287,11 +299,12 @@ class VAE(nn.Module):
         shift, scale = self._statistics()
         return (mean - shift) * scale, after
 
-    def decode_step(self, latent: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def decode_step(self, latent: Tensor, state: State | None = None, shown: bool = True) -> tuple[Tensor, State]:
         """The next pixel frames and the state after them.
 
         latent [1, z, h, w], normalised, any memory format; the frames are [1, 3, 8 h, 8 w] at the start of a clip,
-        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1].
+        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1]. Frames that are not to
+        be `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
         Raises ValueError for another shape or dtype than the parameters'.
         """
         if latent.ndim != 4 or latent.shape[:2] != (1, self.config.z_dim):
@@ -299,7 +312,7 @@ class VAE(nn.Module):
         self._check_dtype("latent", latent)
         shift, scale = self._statistics()
         x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
-        frames, after = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state)
+        frames, after = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, shown)
         return frames.clamp_(-1, 1), after
 
     def encode(self, frames: Tensor) -> Iterator[Tensor]:
@@ -324,10 +337,16 @@ class VAE(nn.Module):
             raise ValueError(f"{name}: dtype {x.dtype}, wanted the parameters', {self.conv1.weight.dtype}")
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal deviation of a latent, [z, 1, 1], each rounded to the dtype of the parameters."""
-        like = self.conv1.bias.new_tensor
-        shift, deviation = like(self.config.latent_mean), like(self.config.latent_std)
-        return shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
+        """Mean and reciprocal deviation of a latent, [z, 1, 1], each rounded to the dtype of the parameters.
+
+        Made once for a device and dtype: a copy to a GPU waits for it.
+        """
+        like = self.conv1.bias
+        place = (like.device, like.dtype)
+        if place not in self._made:
+            shift, deviation = like.new_tensor(self.config.latent_mean), like.new_tensor(self.config.latent_std)
+            self._made[place] = shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
+        return self._made[place]
 
 
 def _middle(channels: int) -> nn.ModuleList:

@@ -1,14 +1,16 @@
 """The chunk loop: a known state and a window of audio in, frames out as they are decoded, the next state at the end.
 
     window -> audio K/V -> 4 steps of the student over noise, the motion latents written back each time
-           -> VAE decode, latent frame by latent frame -> colour -> frames
+                           meanwhile, VAE decode of the motion latents, which are known
+           -> VAE decode of the others, latent frame by latent frame -> colour -> frames
            -> the last motion frames, encoded again -> next state
 
 Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
 two and the same window give the same frames, on any machine count and after any restart.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from model.dit import ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise, normal_noise, timesteps
 from model.tensors import visiting
+from model.vae import State as VAEState
 from streaming.spans import Spans
 
 Noise = Callable[[int, int, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
@@ -75,6 +78,7 @@ class ChunkGenerator:
             self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
             self._rope = rope_table(config.grid, config.dit.head_dim, models.device)
         self._noise = noise or partial(normal_noise, config.latent_shape, device=models.device)
+        self._aside = torch.cuda.Stream(models.device) if models.device.type == "cuda" else None
 
     @torch.inference_mode()
     def prepare(self, image: Tensor, ids: Tensor) -> Conditions:
@@ -111,22 +115,29 @@ class ChunkGenerator:
         with spans.span("audio"):
             audio = models.dit.embed_audio(window[None].to(models.device))
 
+        first_shown, first_fed_back = chunk.motion_frames_num, chunk.frame_num - chunk.motion_frames_num
+        known: list[tuple[int, int, VAEState | None]] = []
+
         def velocity(i: int, latents: Tensor) -> Tensor:
             with spans.span("denoise/step"):
-                return models.dit(
+                out = models.dit(
                     latents, conditions.condition, self._modulations[i], self._rope, conditions.context, audio,
                     known=len(state.motion),
                 )  # fmt: skip
+            if i == 0:  # once the student is at work, so that it need not wait for these launches
+                known.append(self._decode_unseen(state.motion, min(first_shown, first_fed_back)))
+            return out
 
         latents = denoise(velocity, partial(self._noise, state.seed, state.chunk), self._times, state.motion)
-
-        first_shown, first_fed_back = chunk.motion_frames_num, chunk.frame_num - chunk.motion_frames_num
-        end, past, fed_back = 0, None, []
-        for latent in latents.to(self._vae_dtype):
+        if self._aside is not None:
+            torch.cuda.current_stream().wait_stream(self._aside)
+        [(done, end, past)], fed_back = known, []
+        for latent in latents[done:].to(self._vae_dtype):
+            begin, end = end, end + (self.config.vae.temporal_stride if end else 1)
+            seen = end > min(first_shown, first_fed_back)
             with spans.span("decode"):
-                frames, past = models.vae.decode_step(latent[None], past)
-            begin, end = end, end + len(frames)
-            if end <= min(first_shown, first_fed_back):
+                frames, past = models.vae.decode_step(latent[None], past, seen)
+            if not seen:
                 continue
             with spans.span("color"):
                 frames, rgb = lab_transfer(frames, *conditions.lab, chunk.color_correction_strength)
@@ -137,6 +148,32 @@ class ChunkGenerator:
         with spans.span("motion"):
             motion = torch.cat(list(models.vae.encode(torch.cat(fed_back).to(self._vae_dtype))))
         return State(state.seed, state.chunk + 1, motion)
+
+    def _decode_unseen(self, motion: Tensor, frames: int) -> tuple[int, int, VAEState | None]:
+        """How many of these latents lie before that frame as a whole, their frames, and the VAE's state after them.
+
+        On a GPU beside what has been launched, and to be waited for.
+        """
+        done, end, past = 0, 0, None
+        with nullcontext() if self._aside is None else self._beside(self._aside):
+            for latent in motion.to(self._vae_dtype):
+                count = self.config.vae.temporal_stride if done else 1
+                if end + count > frames:
+                    break
+                with self._spans.span("decode"):
+                    _, past = self.models.vae.decode_step(latent[None], past, shown=False)
+                done, end = done + 1, end + count
+        return done, end, past
+
+    @contextmanager
+    def _beside(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """The body runs on that stream, after what the current one has been given so far.
+
+        So memory that it took there before is free for it: the current stream has seen the last of it.
+        """
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
 
     @property
     def _vae_dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The causal convolution against its definition in float64, over shapes, strides and lengths of the past."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from profiling.bench import poisoned_memory
 KERNELS = [(3, 3), (3, 1), (1, 1)]
 SIZES = st.integers(1, 6)
 CHANNELS = st.integers(2, 6)  # the memory format of a single channel is both or neither
+ODD_CHANNELS = st.sampled_from([1, 3, 5, 17, 33])
 
 
 @pytest.fixture(params=["_stacked", "_volume"], autouse=True, scope="module")
@@ -49,6 +51,31 @@ def test_equals_reference(kernel, frames, inputs, outputs, rows, columns, has_pa
     x = channels_last(frames, inputs, rows, columns)
     past = channels_last(kernel[0] - 1, inputs, rows, columns) if has_past and kernel[0] > 1 else None
     assert_like(causal_conv3d(x, weight, bias, past), reference(x, weight, bias, past))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from([*KERNELS, (1, 3)]), st.integers(1, 4), ODD_CHANNELS, ODD_CHANNELS, SIZES, SIZES,
+    st.sampled_from([0, 1, 2]), st.booleans(), st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_number_of_frames_before(kernel, frames, inputs, outputs, rows, columns, before, biased, added, seed):
+    """The operation itself: single pixels, channels that no tile divides; what is not written is NaN."""
+    torch.manual_seed(seed)
+    kt, _ = kernel
+    before = min(before, kt - 1)
+    weight, bias = parameters(inputs, outputs, *kernel)
+    x, past = channels_last(frames, inputs, rows, columns), channels_last(before, inputs, rows, columns)
+    residual = channels_last(frames, outputs, rows, columns)
+    given = (weight, bias if biased else None, residual if added else None, None)
+    padded = torch.cat([x.new_zeros(kt - 1 - before, *x.shape[1:]), past]).contiguous(memory_format=torch.channels_last)
+    with poisoned_memory():
+        y, from_zeros = conv._conv3d(x, past, *given), conv._conv3d(x, padded, *given)
+    expected = reference(x, weight, bias * biased, padded) + residual * added
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-11)
+    if before:  # at a clip's start the taps on zero frames are left out, and sums come in another order
+        assert torch.equal(y, from_zeros)
+    if inputs > 1:  # the CPU's result for a single channel is not always in channels-last memory
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reference_is_the_sum_over_earlier_frames_only():
@@ -122,6 +149,49 @@ def test_says_what_is_wrong():
         causal_conv3d(x.contiguous(), weight, bias)
     with pytest.raises(ValueError, match=r"x: shape \[2, 3, 5, 6\], wanted \[3 or more, 3, rows, columns\]"):
         conv3d(x[:2], weight, bias)
+
+
+def assert_one_line(words: str, function: Callable[..., Tensor], *arguments: Any, **more: Any) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        function(*arguments, **more)
+    assert "\n" not in str(raised.value)
+
+
+def test_says_in_one_line_what_else_is_wrong():
+    weight, bias = parameters(3, 2, 3, 3)
+    x, past = channels_last(4, 3, 5, 6), channels_last(2, 3, 5, 6)
+    assert_one_line(r"past: strides .* wanted channels-last memory", causal_conv3d, x, weight, bias, past.contiguous())
+    assert_one_line(r"past: shape \[2, 3, 5, 5\], wanted \[2, 3, 5, 6\]", causal_conv3d, x, weight, bias, past[..., :5])
+    assert_one_line(r"x: shape \[0, 3, 5, 6\], wanted \[1 or more, 3,", causal_conv3d, x[:0], weight, bias)
+    assert_one_line(r"x: shape \[4, 3, 5\], wanted \[1 or more, 3, rows", causal_conv3d, x[..., 0], weight, bias)
+    assert_one_line(r"x: dtype torch.float16, wanted the weight's, torch.float64", conv3d, x.half(), weight, bias)
+    assert_one_line(r"x: strides .* wanted channels-last memory", conv3d, x.contiguous(), weight, bias)
+    residual = channels_last(4, 2, 5, 6)
+    words = r"residual: torch.float32 \[4, 2, 5, 6\], wanted torch.float64 \[4, 2, 5, 6\]"
+    assert_one_line(words, causal_conv3d, x, weight, bias, None, residual.float())
+    words = r"residual: torch.float64 \[4, 2, 5, 6\], wanted torch.float64 \[2, 2, 5, 6\]"
+    assert_one_line(words, conv3d, x, weight, bias, residual=residual)
+    narrow, scale = conv.quantize_conv(weight, 1.0)
+    words = r"scale: torch.float64 \[2\], wanted float32 \[2\]"
+    assert_one_line(words, causal_conv3d, x.to(FP8), narrow, bias, scale=scale.double())
+    words = r"residual: torch.float64 \[4, 2, 5, 6\], wanted torch.float32"  # the bias's, not e4m3
+    assert_one_line(words, causal_conv3d, x.to(FP8), narrow, bias.float(), None, residual, scale.float())
+    assert_one_line(
+        r"past: dtype torch.float64, wanted x's", causal_conv3d, x.to(FP8), narrow, bias, past, None, scale.float()
+    )
+
+
+def test_says_in_one_line_what_is_wrong_before_upsampling():
+    x, weight, bias = channels_last(2, 3, 5, 6), torch.randn(4, 3, 3, 3).double(), torch.randn(4).double()
+    phases = conv.fold_upsampling(weight)
+    words = r"x: shape \[2, 2, 5, 6\], wanted \[frames, 3, rows, columns\]"
+    assert_one_line(words, conv.upsample_conv2d, channels_last(2, 2, 5, 6), phases, bias)
+    words = r"x: shape \[3, 5, 6\], wanted \[frames, 3, rows, columns\]"
+    assert_one_line(words, conv.upsample_conv2d, x[0], phases, bias)
+    words = r"x: dtype torch.float32, wanted the weight's, torch.float64"
+    assert_one_line(words, conv.upsample_conv2d, x.float(), phases, bias)
+    words = r"x: strides .* wanted channels-last memory"
+    assert_one_line(words, conv.upsample_conv2d, x.contiguous(), phases, bias)
 
 
 @pytest.mark.parametrize("has_past", [False, True])

@@ -121,8 +121,8 @@ def test_where_the_memory_is(counted: dict[str, int]) -> None:
         "vae": 0.2,
         "keys and values": 0.8,
         "denoise": 0.9,
-        "decode": 3.9,
-        "motion": 2.4,
+        "decode": 2.4,  # at most 3 GiB beyond the weights are asked for
+        "motion": 1.8,
     }
 
 

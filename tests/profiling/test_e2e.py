@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partialmethod
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from model import dit, linear, vae
+from model.config import VAEConfig
 from profiling import e2e
+from profiling.cases import coded, vae_of, vae_size
 from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
 from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult
@@ -96,6 +100,25 @@ def test_the_published_form_is_the_same_model() -> None:
         assert vae.Upsample._double.__module__ == "profiling.published"
     assert vae.Upsample._double.__module__ == "model.vae"
     assert dit.chunk_attention.__module__ == "kernels.attention"
+
+
+@torch.inference_mode()
+def test_the_published_vae_is_the_same() -> None:
+    """Laid out, where the up-sampling is folded; three steps, the first of which has no past."""
+    config, random = VAEConfig(dim=4, num_res_blocks=1), torch.Generator().manual_seed(0)
+    coder = vae_of(config, torch.randn(vae_size(config), generator=random, dtype=torch.float64))
+    coder.lay_out()
+    latents, frames = (torch.randn(*n, generator=random, dtype=torch.float64) for n in ((3, 16, 2, 3), (9, 3, 16, 24)))
+    ours = coded("decode", coder, latents), coded("encode", coder, frames)
+    forms = ((vae, "pixel_norm"), (vae, "conv3d"), (vae, "causal_conv3d"), (vae.Upsample, "_double"))
+    with published(), ExitStack() as stack:
+        spies = [
+            stack.enter_context(patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))
+            for owner, name in forms
+        ]
+        theirs = coded("decode", coder, latents), coded("encode", coder, frames)
+    assert all(spy.called for spy in spies)
+    torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("few")

@@ -74,14 +74,20 @@ def test_another_generator_of_the_same_models_agrees(models: Models, conditions:
 def test_frames_leave_before_the_last_are_decoded(
     models: Models, generator: ChunkGenerator, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = []
-    decode_step = models.vae.decode_step
-    monkeypatch.setattr(models.vae, "decode_step", lambda z, s: decoded.append(1) or decode_step(z, s))
+    done = []
+    step, decode_step = models.dit.forward, models.vae.decode_step
+    monkeypatch.setattr(models.dit, "forward", lambda *args, **more: done.append("step") or step(*args, **more))
+    monkeypatch.setattr(models.vae, "decode_step", lambda z, s, shown: done.append(shown) or decode_step(z, s, shown))
     chunk = generator.chunk(conditions, generator.start(conditions, 0), window(1))
     assert next(chunk).pixels.shape == (4, 3, 32, 48)
-    assert len(decoded) == 3  # two motion latents and the first new one, of five
+    # The motion latents first: that of the portrait is known, and decoded beside the steps.
+    assert done == ["step", False, "step", False, True]
     next(chunk)
-    assert len(decoded) == 4
+    assert len(done) == 6
+    _, after = collect(chunk)
+    done.clear()
+    next(generator.chunk(conditions, after, window(2)))
+    assert done == ["step", False, False, "step", True]
 
 
 def test_conditions_describe_the_portrait(models: Models, generator: ChunkGenerator, conditions: Conditions) -> None:

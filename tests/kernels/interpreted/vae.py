@@ -1,0 +1,80 @@
+"""The VAE through the Triton kernels: within the pass marks of the golden cases."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from kernels import conv, pixel_norm
+from profiling.bench import poisoned_memory
+from tests.parity.cases import Case, frames_first
+from tests.parity.test_golden import pass_mark
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+STEPS = 3  # the first, the second and a later one; the 5 of a whole case do no more, at 5 to 10 seconds each
+Seen = set[tuple[tuple[int, ...], int, bool]]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]]:
+    """The operations' launchers instead of what the CPU runs, and what they are given; what is not written is NaN.
+
+    Convolutions: kernel, frames before, whether there is a residual. Norms: whether with SiLU. The encoder's strided
+    convolutions in time are the library's on GPUs as well. Programs are few and large: the interpreter's time goes by
+    their number.
+    """
+    convolved: Seen = set()
+    normed: list[bool] = []
+
+    def convolve(x: Tensor, past: Tensor, weight: Tensor, bias: Any, residual: Any, *more: Any) -> Tensor:
+        convolved.add((tuple(weight.shape[2:]), len(past), residual is not None))
+        n, k = (max(16, triton.next_power_of_2(size)) for size in weight.shape[:2])
+        blocks = {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_K": k}
+        return conv.launch_triton(x, past, weight, bias, residual, *more, launch=blocks)
+
+    def norm(x: Tensor, gamma: Tensor, silu: bool, *more: Any) -> Tensor:
+        normed.append(silu)
+        return pixel_norm.launch_pixel_norm(x, gamma, silu, *more, launch={"PIXELS": 4096})
+
+    monkeypatch.setattr(conv, "launch_library", convolve)
+    monkeypatch.setattr(pixel_norm, "reference", norm)
+    with poisoned_memory():
+        yield convolved, normed
+
+
+def assert_within_mark(case: Case, name: str, got: Tensor) -> None:
+    """As far as the steps go."""
+    difference = (got - frames_first(case[name])[: len(got)]).abs().max().item()
+    mark = pass_mark(case.meta["suggested_max_abs_difference"], name)
+    print(f"{name}: max |difference| {difference:.2e}, pass mark {mark:.0e}")
+    assert difference <= mark
+
+
+@torch.inference_mode()
+def test_golden_decoding(kernels: tuple[Seen, list[bool]]) -> None:
+    case = Case(GOLDEN / "vae_decode.json")
+    video = torch.cat(list(case.vae().decode(frames_first(case["in.latent"])[:STEPS])))
+    assert len(video) == 1 + 4 * (STEPS - 1)
+    assert_within_mark(case, "out.video", video)
+    assert_within_mark(case, "out.video_single_frame", video[:1])
+    convolved, normed = kernels
+    blocks = {((3, 3, 3), before, added) for before in (0, 2) for added in (False, True)}
+    assert convolved == blocks | {((1, 1, 1), 0, False), ((3, 1, 1), 2, False)}
+    assert set(normed) == {False, True}  # attention's is without SiLU
+
+
+@torch.inference_mode()
+def test_golden_encoding(kernels: tuple[Seen, list[bool]]) -> None:
+    case = Case(GOLDEN / "vae_encode.json")
+    latents = torch.cat(list(case.vae().encode(frames_first(case["in.video"])[: 1 + 4 * (STEPS - 1)])))
+    assert len(latents) == STEPS
+    assert_within_mark(case, "out.latent", latents)
+    assert_within_mark(case, "out.latent_single_frame", latents[:1])
+    convolved, normed = kernels
+    blocks = {((3, 3, 3), before, added) for before in (0, 2) for added in (False, True)}
+    assert convolved == blocks | {((1, 1, 1), 0, False)}
+    assert set(normed) == {False, True}
