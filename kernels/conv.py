@@ -60,7 +60,7 @@ def causal_conv3d(
     `residual`, like the result, is added to it. In FP8, x, `past` and the weight are e4m3, the sums are multiplied by
     `scale`, float32 [O], and the result has the bias's dtype.
 
-    Raises ValueError if x, `past`, the residual or the scale has another shape, dtype or memory format than that.
+    Raises ValueError if an argument has another shape, dtype or memory format than that.
     """
     kt = weight.shape[2]
     _check(x, weight, bias, residual, scale, len(x), 1)
@@ -86,10 +86,12 @@ def conv3d(
     """The same convolution over the frames given and no others, at every `stride`-th place in time.
 
     x [N, C, H, W] -> [(N - kt) // stride + 1, O, H, W], in channels-last memory and x's dtype; weight [O, C, kt, k, k]
-    with k odd, bias [O] or None; `residual`, like the result, is added to it; FP8 as above. Raises ValueError if x, the
-    residual or the scale has another shape, dtype or memory format than that.
+    with k odd, bias [O] or None; `residual`, like the result, is added to it; FP8 as above. Raises ValueError if an
+    argument has another shape, dtype or memory format than that.
     """
     kt = weight.shape[2]
+    if stride < 1:
+        raise ValueError(f"stride: {stride}, wanted 1 or more")
     _check(x, weight, bias, residual, scale, (len(x) - kt) // stride + 1, kt)
     if stride == 1:
         return _conv3d(x[kt - 1 :], x[: kt - 1], weight, bias, residual, scale)
@@ -150,6 +152,10 @@ def _check(
     least: int,
 ) -> None:
     """Raises ValueError unless x goes along with the weight, and residual and scale with `frames` of output."""
+    if weight.shape[3] != weight.shape[4] or weight.shape[3] % 2 == 0:
+        raise ValueError(f"weight: shape {list(weight.shape)}, wanted [outputs, inputs, kt, k, k], k odd")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: shape {list(bias.shape)}, wanted {[len(weight)]}")
     if x.ndim != 4 or x.shape[1] != weight.shape[1] or len(x) < least:
         raise ValueError(f"x: shape {list(x.shape)}, wanted [{least} or more, {weight.shape[1]}, rows, columns]")
     if x.dtype != weight.dtype:

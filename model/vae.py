@@ -3,8 +3,9 @@
 The first frame of a clip makes one latent frame, every further four frames one more, and back. All is causal in time,
 so a clip is coded step by step, and what a step must know of the frames before it is its *state*: nested tuples of the
 last input frames of every convolution in time, None at the start of a clip. At full size those of the decoder are
-1.6 GB, so a step writes the next state over the one that it gets, which is spent: to go on from it twice, copy it.
-Shapes below are of one step: T frames in, and T varies by layer.
+1.6 GB, so a step writes the next state over the one that it gets, which is spent, also by a step that fails: to go on
+from it twice, copy it. One made under `torch.inference_mode()` stays there. Shapes below are of one step: T frames in,
+and T varies by layer.
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
 the dtype of the parameters; norms and SiLU are computed in float32 or wider.
@@ -288,7 +289,8 @@ class VAE(nn.Module):
         Raises ValueError for another shape or dtype than the parameters'.
         """
         count, stride = 1 if state is None else self.config.temporal_stride, self.config.spatial_stride
-        if frames.ndim != 4 or frames.shape[:2] != (count, 3) or frames.shape[2] % stride or frames.shape[3] % stride:
+        wrong = frames.ndim != 4 or frames.shape[:2] != (count, 3) or not frames.numel()
+        if wrong or frames.shape[2] % stride or frames.shape[3] % stride:
             raise ValueError(
                 f"frames: shape {list(frames.shape)}, wanted [{count}, 3, height, width], multiples of {stride}"
             )
@@ -307,7 +309,7 @@ class VAE(nn.Module):
         be `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
         Raises ValueError for another shape or dtype than the parameters'.
         """
-        if latent.ndim != 4 or latent.shape[:2] != (1, self.config.z_dim):
+        if latent.ndim != 4 or latent.shape[:2] != (1, self.config.z_dim) or not latent.numel():
             raise ValueError(f"latent: shape {list(latent.shape)}, wanted [1, {self.config.z_dim}, rows, columns]")
         self._check_dtype("latent", latent)
         shift, scale = self._statistics()

@@ -74,8 +74,7 @@ def test_any_number_of_frames_before(kernel, frames, inputs, outputs, rows, colu
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-11)
     if before:  # at a clip's start the taps on zero frames are left out, and sums come in another order
         assert torch.equal(y, from_zeros)
-    if inputs > 1:  # the CPU's result for a single channel is not always in channels-last memory
-        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reference_is_the_sum_over_earlier_frames_only():
@@ -161,6 +160,10 @@ def test_says_in_one_line_what_else_is_wrong():
     weight, bias = parameters(3, 2, 3, 3)
     x, past = channels_last(4, 3, 5, 6), channels_last(2, 3, 5, 6)
     assert_one_line(r"past: strides .* wanted channels-last memory", causal_conv3d, x, weight, bias, past.contiguous())
+    assert_one_line(r"weight: shape .* k odd", causal_conv3d, x, weight[..., :2, :2], bias)
+    assert_one_line(r"weight: shape .* k odd", conv3d, x, weight[..., :1], bias)
+    assert_one_line(r"bias: shape \[1\], wanted \[2\]", conv3d, x, weight, bias[:1])
+    assert_one_line(r"stride: 0, wanted 1 or more", conv3d, x, weight, bias, 0)
     assert_one_line(r"past: shape \[2, 3, 5, 5\], wanted \[2, 3, 5, 6\]", causal_conv3d, x, weight, bias, past[..., :5])
     assert_one_line(r"x: shape \[0, 3, 5, 6\], wanted \[1 or more, 3,", causal_conv3d, x[:0], weight, bias)
     assert_one_line(r"x: shape \[4, 3, 5\], wanted \[1 or more, 3, rows", causal_conv3d, x[..., 0], weight, bias)
