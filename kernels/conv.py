@@ -112,36 +112,6 @@ def quantize_conv(weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return narrow.contiguous(memory_format=torch.channels_last_3d), largest / factor
 
 
-def fold_upsampling(weight: Tensor) -> Tensor:
-    """Nearest doubling of rows and columns folded into the convolution after it: [O, C, 3, 3] -> [2, 2, O, C, 2, 2].
-
-    The output's rows 2h and 2h + 1 see the same three rows of the doubled image as two of the small one: h - 1, h and
-    h, h + 1. So a convolution of 2 x 2 taps for each parity of row and column, with the sums of taps that fall on the
-    same pixel, 4/9 of the multiplications, and no doubled image. Exact but for rounding; summed in float32 or wider.
-    """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for axis in (2, 4):  # rows, then columns; each time the parity comes in front
-        first, second, third = wide.unbind(axis)
-        even, odd = torch.stack((first, second + third), axis), torch.stack((first + second, third), axis)
-        wide = torch.stack((even, odd))
-    memory = wide.transpose(0, 1).to(weight.dtype).permute(0, 1, 2, 4, 5, 3).contiguous()
-    return memory.permute(0, 1, 2, 5, 3, 4)
-
-
-def upsample_conv2d(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    """Doubled rows and columns of x, convolved: [T, C, H, W] -> [T, O, 2 H, 2 W], both in channels-last memory.
-
-    `phases` are `fold_upsampling(weight)`, bias [O]. Raises ValueError for another shape, dtype or memory format of x.
-    """
-    if x.ndim != 4 or x.shape[1] != phases.shape[3]:
-        raise ValueError(f"x: shape {list(x.shape)}, wanted [frames, {phases.shape[3]}, rows, columns]")
-    if x.dtype != phases.dtype:
-        raise ValueError(f"x: dtype {x.dtype}, wanted the weight's, {phases.dtype}")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")
-    return _upsample_conv2d(x, phases, bias)
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -214,17 +184,6 @@ def _clip(x: Tensor, past: Tensor, before: int) -> Tensor:
     zeros = x.new_zeros(frames, rows, columns, channels).permute(0, 3, 1, 2)
     parts = [part for part in (zeros, past, x) if len(part)]
     return x if len(parts) == 1 else torch.cat(parts).contiguous(memory_format=torch.channels_last)
-
-
-def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-    """As `upsample_conv2d`, by PyTorch."""
-    frames, _, rows, columns = x.shape
-    y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
-    for i, of_row in enumerate(phases):
-        for j, weight in enumerate(of_row):
-            part = F.conv2d(x, weight, bias, padding=1)  # one row and one column too many
-            y[:, :, i::2, j::2] = part[:, :, i : i + rows, j : j + columns]
-    return y
 
 
 def _volume(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -326,7 +285,7 @@ def launch_hopper(
         if residual is not None:
             residual = F.pad(residual, (0, 0, 0, 0, 0, spare)).contiguous(memory_format=torch.channels_last)
     y, reach = _empty(x, weight, bias), -(weight.shape[3] // 2)
-    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch)
+    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch=launch)
     return y[:, :outputs].contiguous(memory_format=torch.channels_last)
 
 
@@ -336,22 +295,10 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(frames, rows, columns, len(weight), dtype=_result(x, bias)).permute(0, 3, 1, 2)
 
 
-def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-    """As `upsample_conv2d`, by the kernel of kernels/conv_hopper.py: every phase into its pixels."""
-    frames, _, rows, columns = x.shape
-    y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
-    for i, of_row in enumerate(phases):
-        for j, weight in enumerate(of_row):
-            part = y[:, :, i::2, j::2]
-            conv_hopper.launch_hopper(x, x[:0], weight[:, :, None], None, bias, None, part, (i - 1, j - 1), launch)
-    return y
-
-
 FORMS: Mapping[str, Callable[..., Tensor]] = {
     "gluon": launch_hopper, "triton": launch_triton, "library": launch_library
 }  # fmt: skip
 OPERATIONS = {(3, 3, 3): "causal_conv3d", (3, 1, 1): "time_conv"}  # by kernel: what is measured
-UPSAMPLING: Mapping[str, Callable[..., Tensor]] = {"gluon": upsample_hopper, "library": upsample_library}
 
 
 def launch(
@@ -376,16 +323,6 @@ def launch(
     return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
 
 
-def launch_upsampling(x: Tensor, phases: Tensor, bias: Tensor, choice: Choice | None = None) -> Tensor:
-    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library."""
-    choice = choice or tuned("upsample_conv", x, phases.shape[2], UPSAMPLING)
-    if choice is None or not (
-        gpu(x.device).capability == "9.0" and suits(x, x, phases[0, 0]) and phases.shape[2] % WHOLE == 0
-    ):
-        return upsample_library(x, phases, bias)
-    return UPSAMPLING[choice.backend](x, phases, bias, choice.launch)
-
-
 def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Choice | None:
     """What kernels/tuned/ names for as many output channels, at the nearest of the sizes measured."""
     if (dtype := {**NAMES, FP8: "fp8"}.get(x.dtype)) is None:
@@ -395,7 +332,7 @@ def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Ch
     return lookup(operation, dims, dtype, x.device, forms, ("outputs",))
 
 
-# --- Operations -----------------------------------------------------------------------------------------------------
+# --- Operation ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("flashtalk::conv3d", mutates_args=(), device_types="cpu")
@@ -417,19 +354,3 @@ def _(
     x: Tensor, _past: Tensor, weight: Tensor, bias: Tensor | None, _residual: Tensor | None, _scale: Tensor | None
 ) -> Tensor:
     return _empty(x, weight, bias)
-
-
-@torch.library.custom_op("flashtalk::upsample_conv2d", mutates_args=(), device_types="cpu")
-def _upsample_conv2d(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    return upsample_library(x, phases, bias)
-
-
-@_upsample_conv2d.register_kernel("cuda")
-def _(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    return launch_upsampling(x, phases, bias)
-
-
-@_upsample_conv2d.register_fake
-def _(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    frames, _, rows, columns = x.shape
-    return x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)

@@ -60,10 +60,11 @@ def locate(tile, sizes, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT: gl.constexpr, K: gl.constexpr,
             RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
+            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr):  # fmt: skip
     """Copies the pixels and weights of all tiles, in the order in which the consumers take them.
 
-    The taps of a pixel begin dy rows and dx columns from it.
+    The taps of a pixel begin dy rows and dx columns from it. With a STRIDE of 2, boxes are of pairs of rows and of
+    columns: [frame, pair, row of the pair, pair, channels of both pixels].
     """
     x_boxes, past_boxes, left_boxes, right_boxes, _y_boxes, residual_boxes = boxes
     x_smem, left_smem, right_smem, y_smem = buffers
@@ -89,15 +90,19 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT:
                         + (TAPS * right_boxes.block_type.nbytes if RIGHT else 0),
                     )  # fmt: skip
                     channel = block * BLOCK_K
-                    top = row + step // K + dy
-                    left = column + step % K + dx
+                    top = step // K + dy
+                    left = step % K + dx
                     for box in gl.static_range(BOXES):
-                        place = [seen, top + box * SIDE, left, channel]
                         x = x_smem.index(slot * BOXES + box)
-                        if seen < 0:
-                            old = [seen + before, top + box * SIDE, left, channel]
-                            tma.async_copy_global_to_shared(past_boxes, old, bar, x)
+                        line = row + box * SIDE
+                        if STRIDE == 2:
+                            place = [seen, line + top // 2, top % 2, column + left // 2, left % 2 * channels + channel]
+                            tma.async_copy_global_to_shared(x_boxes, place, bar, x)
+                        elif seen < 0:
+                            place = [seen + before, line + top, column + left, channel]
+                            tma.async_copy_global_to_shared(past_boxes, place, bar, x)
                         else:
+                            place = [seen, line + top, column + left, channel]
                             tma.async_copy_global_to_shared(x_boxes, place, bar, x)
                     for tap in gl.static_range(TAPS):
                         term = ((i * K + tap) * K + step) * channels + channel
@@ -209,14 +214,15 @@ def conv_hopper(
     x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, frames, before, tiles_h,
     tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Every program takes each num_programs-th tile; the launcher says what the rest is."""
     PIECES: gl.constexpr = 3 if RIGHT else 2
     TAPS: gl.constexpr = K if TALL else 1
     BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
     RIGHT_ROWS: gl.constexpr = RIGHT if RIGHT else 8
-    x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * BOXES, 1, SIDE, SIDE, BLOCK_K], x_boxes.layout)
+    BOX: gl.constexpr = [1, SIDE, 1, SIDE, BLOCK_K] if STRIDE == 2 else [1, SIDE, SIDE, BLOCK_K]
+    x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * BOXES] + BOX, x_boxes.layout)  # noqa: RUF005
     left_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, LEFT, BLOCK_K], left_boxes.layout)
     right_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, RIGHT_ROWS, BLOCK_K], right_boxes.layout)
     y_smem = gl.allocate_shared_memory(y_boxes.dtype, [CONSUMERS * PIECES, 1, SIDE, SIDE, LEFT // 2], y_boxes.layout)
@@ -236,7 +242,7 @@ def conv_hopper(
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 2, KT, K, SCALED,
                     BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
         (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, CONSUMERS, LEFT,
-                   RIGHT, BLOCK_K, STAGES, TALL)),
+                   RIGHT, BLOCK_K, STAGES, TALL, STRIDE)),
     ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
@@ -248,6 +254,15 @@ def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def describe_pairs(x: Tensor, block_k: int) -> TensorDescriptor:
+    """Every second row and column of x, as [frame, pair of rows, row, pair of columns, channels of both]."""
+    frames, channels, rows, columns = x.shape
+    pairs = x.permute(0, 2, 3, 1).view(frames, rows // 2, 2, columns // 2, 2 * channels)
+    block = [1, SIDE.value, 1, SIDE.value, block_k]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
+    return TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), block, layout)
 
 
 def suits(x: Tensor, past: Tensor, weight: Tensor) -> bool:
@@ -265,22 +280,24 @@ def launch_hopper(
     residual: Tensor | None,
     y: Tensor,
     reach: tuple[int, int],
+    stride: int = 1,
     launch: Launch | None = None,
 ) -> None:
     """Fills y, float16 or bfloat16, any view of [frame, channel, row, column] with neighbouring channels in a row.
 
     `past`, [before, C, H, W], may be empty. The sums of operands that `suits` approves are multiplied by scale
     [outputs], float32, if there is one, and the residual is added, if there is one. `reach` says where the taps of a
-    pixel begin: rows and columns from it.
+    pixel begin: rows and columns from it. With a stride of 2, a pixel of y is two rows and columns of x wide; x has
+    even numbers of them, BLOCK_K divides its channels, taps do not reach up or left, and nothing is TALL.
     """
-    frames, channels, rows, columns = x.shape
+    channels, (frames, _, rows, columns) = x.shape[1], y.shape
     outputs, _, kt, k, _ = weight.shape
     parameters: dict[str, Any] = {**default(x.dtype, outputs, k), **(launch or {})}
     left, right, block_k = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K"))
     consumers, side = parameters["CONSUMERS"], SIDE.value
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(outputs, -1)  # a view, where the weight is channels-last
     box, piece = [1, side, side, block_k], [1, side, side, left // 2]
-    x_boxes, y_boxes = describe(x, box), describe(y, piece)
+    x_boxes, y_boxes = describe(x, box) if stride == 1 else describe_pairs(x, block_k), describe(y, piece)
     tiles_h, tiles_w = -(-rows // (side * consumers)), -(-columns // side)
     groups = -(-outputs // (left + right))
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
@@ -289,7 +306,7 @@ def launch_hopper(
         describe(matrix, [right or 8, block_k]), y_boxes, y_boxes if residual is None else describe(residual, piece),
         y if scale is None else scale, y if bias is None else bias, frames, len(past), tiles_h, tiles_w,
         groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k, SCALED=scale is not None,
-        BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4, **parameters,
+        BIAS=bias is not None, RESIDUAL=residual is not None, STRIDE=stride, num_warps=4, **parameters,
     )  # fmt: skip
 
 

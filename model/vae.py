@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.conv import causal_conv3d, conv3d, fold_upsampling, quantize_conv, upsample_conv2d
+from kernels.conv import causal_conv3d, conv3d, quantize_conv
 from kernels.pixel_norm import fp8_factor, pixel_norm
+from kernels.resample_conv import downsample_conv2d, fold_upsampling, upsample_conv2d
 from model.config import VAEConfig
 
 State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
@@ -157,8 +158,9 @@ class Downsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels, 3, 1) if temporal else None
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """x [T, C, H, W] -> y [T or ceil(T / 2), C, ceil(H / 2), ceil(W / 2)], next state."""
-        x = self.resample(x)
+        """x [T, C, H, W] -> y [T or ceil(T / 2), C, H // 2, W // 2], next state."""
+        convolution = cast(nn.Conv2d, self.resample[1])
+        x = downsample_conv2d(x, convolution.weight, cast(Tensor, convolution.bias))
         if self.time_conv is None:
             return x, ()
         if state is None:

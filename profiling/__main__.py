@@ -147,6 +147,19 @@ def targets(
 
 
 @app.command()
+def warm(
+    patterns: Patterns = None,
+    space: Annotated[bool, typer.Option("--space", help="Also all launch parameters that tuning would try.")] = False,
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 120,
+    cases: Cases = None,
+) -> None:
+    """Compiles the kernels of cases on all CPU cores at once, before a GPU's first minute goes into it."""
+    from profiling import warm as module
+
+    raise typer.Exit(module.command(patterns or [], space, budget, cases))
+
+
+@app.command()
 def gpu(
     phase: Annotated[str, typer.Option(help="check, bench, tune or e2e; or several, comma-separated, in that order.")],
     out: Annotated[Path, typer.Option(help="Folder for results; a second call goes on where the first one stopped.")],

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import attention, conv, cross_attention, linear, norm
+from kernels import attention, conv, cross_attention, linear, norm, resample_conv
 from kernels.attention import chunk_attention, chunk_attention_fp8
 from kernels.color import lab_statistics, lab_transfer, launch_transfer
 from kernels.color import reference as lab_reference
@@ -55,6 +55,7 @@ from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
 from kernels.pixel_norm import launch_pixel_norm, pixel_norm
 from kernels.pixel_norm import reference as pixel_norm_reference
+from kernels.resample_conv import fold_upsampling
 from kernels.schedule import spans
 from model.config import PRECISIONS, PRESETS, Config, VAEConfig
 from model.errors import UserError
@@ -1230,57 +1231,75 @@ def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), w, bias, padding=1)
 
 
-def prepare_phases(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-    """The library's convolutions, on the small image; weights are folded beforehand."""
-    return partial(conv.upsample_library, x, conv.fold_upsampling(w), bias)
+def downsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """A row and a column of zeros added, then a 3 x 3 convolution of stride 2: [T, C, H, W] -> [T, O, H / 2, W / 2]."""
+    return F.conv2d(F.pad(x, (0, 1, 0, 1)), w, bias, stride=2)
 
 
-def ours_upsampling(form: str) -> Backend:
-    """One form of kernels/conv.py, on the small image; weights are folded beforehand."""
+def laid_out(operation: str, w: Tensor) -> Tensor:
+    """Weights as the operation takes them: folded, or in channels-last memory."""
+    last = torch.channels_last
+    return fold_upsampling(w) if operation == "upsample_conv" else w.contiguous(memory_format=last)
 
-    def run(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None) -> Tensor:
-        choice = Choice(form, launch) if launch else conv.tuned("upsample_conv", x, phases.shape[2], (form,))
-        return conv.launch_upsampling(x, phases, bias, choice or Choice(form, {}))
+
+def ours_resampling(operation: str, form: str) -> Backend:
+    """One form of kernels/resample_conv.py, as it is tuned; weights are laid out beforehand."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(bias), (form,))
+        return resample_conv.launch(operation, x, weight, bias, choice or Choice(form, {}))
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
-        return partial(run, x, conv.fold_upsampling(w), bias, launch)
+        return partial(run, x, laid_out(operation, w), bias, launch)
+
+    def prepare_library(x: Tensor, w: Tensor, bias: Tensor) -> Call:
+        return partial(resample_conv.FORMS[operation][form], x, laid_out(operation, w), bias)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        phases = w.new_empty(2, 2, len(w), 2, 2, w.shape[1]).permute(0, 1, 2, 5, 3, 4)
-        return run(x, phases, bias, launch)
+        return run(x, laid_out(operation, w), bias, launch)
 
-    return Backend(form, prepare, True, CUDA, None, launcher, upsampling_space)
-
-
-def upsampling_space(dims: Dims) -> Iterator[dict[str, Any]]:
-    """As `conv_space`."""
-    return conv_space(False, 2, dims)
+    if form == "library":
+        return Backend(form, prepare_library, ours=True)
+    return Backend(form, prepare, True, CUDA, None, launcher, partial(resampling_space, operation))
 
 
-UPSAMPLE_CONV = Operation(
-    "upsample_conv",
-    lambda d, draw: (
-        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
-        draw(d["outputs"], d["channels"], 3, 3, scale=(9 * d["channels"]) ** -0.5),
-        draw(d["outputs"]),
-    ),
-    upsample_conv,
-    # As four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of it.
-    lambda d: 2.0 * 16 * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
-    lambda d, item: (
-        item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + 4 * d["outputs"]))
-        + 9.0 * item * d["channels"] * d["outputs"]
-    ),
-    {
-        dtype: (
-            *((ours_upsampling("gluon"),) if dtype == "bf16" else ()),
-            Backend("library", prepare_phases, ours=True),
-            Backend("torch", once(upsample_conv)),
-            Backend("torch-compiled", compiled(upsample_conv), devices=CUDA),
-        )
-        for dtype in ("fp32", "bf16")
-    },
-)
+def resampling_space(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
+    """As `conv_space`; blocks of channels end with the pixel where pixels are taken by twos."""
+    for launch in conv_space(False, 2, dims):
+        if operation == "upsample_conv" or (dims["channels"] % launch["BLOCK_K"] == 0 and not launch["TALL"]):
+            yield launch
+
+
+def resampling(operation: str, function: Callable[..., Tensor], taps: float, scale: float) -> Operation:
+    """A 3 x 3 convolution that doubles or halves: taps a pixel of x; scale: pixels of y for each."""
+    return Operation(
+        operation,
+        lambda d, draw: (
+            pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+            draw(d["outputs"], d["channels"], 3, 3, scale=(9 * d["channels"]) ** -0.5),
+            draw(d["outputs"]),
+        ),
+        function,
+        lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+        lambda d, item: (
+            item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + scale * d["outputs"]))
+            + 9.0 * item * d["channels"] * d["outputs"]
+        ),
+        {
+            dtype: (
+                *((ours_resampling(operation, "gluon"),) if dtype == "bf16" else ()),
+                ours_resampling(operation, "library"),
+                Backend("torch", once(function)),
+                Backend("torch-compiled", compiled(function), devices=CUDA),
+            )
+            for dtype in ("fp32", "bf16")
+        },
+    )
+
+
+# As four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of it.
+UPSAMPLE_CONV = resampling("upsample_conv", upsample_conv, 16, 4)
+DOWNSAMPLE_CONV = resampling("downsample_conv", downsample_conv, 9 / 4, 1 / 4)
 
 # --- The whole VAE --------------------------------------------------------------------------------------------------
 
@@ -1468,6 +1487,9 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             up = dims | {"frames": frames, "outputs": width // 2}
             yield UPSAMPLE_CONV, Shape(name, up, world, 1 / frames + latents - 1)
             scale *= 2
+            large = {"frames": frames, "rows": 2 * dims["rows"], "columns": 2 * dims["columns"]}
+            own = {"channels": widths[level + 1], "outputs": widths[level + 1]}
+            yield DOWNSAMPLE_CONV, Shape(name, large | own, world, 1 / frames + motion)
         else:
             ends = {k: v for k, v in dims.items() if k not in ("frames", "channels")}
             yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | {"outputs": 3}, world, decoded)

@@ -43,6 +43,7 @@ STAGES: dict[str, str] = {
     "causal_conv3d": DECODE,
     "norm_silu": DECODE,
     "upsample_conv": DECODE,
+    "downsample_conv": DECODE,
     "time_conv": DECODE,
     "lab_transfer": COLOR,
 }

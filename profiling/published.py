@@ -121,6 +121,11 @@ def causal_conv3d(
     return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
 
 
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `kernels.resample_conv.downsample_conv2d`."""
+    return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight.contiguous(), bias, stride=2)
+
+
 def _double(self: vae.Upsample, x: Tensor) -> Tensor:
     """As `model.vae.Upsample._double`, on the doubled image."""
     double, convolution = self.resample
@@ -140,6 +145,6 @@ _FORMS = {
         layer_norm_modulate,
     ),
     linear: (layer_norm, layer_norm_modulate),
-    vae: (pixel_norm, conv3d, causal_conv3d),
+    vae: (pixel_norm, conv3d, causal_conv3d, downsample_conv2d),
     vae.Upsample: (_double,),
 }

@@ -184,19 +184,6 @@ def test_says_in_one_line_what_else_is_wrong():
     )
 
 
-def test_says_in_one_line_what_is_wrong_before_upsampling():
-    x, weight, bias = channels_last(2, 3, 5, 6), torch.randn(4, 3, 3, 3).double(), torch.randn(4).double()
-    phases = conv.fold_upsampling(weight)
-    words = r"x: shape \[2, 2, 5, 6\], wanted \[frames, 3, rows, columns\]"
-    assert_one_line(words, conv.upsample_conv2d, channels_last(2, 2, 5, 6), phases, bias)
-    words = r"x: shape \[3, 5, 6\], wanted \[frames, 3, rows, columns\]"
-    assert_one_line(words, conv.upsample_conv2d, x[0], phases, bias)
-    words = r"x: dtype torch.float32, wanted the weight's, torch.float64"
-    assert_one_line(words, conv.upsample_conv2d, x.float(), phases, bias)
-    words = r"x: strides .* wanted channels-last memory"
-    assert_one_line(words, conv.upsample_conv2d, x.contiguous(), phases, bias)
-
-
 @pytest.mark.parametrize("has_past", [False, True])
 def test_a_residual_is_added(has_past):
     torch.manual_seed(0)
@@ -293,22 +280,6 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch
     assert torch.equal(y, conv.launch_hopper(*given))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("inputs", "outputs"), [(384, 192), (192, 96), (40, 24)])
-@pytest.mark.parametrize("tall", [0, 1])
-def test_gpu_upsampling_on_hopper(inputs, outputs, tall):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the form for Hopper needs one")
-    x = channels_last(3, inputs, 13, 11).to("cuda", torch.bfloat16)
-    weight = (torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5).to("cuda", torch.bfloat16)
-    phases, bias = conv.fold_upsampling(weight), torch.randn(outputs).to("cuda", torch.bfloat16)
-    with poisoned_memory():
-        y = conv.upsample_hopper(x, phases, bias, hopper(64, 32, 32, 5, tall))
-    expected = conv.upsample_library(x.double(), phases.double(), bias.double())
-    assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-
-
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
 def test_fp8_is_the_product_of_what_was_rounded(kernel, frames, inputs, outputs, rows, columns, added, seed):
@@ -342,18 +313,3 @@ def test_says_what_is_wrong_in_fp8():
         conv3d(x, narrow, bias, stride=2, scale=scale)
     with pytest.raises(ValueError, match=r"x: dtype torch\.float32, wanted the weight's"):
         conv3d(x.float(), narrow, bias, scale=scale)
-
-
-@settings(deadline=None, max_examples=25)
-@given(SIZES, CHANNELS, SIZES, SIZES, SIZES, st.integers(0, 2**31))
-def test_upsampling_folded_into_its_convolution(frames, inputs, outputs, rows, columns, seed):
-    torch.manual_seed(seed)
-    x, weight = channels_last(frames, inputs, rows, columns), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64)
-    bias = torch.randn(outputs, dtype=torch.float64)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
-    assert_like(conv.upsample_conv2d(x, conv.fold_upsampling(weight), bias), expected)
-
-
-def test_folded_weights_are_rounded_once():
-    weight = torch.randn(2, 3, 3, 3).bfloat16()
-    assert torch.equal(conv.fold_upsampling(weight), conv.fold_upsampling(weight.float()).bfloat16())

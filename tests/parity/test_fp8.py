@@ -77,7 +77,8 @@ def bulge(dit: DiT) -> None:
     [
         ("dit_forward", "fp8", 8e-2, 6.1e-2),
         ("dit_forward", "fp8-attn", 9e-2, 6.6e-2),
-        ("dit_forward_two_people", "fp8", 15e-2, 13e-2),  # small differences decide who speaks where
+        # Small differences decide who speaks where: at the end below 13 % on one CPU, 13.04 % on another (Intel Xeon).
+        ("dit_forward_two_people", "fp8", 15e-2, 13.5e-2),
     ],
 )
 def test_the_golden_student(name: str, precision: str, block: float, whole: float) -> None:

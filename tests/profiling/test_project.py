@@ -28,7 +28,8 @@ WHOLE = {
     "rms_norm_rope": 0.1,
     "causal_conv3d": 0.3,
     "norm_silu": 0.06,
-    "upsample_conv": 0.03,
+    "upsample_conv": 0.02,
+    "downsample_conv": 0.01,
     "time_conv": 0.01,
     "lab_transfer": 0.02,
 }
