@@ -40,6 +40,7 @@ from kernels.launch import Launch, gpu
 from kernels.linear_hopper import halves
 
 SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
+CONSUMERS = gl.constexpr(3)
 
 NARROW, THIN = 96, 16  # output channels that tiles of 64 + 32 and of 16 + 0 take at once
 WHOLE = 8  # output channels that 16 bytes hold, which the copy engine moves
@@ -49,7 +50,7 @@ WHOLE = 8  # output channels that 16 bytes hold, which the copy engine moves
 
 
 @gluon.jit
-def locate(tile, sizes, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr):
+def locate(tile, sizes, WIDTH: gl.constexpr):
     """A tile's frame, row, column and first output channel: all channels of a place, then places, then frames."""
     _frames, _before, tiles_h, tiles_w, groups, _blocks, _channels = sizes
     place = tile // groups
@@ -59,7 +60,7 @@ def locate(tile, sizes, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT: gl.constexpr, K: gl.constexpr,
-            RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+            RESIDUAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
             BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr):  # fmt: skip
     """Copies the pixels and weights of all tiles, in the order in which the consumers take them.
 
@@ -78,7 +79,7 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT:
     phase = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
+        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT)
         for i in range(gl.maximum(0, KT - 1 - frame - before), KT):
             seen = frame + i - (KT - 1)
             for step in range(K * K // TAPS):
@@ -141,7 +142,7 @@ def finish(y, first, scale, bias, outputs, out, SCALED: gl.constexpr, BIAS: gl.c
 @gluon.jit
 def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, GROUP_ID: gl.constexpr,
              KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-             CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
+             LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
              STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
     """A consumer."""
     x_smem, left_smem, right_smem, y_smem = buffers
@@ -162,7 +163,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        frame, _row, _column, _first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)
+        frame, _row, _column, _first = locate(tile, sizes, LEFT + RIGHT)
         steps = (KT - gl.maximum(0, KT - 1 - frame - before)) * (K * K // TAPS) * blocks
         left = gl.zeros([GROUP, LEFT], gl.float32, left_layout)
         right = gl.zeros([GROUP, RIGHT if RIGHT else 32], gl.float32, right_layout)
@@ -187,7 +188,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
         else:
             left = warpgroup_mma_wait(0, deps=[left])
         mbarrier.arrive(empty.index(preceding(slot, STAGES)))
-        frame, row, column, first = locate(tile, sizes, CONSUMERS, LEFT + RIGHT)  # again, so as not to hold registers
+        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT)  # again, so as not to hold registers
         if RESIDUAL:
             mbarrier.wait(residual_full.index(GROUP_ID), tile // gl.num_programs(0) & 1)
         else:
@@ -213,7 +214,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
 def conv_hopper(
     x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, frames, before, tiles_h,
     tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr,
-    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Every program takes each num_programs-th tile; the launcher says what the rest is."""
@@ -236,12 +237,12 @@ def conv_hopper(
     # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
     gl.warp_specialize([
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 0, KT, K, SCALED,
-                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 1, KT, K, SCALED,
-                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 2, KT, K, SCALED,
-                    BIAS, RESIDUAL, CONSUMERS, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
-        (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, CONSUMERS, LEFT,
+                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, LEFT,
                    RIGHT, BLOCK_K, STAGES, TALL, STRIDE)),
     ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
@@ -294,11 +295,11 @@ def launch_hopper(
     outputs, _, kt, k, _ = weight.shape
     parameters: dict[str, Any] = {**default(x.dtype, outputs, k), **(launch or {})}
     left, right, block_k = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K"))
-    consumers, side = parameters["CONSUMERS"], SIDE.value
+    side = SIDE.value
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(outputs, -1)  # a view, where the weight is channels-last
     box, piece = [1, side, side, block_k], [1, side, side, left // 2]
     x_boxes, y_boxes = describe(x, box) if stride == 1 else describe_pairs(x, block_k), describe(y, piece)
-    tiles_h, tiles_w = -(-rows // (side * consumers)), -(-columns // side)
+    tiles_h, tiles_w = -(-rows // (side * CONSUMERS.value)), -(-columns // side)
     groups = -(-outputs // (left + right))
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
     conv_hopper[(programs,)](
@@ -313,7 +314,7 @@ def launch_hopper(
 def default(dtype: torch.dtype, outputs: int, k: int) -> Launch:
     """Where nothing was tuned: by the columns of a tile, and what fits into shared memory."""
     if outputs > NARROW:
-        return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "CONSUMERS": 3, "STAGES": 6 // dtype.itemsize, "TALL": 0}
+        return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "STAGES": 6 // dtype.itemsize, "TALL": 0}
     columns = {"LEFT": 64, "RIGHT": 32} if outputs > THIN else {"LEFT": THIN, "RIGHT": 0}
     stages = (10 if k > 1 else 12) // dtype.itemsize
-    return {**columns, "BLOCK_K": 32, "CONSUMERS": 3, "STAGES": stages, "TALL": int(k > 1)}
+    return {**columns, "BLOCK_K": 32, "STAGES": stages, "TALL": int(k > 1)}

@@ -50,7 +50,7 @@ from kernels.cross_attention import (
     launch_text_image,
     text_image_attention,
 )
-from kernels.launch import Choice, Launch
+from kernels.launch import Choice, Launch, lookup
 from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
 from kernels.pixel_norm import launch_pixel_norm, pixel_norm
@@ -229,9 +229,23 @@ def ours(form: str) -> Callable[..., Call]:
     return lambda q, k, v, launch=None: partial(launch_attention, form, q, k, v, launch)
 
 
+def choose(
+    operation: str, form: str, dims: Dims, dtype: str, x: Tensor, launch: Launch | None, equal: Sequence[str] = ()
+) -> Choice:
+    """One form of an operation on x's device, with those launch parameters, or else as it is tuned."""
+    tuned = None if launch else lookup(operation, dims, dtype, x.device, (form,), equal)
+    return tuned or Choice(form, launch or {})
+
+
+def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, launch: Launch | None) -> Choice:
+    """That of attention, q and k [tokens, heads, channels]."""
+    dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "channels": q.shape[2]}
+    return choose("self_attention", form, dims, dtype, q, launch, ("channels",))
+
+
 def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Tensor:
-    """That form, with its default parameters or those given."""
-    choice, scale = Choice(form, launch or {}), q.shape[2] ** -0.5
+    """That form."""
+    choice, scale = choose_attention(form, q, k, attention.NAMES[q.dtype], launch), q.shape[2] ** -0.5
     return attention.launch(q[None], k[None], v[None], None, spans(len(q), len(k)), scale, q.dtype, choice)[0][0]
 
 
@@ -247,7 +261,8 @@ def ours_fp8(form: str) -> Callable[..., Call]:
 def launch_attention_fp8(form: str, *operands: Tensor, launch: Launch | None = None) -> Tensor:
     """That form of the FP8 attention."""
     q, q_scale, k, k_scale, v, v_scale = (x[None] for x in operands)
-    seen, scale, choice = spans(q.shape[1], k.shape[1]), q.shape[3] ** -0.5, Choice(form, launch or {})
+    seen, scale = spans(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
+    choice = choose_attention(form, q[0], k[0], "fp8", launch)
     return attention.launch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
 
 
@@ -535,15 +550,19 @@ def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
 def ours_linear(form: str, fp8: bool) -> Backend:
     """One form of kernels/linear.py; in FP8, activations as well as weights are quantised beforehand."""
 
+    def choose_linear(x: Tensor, w: Tensor, launch: Launch | None) -> Choice:
+        dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
+        return choose("linear", form, dims, "fp8" if fp8 else attention.NAMES[x.dtype], x, launch)
+
     def launch(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        choice, epilogue = Choice(form, launch or {}), linear.Epilogue(bias)
+        choice, epilogue = choose_linear(x, w, launch), linear.Epilogue(bias)
         if not fp8:
             return linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
         (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
         return linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
-        choice, epilogue = Choice(form, launch or {}), linear.Epilogue(bias)
+        choice, epilogue = choose_linear(x, w, launch), linear.Epilogue(bias)
         if not fp8:
             return lambda: linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
         (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
@@ -1151,8 +1170,8 @@ def ours_conv(operation: str, form: str, fp8: bool = False) -> Backend:
     def run(
         x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, launch: Launch | None = None
     ) -> Tensor:
-        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(w), (form,))
-        return conv.launch(x, past, w, bias, None, scale, choice or Choice(form, {}))
+        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(w), (form,)) or Choice(form, {})
+        return conv.launch(x, past, w, bias, None, scale, choice)
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
         last, scale = w.contiguous(memory_format=torch.channels_last_3d), None
@@ -1246,8 +1265,8 @@ def ours_resampling(operation: str, form: str) -> Backend:
     """One form of kernels/resample_conv.py, as it is tuned; weights are laid out beforehand."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(bias), (form,))
-        return resample_conv.launch(operation, x, weight, bias, choice or Choice(form, {}))
+        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(bias), (form,)) or Choice(form, {})
+        return resample_conv.launch(operation, x, weight, bias, choice)
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
         return partial(run, x, laid_out(operation, w), bias, launch)
