@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, FP8, GROUP, advance, new_barriers, read_piece, to_e4m3
+from kernels.hopper import ELEMENTS, FP8, GROUP, advance, layout_of, new_barriers, read_piece, to_e4m3
 from kernels.launch import Launch, gpu
 from kernels.schedule import Spans, plan_on
 
@@ -372,8 +372,7 @@ def merge_parts(o, lse, parts, part_sums, merges, heads, queries, o_batch, o_row
 
 def describe(x: Tensor, rows: int, width: int, stride: int, block: list[int]) -> TensorDescriptor:
     """Boxes of x, seen as [rows, width] with rows `stride` apart: every batch and head is an offset of columns."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, [rows, width], [stride, 1], block, layout)
+    return TensorDescriptor(x, [rows, width], [stride, 1], block, layout_of(tuple(block), x.dtype))
 
 
 def extent(x: Tensor) -> int:

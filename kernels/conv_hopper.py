@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, GROUP, advance, new_barriers, preceding
+from kernels.hopper import ELEMENTS, GROUP, advance, layout_of, new_barriers, preceding
 from kernels.launch import Launch, gpu
 from kernels.linear_hopper import halves
 
@@ -253,8 +253,7 @@ def conv_hopper(
 def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Boxes of x, as [frame, row, column, channel] if it has frames; what is beyond is zero, and is not stored."""
     x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout_of(tuple(block), x.dtype))
 
 
 def describe_pairs(x: Tensor, block_k: int) -> TensorDescriptor:
@@ -262,8 +261,7 @@ def describe_pairs(x: Tensor, block_k: int) -> TensorDescriptor:
     frames, channels, rows, columns = x.shape
     pairs = x.permute(0, 2, 3, 1).view(frames, rows // 2, 2, columns // 2, 2 * channels)
     block = [1, SIDE.value, 1, SIDE.value, block_k]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), block, layout)
+    return TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), block, layout_of(tuple(block), x.dtype))
 
 
 def suits(x: Tensor, past: Tensor, weight: Tensor) -> bool:

@@ -10,6 +10,9 @@ kernels/schedule.py.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from functools import cache
+from typing import Any
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +22,12 @@ FP8 = torch.float8_e4m3fn
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
 GROUP = gl.constexpr(64)  # rows of a consumer, as many as a wgmma has
 PIECE = gl.constexpr(6)  # numbers of a piece: column, row, end of rows, first key, end of keys, part or -1
+
+
+@cache
+def layout_of(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """How a box of that shape lies in shared memory; asked for with every launch, and slow to make."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), ELEMENTS[dtype])
 
 
 @gluon.jit

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, FP8, GROUP, advance, new_barriers, read_piece, to_e4m3
+from kernels.hopper import ELEMENTS, FP8, GROUP, advance, layout_of, new_barriers, read_piece, to_e4m3
 from kernels.launch import Launch, gpu
 from kernels.schedule import Plan, plan_on, spans
 
@@ -294,8 +294,7 @@ def linear_hopper(
 
 def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Boxes of x [rows, columns], whose rows may lie apart; what is beyond the end is zero, and is not stored."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, layout)
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, layout_of(tuple(block), x.dtype))
 
 
 def suits(x: Tensor, w: Tensor, dtype: torch.dtype, residual: Tensor | None) -> bool:
