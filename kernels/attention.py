@@ -24,7 +24,8 @@ in that order spares shuffling the weights. The weights are rounded to e4m3 as 2
 before rounding; their products are accumulated in float32.
 
 Forms: `reference` is the definition; on CPUs PyTorch's attention, chunk by chunk; on GPUs the Triton kernel below, and
-on Hopper the one of kernels/attention_hopper.py, whichever kernels/tuned/ names for the shape.
+on Hopper the one of kernels/attention_hopper.py, whichever kernels/tuned/ names for the shape; beyond 128 channels
+PyTorch's, until the kernel below is measured to be faster.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -55,6 +56,10 @@ DEFAULT: Mapping[torch.dtype, Launch] = {
     torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     FP8: {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
 }
+
+
+WIDE = 128  # channels from which on tiles are smaller
+BESIDE: Launch = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -107,9 +112,10 @@ def merge_attention(outputs: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[
 
 
 @triton.jit
-def attention_step(acc, top, total, q, factor, k, v, k_row, v_row, start, first, last, SCALED: tl.constexpr,
-                   MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """BLOCK_N keys from `start` on. acc, top and total are the products, maximum and sum of the keys before."""
+def attention_step(acc, more, top, total, q, q_more, factor, k, v, k_row, v_row, start, first, last,
+                   SCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """BLOCK_N keys from `start` on. acc, more, top and total are the products, maximum and sum of the keys before."""
     keys = start + tl.arange(0, BLOCK_N)
     wide = keys.to(tl.int64)
     channels = tl.arange(0, D)
@@ -117,6 +123,10 @@ def attention_step(acc, top, total, q, factor, k, v, k_row, v_row, start, first,
     places = k + wide[None, :] * k_row + channels[:, None]
     k_tile = tl.load(places, mask=inside[None, :], other=0.0) if MASKED else tl.load(places)  # [D, BLOCK_N]
     scores = tl.dot(q, k_tile, input_precision="ieee")
+    if MORE:
+        places = k + wide[None, :] * k_row + (D + tl.arange(0, MORE))[:, None]
+        k_more = tl.load(places, mask=inside[None, :], other=0.0) if MASKED else tl.load(places)
+        scores = tl.dot(q_more, k_more, scores, input_precision="ieee")
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     shift = 8.0 if SCALED else 0.0  # the weights are rounded as 2^8 p: e4m3 reaches 448
@@ -134,15 +144,24 @@ def attention_step(acc, top, total, q, factor, k, v, k_row, v_row, start, first,
         places = v + wide[:, None] * v_row + channels[None, :]
         held = inside
     v_tile = tl.load(places, mask=held[:, None], other=0.0) if MASKED else tl.load(places)  # [BLOCK_N, D]
-    acc = acc * fade[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
-    return acc, new, total
+    p = p.to(v_tile.dtype)
+    acc = acc * fade[:, None] + tl.dot(p, v_tile, input_precision="ieee")
+    if MORE:
+        places = v + wide[:, None] * v_row + (D + tl.arange(0, MORE))[None, :]
+        v_more = tl.load(places, mask=held[:, None], other=0.0) if MASKED else tl.load(places)
+        more = more * fade[:, None] + tl.dot(p, v_more, input_precision="ieee")
+    return acc, more, new, total
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])
 def attention_forward(q, k, v, o, lse, tiles, q_scale, k_scale, v_scale, scale, heads, queries,
                       q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
-                      SCALED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile of queries of one head: it walks over its keys and keeps the running maximum and sum of each row."""
+                      SCALED: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of queries of one head: it walks over its keys and keeps the running maximum and sum of each row.
+
+    There are D + MORE channels, each a power of two or no more.
+    """
     tile = tiles + 4 * tl.program_id(0)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     row, end, first, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -153,7 +172,11 @@ def attention_forward(q, k, v, o, lse, tiles, q_scale, k_scale, v_scale, scale, 
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    q_tile = tl.load(q + rows[:, None] * q_row + channels[None, :], mask=valid[:, None], other=0.0)
+    places = q + rows[:, None] * q_row
+    q_tile = tl.load(places + channels[None, :], mask=valid[:, None], other=0.0)
+    q_more = q_tile
+    if MORE:
+        q_more = tl.load(places + (D + tl.arange(0, MORE))[None, :], mask=valid[:, None], other=0.0)
     if SCALED:
         k_factor = tl.load(k_scale + batch * heads + head) * scale
         factor = tl.load(q_scale + statistics, mask=valid, other=0.0) * k_factor
@@ -162,45 +185,40 @@ def attention_forward(q, k, v, o, lse, tiles, q_scale, k_scale, v_scale, scale, 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
+    more = tl.zeros([BLOCK_M, MORE if MORE else 16], tl.float32)
     start = first
     if SCALED:  # whole groups of 16 keys
         start = first // 16 * 16
         if start < first:
-            acc, top, total = attention_step(
-                acc,
-                top,
-                total,
-                q_tile,
-                factor,
-                k,
-                v,
-                k_row,
-                v_row,
-                start,
-                first,
-                last,
-                SCALED,
-                True,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-            )
+            acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
+                                                   start, first, last, SCALED, True, D, MORE, BLOCK_M,
+                                                   BLOCK_N)  # fmt: skip
             start += BLOCK_N
     whole = start + tl.maximum(last - start, 0) // BLOCK_N * BLOCK_N
     for key in tl.range(start, whole, BLOCK_N):
-        acc, top, total = attention_step(
-            acc, top, total, q_tile, factor, k, v, k_row, v_row, key, first, last, SCALED, False, D, BLOCK_M, BLOCK_N
-        )
+        acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
+                                               key, first, last, SCALED, False, D, MORE, BLOCK_M,
+                                               BLOCK_N)  # fmt: skip
     if whole < last:
-        acc, top, total = attention_step(
-            acc, top, total, q_tile, factor, k, v, k_row, v_row, whole, first, last, SCALED, True, D, BLOCK_M, BLOCK_N
-        )
+        acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
+                                               whole, first, last, SCALED, True, D, MORE, BLOCK_M,
+                                               BLOCK_N)  # fmt: skip
     acc *= (1.0 / total)[:, None]
     if SCALED:
         acc *= tl.load(v_scale + (batch * heads + head) * D + channels)[None, :]
-    places = o + batch * o_batch + head * o_head + rows[:, None] * o_row + channels[None, :]
-    tl.store(places, acc.to(o.dtype.element_ty), mask=valid[:, None])
+    places = o + batch * o_batch + head * o_head + rows[:, None] * o_row
+    tl.store(places + channels[None, :], acc.to(o.dtype.element_ty), mask=valid[:, None])
+    if MORE:
+        more *= (1.0 / total)[:, None]
+        tl.store(places + (D + tl.arange(0, MORE))[None, :], more.to(o.dtype.element_ty), mask=valid[:, None])
     tl.store(lse + statistics, (top + tl.log2(total)) * 0.6931471805599453, mask=valid)
+
+
+def parts_of(channels: int) -> tuple[int, int] | None:
+    """Channels as a power of two and a smaller one or 0, none below what a product takes; None if they are no such."""
+    first = 1 << channels.bit_length() - 1
+    rest = channels - first
+    return (first, rest) if first >= 16 and (rest == 0 or (rest >= 16 and rest & (rest - 1) == 0)) else None
 
 
 Scales = tuple[Tensor, Tensor, Tensor]
@@ -218,7 +236,12 @@ def launch_triton(
 ) -> tuple[Tensor, Tensor]:
     """o in `dtype` and lse of [batch, token, head, d] operands, FP8 v [batch, head, d, token] and its `scales`."""
     batch, queries, heads, d = q.shape
-    parameters: dict[str, Any] = {"SCALED": scales is not None, "D": d, **DEFAULT[q.dtype], **(launch or {})}
+    parts = parts_of(d)
+    assert parts is not None
+    own = DEFAULT[q.dtype] if d <= WIDE else BESIDE
+    parameters: dict[str, Any] = {
+        "SCALED": scales is not None, "D": parts[0], "MORE": parts[1], **own, **(launch or {})
+    }  # fmt: skip
     table = tiles_on(q.device, type(q), seen, parameters["BLOCK_M"])
     o = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -244,14 +267,19 @@ def launch(
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the form that kernels/tuned/ names for the shape, or `choice`; else by the one made for the GPU."""
-    dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "channels": q.shape[3]}
-    name = "fp8" if scales else NAMES[q.dtype]
-    choice = choice or lookup("self_attention", dims, name, q.device, equal=("channels",))
+    choice = choice or _tuned(q, k, "fp8" if scales else NAMES[q.dtype])
     hopper = gpu(q.device).capability == "9.0" and suits(q, k, v, seen)
     wanted = choice.backend if choice is not None and choice.backend in FORMS else "gluon"
     form = FORMS[wanted if hopper else "triton"]
     parameters = choice.launch if choice is not None and FORMS.get(choice.backend) is form else None
     return form(q, k, v, scales, seen, scale, dtype, parameters)
+
+
+def _tuned(q: Tensor, k: Tensor, dtype: str) -> Choice | None:
+    """What kernels/tuned/ names for these tokens and heads, and as many channels."""
+    operation = "self_attention" if q.shape[3] <= WIDE else "wide_attention"
+    dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "channels": q.shape[3]}
+    return lookup(operation, dims, dtype, q.device, equal=("channels",))
 
 
 FORMS = {"gluon": launch_hopper, "triton": launch_triton}
@@ -268,11 +296,16 @@ def _chunk_attention(
         wide = (x.float() for x in (q, k, v))
         outputs = [reference(a, b, c, seen, scale) for a, b, c in zip(*wide, strict=True)]
         return torch.stack([o for o, _ in outputs]).to(q.dtype), torch.stack([lse for _, lse in outputs])
+    return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
+
+
+def library(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float) -> Tensor:
+    """o [batch, token, head, d] by PyTorch, part by part."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads in front
     parts = [
         F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale=scale) for a, b, c, d in seen
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), q.new_empty(0, dtype=torch.float32)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 @_chunk_attention.register_kernel("cuda")
@@ -280,8 +313,18 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     seen = spans(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
+    if not with_sums and not _ours(q, k):
+        return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
     o, lse = launch(q, k, v, None, seen, scale, q.dtype)
     return o, lse if with_sums else lse.new_empty(0)
+
+
+def _ours(q: Tensor, k: Tensor) -> bool:
+    """Whether our kernels take so many channels, and where these are many, were measured to be the fastest."""
+    if parts_of(q.shape[3]) is None or q.shape[3] <= WIDE:
+        return parts_of(q.shape[3]) is not None
+    choice = _tuned(q, k, NAMES[q.dtype])
+    return choice is not None and choice.backend in FORMS
 
 
 @_chunk_attention.register_fake
@@ -321,8 +364,8 @@ def chunk_attention(
     """Attention inside chunks, and to the `past` chunks before; see the module's first lines.
 
     Args:
-        q: [queries, heads, channels] or [batch, queries, heads, channels]; float32, float16 or bfloat16, 64 or 128
-            channels, contiguous along them.
+        q: [queries, heads, channels] or [batch, queries, heads, channels], contiguous along the channels; float32,
+            float16, bfloat16, on a CPU also float64.
         k: like q, its tokens are keys.
         v: like k.
         chunks: lengths >= 1 that add up to the tokens of q and of k; None is one chunk, then q and k may differ.
@@ -340,8 +383,10 @@ def chunk_attention(
         raise ValueError(f"q: shape {list(q.shape)}, wanted [queries, heads, channels], or with a batch in front")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check(name, x, q, q.dtype)
-    if q.dtype not in NAMES:
+    if q.dtype not in NAMES and (q.is_cuda or q.dtype != torch.float64):
         raise ValueError(f"q: {q.dtype}, wanted float32, float16 or bfloat16; chunk_attention_fp8 takes e4m3")
+    if q.is_cuda and return_lse and parts_of(q.shape[-1]) is None:
+        raise ValueError(f"q: {q.shape[-1]} channels, wanted a power of two or two of them, each 16 or more, for lse")
     _check_shape("k", k, (*q.shape[:-3], k.shape[-3] if k.ndim == q.ndim else q.shape[-3], *q.shape[-2:]))
     _check_shape("v", v, k.shape)
     lengths, seen = _chunks(q.shape[-3], k.shape[-3], chunks, past)

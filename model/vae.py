@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.attention import chunk_attention
 from kernels.conv import causal_conv3d, conv3d, quantize_conv
 from kernels.pixel_norm import fp8_factor, pixel_norm
 from kernels.resample_conv import downsample_conv2d, fold_upsampling, upsample_conv2d
@@ -139,9 +139,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:  # noqa: ARG002
         """x [T, C, H, W] -> y [T, C, H, W]; the state, there because all layers have one, is empty."""
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # [T, 1, H * W, 3 * C]
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [T, 1, H * W, C]
-        y = y[:, 0].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, :, None]  # [T, H * W, 1, 3 * C]
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = chunk_attention(q, k, v)  # [T, H * W, 1, C]
+        y = y[:, :, 0].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return self.proj(y).add_(x), ()
 
 

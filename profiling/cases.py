@@ -23,7 +23,7 @@ import math
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -240,13 +240,20 @@ def choose(
 def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, launch: Launch | None) -> Choice:
     """That of attention, q and k [tokens, heads, channels]."""
     dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "channels": q.shape[2]}
-    return choose("self_attention", form, dims, dtype, q, launch, ("channels",))
+    operation = "self_attention" if q.shape[2] <= attention.WIDE else "wide_attention"
+    return choose(operation, form, dims, dtype, q, launch, ("channels",))
 
 
 def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Tensor:
     """That form."""
     choice, scale = choose_attention(form, q, k, attention.NAMES[q.dtype], launch), q.shape[2] ** -0.5
     return attention.launch(q[None], k[None], v[None], None, spans(len(q), len(k)), scale, q.dtype, choice)[0][0]
+
+
+def chunk_attention_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention, whichever it takes for so many channels."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
 def ours_fp8(form: str) -> Callable[..., Call]:
@@ -366,6 +373,32 @@ SELF_ATTENTION = Operation(
     },
     # Of unrounded inputs: q k^T in e4m3 is off by 3.7 % of a logit's deviation of 1, the weights and v by 2.6 % each.
     tolerances={"fp8": 6e-2},
+)
+
+
+def wide_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Tiles and stages of the Triton kernel for more than 128 channels."""
+    for block_m, block_n, warps, stages in (
+        (64, 32, 4, 2),
+        (64, 32, 8, 2),
+        (64, 32, 8, 3),
+        (64, 64, 8, 1),
+        (128, 32, 8, 2),
+    ):
+        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+# The VAE's, of one head of all channels: no kernel for Hopper, none of 8 bits.
+WIDE_ATTENTION = replace(
+    SELF_ATTENTION,
+    name="wide_attention",
+    backends={
+        "fp32": SELF_ATTENTION.backends["fp32"],
+        "bf16": (
+            Backend("triton", ours("triton"), True, CUDA, None, partial(launch_attention, "triton"), wide_space),
+            Backend("sdpa", once(chunk_attention_library), devices=CUDA),
+        ),
+    },
 )
 
 
@@ -1499,6 +1532,10 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
         dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
         yield CAUSAL_CONV3D, Shape(name, dims | {"outputs": width}, world, convolutions)
         yield NORM_SILU, Shape(name, dims, world, convolutions)
+        if level == 0:
+            tokens = dims["rows"] * dims["columns"]
+            one = {"queries": tokens, "keys": tokens, "heads": 1, "channels": width}
+            yield WIDE_ATTENTION, Shape(name, one, world, decoded + encoded)
         if level + 1 < len(widths):
             frames *= 2 if doubles else 1
             if doubles:

@@ -45,6 +45,7 @@ STAGES: dict[str, str] = {
     "upsample_conv": DECODE,
     "downsample_conv": DECODE,
     "time_conv": DECODE,
+    "wide_attention": DECODE,
     "lab_transfer": COLOR,
 }
 BEST, OURS = "best", "ours"  # sets of kernels

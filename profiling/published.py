@@ -41,8 +41,8 @@ def rms_norm_rope(
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `kernels.attention.chunk_attention`."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
 
 
 def text_image_attention(
@@ -145,6 +145,6 @@ _FORMS = {
         layer_norm_modulate,
     ),
     linear: (layer_norm, layer_norm_modulate),
-    vae: (pixel_norm, conv3d, causal_conv3d, downsample_conv2d),
+    vae: (pixel_norm, conv3d, causal_conv3d, downsample_conv2d, chunk_attention),
     vae.Upsample: (_double,),
 }

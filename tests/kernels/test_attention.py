@@ -22,6 +22,7 @@ from kernels.attention import (
     interleave,
     launch,
     merge_attention,
+    parts_of,
     reference,
 )
 from kernels.attention_hopper import suits
@@ -236,7 +237,7 @@ Q = torch.zeros(6, 2, 64)
         ((Q, Q[None], Q), "k: shape [1, 6, 2, 64], wanted"),
         ((Q[0, 0], Q, Q), "q: shape [64], wanted"),
         ((Q, Q.double(), Q), "k: torch.float64, wanted torch.float32"),
-        ((Q.double(), Q.double(), Q.double()), "q: torch.float64, wanted float32, float16 or bfloat16"),
+        ((Q.int(), Q.int(), Q.int()), "q: torch.int32, wanted float32, float16 or bfloat16"),
         ((Q, Q, Q.to("meta")), "v: on meta, wanted cpu"),
         ((Q.transpose(1, 2), Q, Q), "q: stride 64 along the last axis, wanted 1"),
         ((Q[:0], Q, Q), "q: no tokens"),
@@ -373,6 +374,31 @@ def test_gpu_production_length(form, dtype, heads):
         again = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
         assert torch.equal(again[0], o)
         assert torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize(
+    ("channels", "parts"),
+    [(16, (16, 0)), (128, (128, 0)), (384, (256, 128)), (48, (32, 16)), (40, None), (8, None), (112, None)],
+)
+def test_channels_in_parts(channels, parts):
+    assert parts_of(channels) == parts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [384, 192, 40])
+def test_gpu_many_channels(channels, dtype):
+    """By our kernel, where it takes them, and by the operation, whoever computes it."""
+    q, k, v = (x.to(dtype) for x in draw(*[(2, 300, 1, channels)] * 3, device="cuda"))
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    for i in range(2):
+        expected, sums = reference(q[i].double(), k[i].double(), v[i].double())
+        assert error(chunk_attention(q, k, v)[i], expected) < bound
+        if parts_of(channels) is not None:
+            with poisoned_memory():
+                o, lse = chunk_attention(q, k, v, return_lse=True)
+            assert error(o[i], expected) < bound
+            torch.testing.assert_close(lse[i].double(), sums, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

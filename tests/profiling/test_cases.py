@@ -58,8 +58,8 @@ def test_a_chunk_of_calls_makes_up_the_published_total() -> None:
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_share_the_work_of_one_gpu(world: int) -> None:
     for case in CASES.values():
-        # In norm_attention an exchange comes in between; the whole VAE is that of one GPU.
-        if "14b-w1" in case.name and not case.operation.name.startswith(("norm_attention", "vae_")):
+        # In norm_attention an exchange comes in between; the whole VAE is one GPU's; its tiles attend to themselves.
+        if "14b-w1" in case.name and not case.operation.name.startswith(("norm_attention", "vae_", "wide_attention")):
             name = case.name.replace("w1", f"w{world}")
             rank = CASES[name]
             assert rank.flops * world == pytest.approx(case.flops, rel=1e-9), name

@@ -30,7 +30,8 @@ WHOLE = {
     "norm_silu": 0.06,
     "upsample_conv": 0.02,
     "downsample_conv": 0.01,
-    "time_conv": 0.01,
+    "time_conv": 0.005,
+    "wide_attention": 0.005,
     "lab_transfer": 0.02,
 }
 DENOISE, DECODE, COLOR = 3.3, 0.4, 0.02
