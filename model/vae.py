@@ -243,13 +243,24 @@ class Decoder(nn.Module):
                 self.upsamples.append(Upsample(width, temporal))
             inputs = width // 2
         self.head = Head(widths[-1], 3)
+        self.stride = config.temporal_stride
+        doubling = (i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample) and layer.time_conv)
+        self.cut = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
 
     def forward(self, x: Tensor, state: State | None, shown: bool = True) -> tuple[Tensor, State]:
-        """Latent [1, z, h, w] -> [1 or 4, 3, 8 h, 8 w], or no frames at all if they are not to be shown; next state."""
+        """Latents [n, z, h, w] -> [n times 4, or 1, 3, 8 h, 8 w], or no frames if they are not to be shown; next state.
+
+        From the last doubling of frames on, where they are large, one latent's go through after another's.
+        """
+        layers = (self.conv1, *self.middle, *self.upsamples)
         *before, past = state or (None,)
-        x, after = _run((self.conv1, *self.middle, *self.upsamples), x, tuple(before))
-        y, past = self.head(x, past, shown)
-        return y, (*after, past)
+        x, small = _run(layers[: self.cut], x, tuple(before[: self.cut]))
+        large, frames = tuple(before[self.cut :]), []
+        for part in x.split(len(x) if state is None else self.stride):
+            y, large = _run(layers[self.cut :], part, large)
+            y, past = self.head(y, past, shown)
+            frames.append(y)
+        return frames[0] if len(frames) == 1 else torch.cat(frames), (*small, *large, past)
 
 
 class VAE(nn.Module):
@@ -308,11 +319,13 @@ class VAE(nn.Module):
         """The next pixel frames and the state after them.
 
         latent [1, z, h, w], normalised, any memory format; the frames are [1, 3, 8 h, 8 w] at the start of a clip,
-        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1]. Frames that are not to
-        be `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
+        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1]. After the start several
+        latents may come together: as many times the frames, in fewer and larger launches. Frames that are not to be
+        `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
         Raises ValueError for another shape or dtype than the parameters'.
         """
-        if latent.ndim != 4 or latent.shape[:2] != (1, self.config.z_dim) or not latent.numel():
+        many = state is not None or len(latent) == 1
+        if latent.ndim != 4 or latent.shape[1] != self.config.z_dim or not latent.numel() or not many:
             raise ValueError(f"latent: shape {list(latent.shape)}, wanted [1, {self.config.z_dim}, rows, columns]")
         self._check_dtype("latent", latent)
         shift, scale = self._statistics()

@@ -2,7 +2,7 @@
 
     window -> audio K/V -> 4 steps of the student over noise, the motion latents written back each time
                            meanwhile, VAE decode of the motion latents, which are known
-           -> VAE decode of the others, latent frame by latent frame -> colour -> frames
+           -> VAE decode of the others, the first new one alone, then two by two -> colour -> frames
            -> the last motion frames, encoded again -> next state
 
 Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
@@ -26,6 +26,8 @@ from model.sampler import denoise, normal_noise, timesteps
 from model.tensors import visiting
 from model.vae import State as VAEState
 from streaming.spans import Spans
+
+TOGETHER = 2  # latents decoded in one step, once frames are on their way: larger launches, less often
 
 Noise = Callable[[int, int, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
 
@@ -109,7 +111,8 @@ class ChunkGenerator:
         """Yields a chunk's new frames; returns the next state.
 
         window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
-        `state = yield from generator.chunk(...)`. Frames come in groups of one latent frame, each as soon as decoded.
+        `state = yield from generator.chunk(...)`. Frames come in groups, each as soon as decoded: those of one latent,
+        then of two at a time.
         """
         models, chunk, spans = self.models, self.config.chunk, self._spans
         with spans.span("audio"):
@@ -132,11 +135,13 @@ class ChunkGenerator:
         if self._aside is not None:
             torch.cuda.current_stream().wait_stream(self._aside)
         [(done, end, past)], fed_back = known, []
-        for latent in latents[done:].to(self._vae_dtype):
-            begin, end = end, end + (self.config.vae.temporal_stride if end else 1)
-            seen = end > min(first_shown, first_fed_back)
+        unseen, stride = min(first_shown, first_fed_back), self.config.vae.temporal_stride
+        while done < len(latents):  # one by one until something is shown, so that it comes early
+            group = latents[done : done + (1 if end <= unseen else TOGETHER)].to(self._vae_dtype)
+            begin, end = end, end + (stride * len(group) if end else 1)
+            done, seen = done + len(group), end > unseen
             with spans.span("decode"):
-                frames, past = models.vae.decode_step(latent[None], past, seen)
+                frames, past = models.vae.decode_step(group, past, seen)
             if not seen:
                 continue
             with spans.span("color"):
