@@ -31,7 +31,7 @@ from kernels.attention import NAMES
 from kernels.conv_hopper import WHOLE, suits
 from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
-from kernels.pixel_norm import FP8_MAX
+from kernels.norm import LARGEST, TINY
 
 DEFAULT: Launch = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
@@ -107,8 +107,8 @@ def quantize_conv(weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     The scale undoes the weights' own and that of inputs which are `factor` too large.
     """
     wide = weight.float()
-    largest = wide.abs().amax((1, 2, 3, 4)).clamp_min(1e-12) / FP8_MAX
-    narrow = (wide / largest.view(-1, 1, 1, 1, 1)).to(FP8)
+    largest = (wide.abs().amax((1, 2, 3, 4)) / LARGEST).clamp_min(TINY)
+    narrow = (wide / largest.view(-1, 1, 1, 1, 1)).clamp(-LARGEST, LARGEST).to(FP8)
     return narrow.contiguous(memory_format=torch.channels_last_3d), largest / factor
 
 

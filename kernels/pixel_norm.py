@@ -23,9 +23,9 @@ from torch import Tensor
 from kernels.attention import NAMES
 from kernels.hopper import FP8
 from kernels.launch import Launch, lookup
+from kernels.norm import LARGEST
 
 DEFAULT: Launch = {"PIXELS": 8, "num_warps": 4}
-FP8_MAX = 448.0  # the largest e4m3 value
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def reference(x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None)
         y = y.to(x.dtype)
     y = F.silu(y, inplace=True) if silu else y
     if factor is not None:
-        y = y.mul_(factor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+        y = y.mul_(factor).clamp_(-LARGEST, LARGEST).to(FP8)
     return y
 
 
@@ -105,7 +105,7 @@ def _(x: Tensor, _gamma: Tensor, _silu: bool, factor: float | None) -> Tensor:
 
 def fp8_factor(gamma: Tensor) -> float:
     """The largest factor with which no `pixel_norm` of any x saturates."""
-    return FP8_MAX / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
+    return LARGEST / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
 
 
 def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
