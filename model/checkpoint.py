@@ -56,8 +56,13 @@ class Models:
     folder: Path | None  # the checkpoint, where its tokenizer lies; None for random weights
 
 
-def random_models(config: Config, device: torch.device, precision: Precision, seed: int = 0) -> Models:
-    """A system of random weights, the same for the same seed, device and precision. What it draws is noise."""
+def random_models(
+    config: Config, device: torch.device, precision: Precision, seed: int = 0, home: str | torch.device = "cpu"
+) -> Models:
+    """A system of random weights, the same for the same seed, device and precision. What it draws is noise.
+
+    What only visits the device lies at `home`.
+    """
 
     def student() -> DiT:
         dit = DiT(config.dit)
@@ -72,7 +77,8 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
         torch.set_default_dtype(dtype)
         try:
             with device:
-                return factory().requires_grad_(False).eval()
+                module = factory()
+            return module.to(device).requires_grad_(False).eval()  # transformers makes a few on the CPU all the same
         finally:
             torch.set_default_dtype(default)
 
@@ -89,7 +95,7 @@ def random_models(config: Config, device: torch.device, precision: Precision, se
             None,
         )
     for module in (models.text, models.image, *models.dit.visitors().values()):
-        module.to("cpu")
+        module.to(home)
     models.vae.lay_out()
     models.vae.quantize(precision.fp8_vae)
     return models

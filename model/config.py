@@ -170,6 +170,11 @@ class ChunkConfig:
         return self.frame_num - self.motion_frames_num
 
     @property
+    def unseen_frames(self) -> int:
+        """Video frames at the beginning of a chunk that are neither shown nor fed back to the next."""
+        return min(self.motion_frames_num, self.new_frames)
+
+    @property
     def frame_samples(self) -> int:
         """Audio samples per video frame."""
         return self.sample_rate // self.tgt_fps

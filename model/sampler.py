@@ -30,39 +30,47 @@ def timesteps(steps: int, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u) * NUM_TIMESTEPS
 
 
-def denoise(
-    velocity: Callable[[int, Tensor], Tensor], noise: Callable[[int], Tensor], times: Tensor, motion: Tensor
-) -> Tensor:
-    """The latents of a chunk, float32 [F, 16, h, w], whose first n frames are `motion` [n, 16, h, w].
+def first_latents(noise: Callable[[int], Tensor], motion: Tensor) -> Tensor:
+    """The latents before the first step, float32 [F, 16, h, w], whose first n frames are `motion` [n, 16, h, w].
 
-    Args:
-        velocity: (i, x) -> the student's prediction at step i for the latents x.
-        noise: k -> standard normal noise [F, 16, h, w]; k = 0 is the start, k = i + 1 is drawn after step i.
-        times: from `timesteps`, on the CPU.
-        motion: the known latents at the chunk's beginning.
+    `noise` is k -> standard normal noise [F, 16, h, w]; k = 0 is the start, k = i + 1 is drawn after step i.
     """
-    sigmas = times / NUM_TIMESTEPS
-    motion = motion.float()
-    x = torch.cat((motion, noise(0)[len(motion) :]))
-    for i in range(len(sigmas) - 1):
-        sigma, following = sigmas[i].item(), sigmas[i + 1].item()
-        x = (1 - following) * (x - sigma * velocity(i, x))
-        if following > 0:  # the last step's noise has no weight, and being counted, not drawn in turn, may be skipped
-            x += following * noise(i + 1)
-        x[: len(motion)] = motion
+    return torch.cat((motion.float(), noise(0)[len(motion) :]))
+
+
+def denoise_step(
+    i: int,
+    x: Tensor,
+    velocity: Callable[[Tensor], Tensor],
+    noise: Callable[[int], Tensor],
+    times: Tensor,
+    motion: Tensor,
+) -> Tensor:
+    """The latents after step i, from those before it; all as in `first_latents`.
+
+    `velocity` is the student's prediction at this step, `times` are from `timesteps`, on the CPU.
+    """
+    sigma, following = (times[i : i + 2] / NUM_TIMESTEPS).tolist()
+    x = (1 - following) * (x - sigma * velocity(x))
+    if following > 0:  # the last step's noise has no weight, and being counted, not drawn in turn, may be skipped
+        x += following * noise(i + 1)
+    x[: len(motion)] = motion
     return x
 
 
-def normal_noise(shape: tuple[int, ...], seed: int, chunk: int, step: int, device: torch.device | str) -> Tensor:
+def normal_noise(
+    shape: tuple[int, ...], seed: int | Tensor, chunk: int | Tensor, step: int, device: torch.device | str
+) -> Tensor:
     """Standard normal noise, float32, a pure function of (seed, chunk, step, position in `shape`).
 
     The value at flat position 4 p + lane comes from Philox4x32-10 of the counter (p, step, chunk, 0) under the 64-bit
     key `seed`: no state to keep, to split between ranks or to restore. Pairs of its 32-bit words become normals by
-    Box-Muller in float64: sqrt(-2 ln u) (cos, sin)(2 pi w), u in (0, 1].
+    Box-Muller in float64: sqrt(-2 ln u) (cos, sin)(2 pi w), u in (0, 1]. Seed and chunk may be int64 tensors [] on the
+    device.
     """
     count = math.prod(shape)
     position = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
-    counter = (position, *(torch.full_like(position, word) for word in (step, chunk, 0)))
+    counter = (position, *(torch.zeros_like(position) + word for word in (step, chunk, 0)))
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     u = torch.stack(words, dim=-1).double().unflatten(-1, (2, 2))  # [counter, pair, (radius, angle)]
     radius = (-2 * ((u[..., 0] + 1) / 2**32).log()).sqrt()
@@ -71,7 +79,9 @@ def normal_noise(shape: tuple[int, ...], seed: int, chunk: int, step: int, devic
     return normals.float().flatten()[:count].view(shape)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., 2011): four 32-bit words of counter -> four of noise, each int64 in 0 .. 2^32 - 1.
 
     A 64-bit product of two words may wrap int64, which leaves its bits, and so both halves, intact.

@@ -12,7 +12,7 @@ the dtype of the parameters; norms and SiLU are computed in float32 or wider.
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from einops import rearrange
@@ -23,6 +23,8 @@ from kernels.conv import causal_conv3d, conv3d, quantize_conv
 from kernels.pixel_norm import fp8_factor, pixel_norm
 from kernels.resample_conv import downsample_conv2d, fold_upsampling, upsample_conv2d
 from model.config import VAEConfig
+
+TOGETHER = 2  # latents decoded in one step, once frames are on their way: larger launches, less often
 
 State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
 
@@ -203,6 +205,28 @@ class Upsample(nn.Module):
         if self.phases is None:
             return self.resample(x).contiguous(memory_format=torch.channels_last)  # it is not where H = W = 1
         return upsample_conv2d(x, self.phases, cast(Tensor, self.resample[1].bias))
+
+
+class Group(NamedTuple):
+    """Latent frames of a clip that are decoded in one step, and the frames that come of them."""
+
+    latents: slice
+    frames: slice
+    shown: bool
+
+
+def decode_groups(latents: int, unseen: int, stride: int) -> Iterator[Group]:
+    """How a clip of so many latents is decoded, `stride` frames each but for the first one's single frame.
+
+    One by one until there is something beyond the first `unseen` frames, which nobody looks at, so that it comes early;
+    then `TOGETHER` at a time.
+    """
+    done = end = 0
+    while done < latents:
+        count = min(TOGETHER if end > unseen else 1, latents - done)
+        begin, end = end, end + (stride * count if done else 1)
+        yield Group(slice(done, done + count), slice(begin, end), end > unseen)
+        done += count
 
 
 class Encoder(nn.Module):

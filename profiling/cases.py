@@ -59,7 +59,7 @@ from kernels.resample_conv import fold_upsampling
 from kernels.schedule import spans
 from model.config import PRECISIONS, PRESETS, Config, VAEConfig
 from model.errors import UserError
-from model.vae import VAE
+from model.vae import TOGETHER, VAE, decode_groups
 from profiling import published
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
@@ -1515,7 +1515,8 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
     """The VAE's operations at the decoder's four levels, on one tile of the picture; and on one GPU all of them.
 
     Calls are frames over frames a call, decode of a chunk and re-encode of its motion frames together; a level's
-    first convolution, which may have other input channels, counts as one of the rest.
+    first convolution, which may have other input channels, counts as one of the rest. Convolutions of several latents
+    at a time, where the decoder takes them so, are a shape of their own.
     """
     vae, chunk = config.vae, config.chunk
     latents, _, rows, columns = config.latent_shape
@@ -1524,13 +1525,21 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
     widths = [vae.dim * mult for mult in reversed(vae.dim_mult)]
     temporal = (*reversed(vae.temperal_downsample), False)
     motion = (chunk.motion_frames_num - 1) // vae.temporal_stride
+    groups = decode_groups(latents, chunk.unseen_frames, vae.temporal_stride)
+    sizes = [group.latents.stop - group.latents.start for group in groups]
     for level, (width, doubles) in enumerate(zip(widths, temporal, strict=True)):
         decoded, encoded = (1 / frames + latents - 1), (1 / frames + motion)
         middle = 4 if level == 0 else 0
-        convolutions = (2 * (vae.num_res_blocks + 1) + middle) * decoded + (2 * vae.num_res_blocks + middle) * encoded
+        together = sizes.count(TOGETHER) if any(temporal[level:]) else 0
+        convolutions = 2 * (vae.num_res_blocks + 1) + middle
+        in_pairs = convolutions * together
+        convolutions = convolutions * (decoded - TOGETHER * together) + (2 * vae.num_res_blocks + middle) * encoded
         name = f"{tag}-level{level}"
         dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
         yield CAUSAL_CONV3D, Shape(name, dims | {"outputs": width}, world, convolutions)
+        if in_pairs:
+            pair = dims | {"frames": TOGETHER * frames, "outputs": width}
+            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
         yield NORM_SILU, Shape(name, dims, world, convolutions)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]

@@ -1,11 +1,12 @@
 """Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
 
-A *variant* is a precision, a compile mode, and whose operations student and VAE run. `bf16-eager` is PyTorch alone, and
-`bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The others are ours
-under torch.compile: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`. A
-chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps, decode, colour, re-encode
-of the motion frames. Student and VAE are made on the device at once; the encoders, which run before a session or beside
-it, are left out.
+A *variant* is a precision, a mode, a number of steps, and whose operations student and VAE run. `bf16-eager` is PyTorch
+alone, and `bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The
+others are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
+student is compiled, and every stage recorded as a CUDA graph, except for `fp8-vae-launched`. `two-steps` is `fp8-vae`
+with half of the steps. A chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps,
+decode, colour, re-encode of the motion frames. Student and VAE are made on the device at once; the encoders, which run
+before a session or beside it, are left out.
 
 The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
 only asks which variants there are does without.
@@ -14,8 +15,9 @@ only asks which variants there are does without.
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from model.checkpoint import Models
     from streaming.generator import Conditions
 
+Mode = Literal["eager", "compiled", "student", "graphs"]  # compiled: VAE too; graphs: of the compiled student too
+
 FEWEST_CHUNKS, MOST_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
 PROMPT_TOKENS = 20  # real tokens of a prompt; the padding behind them is computed all the same
 
@@ -41,21 +45,24 @@ class Variant:
 
     name: str
     precision: str  # of `PRECISIONS`
-    compiled: bool
+    mode: Mode
     ours: bool  # the operations, which on a CPU are PyTorch's in any case
     seconds: float  # without which it is not worth beginning
+    steps: int = 4
 
 
 VARIANTS = {
     "cuda": (
-        Variant("bf16-eager", "bf16", False, False, 60),
-        Variant("bf16-compiled", "bf16", True, False, 120),
-        Variant("fp8-vae", "fp8-vae", True, True, 120),
-        Variant("fp8-attn", "fp8-attn", True, True, 120),
-        Variant("fp8", "fp8", True, True, 120),
-        Variant("bf16-ours", "bf16", True, True, 120),
+        Variant("bf16-eager", "bf16", "eager", False, 60),
+        Variant("bf16-compiled", "bf16", "compiled", False, 120),
+        Variant("fp8-vae", "fp8-vae", "graphs", True, 60),
+        Variant("two-steps", "fp8-vae", "graphs", True, 60, steps=2),
+        Variant("fp8-attn", "fp8-attn", "graphs", True, 60),
+        Variant("fp8", "fp8", "graphs", True, 60),
+        Variant("bf16-ours", "bf16", "graphs", True, 60),
+        Variant("fp8-vae-launched", "fp8-vae", "student", True, 60),
     ),
-    "cpu": (Variant("fp32-eager", "fp32", False, True, 10), Variant("fp32-compiled", "fp32", True, True, 60)),
+    "cpu": (Variant("fp32-eager", "fp32", "eager", True, 10), Variant("fp32-compiled", "fp32", "compiled", True, 60)),
 }
 
 
@@ -64,15 +71,8 @@ def generating_models(config: Config, device: torch.device, precision: str) -> "
     from model.checkpoint import random_models
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
-    return replace(random_models(small, device, PRECISIONS[precision]), config=config)
-
-
-def compile_models(models: "Models") -> None:
-    """Compiles the student by block, one block's code for all of them, and both halves of the VAE."""
-    for block in models.dit.blocks:
-        block.compile(dynamic=False)
-    models.vae.decoder.compile(dynamic=False)
-    models.vae.encoder.compile(dynamic=False)
+    # 9 GB to the host's memory and back take longer than all else: what would visit stays, until `Runner` has used it.
+    return replace(random_models(small, device, PRECISIONS[precision], home=device), config=config)
 
 
 @torch.inference_mode()
@@ -97,15 +97,19 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 class Runner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
-    def __init__(self, models: "Models", seed: int, ours: bool = True) -> None:
+    def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
         from streaming.generator import ChunkGenerator
+        from streaming.stages import CudaGraphs
 
         config, device = models.config, models.device
         self._ours = ours
         self.models, self.spans = models, Spans(device)
-        self._generator = ChunkGenerator(models, self.spans)
+        record = partial(CudaGraphs, device) if graphs else None
+        self._generator = ChunkGenerator(models, self.spans, record=record)
         random = torch.Generator(device).manual_seed(seed)
-        self._conditions = random_conditions(models, random)
+        self._conditions = self._generator.parked(random_conditions(models, random))
+        for module in models.dit.visitors().values():
+            module.to("meta")
         self._state = self._generator.start(self._conditions, seed)
         dit = config.dit
         shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
@@ -147,16 +151,23 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     """Times chunks of a variant until `MOST_CHUNKS` are done or another might end after `deadline` (monotonic).
 
     `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
-    chunks: the search for the fastest convolution, in the first two, takes more. The runner can go on, see `traced`.
+    chunks; the first ones, which try algorithms, take more. The runner can go on, see `traced`.
     """
+    from model.compiled import compile_student, compile_vae
+
     device, chunk = models.device, models.config.chunk
-    if variant.compiled:
-        torch.compiler.reset()
-        compile_models(models)
-    runner = Runner(models, seed, variant.ours)
+    torch.compiler.reset()
+    if variant.mode != "eager":
+        compile_student(models.dit)
+    if variant.mode == "compiled":
+        compile_vae(models.vae)
+    runner = Runner(models, seed, variant.ours, variant.mode == "graphs")
     _, first_call = runner.chunk()
-    runner.chunk()  # the first one to begin with motion frames: the last to meet something new
+    # The first one to begin with motion frames is the last to meet something new; the one after it is recorded.
+    for _ in range(2 if variant.mode == "graphs" else 1):
+        runner.chunk()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
     times: list[tuple[float, float]] = []
@@ -175,10 +186,20 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         first_frame=tuple(first for first, _ in times) if runner.finite else (),
         frames=chunk.new_frames,
         first_call=first_call,
-        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        peak_bytes=peak_memory() if device.type == "cuda" else None,
         weights_bytes=sum(_bytes(module, device) for module in (models.dit, models.vae)),
     )
     return result, runner
+
+
+def peak_memory() -> int:
+    """Bytes of the GPU in use at most: by tensors, and what recorded graphs keep for those that are there in a replay.
+
+    The rest of what the allocator holds is free, in pieces that the making of random weights left.
+    """
+    private = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
+    kept = sum(segment["total_size"] - segment["allocated_size"] for segment in private)
+    return torch.cuda.max_memory_allocated() + kept
 
 
 def _bytes(module: nn.Module, device: torch.device) -> int:
@@ -187,10 +208,11 @@ def _bytes(module: nn.Module, device: torch.device) -> int:
 
 
 def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:
-    """The result with one more chunk as a Chrome/Perfetto trace in `path`, and the GPU's gaps in it.
+    """The result with one more chunk as a Chrome/Perfetto trace in `path`, its timeline, and the GPU's gaps in it.
 
     The profiler takes time of its own on the CPU, so the gaps are an upper bound.
     """
     with torch.profiler.profile() as profiler:
         runner.chunk()
-    return replace(result, trace=path.name, gaps=summarise(export(profiler, path)).gaps)
+    summary = summarise(export(profiler, path))
+    return replace(result, trace=path.name, timeline=summary.timeline, gaps=summary.gaps)

@@ -221,6 +221,38 @@ def _stages(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
     return used
 
 
+@styled
+def streams(run: Run) -> Drawn:
+    """When the stages of a traced chunk ran: a row for each of the GPU's streams, of a CPU one in all."""
+    traced = [(variant, row) for variant, row in zip(run.variants, variant_rows(run), strict=True) if variant.timeline]
+    if not traced:
+        return "No streams: no chunk was traced."
+    lanes = [(variant, row, lane) for variant, row in traced for lane in sorted({s.lane for s in variant.timeline})]
+    height = 2.0 + 0.62 * len(lanes)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0.16, 0.62 / height, 0.66, 1 - 1.7 / height))
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    axes.set_yticks(range(len(lanes)), [_cut(variant.variant, 18) if not lane else "" for variant, _, lane in lanes])
+    axes.set_xlim(0, 1000 * max(stretch.end for variant, _ in traced for stretch in variant.timeline))
+    axes.set_xlabel("since the chunk's beginning (ms)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    used = {}
+    for place, (variant, row, lane) in enumerate(lanes):
+        for stretch in (s for s in variant.timeline if s.lane == lane):
+            used[stretch.stage] = colour = SPANS.get(stretch.stage, GREY)
+            begin, width = 1000 * stretch.begin, 1000 * (stretch.end - stretch.begin)
+            axes.barh(place, width, left=begin, height=BAR, color=colour, ec="white", lw=0.8)
+        if not lane:
+            words = f"critical path {duration(row.critical)}\nall work {duration(row.work)}"
+            _beside(axes, words, axes.get_xlim()[1], place, fontsize=10)
+    title(
+        figure, f"Streams of {run.machine.device}", "one traced chunk; what lies below each other ran at the same time"
+    )
+    _key(figure, [Patch(color=colour, label=name) for name, colour in used.items()])
+    return figure
+
+
 def _between(corner: tuple[float, float] = (0, 0), width: float = 0) -> Rectangle:
     return Rectangle(corner, width, BAR, fc="white", ec=GREY, hatch="//////", lw=0.5, label=BETWEEN)
 

@@ -338,7 +338,9 @@ class Worker:
     def _e2e(self, name: str) -> None:
         variant, deadline = self._variants[name], self._deadline()
         try:
-            models = generating_models(CONFIGS[self._device.type], self._device, variant.precision)
+            config = CONFIGS[self._device.type]
+            config = dataclasses.replace(config, chunk=dataclasses.replace(config.chunk, sample_steps=variant.steps))
+            models = generating_models(config, self._device, variant.precision)
             result, runner = run_variant(variant, models, self._progress.seed, deadline)
         except Exception as error:  # out of memory, a compiler's failure: the other variants go on
             result, runner = VariantResult(name, ERROR, reason(error)), None

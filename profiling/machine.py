@@ -15,8 +15,8 @@ import psutil
 import torch
 
 from model.errors import UserError
+from model.machine import cpu_name, package_version
 from profiling.results import Gauges, Machine
-from streaming.machine import cpu_name, package_version
 
 PACKAGES = ("torch", "triton", "numpy", "torchao", "flash-attn", "flash-attn-4", "sageattention", "flashtalk-triton")
 INTERVAL = 0.1  # seconds between two readings of the gauges

@@ -71,6 +71,7 @@ def draw(run: Run, others: Sequence[Run]) -> dict[str, Drawn]:
     return {
         "waterfall": figures.waterfall(run),
         "timeline": figures.timeline(run),
+        "streams": figures.streams(run),
         "roofline": roofline(run),
         "history": figures.history(run, others),
         "gauges": figures.gauges(run),
@@ -149,6 +150,10 @@ def headlines(run: Run) -> Iterator[str]:
         yield f"{fastest.variant} makes a chunk in {duration(fastest.seconds)}{speed}."
         if fastest is not timed[0]:
             yield f"That is {number(fastest.ratio)} times as fast as the baseline, {timed[0].variant}."
+    for row in timed:
+        if row.critical and row.work:
+            path, work = duration(row.critical), duration(row.work)
+            yield f"{row.variant}: the critical path of a chunk is {path}, all its work {work}."
     pairs = [(ours, peer) for c in run.cases if (ours := c.best(True)) and (peer := c.best(False))]
     if pairs:
         won = sum((ours.seconds or 0) < (peer.seconds or 0) for ours, peer in pairs)

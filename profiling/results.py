@@ -120,6 +120,16 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """One pass through a stage of a chunk, on one of the streams of a GPU, or of a CPU's threads."""
+
+    stage: str
+    lane: int  # of the streams, in the order in which they begin
+    begin: float  # seconds from the chunk's beginning
+    end: float
+
+
+@dataclass(frozen=True)
 class VariantResult:
     """A whole chunk in one way of running it: precision, kernels, compile mode."""
 
@@ -135,6 +145,7 @@ class VariantResult:
     weights_bytes: int | None = None  # of student and VAE
     gaps: float | None = None  # share of a chunk in which the GPU had nothing to do
     trace: str | None = None  # file name of a Perfetto trace
+    timeline: tuple[Stretch, ...] = ()  # of the traced chunk
 
     def per_chunk(self, stage: str) -> tuple[float, ...]:
         """Seconds of a stage in each chunk, all its calls together; nothing if its calls are no whole chunks."""

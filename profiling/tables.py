@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, VariantResult
+from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, Stretch, VariantResult
 
 LOG_WIDTH = 140
+TOUCH = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,19 @@ class VariantRow:
     weights_bytes: int | None
     gaps: float | None
     detail: str
+    work: float | None  # seconds of the traced chunk's stages, all added up
+    critical: float | None  # seconds of those that follow each other on the longest way through it
+
+
+def critical_path(timeline: Iterable[Stretch]) -> float:
+    """Seconds of the longest chain of stretches that do not overlap: no schedule of these is shorter than it."""
+    ends, longest = [0.0], [0.0]  # the longest chain up to there, for rising ends
+    for stretch in sorted(timeline, key=lambda stretch: stretch.end):
+        before = bisect_right(ends, stretch.begin + TOUCH) - 1
+        chain = longest[before] + stretch.end - stretch.begin
+        ends.append(stretch.end)
+        longest.append(max(longest[-1], chain))
+    return longest[-1]
 
 
 def variant_rows(run: Run) -> list[VariantRow]:
@@ -150,6 +165,8 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
         weights_bytes=v.weights_bytes,
         gaps=v.gaps,
         detail=v.detail,
+        work=sum(stretch.end - stretch.begin for stretch in v.timeline) or None,
+        critical=critical_path(v.timeline) or None,
     )
 
 

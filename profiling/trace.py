@@ -21,7 +21,7 @@ import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,12 +33,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
-from profiling.results import write
+from profiling.results import Stretch, write
 from profiling.tables import duration, share, terminal
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
 LAUNCH = ("cuda_runtime", "cuda_driver")
-OPERATION, SPAN = "cpu_op", "user_annotation"
+OPERATION, SPAN, GPU_SPAN = "cpu_op", "user_annotation", "gpu_user_annotation"
 CHUNK_END = "motion"  # the last span of a chunk
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXAMPLE = "write it behind --, as in: trace -- python -m streaming run --image FACE.jpg --audio VOICE.wav --out OUT.mp4"
@@ -78,6 +78,7 @@ class Summary:
     spans: tuple[Span, ...]  # in order of appearance
     chunks: int  # that the gaps are of
     gaps: float | None  # share of the GPU's time; None without a GPU
+    timeline: tuple[Stretch, ...]  # of the last chunk: the spans, on a GPU as their work ran there
 
 
 # --- The arithmetic -------------------------------------------------------------------------------------------------
@@ -210,7 +211,24 @@ def summarise(events: Sequence[Event]) -> Summary:
         spans=tuple(_span(name, passes, work, steady[0][0]) for name, passes in named.items()),
         chunks=len(extents) if spans else 0,
         gaps=gap_share(work.ran, extents),
+        timeline=_timeline(events, set(named)),
     )
+
+
+def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[Stretch, ...]:
+    found = [e for e in events if e["name"] in names and e.get("cat") in (SPAN, GPU_SPAN)]
+    on_gpu = [e for e in found if e["cat"] == GPU_SPAN]
+    passes = sorted(on_gpu or found, key=lambda event: event["ts"])
+    ends = [i for i, event in enumerate(passes) if event["name"] == CHUNK_END]
+    if len(ends) > 1:
+        passes = passes[ends[-2] + 1 : ends[-1] + 1]
+    lanes: dict[Any, int] = {}
+    stretches = []
+    for event in passes:
+        lane = lanes.setdefault(event.get("tid"), len(lanes))
+        begin, end = (at - _interval(passes[0])[0] for at in _interval(event))
+        stretches.append(Stretch(event["name"], lane, begin, end))
+    return tuple(stretches)
 
 
 def _span(name: str, passes: Sequence[Interval], work: _Work, since: float) -> Span:

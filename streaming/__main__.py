@@ -4,11 +4,13 @@ import ctypes
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +76,14 @@ def run(
     audio_mode: Annotated[
         str, typer.Option(help="stream hears up to now, as a live session must; once hears the whole file first.")
     ] = "stream",
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the student, and record what the GPU does as CUDA graphs: faster, but for a longer start, the"
+            " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")] = None,
 ) -> None:
     """Generates a video of the portrait speaking the voice, as long as the voice."""
@@ -82,6 +92,7 @@ def run(
     import torch
 
     from model.checkpoint import load_models, random_models
+    from model.compiled import load_compiled
     from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
     from model.image import load_image, resize_center_crop
     from model.quantize import is_quantised
@@ -95,9 +106,12 @@ def run(
     from streaming.sinks import open_sink
     from streaming.sources import open_source
     from streaming.spans import Spans
+    from streaming.stages import CudaGraphs
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if compiled is None:
+        compiled = device == "cuda"
     if preset is None:
         preset = "flashtalk-14b" if device == "cuda" and checkpoint else "tiny"
     if precision == "auto":
@@ -126,7 +140,7 @@ def run(
     chunk, where = config.chunk, torch.device(device)
     settings = {
         "preset": preset, "checkpoint": str(checkpoint) if checkpoint else None, "precision": precision,
-        "seed": seed, "steps": steps, "audio_mode": audio_mode, "chunk": asdict(chunk),
+        "seed": seed, "steps": steps, "audio_mode": audio_mode, "compiled": compiled, "chunk": asdict(chunk),
     }  # fmt: skip
     picture = load_image(Path(image))
     if min(picture.size) < MIN_PORTRAIT:
@@ -136,15 +150,18 @@ def run(
         open_source(audio, chunk) as source,
         open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
     ):
-        with stage("loading the models"):
-            if checkpoint is None:
-                models = random_models(config, where, PRECISIONS[precision])
-            else:
+        with stage(f"loading the models{f', compiling for {chunk.width} x {chunk.height}' if compiled else ''}"):
+            if compiled:
+                models = load_compiled(config, checkpoint, where, PRECISIONS[precision])
+            elif checkpoint is not None:
                 models = load_models(config, checkpoint, where, PRECISIONS[precision])
+            else:
+                models = random_models(config, where, PRECISIONS[precision])
         spans = Spans(where)
         with stage("preparing portrait and prompt"):
             ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
-            generator = ChunkGenerator(models, spans)
+            graphs = partial(CudaGraphs, where) if compiled and where.type == "cuda" else None
+            generator = ChunkGenerator(models, spans, record=graphs)
             session = Session(generator, generator.prepare(portrait, ids), seed)
         if audio_mode == "once":
             with stage("hearing the whole track"):
@@ -211,13 +228,24 @@ def main() -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _fail(
-            "the GPU has too little free memory: flashtalk-14b needs 36 GB in bf16, 21 GB in fp8, by arithmetic"
-        )
+        return _fail(_out_of_memory(str(error)))
     except _Interrupted:
         print("interrupted: what was made so far is kept", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(reason: str) -> str:
+    """One line of PyTorch's many: what was wanted, what there is, and what takes less."""
+    import torch
+
+    wanted = re.search(r"Tried to allocate ([0-9.]+ .iB)", reason)
+    more = wanted[1] if wanted else "more"
+    used, (_, there) = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
+    return (
+        f"the GPU has too little memory: {more} wanted beside {used / 2**30:.1f} GiB, and there are"
+        f" {there / 2**30:.1f} GiB for all; --precision fp8-vae needs least, --no-compile less than --compile"
+    )
 
 
 def _fail(message: str) -> int:

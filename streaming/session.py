@@ -10,23 +10,28 @@ the start nor a last chunk of few frames tells in it. What `once_listener` hears
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
 import pyloudnorm  # noqa: F401  (model.audio imports it when first used: that must not be in a startup)
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.audio import Ring, SpeechEncoder, normalize_loudness, once_window, stream_window
 from model.config import ChunkConfig
+from model.machine import cpu_name, package_version
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
-from streaming.machine import cpu_name, package_version
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
+
+AHEAD = 8  # groups of frames that may wait for the sink
 
 Listener = Callable[[Slice], Tensor]  # hears a slice, gives the window of its chunk [frame_num, 5, layer, channel]
 
@@ -71,7 +76,7 @@ class Session:
 
 @dataclass
 class Progress:
-    """What a run has done so far."""
+    """What is in the sink by now, and how fast it came there."""
 
     chunks: int = 0
     frames: int = 0
@@ -80,45 +85,98 @@ class Progress:
     fps: float | None = None
 
 
+class Emitter:
+    """Writes frames to a sink in a thread of its own, in order: the GPU need not wait for the encoder, nor for a copy.
+
+    A context manager: its end waits until all is written; that by an exception, only until the write that is under way.
+    """
+
+    def __init__(self, sink: Sink, spans: Spans) -> None:
+        self.progress = Progress()
+        self._sink, self._spans = sink, spans
+        self._thread = ThreadPoolExecutor(1, "emit")
+        self._pending: deque[Future[None]] = deque()
+        self._begin = 0.0
+        self._steady = 0.0, 0  # when the first chunk was done, and its frames
+
+    def begin(self) -> None:
+        """Startup counts from now."""
+        self._begin = time.perf_counter()
+
+    def put(self, rgb: Tensor, sound: NDArray[np.float32], last: bool, whole: bool) -> None:
+        """Takes frames uint8 [n, height, width, 3], whose memory may be used again afterwards, and their sound.
+
+        `last` of their chunk; `whole`: the chunk is shown to its end. Waits while the sink is `AHEAD` groups behind.
+        Raises what the sink raised for earlier ones.
+        """
+        host, copied = rgb.to("cpu", non_blocking=True), None
+        if rgb.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending.append(self._thread.submit(self._write, host, copied, sound, last, whole))
+        while len(self._pending) > AHEAD or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+
+    def _write(
+        self, rgb: Tensor, copied: torch.cuda.Event | None, sound: NDArray[np.float32], last: bool, whole: bool
+    ) -> None:
+        if copied is not None:
+            copied.synchronize()
+        begin = time.perf_counter()
+        self._sink.write(rgb.numpy(), sound)
+        now, progress = time.perf_counter(), self.progress
+        self._spans.add("emit", now - begin)
+        progress.frames += len(rgb)
+        if progress.startup is None:
+            progress.startup = now - self._begin
+            progress.cold_start = time.time() - psutil.Process().create_time()
+        if last:
+            progress.chunks += 1
+            since, before = self._steady
+            if progress.chunks == 1:
+                self._steady = now, progress.frames
+            elif whole:
+                progress.fps = (progress.frames - before) / (now - since)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for write in self._pending:
+                write.result()
+
+
 def run(
     session: Session, slices: Iterable[Slice], listener: Listener, sink: Sink, chunk: ChunkConfig, spans: Spans
 ) -> Iterator[Progress]:
-    """Plays the slices into the sink; yields the progress after every group of frames that the sink has taken.
+    """Plays the slices into the sink; yields the progress after every group of frames, and when the sink has all.
 
     The video lasts as long as the sound: of the last chunk, as many frames are generated as its slice needs.
     """
-    progress = Progress()
-    received = steady_since = time.perf_counter()
-    frames_before = 0
-    for item in slices:
-        if not progress.chunks:
-            received = time.perf_counter()
-        wanted = -(-len(item.speech) // chunk.frame_samples)
-        sound_per_frame = chunk.frame_samples * len(item.sound) // len(item.speech)
-        shown = 0
-        with spans.span("audio"):
-            window = listener(item)
-        for frames in session.frames(window):
-            count = min(len(frames.rgb), wanted - shown)
-            with spans.span("emit"):
+    with Emitter(sink, spans) as emitter:
+        for number, item in enumerate(slices):
+            if not number:
+                emitter.begin()
+            wanted = -(-len(item.speech) // chunk.frame_samples)
+            whole, sound_per_frame = (
+                wanted == chunk.new_frames,
+                chunk.frame_samples * len(item.sound) // len(item.speech),
+            )
+            shown = 0
+            with spans.span("audio"):
+                window = listener(item)
+            for frames in session.frames(window):
+                count = min(len(frames.rgb), wanted - shown)
                 last = shown + count == wanted
                 sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
-                sink.write(frames.rgb[:count].cpu().numpy(), sound)
-            shown += count
-            progress.frames += count
-            if progress.startup is None:
-                progress.startup = time.perf_counter() - received
-                progress.cold_start = time.time() - psutil.Process().create_time()
-            yield progress
-            if last and wanted < chunk.new_frames:
-                break
-        now = time.perf_counter()
-        progress.chunks += 1
-        if progress.chunks == 1:
-            steady_since, frames_before = now, progress.frames
-        elif wanted == chunk.new_frames:
-            progress.fps = (progress.frames - frames_before) / (now - steady_since)
-        yield progress
+                emitter.put(frames.rgb[:count], sound, last, whole)
+                shown += count
+                yield emitter.progress
+                if last and not whole:
+                    break
+    yield emitter.progress
 
 
 def report(progress: Progress, spans: Spans, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Spans:
             else:
                 begin = time.perf_counter()
                 yield
-                self._add(name, time.perf_counter() - begin)
+                self.add(name, time.perf_counter() - begin)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Per name: count, and seconds in total, at the median and at most."""
@@ -80,11 +80,12 @@ class Spans:
             torch.cuda.synchronize()
             self._resolve()
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """Counts a call of a stage that was timed elsewhere, in another thread for example."""
         self._stages.setdefault(name, _Stage()).add(seconds)
 
     def _resolve(self) -> None:
         """Reads the event pairs that the GPU has passed; the others wait for a later call."""
         while self._pending and self._pending[0][2].query():
             name, start, end = self._pending.popleft()
-            self._add(name, start.elapsed_time(end) / 1000)
+            self.add(name, start.elapsed_time(end) / 1000)

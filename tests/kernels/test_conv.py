@@ -242,7 +242,7 @@ def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[
         (384, 32, (3, 3), None),
         (48, 24, (3, 3), None),
         (96, 3, (3, 3), None),
-        (96, 96, (3, 3), hopper(64, 32, 128, 2, 1)),
+        (96, 96, (3, 3), hopper(64, 32, 64, 2, 1)),
         (96, 192, (3, 1), None),
         (192, 96, (1, 3), None),
         (64, 256, (3, 3), hopper(128, 0, 64, 3, 0)),

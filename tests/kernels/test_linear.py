@@ -7,6 +7,7 @@ The kernels also run in Triton's interpreter: `interpreted/linear.py`.
 
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -320,3 +321,17 @@ def test_gpu_sums_of_many_terms(form, promoted, bound):
     parameters = {"PROMOTED": promoted} if form == "gluon" else module.EXACT
     y, _ = launch(x8, w8, scales, Epilogue(), torch.bfloat16, Choice(form, parameters))
     assert error(y, x8.double() @ w8.double().T) < bound + 2e-3  # and the output's rounding
+
+
+@pytest.mark.parametrize("more", [{}, {"gelu": True}, {"gate": 1, "residual": 1}, {"residual": 1}, {"bound": 1}])
+def test_the_library_is_chosen_only_where_it_takes_one_pass(more, monkeypatch):
+    """The tables have it faster for some products, and its passes over the output are not in them."""
+    x, w = torch.ones(4, 32), torch.ones(8, 32)
+    epilogue = module.Epilogue(**{k: v if v is True else torch.ones(8) for k, v in more.items()})
+    asked = Mock(return_value=Choice("triton", {}))
+    forms = {name: Mock(return_value=name) for name in module.FORMS}
+    monkeypatch.setattr(module, "lookup", asked)
+    monkeypatch.setattr(module, "FORMS", forms)
+    assert module.launch(x, w, None, epilogue, torch.float32) == "triton"
+    assert ("library" in asked.call_args.kwargs["among"]) == (not more)
+    assert {"gluon", "triton"} <= set(asked.call_args.kwargs["among"])

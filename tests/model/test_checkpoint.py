@@ -161,3 +161,11 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert any(not torch.equal(one[key], other[key]) for key in one), name
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_random_networks_are_where_they_are_wanted() -> None:
+    """Whole: transformers makes some parameters on the CPU, whatever device is asked for."""
+    meta = torch.device("meta")
+    models = random_models(SMALL, meta, PRECISIONS["fp32"], home=meta)
+    for module in (models.dit, models.vae, models.text, models.image, models.audio):
+        assert {parameter.device for parameter in module.parameters()} == {meta}

@@ -20,8 +20,7 @@ from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
 from model.tensors import visiting
-from model.vae import VAE
-from streaming.generator import TOGETHER
+from model.vae import VAE, decode_groups
 
 GIB = 2**30
 CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]
@@ -105,8 +104,8 @@ def counted() -> dict[str, int]:
 def decode(vae: VAE, latents: Tensor) -> None:
     """As the chunk loop does at most: two latents in a step."""
     state = None
-    for group in latents.split([1, *[TOGETHER] * (len(latents) // TOGETHER)]):
-        _, state = vae.decode_step(group, state)
+    for group in decode_groups(len(latents), 0, vae.config.temporal_stride):
+        _, state = vae.decode_step(latents[group.latents], state)
 
 
 def peak(run: Callable[[], object]) -> int:

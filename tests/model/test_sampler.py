@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampler import denoise, normal_noise, philox, timesteps
+from model.sampler import denoise_step, first_latents, normal_noise, philox, timesteps
 
 
 def test_timesteps_of_the_distilled_student() -> None:
@@ -59,6 +59,7 @@ def test_noise_is_a_function_of_its_position(seed: int, chunk: int, step: int, c
     """Finite, repeatable, and the values at the beginning do not depend on how many follow."""
     x = normal_noise((count,), seed, chunk, step, "cpu")
     assert x.isfinite().all()
+    assert torch.equal(x, normal_noise((count,), torch.tensor(seed), torch.tensor(chunk), step, "cpu"))
     assert torch.equal(x, normal_noise((count + 7,), seed, chunk, step, "cpu")[:count])
     for other in ((seed ^ 1, chunk, step), (seed, chunk ^ 1, step), (seed, chunk, step + 1)):
         assert not torch.equal(x, normal_noise((count,), *other, "cpu"))
@@ -69,12 +70,7 @@ def test_a_perfect_student_recovers_the_data(steps: int, motion_frames: int) -> 
     """With v = (x - data) / sigma every step's clean estimate is the data, whatever noise came in between."""
     data = torch.randn(3, 16, 4, 4)
     motion = data[:motion_frames]
-    sigmas = timesteps(steps, 5) / 1000
-    seen = []
-
-    def velocity(i: int, x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.clone())
-        return (x - data) / sigmas[i]
+    times = timesteps(steps, 5)
 
     drawn = []
 
@@ -82,6 +78,9 @@ def test_a_perfect_student_recovers_the_data(steps: int, motion_frames: int) -> 
         drawn.append(k)
         return torch.randn(3, 16, 4, 4)
 
-    torch.testing.assert_close(denoise(velocity, noise, timesteps(steps, 5), motion), data, atol=1e-5, rtol=0)
+    x = first_latents(noise, motion)
+    for i in range(steps):
+        assert torch.equal(x[:motion_frames], motion)
+        x = denoise_step(i, x, lambda x: (x - data) / (times[i] / 1000), noise, times, motion)  # noqa: B023
+    torch.testing.assert_close(x, data, atol=1e-5, rtol=0)
     assert drawn == list(range(steps))  # none for the last step, where it has no weight
-    assert all(torch.equal(x[:motion_frames], motion) for x in seen)

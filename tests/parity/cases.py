@@ -30,7 +30,7 @@ from model.config import (
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, resize_center_crop, to_pixels, unused
-from model.sampler import denoise, timesteps
+from model.sampler import denoise_step, first_latents, timesteps
 from model.slots import own_slots
 from model.tensors import fill
 from model.text import TextEncoder
@@ -193,14 +193,10 @@ def denoise_loop(case: Case) -> dict[str, Tensor]:
 def replay(case: Case, steps: int) -> Tensor:
     """The latents before every step and after the last, from recorded noise and velocities."""
     noise, velocities = (case[f"in.{name}.steps{steps}"].transpose(1, 2) for name in ("noise", "velocity"))
-    seen = []
-
-    def velocity(i: int, x: Tensor) -> Tensor:
-        seen.append(x.clone())
-        return velocities[i]
-
-    motion = frames_first(case["in.motion_latent"])
-    seen.append(denoise(velocity, noise.__getitem__, timesteps(steps, case.config["shift"]), motion))
+    times, motion = timesteps(steps, case.config["shift"]), frames_first(case["in.motion_latent"])
+    seen = [first_latents(noise.__getitem__, motion)]
+    for i in range(steps):
+        seen.append(denoise_step(i, seen[i], lambda _: velocities[i], noise.__getitem__, times, motion))  # noqa: B023
     return torch.stack(seen).transpose(1, 2)
 
 
@@ -238,7 +234,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
     )
     models = Models(config, dit, vae, text, image, case.speech(), CPU, None)
 
-    def noise(_seed: int, c: int, draw: int) -> Tensor:
+    def noise(_seed: int | Tensor, c: int | Tensor, draw: int) -> Tensor:
         return case[f"in.noise.chunk{c}"][draw].transpose(0, 1)
 
     generator = ChunkGenerator(models, Spans(CPU), noise)

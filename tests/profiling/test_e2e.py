@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from model import dit, linear, vae
+from model.compiled import compile_student, compile_vae
 from model.config import VAEConfig
 from profiling import e2e
 from profiling.cases import coded, vae_of, vae_size
@@ -71,8 +72,10 @@ def test_compiled_chunks_share_a_graph_among_blocks_and_never_recompile(monkeypa
     # The student's block: in general, and as the last one, which drops one known frame in the first chunk and two in
     # later ones. Decoder and encoder each at a clip's start and behind it.
     assert len(graphs) == 7
-    eager = Runner(generating_models(SMALL, CPU, "fp32"), 0)
-    compiled = Runner(models, 0)
+    models = generating_models(SMALL, CPU, "fp32")
+    compile_student(models.dit)
+    compile_vae(models.vae)
+    eager, compiled = Runner(generating_models(SMALL, CPU, "fp32"), 0), Runner(models, 0)
     for runner in (eager, compiled):
         runner.chunk()
     torch.testing.assert_close(compiled._state.motion, eager._state.motion, rtol=1e-4, atol=1e-4)
@@ -126,5 +129,5 @@ def test_the_published_vae_is_the_same() -> None:
 def test_fp8_chunks_compile_without_a_break(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(nn.Module, "compile", compiled)
-    variant = Variant(precision, precision, True, True, 60)
+    variant = Variant(precision, precision, "student", True, 60)
     assert run(variant).status == OK

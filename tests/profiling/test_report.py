@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from profiling.results import (
     Gauges,
     Measurement,
     Run,
+    Stretch,
     VariantResult,
     save,
 )
@@ -177,6 +178,7 @@ def test_figures_are_1000_pixels_wide_and_their_axes_have_units(drawn: dict[str,
     units = {
         "waterfall": {"time of one chunk (ms)"},
         "timeline": {"time of one chunk (ms)"},
+        "streams": {"since the chunk's beginning (ms)"},
         "roofline": {"arithmetic intensity (FLOP/byte)", "speed (TFLOP/s)"},
         "gauges": {
             "time since the run began (s)",
@@ -249,6 +251,31 @@ def test_timeline_bars_add_up_to_the_chunk(whole: Run, drawn: dict[str, Figure])
     assert [label.get_text() for label in axes.get_yticklabels()] == [row.variant for row in rows]
     budget = next(line for line in axes.lines if line.get_linestyle() == "--")
     assert xs(budget) == [1120, 1120]  # 28 frames at 25 FPS
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), max_size=7))
+def test_the_critical_path_is_the_longest_chain(passes: list[tuple[int, int]]) -> None:
+    timeline = [Stretch("step", 0, begin, begin + length) for begin, length in passes]
+    chains = [
+        sum(s.end - s.begin for s in chain)
+        for n in range(len(timeline) + 1)
+        for chain in combinations(sorted(timeline, key=lambda s: s.begin), n)
+        if all(a.end <= b.begin for a, b in pairwise(chain))
+    ]
+    assert tables.critical_path(timeline) == pytest.approx(max(chains))
+
+
+def test_streams_of_a_traced_chunk(whole: Run) -> None:
+    untraced = replace(whole, variants=tuple(replace(v, timeline=()) for v in whole.variants))
+    assert "no chunk was traced" in str(figures.streams(untraced))
+    figure = figures.streams(whole)
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    bars = sorted((bar.get_x(), bar.get_width()) for bar in axes.patches if isinstance(bar, Rectangle))
+    assert bars == [pytest.approx(bar) for bar in ((0, 2000), (500, 250), (2000, 300), (2300, 100))]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["fp8-kernels", ""]
+    assert "critical path 2.40 s\nall work 2.65 s" in [text.get_text() for text in axes.texts]
+    assert "fp8-kernels: the critical path of a chunk is 2.40 s, all its work 2.65 s." in report.headlines(whole)
 
 
 def test_waterfall_steps_from_variant_to_variant_and_names_the_failed(whole: Run, drawn: dict[str, Figure]) -> None:
@@ -422,7 +449,7 @@ def test_every_kind_of_run_makes_a_page(variation: str, earlier: list[Run]) -> N
     run = VARIATIONS[variation](runs.run(patterns=SOME, days=9))
     drawn = report.draw(run, earlier)
     page = checked(report.page(run, drawn, []))
-    shown = {"waterfall", "timeline"} if run.variants else set()
+    shown = {"waterfall", "timeline", "streams"} if run.variants else set()
     shown |= ({"roofline", "history"} if run.cases else set()) | {"gauges"}
     assert page.pictures == [f"figure-{name}" for name in drawn if name in shown and isinstance(drawn[name], Figure)]
     for name in shown:
@@ -438,7 +465,8 @@ def test_hostile_names_are_shown_as_they_are(earlier: list[Run]) -> None:
     assert "<script" not in text
     page = checked(text)
     assert page.text.count(HOSTILE) > 20
-    assert page.pictures == ["figure-waterfall", "figure-timeline", "figure-roofline", "figure-gauges"]
+    names = ("waterfall", "timeline", "streams", "roofline", "gauges")
+    assert page.pictures == [f"figure-{name}" for name in names]
 
 
 def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> None:
@@ -456,6 +484,7 @@ def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> Non
     assert page.pictures == [
         "figure-waterfall",
         "figure-timeline",
+        "figure-streams",
         "figure-roofline",
         "figure-history",
         "figure-gauges",
@@ -499,7 +528,7 @@ def test_the_command_writes_page_and_pictures(saved: Path, tmp_path: Path, monke
     page, pictures = tmp_path / "new" / "report.html", tmp_path / "pictures"
     assert call(monkeypatch, saved, "-o", page, "--png", pictures, "--results", folder) == 0
     assert "broken.json is not JSON" in checked(page.read_text()).text
-    names = {"waterfall", "timeline", "roofline", "history", "gauges"}
+    names = {"waterfall", "timeline", "streams", "roofline", "history", "gauges"}
     assert {path.name for path in pictures.iterdir()} == {f"{name}.png" for name in names}
     assert all(Image.open(path).width == 1000 for path in pictures.iterdir())
 

@@ -95,6 +95,22 @@ def test_an_outer_span_has_the_work_of_the_inner_one_too() -> None:
     assert (inner.name, inner.gpu_median, inner.gaps) == ("inner", pytest.approx(1), pytest.approx(0))
 
 
+def test_the_timeline_is_the_last_chunks_on_the_gpus_streams() -> None:
+    """Where its work ran, not where it was launched; a lane for each stream, in the order in which they begin."""
+    passes = [(0, "motion", 7), (2, "audio", 7), (3, "step", 7), (4, "decode", 13), (8, "decode", 7), (9, "motion", 7)]
+    spans = [span(name, t / 100, t / 100 + 0.001) for t, name, _ in passes]
+    ran = [event("gpu_user_annotation", name, t, t + 1.5, thread=stream) for t, name, stream in passes]
+    other = event("gpu_user_annotation", "somebody's", 5, 6, thread=9)
+    timeline = summarise([*spans, *ran, other]).timeline
+    assert [(s.stage, s.lane) for s in timeline] == [
+        ("audio", 0), ("step", 0), ("decode", 1), ("decode", 0), ("motion", 0),
+    ]  # fmt: skip
+    assert [s.begin for s in timeline] == pytest.approx([0, 1, 2, 6, 7])
+    assert all(s.end - s.begin == pytest.approx(1.5) for s in timeline)
+    assert [s.stage for s in summarise(spans).timeline] == [name for _, name, _ in passes[1:]]  # of a CPU
+    assert summarise([]).timeline == ()
+
+
 def test_the_first_of_several_chunks_and_the_time_between_chunks_do_not_count() -> None:
     """Chunk 1 is half gap, chunk 2 a quarter, the rest of a third one none; between them the GPU waits for sound."""
     spans = [span(name, t, t + 1) for t, name in [(0, "audio"), (4, "motion"), (20, "audio"), (24, "motion")]]

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -15,10 +17,12 @@ import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from model import quantize
 from model.config import PRESETS
 from streaming.__main__ import main
+from streaming.session import Session
 from tests.small import SMALL, write_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -310,6 +314,36 @@ def wait_for_chunk(process: subprocess.Popen[str], chunk: int) -> int:
         if text.startswith(f"chunk {chunk} "):
             return int(text.split()[2])
     raise AssertionError("the run ended early")
+
+
+def test_too_little_memory_costs_one_line(
+    portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has 23.52 GiB, of which ...\nMore"
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 22 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 2**30))
+    monkeypatch.setattr(Session, "frames", Mock(side_effect=torch.OutOfMemoryError(reason)))
+    assert call(monkeypatch, "--image", portrait, "--audio", voice, "--out", tmp_path / "v.mp4") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2.34 GiB wanted beside 22.0 GiB, and there are 24.0 GiB" in line
+    assert "--precision fp8-vae" in line
+
+
+def test_compiled_frames_are_the_same(
+    portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler that leaves the graphs as they are."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setenv("FLASHTALK_CACHE", str(tmp_path / "cache"))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # to be restored
+        monkeypatch.setenv(name, str(tmp_path))
+    report = tmp_path / "report.json"
+    for option in ("--compile", "--no-compile"):
+        arguments = ("--image", portrait, "--audio", voice, "--out", tmp_path / f"{option}.mp4", "--steps", 1)
+        assert call(monkeypatch, *arguments, option, "--report", report) == 0
+        assert json.loads(report.read_text())["settings"]["compiled"] == (option == "--compile")
+    one, two = (decode(tmp_path / f"{option}.mp4")[0] for option in ("--compile", "--no-compile"))
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
 
 
 def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: Path) -> None:

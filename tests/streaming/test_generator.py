@@ -1,17 +1,26 @@
 """The chunk loop as a function of its state. Its numbers are held by the golden case chunk_loop (tests/parity)."""
 
-from collections.abc import Generator
+import copy
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial, partialmethod
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.color import to_bytes
 from model.checkpoint import Models, random_models
+from model.compiled import compile_models, warm
 from model.config import PRECISIONS, TINY, ChunkConfig, Config
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
 from streaming.spans import Spans
+from streaming.stages import CudaGraphs
+from tests.tape import record
 
 CPU = torch.device("cpu")
 CHUNK = ChunkConfig(height=32, width=48, frame_num=17, motion_frames_num=5, sample_steps=2)
@@ -45,7 +54,7 @@ def collect(chunk: Generator[Frames, None, State]) -> tuple[Tensor, State]:
     groups = []
     while True:
         try:
-            groups.append(next(chunk).pixels)
+            groups.append(next(chunk).pixels.clone())
         except StopIteration as end:
             return torch.cat(groups), end.value
 
@@ -62,6 +71,99 @@ def test_a_chunk_is_a_function_of_its_state(generator: ChunkGenerator, condition
     assert torch.equal(second, again)
     assert not torch.equal(second, collect(generator.chunk(conditions, replace(after, seed=8), window(2)))[0])
     assert not torch.equal(second, collect(generator.chunk(conditions, after, window(3)))[0])
+
+
+def test_recorded_chunks_are_those_that_are_not(models: Models, conditions: Conditions) -> None:
+    """Bit for bit, whatever changes between chunks: state, sound, portrait and prompt, seed, session."""
+    eager = ChunkGenerator(models, Spans(CPU))
+    recorded = ChunkGenerator(models, Spans(CPU), record=lambda: record)
+    other = eager.prepare(IMAGE.flip(2), IDS[1:])
+    state = eager.start(conditions, seed=2**63 + 5)
+    states = [state]
+    for c in range(6):
+        portrait = other if c > 3 else conditions
+        want, after = collect(eager.chunk(portrait, state, window(c)))
+        got, same = collect(recorded.chunk(portrait, state, window(c)))
+        assert torch.equal(got, want)
+        assert torch.equal(same.motion, after.motion)
+        state = replace(after, seed=8) if c == 2 else after
+        states.append(state)
+    assert torch.equal(states[1].motion, collect(eager.chunk(conditions, states[0], window(0)))[1].motion)
+    # A session that begins, or stops inside a chunk, leaves what was recorded as it is.
+    for c in (0, 0, 0, 5):
+        next(recorded.chunk(conditions, states[c], window(c)))
+        want, _ = collect(eager.chunk(conditions, states[c], window(c)))
+        assert torch.equal(collect(recorded.chunk(conditions, states[c], window(c)))[0], want)
+
+
+class Waits(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for: a value becomes a number, or a shape depends on values."""
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = {str(tag) for tag in func.tags}
+        assert not names & {"Tag.data_dependent_output", "Tag.dynamic_output_shape"}, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_detector_of_waits_detects() -> None:
+    for wait in (torch.Tensor.item, torch.Tensor.nonzero, lambda x: bool((x > 0).all())):
+        with pytest.raises(AssertionError), Waits():
+            wait(torch.ones(1))
+
+
+def test_nothing_in_a_chunk_waits_for_its_values(generator: ChunkGenerator, conditions: Conditions) -> None:
+    state = generator.start(conditions, 0)
+    for c in range(2):
+        with Waits():
+            _, state = collect(generator.chunk(conditions, state, window(c)))
+
+
+def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for 20 chunks, another portrait, prompt, seed or session; another geometry once."""
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
+    torch.compiler.reset()
+    small = replace(models, dit=copy.deepcopy(models.dit), vae=copy.deepcopy(models.vae))
+    compile_models(small)
+    warm(small)
+    # The student's block: in general, and as the last one, which drops one known latent in the first chunk and two in
+    # later ones. Encoder and decoder at a clip's start and behind it; the decoder with frames, and of two latents, too.
+    assert len(compiled) == 9
+    generator = ChunkGenerator(small, Spans(CPU))
+    portraits = [generator.prepare(IMAGE, IDS), generator.prepare(IMAGE.flip(1), IDS[2:])]
+    for seed in (1, 2):
+        state = generator.start(portraits[0], seed)
+        for c in range(10):
+            _, state = collect(generator.chunk(portraits[c // 4 % 2], state, window(c)))
+    assert len(compiled) == 9
+    wide = replace(small, config=replace(CONFIG, chunk=replace(CHUNK, width=64)))
+    for _ in range(2):
+        warm(wide)
+        assert len(compiled) == 18
+
+
+def test_an_error_inside_a_chunk_leaves_the_generator_usable(
+    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of memory, say, wherever it occurs, and also while stages are recorded."""
+    eager = ChunkGenerator(models, Spans(CPU))
+    state = eager.start(conditions, 1)
+    want, after = collect(eager.chunk(conditions, state, window(0)))
+    following, _ = collect(eager.chunk(conditions, after, window(1)))
+    for owner, name in ((models.dit, "forward"), (models.vae, "decode_step"), (models.vae, "encode")):
+        recorded = ChunkGenerator(models, Spans(CPU), record=lambda: record)
+        for generator in (eager, recorded, recorded, recorded):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, Mock(side_effect=torch.OutOfMemoryError("too little")))
+                with suppress(torch.OutOfMemoryError):
+                    collect(generator.chunk(conditions, state, window(0)))
+            assert torch.equal(collect(generator.chunk(conditions, state, window(0)))[0], want)
+            assert torch.equal(collect(generator.chunk(conditions, after, window(1)))[0], following)
 
 
 def test_another_generator_of_the_same_models_agrees(models: Models, conditions: Conditions) -> None:
@@ -160,3 +262,38 @@ def test_gpu_draws_what_the_cpu_draws(
     same = there.prepare(IMAGE, IDS)
     got, _ = collect(there.chunk(same, there.start(same, 3), window(1)))
     assert torch.linalg.norm(got.cpu() - want) < bound * torch.linalg.norm(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8-vae"])
+def test_gpu_graphs_draw_what_launches_draw(precision: str) -> None:
+    """Bit for bit and twice, with the student compiled in both; then without waiting, or memory from the device."""
+    cuda = torch.device("cuda")
+    torch.compiler.reset()
+    models = random_models(CONFIG, cuda, PRECISIONS[precision])
+    compile_models(models)
+    launched = ChunkGenerator(models, Spans(cuda))
+    generators = (launched, *(ChunkGenerator(models, Spans(cuda), record=partial(CudaGraphs, cuda)) for _ in range(2)))
+    portraits = launched.prepare(IMAGE, IDS), launched.prepare(IMAGE.flip(2), IDS[1:])
+    states = [generator.start(portraits[0], 5) for generator in generators]
+    drawn: list[list[Tensor]] = [[], [], []]
+    for c in range(6):
+        for i, generator in enumerate(generators):
+            frames, states[i] = collect(generator.chunk(portraits[c // 4], states[i], window(c)))
+            drawn[i].append(frames)
+    eager, recorded, again = map(torch.cat, drawn)
+    assert eager.isfinite().all()
+    assert torch.equal(recorded, again)
+    assert torch.equal(recorded, eager)
+
+    def taken() -> int:
+        return torch.cuda.memory_stats()["num_device_alloc"]
+
+    windows, before = [window(c).pin_memory() for c in range(2)], taken()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for voice in windows:
+            _, states[1] = collect(generators[1].chunk(portraits[1], states[1], voice))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert taken() == before

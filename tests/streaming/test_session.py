@@ -1,6 +1,9 @@
 """A session's ends: what the frames hear, how frames and sound are dealt out, what is measured."""
 
+import itertools
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import cast
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from model.audio import SpeechEncoder
 from model.config import ChunkConfig
+from model.errors import UserError
 from streaming.generator import Frames
-from streaming.session import Listener, Progress, Session, once_listener, report, run, stream_listener
+from streaming.session import AHEAD, Listener, Progress, Session, once_listener, report, run, stream_listener
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
@@ -119,7 +123,7 @@ def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int,
     session = cast(Session, GroupsOfFour())
     progress = Progress()
     for progress in run(session, slices, lambda _: torch.zeros(0), sink, CHUNK, spans):
-        assert progress.frames == len(sink.pictures)  # what is reported is in the sink
+        assert progress.frames <= len(sink.pictures)  # what is reported is in the sink
     assert progress.frames == -(-samples // 640)
     assert progress.chunks == len(slices)
     assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(progress.frames)]
@@ -131,13 +135,73 @@ def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int,
     assert values["settings"] == {"seed": 1}
 
 
-def test_frames_are_in_the_sink_before_the_next_slice_is_asked_for() -> None:
-    sink, asked = Kept(1), []
+def test_frames_do_not_wait_for_the_next_slice() -> None:
+    """A live source has none for a while: what is made of the last one comes into the sink all the same."""
+    sink, there = Kept(1), []
 
     def source() -> Iterator[Slice]:
-        for item in sliced(np.zeros(3 * 17920, np.float32)):
-            asked.append(sink.frames)
+        for number, item in enumerate(sliced(np.zeros(3 * 17920, np.float32))):
+            deadline = time.monotonic() + 30
+            while sink.frames < 28 * number and time.monotonic() < deadline:
+                time.sleep(0.001)
+            there.append(sink.frames)
             yield item
 
     list(run(cast(Session, GroupsOfFour()), source(), lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
-    assert asked == [0, 28, 56]
+    assert there == [0, 28, 56]
+
+
+class Failing(Kept):
+    """Takes two writes."""
+
+    def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+        if len(self.sounds) == 2:
+            raise UserError("the disk is full")
+        super()._write(frames, sound)
+
+
+def test_what_the_sink_raises_ends_the_run() -> None:
+    """Within as many groups as may wait for it, and not at the end of an endless sound."""
+    sink, endless = Failing(1), itertools.repeat(sliced(np.zeros(17920, np.float32))[0])
+    with pytest.raises(UserError, match=r"^the disk is full$"):
+        list(run(cast(Session, GroupsOfFour()), endless, lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+    assert len(sink.pictures) == 8
+
+
+def test_the_generator_is_at_most_so_far_ahead_of_the_sink() -> None:
+    gate, made, session = threading.Event(), [], GroupsOfFour()
+
+    class Slow(Kept):
+        def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+            gate.wait(30)
+            super()._write(frames, sound)
+
+    def play() -> None:
+        slices = sliced(np.zeros(4 * 17920, np.float32))
+        made.extend(run(cast(Session, session), slices, lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+
+    sink = Slow(1)
+    thread = threading.Thread(target=play)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while len(made) < AHEAD and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)  # longer than the rest would take
+    assert len(made) == AHEAD
+    gate.set()
+    thread.join(30)
+    assert len(sink.pictures) == session.number == 4 * 28
+
+
+def test_an_interruption_waits_for_the_write_under_way_only() -> None:
+    sink = Kept(1)
+    steps = run(
+        cast(Session, GroupsOfFour()), sliced(np.zeros(17920, np.float32)), lambda _: torch.zeros(0), sink, CHUNK,
+        Spans(CPU),
+    )  # fmt: skip
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    written = len(sink.pictures)
+    time.sleep(0.05)
+    assert len(sink.pictures) == written <= 4  # nothing comes afterwards: the sink may be closed

@@ -1,0 +1,81 @@
+"""Stages of a chunk that are the same in every chunk: run the first time, recorded the second, replayed ever after.
+
+A CUDA graph repeats the same kernels on the same memory, hundreds of them at one command of the CPU. What a stage reads
+must therefore lie where it lay when the stage was recorded: constants, results of earlier stages, and inputs that
+`hold` has copied into place. Its results are overwritten when it is replayed.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+T = TypeVar("T")
+
+Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # work -> what repeats it, its results
+
+
+class CudaGraphs:
+    """Records work as CUDA graphs, which share memory, and so must not be replayed at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one of its own: a library's workspace belongs to a stream
+
+    def __call__(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Nothing runs yet. Other threads may go on with what CUDA forbids the recording one."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            results = work()
+        return graph.replay, results
+
+
+class Stages:
+    """Runs stages by key; without `record`, each time as they are."""
+
+    def __init__(self, record: Record | None) -> None:
+        self._record = record
+        self._recorded: dict[Hashable, tuple[Callable[[], None], Any] | None] = {}  # None: has run once
+        self._held: dict[Hashable, tuple[Any, list[Any]]] = {}  # buffers, and the constants that are in them
+
+    @property
+    def recording(self) -> bool:
+        """Whether stages are recorded, and inputs therefore held."""
+        return self._record is not None
+
+    def run(self, key: Hashable, work: Callable[[], T]) -> T:
+        """What `work` returns. Under one key it must be the same work, on the same memory.
+
+        The first time it may still compile, allocate and try algorithms, which cannot be recorded.
+        """
+        if self._record is None:
+            return work()
+        if key not in self._recorded:
+            results = work()
+            self._recorded[key] = None
+            return results
+        stage = self._recorded[key]
+        if stage is None:
+            stage = self._recorded[key] = self._record(work)
+        replay, results = stage
+        replay()
+        return cast(T, results)
+
+    def hold(self, key: Hashable, inputs: T, device: torch.device, constant: bool = False) -> T:
+        """The inputs, a tree of tensors of the same shapes each time, where stages may read them in every chunk.
+
+        Those that are `constant` are copied only if they are not the same tensors as the last time.
+        """
+        given = tree_leaves(inputs)
+        if key not in self._held:
+            self._held[key] = tree_map(partial(torch.empty_like, device=device), inputs), []
+        held, before = self._held[key]
+        if not constant or list(map(id, before)) != list(map(id, given)):
+            for place, tensor in zip(tree_leaves(held), given, strict=True):
+                host = tensor.device.type == "cpu" and device.type == "cuda"
+                # Of other memory of the host the copy would wait for what the GPU has been given before.
+                place.copy_(tensor.pin_memory() if host else tensor, non_blocking=True)
+        self._held[key] = held, given if constant else []
+        return cast(T, held)

@@ -1,0 +1,129 @@
+"""What is compiled, when, and where it is kept; that chunks then compile nothing is in tests/streaming."""
+
+import tarfile
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from model import compiled, warm
+from model.compiled import CACHE, cache_key, load_compiled, stand_in, use_cache
+from model.config import PRECISIONS
+from model.errors import UserError
+from model.warm import main, pack, unpack
+from tests.small import SMALL, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What a compiler is given, that leaves it as it is."""
+    given: list[object] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        given.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=keep))
+    torch.compiler.reset()
+    return given
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in (CACHE, "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("glance", [0, 60])
+def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
+    glance: float, tmp_path: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "GLANCE", glance)
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    models = load_compiled(SMALL, folder, CPU, PRECISIONS["fp32"])
+    assert models.folder == folder
+    seen = len(compilations)
+    assert seen
+    compiled.warm(models)
+    assert len(compilations) == seen
+
+
+@pytest.mark.usefixtures("cache", "compilations")
+def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a checkpoint: there is no such folder$"):
+        load_compiled(SMALL, tmp_path / "nothing", CPU, PRECISIONS["fp32"])
+
+
+@pytest.mark.usefixtures("cache")
+def test_random_weights_are_compiled_too(compilations: list[object]) -> None:
+    models = load_compiled(SMALL, None, CPU, PRECISIONS["fp32"])
+    seen = len(compilations)
+    compiled.warm(models)
+    assert len(compilations) == seen > 0
+
+
+def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None:
+    """The student's blocks by Inductor, in this process but for what it keeps in memory."""
+    models = stand_in(SMALL, CPU, PRECISIONS["fp32"])
+    assert str(cache) in str(use_cache(CPU))
+    found = []
+    for _ in range(2):
+        torch.compiler.reset()
+        compiled.compile_student(models.dit)
+        compiled.warm(models)
+        found.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert found == [0, 3]
+    assert any((cache / cache_key(CPU) / "inductor").iterdir())
+
+
+def test_packed_on_one_machine_unpacked_on_another(tmp_path: Path) -> None:
+    folder, other, file = tmp_path / "a", tmp_path / "b", tmp_path / "packed" / "a.tar"
+    (folder / "triton").mkdir(parents=True)
+    (folder / "triton" / "kernel.cubin").write_bytes(b"code")
+    pack(folder, "h100", file)
+    unpack(file, other, "h100")
+    assert (other / "triton" / "kernel.cubin").read_bytes() == b"code"
+    with pytest.raises(UserError, match=r"it was made on h100, this is h200$"):
+        unpack(file, tmp_path / "c", "h200")
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_no_packed_cache_costs_one_line(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("x")
+    with tarfile.open(tmp_path / "empty", "w"):
+        pass
+    for name in ("text", "empty", "missing"):
+        monkeypatch.setattr("sys.argv", ["warm", "--device", "cpu", "--unpack", str(tmp_path / name)])
+        assert main() == 2
+        assert capsys.readouterr().err.startswith(f"error: --unpack {tmp_path / name} cannot be read")
+    for option, value in (("--preset", "huge"), ("--precision", "int4")):
+        monkeypatch.setattr("sys.argv", ["warm", "--device", "cpu", option, value])
+        assert main() == 2
+        assert capsys.readouterr().err.startswith(f"error: {option} {value}: there is no such choice")
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("compilations")
+def test_the_command_says_where_and_how_long(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "packed.tar"
+    monkeypatch.setitem(warm.PRESETS, "small", SMALL)
+    arguments = ["--preset", "small", "--precision", "fp32", "--pack", str(file), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["warm", *arguments])
+    assert main() == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{cache / cache_key(CPU)}: compiled in ")
+    assert second.startswith(f"{file}: ")
+    assert file.is_file()
