@@ -27,6 +27,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
 from model.slots import Slot
+from model.tensors import pinned
 
 LOUDNESS = -23.0  # LUFS that the speech encoder is given
 BLOCK = 0.4  # seconds of a gating block of ITU-R BS.1770
@@ -191,6 +192,7 @@ def stream_window(encoder: SpeechEncoder, samples: NDArray[np.float32] | Tensor,
     """
     if tuple(samples.shape) != (chunk.cached_samples,):
         raise ValueError(f"samples: got {tuple(samples.shape)}, wanted [{chunk.cached_samples}]")
-    wave = torch.as_tensor(samples, device=next(encoder.parameters()).device)
+    device = next(encoder.parameters()).device
+    wave = pinned(torch.as_tensor(samples), device).to(device, non_blocking=True)
     embedding = encoder(wave, chunk.sample_rate, chunk.tgt_fps)  # [cached_frames, L, C]
     return windows(embedding, chunk.cached_frames - chunk.frame_num, chunk.cached_frames)

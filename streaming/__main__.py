@@ -100,7 +100,7 @@ def run(
     from model.text import tokenize
     from streaming.generator import ChunkGenerator
     from streaming.progress import show, stage
-    from streaming.session import Session, once_listener, stream_listener
+    from streaming.session import Session, beside, once_listener, stream_listener
     from streaming.session import report as report_of
     from streaming.session import run as perform
     from streaming.sinks import open_sink
@@ -169,7 +169,8 @@ def run(
                 listener = once_listener(models.audio, chunk, slices)
         else:
             slices, listener = source, stream_listener(models.audio, chunk)
-        progress = show(perform(session, slices, listener, sink, chunk, spans), spans, chunk.tgt_fps, source.duration)
+        played = perform(session, slices, beside(listener, where), sink, chunk, spans)
+        progress = show(played, spans, chunk.tgt_fps, source.duration)
     if checkpoint is None:
         print(f"{preset} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
     if report is not None:

@@ -62,6 +62,24 @@ def once_listener(encoder: SpeechEncoder, chunk: ChunkConfig, slices: list[Slice
     return lambda _: next(windows)
 
 
+def beside(listener: Listener, device: torch.device) -> Listener:
+    """The listener on a stream of its own: a GPU hears the next slice while it is still at work on the last one."""
+    if device.type != "cuda":
+        return listener
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # for what the listener has heard beforehand
+
+    def hear(item: Slice) -> Tensor:
+        with torch.cuda.stream(stream):
+            window = listener(item)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        window.record_stream(current)  # or its memory might be given away while it is being read
+        return window
+
+    return hear
+
+
 class Session:
     """One portrait and prompt, talking for as long as it is given sound."""
 

@@ -1,7 +1,7 @@
 """Named stages of the loop and how long they take.
 
 The names are the same in reports, traces (`torch.profiler`, NVTX) and the progress line: audio, denoise/step, decode,
-color, motion, emit.
+color, motion; and emit, in reports only, which another thread does.
 """
 
 import statistics

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from model.tensors import pinned
+
 T = TypeVar("T")
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # work -> what repeats it, its results
@@ -74,8 +76,6 @@ class Stages:
         held, before = self._held[key]
         if not constant or list(map(id, before)) != list(map(id, given)):
             for place, tensor in zip(tree_leaves(held), given, strict=True):
-                host = tensor.device.type == "cpu" and device.type == "cuda"
-                # Of other memory of the host the copy would wait for what the GPU has been given before.
-                place.copy_(tensor.pin_memory() if host else tensor, non_blocking=True)
+                place.copy_(pinned(tensor, device), non_blocking=True)
         self._held[key] = held, given if constant else []
         return cast(T, held)

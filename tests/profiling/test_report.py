@@ -612,7 +612,7 @@ def test_the_page_opens_in_a_browser(whole: Run, drawn: dict[str, Figure], tmp_p
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     shown = checked(done.stdout)
     assert shown.headings == checked(page.read_text()).headings
-    assert len(shown.pictures) == 5
+    assert len(shown.pictures) == 6
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels.shape == (3000, 1000, 3)
     blue, orange = (np.abs(pixels - rgb).sum(-1) < 12 for rgb in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)))

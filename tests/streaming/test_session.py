@@ -20,7 +20,7 @@ from model.audio import SpeechEncoder
 from model.config import ChunkConfig
 from model.errors import UserError
 from streaming.generator import Frames
-from streaming.session import AHEAD, Listener, Progress, Session, once_listener, report, run, stream_listener
+from streaming.session import AHEAD, Listener, Progress, Session, beside, once_listener, report, run, stream_listener
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
@@ -205,3 +205,35 @@ def test_an_interruption_waits_for_the_write_under_way_only() -> None:
     written = len(sink.pictures)
     time.sleep(0.05)
     assert len(sink.pictures) == written <= 4  # nothing comes afterwards: the sink may be closed
+
+
+@pytest.mark.gpu
+def test_gpu_hears_beside_what_it_is_doing() -> None:
+    """The same windows, and without waiting for a stream that is busy."""
+    cuda = torch.device("cuda")
+    encoder = cast(SpeechEncoder, LoudnessOfEachFrame().to(cuda))
+    slices = sliced(np.random.default_rng(0).uniform(-1, 1, 4 * 17920).astype(np.float32))
+    there, alone = beside(stream_listener(encoder, CHUNK), cuda), stream_listener(encoder, CHUNK)
+    want = [alone(item) for item in slices]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2**30)  # clock cycles
+    begin = time.perf_counter()
+    got = [there(item) for item in slices]
+    launched = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    assert launched < (time.perf_counter() - begin) / 2
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_frames_reach_the_sink_though_their_memory_is_used_again() -> None:
+    sink, slices = Kept(1), sliced(np.zeros(3 * 17920, np.float32))
+    place = torch.empty(4, 16, 16, 3, dtype=torch.uint8, device="cuda")
+
+    class Replayed(GroupsOfFour):
+        def frames(self, window: Tensor) -> Iterator[Frames]:
+            for frames in super().frames(window):
+                yield Frames(frames.pixels, place.copy_(frames.rgb))
+
+    list(run(cast(Session, Replayed()), slices, lambda _: torch.zeros(0), sink, CHUNK, Spans(torch.device("cuda"))))
+    assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(84)]
