@@ -8,10 +8,10 @@ same device and the same versions of both, which the folder is named after.
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.color import lab_statistics, lab_transfer
@@ -117,7 +117,7 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
 def cache_key(device: torch.device) -> str:
     """What compiled code depends on besides the code: device and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return f"{slug(name)}-torch{torch.__version__}-triton{version('triton')}"
+    return f"{slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
 
 
 def use_cache(device: torch.device) -> Path:
@@ -125,10 +125,8 @@ def use_cache(device: torch.device) -> Path:
 
     It lies below $FLASHTALK_CACHE, or else in the user's cache.
     """
-    home = Path(
-        os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flashtalk"
-    )
-    folder = home / cache_key(device)
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = Path(os.environ.get(CACHE) or users / "flashtalk") / cache_key(device)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder

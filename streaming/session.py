@@ -178,11 +178,8 @@ def run(
             if not number:
                 emitter.begin()
             wanted = -(-len(item.speech) // chunk.frame_samples)
-            whole, sound_per_frame = (
-                wanted == chunk.new_frames,
-                chunk.frame_samples * len(item.sound) // len(item.speech),
-            )
-            shown = 0
+            whole, shown = wanted == chunk.new_frames, 0
+            sound_per_frame = chunk.frame_samples * len(item.sound) // len(item.speech)
             with spans.span("audio"):
                 window = listener(item)
             for frames in session.frames(window):

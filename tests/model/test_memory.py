@@ -20,7 +20,7 @@ from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
 from model.tensors import visiting
-from model.vae import VAE, decode_groups
+from model.vae import VAE, State, decode_groups
 
 GIB = 2**30
 CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]
@@ -94,6 +94,7 @@ def counted() -> dict[str, int]:
             found["denoise"] = peak(denoise) - found["keys and values"]  # they are seen there, too
             latent = torch.empty(frames, channels, rows, columns)
             found["decode"] = peak(lambda: decode(vae, latent)) - parameters(vae.decoder)
+            found["decoder's state"] = sum(x.nbytes for x in tree_leaves(decode(vae, latent)))
             motion = torch.empty(chunk.motion_frames_num, 3, chunk.height, chunk.width)
             found["motion"] = peak(lambda: [len(x) for x in vae.encode(motion)]) - parameters(vae.encoder)
     finally:
@@ -101,11 +102,12 @@ def counted() -> dict[str, int]:
     return found
 
 
-def decode(vae: VAE, latents: Tensor) -> None:
+def decode(vae: VAE, latents: Tensor) -> State | None:
     """As the chunk loop does at most: two latents in a step."""
     state = None
     for group in decode_groups(len(latents), 0, vae.config.temporal_stride):
         _, state = vae.decode_step(latents[group.latents], state)
+    return state
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -116,7 +118,10 @@ def peak(run: Callable[[], object]) -> int:
 
 def test_weights_and_a_whole_chunk_take_less_than_20_gib(counted: dict[str, int]) -> None:
     stay = sum(counted[name] for name in ("student", "vae", "speech", "keys and values"))
-    assert stay + max(counted[name] for name in ("denoise", "decode", "motion")) < 20 * GIB
+    assert stay + max(counted[name] for name in ("denoise", "decode", "motion")) < 18 * GIB
+    # Recorded, student and VAE have memory of their own, and what one stage leaves to another is not given away.
+    coder = max(counted["decode"], counted["decoder's state"] + counted["motion"])
+    assert stay + counted["denoise"] + coder < 20 * GIB
 
 
 def test_where_the_memory_is(counted: dict[str, int]) -> None:
@@ -128,6 +133,7 @@ def test_where_the_memory_is(counted: dict[str, int]) -> None:
         "vae": 0.2,
         "keys and values": 0.8,
         "denoise": 0.9,
+        "decoder's state": 1.5,
         "decode": 2.6,  # at most 3 GiB beyond the weights are asked for
         "motion": 1.8,
     }

@@ -274,12 +274,12 @@ def test_gpu_graphs_draw_what_launches_draw(precision: str) -> None:
     compile_models(models)
     launched = ChunkGenerator(models, Spans(cuda))
     generators = (launched, *(ChunkGenerator(models, Spans(cuda), record=partial(CudaGraphs, cuda)) for _ in range(2)))
-    portraits = launched.prepare(IMAGE, IDS), launched.prepare(IMAGE.flip(2), IDS[1:])
-    states = [generator.start(portraits[0], 5) for generator in generators]
+    portraits = [(g.prepare(IMAGE, IDS), g.prepare(IMAGE.flip(2), IDS[1:])) for g in generators]
+    states = [generator.start(both[0], 5) for generator, both in zip(generators, portraits, strict=True)]
     drawn: list[list[Tensor]] = [[], [], []]
     for c in range(6):
         for i, generator in enumerate(generators):
-            frames, states[i] = collect(generator.chunk(portraits[c // 4], states[i], window(c)))
+            frames, states[i] = collect(generator.chunk(portraits[i][c // 4], states[i], window(c)))
             drawn[i].append(frames)
     eager, recorded, again = map(torch.cat, drawn)
     assert eager.isfinite().all()
@@ -293,7 +293,7 @@ def test_gpu_graphs_draw_what_launches_draw(precision: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for voice in windows:
-            _, states[1] = collect(generators[1].chunk(portraits[1], states[1], voice))
+            _, states[1] = collect(generators[1].chunk(portraits[1][1], states[1], voice))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taken() == before
