@@ -10,6 +10,7 @@ import json
 import sys
 import tarfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -61,17 +62,23 @@ def unpack(file: Path, folder: Path, key: str) -> None:
 
 
 def command(
-    preset: Annotated[str, typer.Option(help="Size of the system.")] = "flashtalk-14b",
-    precision: Annotated[str, typer.Option(help="As for `python -m streaming run`.")] = "fp8",
+    preset: Annotated[
+        str | None, typer.Option(help="Size of the system. Default: flashtalk-14b on a GPU, tiny on a CPU.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="As for `python -m streaming run`. Default: fp8 on a GPU, fp32 on a CPU.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     packed: Annotated[Path | None, typer.Option("--pack", help="Also write what was compiled into this file.")] = None,
     source: Annotated[Path | None, typer.Option("--unpack", help="Compile nothing: take it from this file.")] = None,
 ) -> None:
     """Compiles all that a chunk runs, so that no session has to."""
+    _choice("--device", device, ("auto", "cpu", "cuda"))
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    for option, value, known in (("--preset", preset, PRESETS), ("--precision", precision, PRECISIONS)):
-        if value not in known:
-            raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(known)}")
+    preset = preset or ("flashtalk-14b" if where.type == "cuda" else "tiny")
+    precision = precision or ("fp8" if where.type == "cuda" else "fp32")
+    _choice("--preset", preset, PRESETS)
+    _choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
     folder, key = use_cache(where), cache_key(where)
@@ -92,12 +99,20 @@ def main() -> int:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        print("error:", " ".join(error.format_message().split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is compiled is kept", file=sys.stderr)
+        return 130
     return 0
+
+
+def _choice(option: str, value: str, known: Iterable[str]) -> None:
+    if value not in (names := list(known)):
+        raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
 
 
 if __name__ == "__main__":

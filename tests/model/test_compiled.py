@@ -99,8 +99,8 @@ def test_what_is_no_packed_cache_costs_one_line(
         monkeypatch.setattr("sys.argv", ["warm", "--device", "cpu", "--unpack", str(tmp_path / name)])
         assert main() == 2
         assert capsys.readouterr().err.startswith(f"error: --unpack {tmp_path / name} cannot be read")
-    for option, value in (("--preset", "huge"), ("--precision", "int4")):
-        monkeypatch.setattr("sys.argv", ["warm", "--device", "cpu", option, value])
+    for option, value in (("--preset", "huge"), ("--precision", "int4"), ("--device", "tpu")):
+        monkeypatch.setattr("sys.argv", ["warm", option, value])
         assert main() == 2
         assert capsys.readouterr().err.startswith(f"error: {option} {value}: there is no such choice")
     assert not cache.exists()
