@@ -140,7 +140,8 @@ def _bars(rows: Sequence[VariantRow]) -> tuple[Figure, Axes]:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_cut(row.variant, 18) for row in rows])
     budgets = sorted({1000 * row.frames / ChunkConfig.tgt_fps for row in rows if row.frames and row.seconds})
-    longest = max(1000 * (row.seconds or 0) for row in rows)
+    # Stages that run at the same time may take longer than the chunk.
+    longest = max(1000 * max(row.seconds or 0, sum(row.stages.values())) for row in rows)
     axes.set_xlim(0, max(longest, *budgets, 0))
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -246,9 +247,7 @@ def streams(run: Run) -> Drawn:
         if not lane:
             words = f"critical path {duration(row.critical)}\nall work {duration(row.work)}"
             _beside(axes, words, axes.get_xlim()[1], place, fontsize=10)
-    title(
-        figure, f"Streams of {run.machine.device}", "one traced chunk; what lies below each other ran at the same time"
-    )
+    title(figure, f"Streams of {run.machine.device}", "one traced chunk; what lies one below the other ran together")
     _key(figure, [Patch(color=colour, label=name) for name, colour in used.items()])
     return figure
 
