@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.linear import dequantize, linear_fp8, output_bound, quantize_rows
+from model import command
 from model.config import PRECISIONS, DiTConfig, FP8Policy, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
@@ -369,18 +370,7 @@ def table(manifest: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except typer.TyperException as error:
-        print("error:", " ".join(error.format_message().split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(app, "the same command goes on")
 
 
 if __name__ == "__main__":

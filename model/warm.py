@@ -10,13 +10,14 @@ import json
 import sys
 import tarfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from model import command as command_line
+from model.command import choice
 from model.compiled import cache_key, compile_models, stand_in, use_cache, warm
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
@@ -73,12 +74,12 @@ def command(
     source: Annotated[Path | None, typer.Option("--unpack", help="Compile nothing: take it from this file.")] = None,
 ) -> None:
     """Compiles all that a chunk runs, so that no session has to."""
-    _choice("--device", device, ("auto", "cpu", "cuda"))
+    choice("--device", device, ("auto", "cpu", "cuda"))
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     preset = preset or ("flashtalk-14b" if where.type == "cuda" else "tiny")
     precision = precision or ("fp8" if where.type == "cuda" else "fp32")
-    _choice("--preset", preset, PRESETS)
-    _choice("--precision", precision, PRECISIONS)
+    choice("--preset", preset, PRESETS)
+    choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
     folder, key = use_cache(where), cache_key(where)
@@ -96,23 +97,7 @@ def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except typer.TyperException as error:
-        print("error:", " ".join(error.format_message().split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is compiled is kept", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _choice(option: str, value: str, known: Iterable[str]) -> None:
-    if value not in (names := list(known)):
-        raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
+    return command_line.run(app, "what is compiled is kept")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Annotated
 import typer
 
 try:
+    from model.command import choice
     from model.errors import UserError
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
@@ -117,10 +117,10 @@ def run(
     if precision == "auto":
         quantised = checkpoint is not None and is_quantised(checkpoint)
         precision = "fp8" if quantised else "bf16" if device == "cuda" else "fp32"
-    _choice("--device", device, ("cpu", "cuda"))
-    _choice("--preset", preset, PRESETS)
-    _choice("--precision", precision, PRECISIONS)
-    _choice("--audio-mode", audio_mode, ("stream", "once"))
+    choice("--device", device, ("cpu", "cuda"))
+    choice("--preset", preset, PRESETS)
+    choice("--precision", precision, PRECISIONS)
+    choice("--audio-mode", audio_mode, ("stream", "once"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
     if not 1 <= steps <= NUM_TIMESTEPS:
@@ -201,11 +201,6 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper limit; larger blocks are mapped and unmapped each time
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _choice(option: str, value: str, known: Iterable[str]) -> None:
-    if value not in (names := list(known)):
-        raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
 
 
 class _Interrupted(BaseException):
