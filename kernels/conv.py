@@ -10,6 +10,9 @@ Tensors are frames first, [frame, channel, row, column], in channels-last memory
 In FP8 (e4m3) x is that of `pixel_norm(..., factor)`, `scale` [O] undoes the factor and the weights' own scales, and y
 has the dtype of the bias.
 
+With `gamma` [O] the result is SiLU of y's norm instead, as of kernels/pixel_norm.py, for the convolution behind it: in
+e4m3, `factor` times larger, if there is a factor.
+
 Forms: `reference` is the definition; on CPUs a 2-D convolution of stacked frames; on GPUs the library's (cuDNN), which
 stays until kernels/tuned/ names another: the Triton kernel below, or on Hopper that of kernels/conv_hopper.py.
 """
@@ -32,6 +35,8 @@ from kernels.conv_hopper import WHOLE, suits
 from kernels.hopper import FP8
 from kernels.launch import Choice, Launch, gpu, lookup
 from kernels.norm import LARGEST, TINY
+from kernels.pixel_norm import check_gamma, launch_pixel_norm
+from kernels.pixel_norm import reference as pixel_norm_reference
 
 DEFAULT: Launch = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
@@ -52,13 +57,16 @@ def causal_conv3d(
     past: Tensor | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    factor: float | None = None,
 ) -> Tensor:
     """`reference` without its zero frames: x [T, C, H, W] -> [T, O, H, W], in channels-last memory and x's dtype.
 
     weight [O, C, kt, k, k] with k odd, bias [O]; `past` [kt - 1, C, H, W] are the frames before x, None at the start of
     a clip or where kt = 1. At the start the taps on zero frames are skipped, kt (kt - 1) / 2 of the clip's tap-frames.
     `residual`, like the result, is added to it. In FP8, x, `past` and the weight are e4m3, the sums are multiplied by
-    `scale`, float32 [O], and the result has the bias's dtype.
+    `scale`, float32 [O], and the result has the bias's dtype. With `gamma` [O] and, for a result in e4m3, `factor`, the
+    result y, which then takes no residual, is replaced by `pixel_norm(y, gamma, True, factor)`.
 
     Raises ValueError if an argument has another shape, dtype or memory format than that.
     """
@@ -72,7 +80,12 @@ def causal_conv3d(
         raise ValueError(f"past: dtype {past.dtype}, wanted x's, {x.dtype}")
     if not past.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"past: strides {past.stride()} for shape {list(past.shape)}, wanted channels-last memory")
-    return _conv3d(x, past, weight, bias, residual, scale)
+    if gamma is None:
+        return _conv3d(x, past, weight, bias, residual, scale)
+    check_gamma(gamma, len(weight), x.device)
+    if residual is not None:
+        raise ValueError("residual: not together with gamma")
+    return _conv3d_norm(x, past, weight, bias, scale, gamma, factor)
 
 
 def conv3d(
@@ -275,24 +288,31 @@ def launch_hopper(
     residual: Tensor | None,
     scale: Tensor | None = None,
     launch: Launch | None = None,
+    gamma: Tensor | None = None,
+    factor: float | None = None,
 ) -> Tensor:
-    """As `launch`, by the kernel of kernels/conv_hopper.py; output channels that it cannot store alone get company."""
-    outputs, spare = len(weight), -len(weight) % WHOLE
+    """As `launch`, by the kernel of kernels/conv_hopper.py; output channels that it cannot store alone get company.
+
+    With gamma, as `launch_normed`: a tile of the launch parameters must have room for all output channels.
+    """
+    outputs, spare = len(weight), -len(weight) % (WHOLE if factor is None else 2 * WHOLE)
     if spare:
         more = weight.new_zeros(spare, *weight.shape[1:])
         weight = torch.cat([weight, more]).contiguous(memory_format=torch.channels_last_3d)
-        bias, scale = (None if v is None else F.pad(v, (0, spare)) for v in (bias, scale))
+        bias, scale, gamma = (None if v is None else F.pad(v.flatten(), (0, spare)) for v in (bias, scale, gamma))
         if residual is not None:
             residual = F.pad(residual, (0, 0, 0, 0, 0, spare)).contiguous(memory_format=torch.channels_last)
-    y, reach = _empty(x, weight, bias), -(weight.shape[3] // 2)
-    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch=launch)
+    y, reach = _empty(x, weight, bias, factor), -(weight.shape[3] // 2)
+    norm = None if gamma is None else (gamma, outputs**0.5, factor or 1.0)
+    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch=launch, norm=norm)
     return y[:, :outputs].contiguous(memory_format=torch.channels_last)
 
 
-def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Memory for the result: [T, O, H, W], channels last."""
+def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float | None = None) -> Tensor:
+    """Memory for the result: [T, O, H, W], channels last; in e4m3 with a factor."""
     frames, _, rows, columns = x.shape
-    return x.new_empty(frames, rows, columns, len(weight), dtype=_result(x, bias)).permute(0, 3, 1, 2)
+    dtype = _result(x, bias) if factor is None else FP8
+    return x.new_empty(frames, rows, columns, len(weight), dtype=dtype).permute(0, 3, 1, 2)
 
 
 FORMS: Mapping[str, Callable[..., Tensor]] = {
@@ -321,6 +341,24 @@ def launch(
         wanted = "triton" if x.dtype == FP8 else "library"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None
     return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
+
+
+def launch_normed(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    gamma: Tensor,
+    factor: float | None,
+    choice: Choice | None = None,
+) -> Tensor:
+    """`launch`, then norm and SiLU: on the way out of its kernel where kernels/tuned/ or `choice` says "fused"."""
+    choice = choice or tuned("conv_norm", x, len(weight), ("fused", "apart"))
+    fused = choice is not None and choice.backend == "fused"
+    if choice is None or not (fused and gpu(x.device).capability == "9.0" and suits(x, past, weight)):
+        return launch_pixel_norm(launch(x, past, weight, bias, None, scale), gamma, True, factor)
+    return launch_hopper(x, past, weight, bias, None, scale, choice.launch, gamma, factor)
 
 
 def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Choice | None:
@@ -354,3 +392,25 @@ def _(
     x: Tensor, _past: Tensor, weight: Tensor, bias: Tensor | None, _residual: Tensor | None, _scale: Tensor | None
 ) -> Tensor:
     return _empty(x, weight, bias)
+
+
+@torch.library.custom_op("flashtalk::conv3d_norm", mutates_args=(), device_types="cpu")
+def _conv3d_norm(
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None
+) -> Tensor:
+    y = launch_library(x, past, weight, bias, None, scale)
+    return pixel_norm_reference(y, gamma, True, factor)
+
+
+@_conv3d_norm.register_kernel("cuda")
+def _(
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None
+) -> Tensor:
+    return launch_normed(x, past, weight, bias, scale, gamma, factor)
+
+
+@_conv3d_norm.register_fake
+def _(
+    x: Tensor, _past: Tensor, weight: Tensor, bias: Tensor, _scale: Tensor | None, _gamma: Tensor, factor: float | None
+) -> Tensor:
+    return _empty(x, weight, bias, factor)

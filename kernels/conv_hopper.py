@@ -8,6 +8,10 @@ that the tap sees as boxes of the frame; TMA fills what lies outside with zeros,
 it from `past` or from x, so that nothing is concatenated. Taps on frames before the clip are left out. Output and
 residual pass through shared memory as in kernels/linear_hopper.py.
 
+NORM: what is stored is not y but SiLU of its norm over a pixel's channels, as in kernels/pixel_norm.py, in 8 bits if
+the convolution behind wants that. A tile must have all channels: then a pixel's are in the registers of four threads,
+and the two passes over memory of a norm of its own are spared.
+
 TALL: a stage holds one box more below the others, and serves the K taps of a column of the kernel: eight pixels of a
 line are a whole number of swizzled rows, so that the tap below sees the same bytes, one line on. With few output
 channels copies from the L2 cache are what limits, and these are 4/9 of those of nine taps.
@@ -35,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, GROUP, advance, layout_of, new_barriers, preceding
+from kernels.hopper import ELEMENTS, GROUP, advance, layout_of, new_barriers, preceding, to_e4m3
 from kernels.launch import Launch, gpu
 from kernels.linear_hopper import halves
 
@@ -43,6 +47,7 @@ SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
 CONSUMERS = gl.constexpr(3)
 
 NARROW, THIN = 96, 16  # output channels that tiles of 64 + 32 and of 16 + 0 take at once
+WIDEST = 192  # output channels that a tile can have
 WHOLE = 8  # output channels that 16 bytes hold, which the copy engine moves
 
 
@@ -125,24 +130,37 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT:
 
 
 @gluon.jit
-def finish(y, first, scale, bias, outputs, out, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr):
-    """Turns the sums y of the output channels from `first` on into `out`, where the residual lies."""
-    layout: gl.constexpr = gl.SliceLayout(0, y.type.layout)
-    channel = first + gl.arange(0, y.shape[1], layout)
+def affine(y, first, scale, bias, outputs, SCALED: gl.constexpr, BIAS: gl.constexpr):
+    """The sums y of the output channels from `first` on, scaled and with their bias; 0 beyond the last one."""
+    channel = first + gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
     within = channel < outputs
     if SCALED:
         y = y * gl.load(scale + channel, mask=within, other=0.0)[None, :]
     if BIAS:
         y = y + gl.load(bias + channel, mask=within, other=0.0).to(gl.float32)[None, :]
-    if RESIDUAL:
-        y = y + out.load(y.type.layout).to(gl.float32)
-    out.store(y.to(out.dtype))
+    return y
 
 
 @gluon.jit
-def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, GROUP_ID: gl.constexpr,
-             KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-             LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
+def squares(y, layout: gl.constexpr):
+    """Sums over each pixel's channels."""
+    return gl.convert_layout(gl.sum(y * y, 1), layout, assert_trivial=True)
+
+
+@gluon.jit
+def norm_silu(y, first, reciprocal, gamma, root, factor, outputs):
+    """SiLU of y gamma root times its pixel's `reciprocal`, times `factor`; y: the channels from `first` on."""
+    channel = first + gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
+    weight = gl.load(gamma + channel, mask=channel < outputs, other=0.0).to(gl.float32) * root
+    reciprocal = gl.convert_layout(reciprocal, gl.SliceLayout(1, y.type.layout), assert_trivial=True)
+    y = y * reciprocal[:, None] * weight[None, :]
+    return y * (factor / (1.0 + gl.exp(-y)))
+
+
+@gluon.jit
+def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs,
+             GROUP_ID: gl.constexpr, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
+             RESIDUAL: gl.constexpr, NORM: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
              STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
     """A consumer."""
     x_smem, left_smem, right_smem, y_smem = buffers
@@ -193,12 +211,31 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
             mbarrier.wait(residual_full.index(GROUP_ID), tile // gl.num_programs(0) & 1)
         else:
             tma.store_wait(0)  # of the tile before: its bytes have left
+        gamma, root, factor = norm
         pieces = halves(left) + (right,)  # noqa: RUF005
+        reciprocal = 1.0
+        if NORM:
+            left = affine(left, first, scale, bias, outputs, SCALED, BIAS)
+            pieces = halves(left) + (right,)  # noqa: RUF005
+            of_pixel: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
+            total = squares(left, of_pixel)
+            if RIGHT:
+                right = affine(right, first + LEFT, scale, bias, outputs, SCALED, BIAS)
+                total += squares(right, of_pixel)
+                pieces = halves(left) + (right,)  # noqa: RUF005
+            reciprocal = 1.0 / gl.maximum(gl.sqrt(total), 1e-12)
         for i in gl.static_range(PIECES):
             gl.thread_barrier()  # or ptxas loads all pieces' vectors first, and runs out of registers
             out = y_smem.index(GROUP_ID * PIECES + i)
             out = out._reinterpret(out.dtype, [GROUP, LEFT // 2], y_layout)  # pixels [1, 8, 8, n] as [64, n]
-            finish(pieces[i], first + i * (LEFT // 2), scale, bias, outputs, out, SCALED, BIAS, RESIDUAL)
+            channel = first + i * (LEFT // 2)
+            if NORM:
+                y = norm_silu(pieces[i], channel, reciprocal, gamma, root, factor, outputs)
+            else:
+                y = affine(pieces[i], channel, scale, bias, outputs, SCALED, BIAS)
+            if RESIDUAL:
+                y = y + out.load(y.type.layout).to(gl.float32)
+            out.store(to_e4m3(y) if out.dtype == gl.float8e4nv else y.to(out.dtype))
         fence_async_shared()
         for i in gl.static_range(PIECES):
             place = [frame, row + GROUP_ID * SIDE, column, first + i * (LEFT // 2)]
@@ -212,10 +249,10 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
 @gluon.jit(do_not_specialize=["frames", "before", "tiles_h", "tiles_w", "groups", "blocks", "channels", "outputs", "dy",
                               "dx"])  # fmt: skip
 def conv_hopper(
-    x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, frames, before, tiles_h,
-    tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr,
-    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr,
+    x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, gamma, root, factor, frames,
+    before, tiles_h, tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr,
+    SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, NORM: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Every program takes each num_programs-th tile; the launcher says what the rest is."""
     PIECES: gl.constexpr = 3 if RIGHT else 2
@@ -234,14 +271,15 @@ def conv_hopper(
     buffers = x_smem, left_smem, right_smem, y_smem
     sizes = frames, before, tiles_h, tiles_w, groups, blocks, channels
     tiles = frames * tiles_h * tiles_w * groups
+    norm = gamma, root, factor
     # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
     gl.warp_specialize([
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 0, KT, K, SCALED,
-                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 1, KT, K, SCALED,
-                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
-        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, outputs, 2, KT, K, SCALED,
-                    BIAS, RESIDUAL, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 0, KT,
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 1, KT,
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+        (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 2, KT,
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
         (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, LEFT,
                    RIGHT, BLOCK_K, STAGES, TALL, STRIDE)),
     ], [4, 4, 1], [160, 160, 32])  # fmt: skip
@@ -281,13 +319,16 @@ def launch_hopper(
     reach: tuple[int, int],
     stride: int = 1,
     launch: Launch | None = None,
+    norm: tuple[Tensor, float, float] | None = None,
 ) -> None:
     """Fills y, float16 or bfloat16, any view of [frame, channel, row, column] with neighbouring channels in a row.
 
     `past`, [before, C, H, W], may be empty. The sums of operands that `suits` approves are multiplied by scale
     [outputs], float32, if there is one, and the residual is added, if there is one. `reach` says where the taps of a
     pixel begin: rows and columns from it. With a stride of 2, a pixel of y is two rows and columns of x wide; x has
-    even numbers of them, BLOCK_K divides its channels, taps do not reach up or left, and nothing is TALL.
+    even numbers of them, BLOCK_K divides its channels, taps do not reach up or left, and nothing is TALL. A `norm` is
+    gamma [outputs], the root of the number of channels, and a factor: LEFT + RIGHT must then hold all outputs, y may be
+    e4m3, and there is no residual.
     """
     channels, (frames, _, rows, columns) = x.shape[1], y.shape
     outputs, _, kt, k, _ = weight.shape
@@ -299,13 +340,15 @@ def launch_hopper(
     x_boxes, y_boxes = describe(x, box) if stride == 1 else describe_pairs(x, block_k), describe(y, piece)
     tiles_h, tiles_w = -(-rows // (side * CONSUMERS.value)), -(-columns // side)
     groups = -(-outputs // (left + right))
+    gamma, root, factor = norm or (y, 1.0, 1.0)
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
     conv_hopper[(programs,)](
         x_boxes, describe(past, box) if len(past) else x_boxes, describe(matrix, [left, block_k]),
         describe(matrix, [right or 8, block_k]), y_boxes, y_boxes if residual is None else describe(residual, piece),
-        y if scale is None else scale, y if bias is None else bias, frames, len(past), tiles_h, tiles_w,
-        groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k, SCALED=scale is not None,
-        BIAS=bias is not None, RESIDUAL=residual is not None, STRIDE=stride, num_warps=4, **parameters,
+        y if scale is None else scale, y if bias is None else bias, gamma, root, factor, frames, len(past),
+        tiles_h, tiles_w, groups, -(-channels // block_k), channels, outputs, *reach, KT=kt, K=k,
+        SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, NORM=norm is not None,
+        STRIDE=stride, num_warps=4, **parameters,
     )  # fmt: skip
 
 

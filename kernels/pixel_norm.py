@@ -108,6 +108,14 @@ def fp8_factor(gamma: Tensor) -> float:
     return LARGEST / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
 
 
+def check_gamma(gamma: Tensor, channels: int, device: torch.device) -> None:
+    """Raises ValueError unless gamma is [channels], or with axes of length 1 behind, contiguous, on that device."""
+    if gamma.numel() != channels or gamma.shape[0] != channels or not gamma.is_contiguous():
+        raise ValueError(f"gamma: shape {list(gamma.shape)}, wanted [{channels}], contiguous")
+    if gamma.device != device:
+        raise ValueError(f"gamma: on {gamma.device}, wanted {device}, where x is")
+
+
 def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
     """The norm of every pixel, SiLU of it if asked for; see the module's first lines.
 
@@ -130,10 +138,7 @@ def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | Non
         raise ValueError(f"x: {x.dtype}, wanted float32, float16 or bfloat16")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")
-    if gamma.numel() != x.shape[1] or gamma.shape[0] != x.shape[1] or not gamma.is_contiguous():
-        raise ValueError(f"gamma: shape {list(gamma.shape)}, wanted [{x.shape[1]}], contiguous")
-    if gamma.device != x.device:
-        raise ValueError(f"gamma: on {gamma.device}, wanted {x.device}, where x is")
+    check_gamma(gamma, x.shape[1], x.device)
     for name, y in (("x", x), ("gamma", gamma)):
         if y.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")

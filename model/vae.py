@@ -45,12 +45,21 @@ class CausalConv3d(nn.Module):
         self.weight.data, self.scale = quantize_conv(self.weight.data, factor)
         self.factor = factor
 
-    def forward(self, x: Tensor, past: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        past: Tensor | None,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        factor: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past.
 
-        The next past lies where the one before lay.
+        With gamma, and a factor or none, y is the input of a next convolution: see `causal_conv3d`. The next past lies
+        where the one before lay.
         """
-        return causal_conv3d(x, self.weight, self.bias, past, residual, self.scale), self.follow(x, past)
+        y = causal_conv3d(x, self.weight, self.bias, past, residual, self.scale, gamma, factor)
+        return y, self.follow(x, past)
 
     def follow(self, x: Tensor, past: Tensor | None) -> Tensor:
         """The next past alone."""
@@ -72,18 +81,6 @@ class RMSNorm(nn.Module):
         return pixel_norm(x, self.gamma)
 
 
-def norm_silu_conv(
-    norm: nn.Module, conv: nn.Module, x: Tensor, past: Tensor | None, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Norm, SiLU, causal 3 x 3 x 3 convolution: x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past.
-
-    The past is of the convolution's own input. The residual is added to y.
-    """
-    assert isinstance(norm, RMSNorm)
-    assert isinstance(conv, CausalConv3d)
-    return conv(pixel_norm(x, norm.gamma, True, conv.factor), past, residual)
-
-
 class Head(nn.ModuleDict):
     """Norm, SiLU, causal 3 x 3 x 3 convolution."""
 
@@ -92,11 +89,9 @@ class Head(nn.ModuleDict):
 
     def forward(self, x: Tensor, past: Tensor | None, shown: bool = True) -> tuple[Tensor, Tensor]:
         """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past. Not shown, y are no frames [0, O, H, W]."""
-        norm, conv = self.values()
-        if shown:
-            return norm_silu_conv(norm, conv, x, past)
-        past = cast(CausalConv3d, conv).follow(pixel_norm(x, cast(RMSNorm, norm).gamma, True), past)
-        return x[:0, : len(cast(CausalConv3d, conv).weight)], past
+        norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
+        x = pixel_norm(x, norm.gamma, True)
+        return conv(x, past) if shown else (x[:0, : len(conv.weight)], conv.follow(x, past))
 
 
 class ResidualBlock(nn.Module):
@@ -116,18 +111,23 @@ class ResidualBlock(nn.Module):
 
     def quantize(self) -> None:
         """From now on both convolutions in FP8."""
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        for norm, conv in ((norm1, conv1), (norm2, conv2)):
-            cast(CausalConv3d, conv).quantize(fp8_factor(cast(RMSNorm, norm).gamma))
+        for norm, conv in zip(*self._layers(), strict=True):
+            conv.quantize(fp8_factor(norm.gamma))
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
         past1, past2 = state or (None, None)
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        y, past1 = norm_silu_conv(norm1, conv1, x, past1)
+        (norm1, norm2), (conv1, conv2) = self._layers()
+        y = pixel_norm(x, norm1.gamma, True, conv1.factor)
+        y, past1 = conv1(y, past1, None, norm2.gamma, conv2.factor)
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
-        y, past2 = norm_silu_conv(norm2, conv2, y, past2, residual)
+        y, past2 = conv2(y, past2, residual)
         return y, (past1, past2)
+
+    def _layers(self) -> tuple[tuple[RMSNorm, ...], tuple[CausalConv3d, ...]]:
+        """The two norms, and the convolutions behind them."""
+        norms, convolutions = (self.residual[name] for name in "03"), (self.residual[name] for name in "26")
+        return tuple(cast(RMSNorm, norm) for norm in norms), tuple(cast(CausalConv3d, conv) for conv in convolutions)
 
 
 class AttentionBlock(nn.Module):

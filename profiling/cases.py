@@ -40,6 +40,7 @@ from kernels.color import lab_statistics, lab_transfer, launch_transfer
 from kernels.color import reference as lab_reference
 from kernels.conv import causal_conv3d
 from kernels.conv import reference as causal_conv3d_reference
+from kernels.conv_hopper import WIDEST
 from kernels.cross_attention import (
     fold_audio,
     folded_attention,
@@ -53,7 +54,7 @@ from kernels.cross_attention import (
 from kernels.launch import Choice, Launch, lookup
 from kernels.linear_hopper import LONG
 from kernels.norm import key_scale, launch_norm_rope
-from kernels.pixel_norm import launch_pixel_norm, pixel_norm
+from kernels.pixel_norm import fp8_factor, launch_pixel_norm, pixel_norm
 from kernels.pixel_norm import reference as pixel_norm_reference
 from kernels.resample_conv import fold_upsampling
 from kernels.schedule import spans
@@ -1207,21 +1208,33 @@ def ours_conv(operation: str, form: str, fp8: bool = False) -> Backend:
         return conv.launch(x, past, w, bias, None, scale, choice)
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
-        last, scale = w.contiguous(memory_format=torch.channels_last_3d), None
-        if fp8:
-            factor = FP8_MAX / float(max(x.abs().max(), past.abs().max()))
-            x, past = ((t * factor).to(torch.float8_e4m3fn) for t in (x, past))
-            last, scale = conv.quantize_conv(w, factor)
-        return partial(run, x, past, last, bias, scale, launch)
+        x, past, w, scale = conv_operands(x, past, w, fp8)
+        return partial(run, x, past, w, bias, scale, launch)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Tensor:
-        dtype = torch.float8_e4m3fn if fp8 else x.dtype
-        last = torch.empty_like(w, dtype=dtype, memory_format=torch.channels_last_3d)
-        scale = w.new_empty(len(w), dtype=torch.float32) if fp8 else None
-        return run(torch.empty_like(x, dtype=dtype), torch.empty_like(past, dtype=dtype), last, bias, scale, launch)
+        return run(*conv_shapes(x, past, w, bias, fp8), launch)
 
     space = partial(conv_space, fp8, 1 if operation == "time_conv" else 3) if form == "gluon" else None
     return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, space)
+
+
+def conv_operands(x: Tensor, past: Tensor, w: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, past, weights laid out, and their scale in FP8, where all three are rounded."""
+    if not fp8:
+        return x, past, w.contiguous(memory_format=torch.channels_last_3d), None
+    factor = FP8_MAX / float(max(x.abs().max(), past.abs().max()))
+    x, past = ((t * factor).to(torch.float8_e4m3fn) for t in (x, past))
+    return x, past, *conv.quantize_conv(w, factor)
+
+
+def conv_shapes(
+    x: Tensor, past: Tensor, w: Tensor, bias: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What `conv_operands` makes, and the bias, of tensors without values."""
+    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    last = torch.empty_like(w, dtype=dtype, memory_format=torch.channels_last_3d)
+    scale = w.new_empty(len(w), dtype=torch.float32) if fp8 else None
+    return torch.empty_like(x, dtype=dtype), torch.empty_like(past, dtype=dtype), last, bias, scale
 
 
 def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
@@ -1276,6 +1289,69 @@ def convolution(name: str, k: int) -> Operation:
 
 
 CAUSAL_CONV3D, TIME_CONV = convolution("causal_conv3d", 3), convolution("time_conv", 1)
+
+
+def conv_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor) -> Tensor:
+    """The VAE's norm and SiLU of a causal convolution, in two passes."""
+    return norm_silu(causal_conv3d_reference(x, w, bias, past), gamma)
+
+
+def ours_conv_norm(form: str, fp8: bool) -> Backend:
+    """The norm on the convolution's way out, or apart; in FP8 the result is e4m3, with what undoes its factor.
+
+    "eager" is the operation as a CPU has it.
+    """
+
+    def run(
+        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None,
+        launch: Launch | None = None,
+    ) -> Tensor:  # fmt: skip
+        if form == "eager":
+            return causal_conv3d(x, w, bias, past, None, scale, gamma, factor)
+        choice = Choice(form, launch) if launch else conv.tuned("conv_norm", x, len(w), (form,)) or Choice(form, {})
+        return conv.launch_normed(x, past, w, bias, scale, gamma, factor, choice)
+
+    def prepare(
+        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, launch: Launch | None = None
+    ) -> Call:  # fmt: skip
+        x, past, w, scale = conv_operands(x, past, w, fp8)
+        factor = fp8_factor(gamma) if fp8 else None
+        call = partial(run, x, past, w, bias, scale, gamma, factor, launch)
+        if factor is None:
+            return call
+        undo = torch.tensor(1 / factor)
+        return lambda: (call(), undo)
+
+    def launcher(
+        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, launch: Launch | None = None
+    ) -> Tensor:  # fmt: skip
+        return run(*conv_shapes(x, past, w, bias, fp8), gamma, 1.0 if fp8 else None, launch)
+
+    if form != "fused":
+        return Backend(form, prepare, True, CUDA if form == "apart" else ("cpu",))
+    return Backend(form, prepare, True, CUDA, None, launcher, partial(conv_norm_space, fp8))
+
+
+def conv_norm_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+    """Of `conv_space`, tiles that have all output channels."""
+    return (launch for launch in conv_space(fp8, 3, dims) if launch["LEFT"] + launch["RIGHT"] >= dims["outputs"])
+
+
+CONV_NORM = replace(
+    CAUSAL_CONV3D,
+    name="conv_norm",
+    inputs=lambda d, draw: (*CAUSAL_CONV3D.inputs(d, draw), 1 + draw(d["outputs"], scale=0.1)),
+    reference=conv_norm,
+    backends={
+        "bf16": (
+            *(ours_conv_norm(form, fp8=False) for form in ("fused", "apart", "eager")),
+            Backend("torch-compiled", compiled(conv_norm), devices=ANYWHERE),
+        ),
+        "fp8": tuple(ours_conv_norm(form, fp8=True) for form in ("fused", "apart", "eager")),
+    },
+    result=lambda output: output if isinstance(output, Tensor) else output[0].float() * output[1],
+    tolerances={"fp8": 6e-2},  # of e4m3 in and out
+)
 
 
 def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -1541,6 +1617,8 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             pair = dims | {"frames": TOGETHER * frames, "outputs": width}
             yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
         yield NORM_SILU, Shape(name, dims, world, convolutions)
+        if width <= WIDEST:  # half of the two above, together: no calls of its own
+            yield CONV_NORM, Shape(name, dims | {"outputs": width}, world)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
             one = {"queries": tokens, "keys": tokens, "heads": 1, "channels": width}

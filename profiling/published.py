@@ -114,11 +114,14 @@ def causal_conv3d(
     past: Tensor | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    factor: float | None = None,
 ) -> Tensor:
     """As `kernels.conv.causal_conv3d`, not in FP8; the zero frames at the start of a clip are multiplied too."""
     if past is None:
         past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
-    return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+    y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+    return y if gamma is None else pixel_norm(y, gamma, silu=True, factor=factor)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

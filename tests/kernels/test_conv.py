@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kernels import conv
 from kernels.conv import causal_conv3d, conv3d, reference
-from kernels.conv_hopper import suits
+from kernels.conv_hopper import THIN, suits
 from kernels.hopper import FP8
+from kernels.pixel_norm import fp8_factor
+from kernels.pixel_norm import reference as pixel_norm_reference
 from profiling.bench import poisoned_memory
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
@@ -208,12 +210,38 @@ def test_says_what_is_wrong_with_a_residual():
         causal_conv3d(x, weight, bias, None, torch.zeros(3, 4, 5, 6, dtype=torch.float64))
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+def test_normed_for_the_next_convolution(kernel, frames, inputs, outputs, rows, columns, has_past, seed):
+    torch.manual_seed(seed)
+    (weight, bias), gamma = parameters(inputs, outputs, *kernel), torch.randn(outputs, 1, 1, 1, dtype=torch.float64)
+    x, past = (channels_last(n, inputs, rows, columns) for n in (frames, kernel[0] - 1))
+    past = past if has_past else None
+    y = reference(x, weight, bias, past)
+    normed = y / y.square().sum(1, keepdim=True).sqrt() * outputs**0.5 * gamma.view(-1, 1, 1)
+    assert_like(causal_conv3d(x, weight, bias, past, gamma=gamma), normed * normed.sigmoid())
+    factor = fp8_factor(gamma)
+    narrow = causal_conv3d(x, weight, bias, past, gamma=gamma, factor=factor)
+    torch.testing.assert_close(narrow.double() / factor, normed * normed.sigmoid(), rtol=2**-4, atol=2**-9 / factor)
+    assert narrow.dtype == FP8
+
+
+def test_says_what_is_wrong_with_gamma():
+    x, (weight, bias) = channels_last(1, 4, 3, 3), parameters(4, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"gamma: shape \[3\], wanted \[2\]"):
+        causal_conv3d(x, weight, bias, gamma=torch.ones(3))
+    with pytest.raises(ValueError, match="residual: not together with gamma"):
+        causal_conv3d(x, weight, bias, residual=channels_last(1, 2, 3, 3), gamma=torch.ones(2))
+
+
 def test_opcheck_and_compilation():
     torch.manual_seed(0)
     weight, bias = (t.float() for t in parameters(3, 4, 3, 3))
     clip, residual = channels_last(4, 3, 5, 6).float(), channels_last(2, 4, 5, 6).float()
     for arguments in ((clip[2:], clip[:2], weight, bias, residual, None), (clip, clip[:0], weight, None, None, None)):
         torch.library.opcheck(conv._conv3d, arguments)
+    for factor in (None, 2.0):
+        torch.library.opcheck(conv._conv3d_norm, (clip[2:], clip[:2], weight, bias, None, bias + 1, factor))
     whole = torch.compile(conv3d, fullgraph=True)
     torch.testing.assert_close(whole(clip, weight, bias, 1, residual), conv3d(clip, weight, bias, 1, residual))
 
@@ -278,6 +306,53 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, conv.launch_hopper(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("channels", "launch"),
+    [
+        (192, None),
+        (96, None),
+        (16, None),
+        (48, None),
+        (24, None),
+        (180, None),
+        (192, hopper(128, 64, 32, 2, 1)),
+        (96, hopper(64, 32, 64, 2, 1)),
+        (96, hopper(128, 0, 32, 4, 0)),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gpu_norm_on_the_way_out(channels, launch, before, narrow, fp8):
+    """Every pixel of every tile, those at the picture's edges too, from bf16 and e4m3 into bf16 and e4m3."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the form for Hopper needs one")
+    if narrow and channels <= THIN:
+        pytest.skip("e4m3 tiles of 16 channels are narrower than what can be copied")
+    x, past = (channels_last(n, 64, 21, 19).to("cuda", torch.bfloat16) for n in (3, before))
+    weight = (torch.randn(channels, 64, 3, 3, 3) * (64 * 27) ** -0.5).to("cuda", torch.bfloat16)
+    bias, scale = torch.randn(channels).to("cuda", torch.bfloat16), None
+    gamma = 1 + 0.1 * torch.randn(channels, 1, 1, 1).to("cuda", torch.bfloat16)
+    wide, filters = torch.cat([past, x]).double(), weight.double()
+    if fp8:
+        (x, past), (weight, scale) = ((t * 64).to(FP8) for t in (x, past)), conv.quantize_conv(weight, 64.0)
+        wide = torch.cat([past.double(), x.double()]) / 64
+        filters = weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
+    factor = fp8_factor(gamma) if narrow else None
+    given = (x, past, weight, bias, None, scale, launch, gamma, factor)
+    with poisoned_memory():
+        y = conv.launch_hopper(*given)
+    zeros = wide.new_zeros(2 - before, *wide.shape[1:])
+    expected = reference(wide[before:], filters, bias.double(), torch.cat([zeros, wide[:before]]))
+    expected = pixel_norm_reference(expected, gamma.double(), True) * (factor or 1)
+    error = torch.linalg.vector_norm(y.double() - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
+    assert error.max() < (6e-2 if narrow else 1e-2)
+    assert y.dtype == (FP8 if narrow else torch.bfloat16)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y.view(torch.uint8), conv.launch_hopper(*given).view(torch.uint8))
 
 
 @settings(deadline=None, max_examples=25)
