@@ -212,18 +212,16 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
         else:
             tma.store_wait(0)  # of the tile before: its bytes have left
         gamma, root, factor = norm
-        pieces = halves(left) + (right,)  # noqa: RUF005
         reciprocal = 1.0
         if NORM:
             left = affine(left, first, scale, bias, outputs, SCALED, BIAS)
-            pieces = halves(left) + (right,)  # noqa: RUF005
-            of_pixel: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
+            of_pixel: gl.constexpr = gl.SliceLayout(1, left_layout)
             total = squares(left, of_pixel)
             if RIGHT:
                 right = affine(right, first + LEFT, scale, bias, outputs, SCALED, BIAS)
                 total += squares(right, of_pixel)
-                pieces = halves(left) + (right,)  # noqa: RUF005
             reciprocal = 1.0 / gl.maximum(gl.sqrt(total), 1e-12)
+        pieces = halves(left) + (right,)  # noqa: RUF005
         for i in gl.static_range(PIECES):
             gl.thread_barrier()  # or ptxas loads all pieces' vectors first, and runs out of registers
             out = y_smem.index(GROUP_ID * PIECES + i)
