@@ -9,8 +9,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._dynamo
 import triton
 from torch import Tensor
 
@@ -24,11 +26,17 @@ from model.vae import VAE, decode_groups
 
 GLANCE = 1.0  # seconds that loading is given to fail
 LAYERS = 2  # of a student that stands in for another
+KEPT = 1024  # compiled forms of a function: three or four for each geometry, where torch gives up at the ninth
 CACHE = "FLASHTALK_CACHE"  # environment variable: where the folders lie
 
 
 def compile_models(models: Models) -> None:
-    """Compiles what gains by it: the student, and on a CPU the VAE, whose kernels on a GPU are ours."""
+    """Compiles what gains by it: the student, and on a CPU the VAE, whose kernels on a GPU are ours.
+
+    Each geometry that a process meets is compiled once, and stays.
+    """
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = KEPT
     compile_student(models.dit)
     if models.device.type == "cpu":
         compile_vae(models.vae)

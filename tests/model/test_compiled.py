@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from model import compiled, warm
 from model.compiled import CACHE, cache_key, load_compiled, stand_in, use_cache
 from model.config import PRECISIONS
+from model.dit import DiT, rope_table
 from model.errors import UserError
 from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
@@ -33,6 +34,32 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=keep))
     torch.compiler.reset()
     return given
+
+
+@torch.inference_mode()
+def test_another_number_of_speakers_is_compiled_once(compilations: list[object]) -> None:
+    """The student's block in general and as the last one, for one speaker and for two, however often they change."""
+    torch.manual_seed(0)
+    dit = DiT(SMALL.dit)
+    compiled.compile_student(dit)
+    frames, rows, columns = 3, 4, 6
+    latent, condition = torch.randn(frames, 16, rows, columns), torch.randn(frames, 20, rows, columns)
+    context = dit.embed_context(
+        torch.randn(4, SMALL.dit.text_dim), torch.randn(SMALL.dit.img_tokens, SMALL.dit.img_dim)
+    )
+    rope = rope_table((frames, rows // 2, columns // 2), SMALL.dit.head_dim)
+    places = torch.tensor([0, 0, 1, 1, 2, 2])
+    masks = torch.stack([(places == person).float() for person in range(3)])
+    window = SMALL.dit.audio_window, SMALL.dit.audio_blocks, SMALL.dit.audio_channels
+
+    def velocity(speakers: int) -> Tensor:
+        audio = dit.embed_audio(torch.randn(speakers, 9, *window))
+        return dit(latent, condition, dit.modulate(500.0), rope, context, audio, masks if speakers == 2 else None, 1)
+
+    for counts, known in (((1, 1), 2), ((2, 2), 4), ((1, 2, 1, 2, 1), 4)):
+        for speakers in counts:
+            assert velocity(speakers).isfinite().all()
+        assert len(compilations) == known
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_nothing_in_a_chunk_waits_for_its_values(generator: ChunkGenerator, cond
 
 
 def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for 20 chunks, another portrait, prompt, seed or session; another geometry once."""
+    """Not for 20 chunks, another portrait, prompt, seed or session; each of several geometries once."""
     compiled = []
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -141,10 +141,13 @@ def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest
         for c in range(10):
             _, state = collect(generator.chunk(portraits[c // 4 % 2], state, window(c)))
     assert len(compiled) == 9
-    wide = replace(small, config=replace(CONFIG, chunk=replace(CHUNK, width=64)))
-    for _ in range(2):
-        warm(wide)
-        assert len(compiled) == 18
+    others = [replace(small, config=replace(CONFIG, chunk=replace(CHUNK, width=width))) for width in (64, 80)]
+    for known, of_geometry in enumerate(others, 2):
+        warm(of_geometry)
+        assert len(compiled) == 9 * known
+    for again in (*others, small):
+        warm(again)
+    assert len(compiled) == 27
 
 
 def test_an_error_inside_a_chunk_leaves_the_generator_usable(
