@@ -13,6 +13,7 @@ memory holds one tensor at a time beside what the target device itself needs.
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from model.config import AudioConfig, Config, DiTConfig, Precision, from_officia
 from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder, unused
+from model.prompts import Prompts, kept_for
 from model.slots import Slot, own_slots
 from model.tensors import fill, read_json, safetensors_of, shards
 from model.text import TextEncoder
@@ -49,7 +51,7 @@ class Models:
     config: Config
     dit: DiT
     vae: VAE
-    text: TextEncoder
+    text: Prompts
     image: ImageEncoder
     audio: SpeechEncoder
     device: torch.device
@@ -88,13 +90,13 @@ def random_models(
             config,
             build(student, precision.dit),
             build(lambda: VAE(config.vae), precision.vae),
-            build(lambda: TextEncoder(config.text), precision.text),
+            Prompts(partial(build, lambda: TextEncoder(config.text), precision.text), device),
             build(lambda: ImageEncoder(config.image), precision.image),
             build(lambda: SpeechEncoder(config.audio), precision.audio),
             device,
             None,
         )
-    for module in (models.text, models.image, *models.dit.visitors().values()):
+    for module in (models.text.encoder, models.image, *models.dit.visitors().values()):
         module.to(home)
     models.vae.lay_out()
     models.vae.quantize(precision.fp8_vae)
@@ -123,9 +125,15 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
         fill(module, slots, tensors, *args)
         return module.requires_grad_(False).eval()
 
+    def text() -> TextEncoder:
+        with torch.device("meta"):
+            encoder = TextEncoder(config.text)
+        tensors = _pth_tensors(folder / TEXT_FILE)
+        return place(encoder, encoder.slots(), tensors, folder / TEXT_FILE, home, precision.text)
+
     home = torch.device("cpu")
     with torch.device("meta"):
-        dit, vae, text = DiT(config.dit), VAE(config.vae), TextEncoder(config.text)
+        dit, vae = DiT(config.dit), VAE(config.vae)
         image, audio = ImageEncoder(config.image), _speech_encoder(config.audio, audio_folder)
     visitors = dit.visitors()
     if quantised:
@@ -145,7 +153,7 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
         config,
         dit.requires_grad_(False).eval(),
         vae,
-        place(text, text.slots(), _pth_tensors(folder / TEXT_FILE), folder / TEXT_FILE, home, precision.text),
+        Prompts(text, device, kept_for(folder / TEXT_FILE, device, precision.text)),
         place(image, image.slots(), pixels, folder / IMAGE_FILE, home, precision.image),
         place(audio, audio.slots(), speech, audio_folder, device, precision.audio),
         device,

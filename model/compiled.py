@@ -13,21 +13,18 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import triton
 from torch import Tensor
 
 from kernels.color import lab_statistics, lab_transfer
-from kernels.launch import slug
 from model.checkpoint import Models, load_models, random_models
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
-from model.machine import cpu_name
+from model.machine import cache_folder
 from model.vae import VAE, decode_groups
 
 GLANCE = 1.0  # seconds that loading is given to fail
 LAYERS = 2  # of a student that stands in for another
 KEPT = 1024  # compiled forms of a function: three or four for each geometry, where torch gives up at the ninth
-CACHE = "FLASHTALK_CACHE"  # environment variable: where the folders lie
 
 
 def compile_models(models: Models) -> None:
@@ -122,19 +119,9 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
     return models
 
 
-def cache_key(device: torch.device) -> str:
-    """What compiled code depends on besides the code: device and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return f"{slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
-
-
 def use_cache(device: torch.device) -> Path:
-    """Makes Inductor and Triton keep what they compile in the device's folder, and gives it.
-
-    It lies below $FLASHTALK_CACHE, or else in the user's cache.
-    """
-    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = Path(os.environ.get(CACHE) or users / "flashtalk") / cache_key(device)
+    """Makes Inductor and Triton keep what they compile in the device's folder, see `cache_folder`, and gives it."""
+    folder = cache_folder(device)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder

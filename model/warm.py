@@ -18,9 +18,10 @@ import typer
 
 from model import command as command_line
 from model.command import choice
-from model.compiled import cache_key, compile_models, stand_in, use_cache, warm
+from model.compiled import compile_models, stand_in, use_cache, warm
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
+from model.machine import cache_key
 
 MANIFEST = "manifest.json"
 

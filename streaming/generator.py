@@ -116,8 +116,7 @@ class ChunkGenerator:
         if image.shape != (3, chunk.height, chunk.width):
             raise ValueError(f"image: got {list(image.shape)}, want [3, {chunk.height}, {chunk.width}]")
         portrait = to_pixels(image).to(models.device)
-        with visiting(models.device, models.text):
-            text = models.text(ids.to(models.device))
+        text = models.text(ids)
         with visiting(models.device, models.image):
             features = models.image(portrait)
         context = models.dit.embed_context(text, features)

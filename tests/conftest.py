@@ -1,11 +1,22 @@
 """Set-up shared by all tests: thread count, options, skipping by marker."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.machine import CACHE
+
 torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test finds, or leaves behind, what the user's cache holds."""
+    folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
+    os.environ[CACHE] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,12 @@ def test_every_tensor_arrives(folder: Path) -> None:
         rows = state[slot.names[0]]
         rows = rows if slot.start is None else rows[slot.start :][: slot.shape[0]]
         assert torch.equal(rows, official[name]), name
-    for component, module in (("t5", models.text), ("clip", models.image), ("wav2vec", models.audio)):
+    for component, module in (("t5", models.text.encoder), ("clip", models.image), ("wav2vec", models.audio)):
         official, state = weights(component), module.state_dict()
         for name, slot in module.slots().items():
             pieces = torch.cat([state[ours].reshape(-1) for ours in slot.names])
             assert torch.equal(pieces, official[name].flatten()), name
-    for module in (models.dit, models.vae, models.text, models.image, models.audio):
+    for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert not module.training
         assert all(p.device == CPU and not p.requires_grad for p in module.parameters())
         assert not any(b.is_meta for b in module.buffers())
@@ -51,7 +52,8 @@ def test_every_tensor_arrives(folder: Path) -> None:
 
 def test_precision_of_each_network(folder: Path) -> None:
     models = load(folder, "bf16")
-    dtypes = [next(m.parameters()).dtype for m in (models.dit, models.vae, models.text, models.image, models.audio)]
+    modules = models.dit, models.vae, models.text.encoder, models.image, models.audio
+    dtypes = [next(module.parameters()).dtype for module in modules]
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -156,8 +158,8 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     torch.manual_seed(1)
     a, b, c = (random_models(TINY, CPU, PRECISIONS["fp32"], seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(1), expected)
-    for name in ("dit", "vae", "text", "image", "audio"):
-        one, two, other = (getattr(m, name).state_dict() for m in (a, b, c))
+    for name in ("dit", "vae", "text.encoder", "image", "audio"):
+        one, two, other = (attrgetter(name)(m).state_dict() for m in (a, b, c))
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert any(not torch.equal(one[key], other[key]) for key in one), name
     assert torch.get_default_dtype() == torch.float32
@@ -167,5 +169,5 @@ def test_random_networks_are_where_they_are_wanted() -> None:
     """Whole: transformers makes some parameters on the CPU, whatever device is asked for."""
     meta = torch.device("meta")
     models = random_models(SMALL, meta, PRECISIONS["fp32"], home=meta)
-    for module in (models.dit, models.vae, models.text, models.image, models.audio):
+    for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert {parameter.device for parameter in module.parameters()} == {meta}

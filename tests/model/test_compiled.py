@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from model import compiled, warm
-from model.compiled import CACHE, cache_key, load_compiled, stand_in, use_cache
+from model.compiled import load_compiled, stand_in, use_cache
 from model.config import PRECISIONS
 from model.dit import DiT, rope_table
 from model.errors import UserError
+from model.machine import CACHE, cache_key
 from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
 

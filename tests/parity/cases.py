@@ -30,6 +30,7 @@ from model.config import (
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, resize_center_crop, to_pixels, unused
+from model.prompts import Prompts
 from model.sampler import denoise_step, first_latents, timesteps
 from model.slots import own_slots
 from model.tensors import fill
@@ -232,7 +233,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
     config = Config(
         "golden", dit.config, vae.config, text.config, image.config, chunk=from_official(ChunkConfig, settings | rates)
     )
-    models = Models(config, dit, vae, text, image, case.speech(), CPU, None)
+    models = Models(config, dit, vae, Prompts(lambda: text, CPU), image, case.speech(), CPU, None)
 
     def noise(_seed: int | Tensor, c: int | Tensor, draw: int) -> Tensor:
         return case[f"in.noise.chunk{c}"][draw].transpose(0, 1)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partialmethod
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 
 from model import quantize
 from model.config import PRESETS
+from streaming import progress
 from streaming.__main__ import main
 from streaming.session import Session
 from tests.small import SMALL, write_checkpoint
@@ -337,11 +339,14 @@ def test_compiled_frames_are_the_same(
     monkeypatch.setenv("FLASHTALK_CACHE", str(tmp_path / "cache"))
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # to be restored
         monkeypatch.setenv(name, str(tmp_path))
-    report = tmp_path / "report.json"
+    report, stages = tmp_path / "report.json", Mock(return_value=nullcontext())
+    monkeypatch.setattr(progress, "stage", stages)
     for option in ("--compile", "--no-compile"):
         arguments = ("--image", portrait, "--audio", voice, "--out", tmp_path / f"{option}.mp4", "--steps", 1)
         assert call(monkeypatch, *arguments, option, "--report", report) == 0
         assert json.loads(report.read_text())["settings"]["compiled"] == (option == "--compile")
+    said = [given.args[0] for given in stages.call_args_list if "loading" in given.args[0]]
+    assert said == ["loading the models, compiling for 128 x 128", "loading the models"]
     one, two = (decode(tmp_path / f"{option}.mp4")[0] for option in ("--compile", "--no-compile"))
     assert all((a == b).all() for a, b in zip(one, two, strict=True))
 
