@@ -2,7 +2,8 @@
 
     y[pixel, o] = bias[o] + sum over taps and channels of x[pixel + tap, c] w[o, tap, c]  (+ residual[pixel, o])
 
-A program works off tiles: 8 x 8 pixels for each of its consumers, one below the other, by LEFT + RIGHT output channels.
+A program works off tiles: LINES x 8 pixels for each of its consumers, one below the other, by LEFT + RIGHT output
+channels. More LINES, 16 for 8, have more pixels share the weights that a tile copies, and need twice the registers.
 kernels/hopper.py says what roles its warps have. The producer copies, for every tap and block of channels, the pixels
 that the tap sees as boxes of the frame; TMA fills what lies outside with zeros, so that there is no padding, and takes
 it from `past` or from x, so that nothing is concatenated. Taps on frames before the clip are left out. Output and
@@ -39,11 +40,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, GROUP, advance, layout_of, new_barriers, preceding, to_e4m3
+from kernels.hopper import ELEMENTS, advance, layout_of, new_barriers, preceding, to_e4m3
 from kernels.launch import Launch, gpu
 from kernels.linear_hopper import halves
 
-SIDE = gl.constexpr(8)  # a consumer's pixels are 8 x 8
+SIDE = gl.constexpr(8)  # lines and columns of a box of pixels
 CONSUMERS = gl.constexpr(3)
 
 NARROW, THIN = 96, 16  # output channels that tiles of 64 + 32 and of 16 + 0 take at once
@@ -55,18 +56,19 @@ WHOLE = 8  # output channels that 16 bytes hold, which the copy engine moves
 
 
 @gluon.jit
-def locate(tile, sizes, WIDTH: gl.constexpr):
+def locate(tile, sizes, WIDTH: gl.constexpr, LINES: gl.constexpr):
     """A tile's frame, row, column and first output channel: all channels of a place, then places, then frames."""
     _frames, _before, tiles_h, tiles_w, groups, _blocks, _channels = sizes
     place = tile // groups
     frame, place = place // (tiles_h * tiles_w), place % (tiles_h * tiles_w)
-    return frame, place // tiles_w * (CONSUMERS * SIDE), place % tiles_w * SIDE, tile % groups * WIDTH
+    return frame, place // tiles_w * (CONSUMERS * LINES), place % tiles_w * SIDE, tile % groups * WIDTH
 
 
 @gluon.jit
 def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT: gl.constexpr, K: gl.constexpr,
             RESIDUAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr):  # fmt: skip
+            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, LINES: gl.constexpr,
+            STRIDE: gl.constexpr):  # fmt: skip
     """Copies the pixels and weights of all tiles, in the order in which the consumers take them.
 
     The taps of a pixel begin dy rows and dx columns from it. With a STRIDE of 2, boxes are of pairs of rows and of
@@ -79,12 +81,12 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT:
     _frames, before, _tiles_h, _tiles_w, _groups, blocks, channels = sizes
     PIECES: gl.constexpr = 3 if RIGHT else 2
     TAPS: gl.constexpr = K if TALL else 1
-    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
+    BOXES: gl.constexpr = CONSUMERS * (LINES // SIDE) + (1 if TALL else 0)
     slot = 0
     phase = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT)
+        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT, LINES)
         for i in range(gl.maximum(0, KT - 1 - frame - before), KT):
             seen = frame + i - (KT - 1)
             for step in range(K * K // TAPS):
@@ -123,7 +125,7 @@ def produce(boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT:
                 mbarrier.expect(residual_full.index(group), PIECES * residual_boxes.block_type.nbytes)
                 for piece in gl.static_range(PIECES):
                     tma.async_copy_global_to_shared(
-                        residual_boxes, [frame, row + group * SIDE, column, first + piece * (LEFT // 2)],
+                        residual_boxes, [frame, row + group * LINES, column, first + piece * (LEFT // 2)],
                         residual_full.index(group), y_smem.index(group * PIECES + piece),
                     )  # fmt: skip
             turn ^= 1
@@ -161,7 +163,7 @@ def norm_silu(y, first, reciprocal, gamma, root, factor, outputs):
 def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs,
              GROUP_ID: gl.constexpr, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
              RESIDUAL: gl.constexpr, NORM: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr,
-             STAGES: gl.constexpr, TALL: gl.constexpr):  # fmt: skip
+             STAGES: gl.constexpr, TALL: gl.constexpr, LINES: gl.constexpr):  # fmt: skip
     """A consumer."""
     x_smem, left_smem, right_smem, y_smem = buffers
     full, empty = stage_bars
@@ -170,26 +172,27 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
     DTYPE: gl.constexpr = x_smem.dtype
     PIECES: gl.constexpr = 3 if RIGHT else 2
     TAPS: gl.constexpr = K if TALL else 1
-    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
+    BOXES: gl.constexpr = CONSUMERS * (LINES // SIDE) + (1 if TALL else 0)
+    PIXELS: gl.constexpr = LINES * SIDE
     TERMS: gl.constexpr = 256 // DTYPE.primitive_bitwidth  # that one instruction multiplies
     left_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, TERMS])
     right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT if RIGHT else 32, TERMS])
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, BLOCK_K], DTYPE)
-    y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, LEFT // 2], y_smem.dtype)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PIXELS, BLOCK_K], DTYPE)
+    y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PIXELS, LEFT // 2], y_smem.dtype)
     line_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, BLOCK_K], DTYPE)
     lines = x_smem._reinterpret(DTYPE, [STAGES * BOXES * SIDE, SIDE, BLOCK_K], line_layout)
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        frame, _row, _column, _first = locate(tile, sizes, LEFT + RIGHT)
+        frame, _row, _column, _first = locate(tile, sizes, LEFT + RIGHT, LINES)
         steps = (KT - gl.maximum(0, KT - 1 - frame - before)) * (K * K // TAPS) * blocks
-        left = gl.zeros([GROUP, LEFT], gl.float32, left_layout)
-        right = gl.zeros([GROUP, RIGHT if RIGHT else 32], gl.float32, right_layout)
+        left = gl.zeros([PIXELS, LEFT], gl.float32, left_layout)
+        right = gl.zeros([PIXELS, RIGHT if RIGHT else 32], gl.float32, right_layout)
         for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
             for tap in gl.static_range(TAPS):
-                line = lines.index((slot * BOXES + GROUP_ID) * SIDE + tap)
-                x = line._reinterpret(DTYPE, [GROUP, BLOCK_K], x_layout)  # that line and the seven below it
+                line = lines.index(slot * BOXES * SIDE + GROUP_ID * LINES + tap)
+                x = line._reinterpret(DTYPE, [PIXELS, BLOCK_K], x_layout)  # that line and those below it
                 w = slot * TAPS + tap
                 left = warpgroup_mma(x, left_smem.index(w).permute((1, 0)), left, is_async=True)
                 if RIGHT:
@@ -206,7 +209,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
         else:
             left = warpgroup_mma_wait(0, deps=[left])
         mbarrier.arrive(empty.index(preceding(slot, STAGES)))
-        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT)  # again, so as not to hold registers
+        frame, row, column, first = locate(tile, sizes, LEFT + RIGHT, LINES)  # again, so as not to hold registers
         if RESIDUAL:
             mbarrier.wait(residual_full.index(GROUP_ID), tile // gl.num_programs(0) & 1)
         else:
@@ -225,7 +228,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
         for i in gl.static_range(PIECES):
             gl.thread_barrier()  # or ptxas loads all pieces' vectors first, and runs out of registers
             out = y_smem.index(GROUP_ID * PIECES + i)
-            out = out._reinterpret(out.dtype, [GROUP, LEFT // 2], y_layout)  # pixels [1, 8, 8, n] as [64, n]
+            out = out._reinterpret(out.dtype, [PIXELS, LEFT // 2], y_layout)  # pixels [1, LINES, 8, n] in a row
             channel = first + i * (LEFT // 2)
             if NORM:
                 y = norm_silu(pieces[i], channel, reciprocal, gamma, root, factor, outputs)
@@ -236,7 +239,7 @@ def multiply(boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bia
             out.store(to_e4m3(y) if out.dtype == gl.float8e4nv else y.to(out.dtype))
         fence_async_shared()
         for i in gl.static_range(PIECES):
-            place = [frame, row + GROUP_ID * SIDE, column, first + i * (LEFT // 2)]
+            place = [frame, row + GROUP_ID * LINES, column, first + i * (LEFT // 2)]
             tma.async_copy_shared_to_global(boxes[4], place, y_smem.index(GROUP_ID * PIECES + i))
         if RESIDUAL:
             tma.store_wait(0)
@@ -250,18 +253,19 @@ def conv_hopper(
     x_boxes, past_boxes, left_boxes, right_boxes, y_boxes, residual_boxes, scale, bias, gamma, root, factor, frames,
     before, tiles_h, tiles_w, groups, blocks, channels, outputs, dy, dx, KT: gl.constexpr, K: gl.constexpr,
     SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, NORM: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, STRIDE: gl.constexpr,
+    RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, LINES: gl.constexpr,
+    STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Every program takes each num_programs-th tile; the launcher says what the rest is."""
     PIECES: gl.constexpr = 3 if RIGHT else 2
     TAPS: gl.constexpr = K if TALL else 1
-    BOXES: gl.constexpr = CONSUMERS + 1 if TALL else CONSUMERS
+    BOXES: gl.constexpr = CONSUMERS * (LINES // SIDE) + (1 if TALL else 0)
     RIGHT_ROWS: gl.constexpr = RIGHT if RIGHT else 8
     BOX: gl.constexpr = [1, SIDE, 1, SIDE, BLOCK_K] if STRIDE == 2 else [1, SIDE, SIDE, BLOCK_K]
     x_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * BOXES] + BOX, x_boxes.layout)  # noqa: RUF005
     left_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, LEFT, BLOCK_K], left_boxes.layout)
     right_smem = gl.allocate_shared_memory(x_boxes.dtype, [STAGES * TAPS, RIGHT_ROWS, BLOCK_K], right_boxes.layout)
-    y_smem = gl.allocate_shared_memory(y_boxes.dtype, [CONSUMERS * PIECES, 1, SIDE, SIDE, LEFT // 2], y_boxes.layout)
+    y_smem = gl.allocate_shared_memory(y_boxes.dtype, [CONSUMERS * PIECES, 1, LINES, SIDE, LEFT // 2], y_boxes.layout)
     stage_bars = new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)  # full, empty
     residual_bars = new_barriers(CONSUMERS, 1), new_barriers(CONSUMERS, 1)
     fence_async_shared()
@@ -273,13 +277,13 @@ def conv_hopper(
     # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
     gl.warp_specialize([
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 0, KT,
-                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL, LINES)),
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 1, KT,
-                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL, LINES)),
         (multiply, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, scale, bias, norm, outputs, 2, KT,
-                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL)),
+                    K, SCALED, BIAS, RESIDUAL, NORM, LEFT, RIGHT, BLOCK_K, STAGES, TALL, LINES)),
         (produce, (boxes, buffers, stage_bars, residual_bars, sizes, tiles, dy, dx, KT, K, RESIDUAL, LEFT,
-                   RIGHT, BLOCK_K, STAGES, TALL, STRIDE)),
+                   RIGHT, BLOCK_K, STAGES, TALL, LINES, STRIDE)),
     ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
@@ -331,12 +335,12 @@ def launch_hopper(
     channels, (frames, _, rows, columns) = x.shape[1], y.shape
     outputs, _, kt, k, _ = weight.shape
     parameters: dict[str, Any] = {**default(x.dtype, outputs, k), **(launch or {})}
-    left, right, block_k = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K"))
+    left, right, block_k, lines = (parameters[name] for name in ("LEFT", "RIGHT", "BLOCK_K", "LINES"))
     side = SIDE.value
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(outputs, -1)  # a view, where the weight is channels-last
-    box, piece = [1, side, side, block_k], [1, side, side, left // 2]
+    box, piece = [1, side, side, block_k], [1, lines, side, left // 2]
     x_boxes, y_boxes = describe(x, box) if stride == 1 else describe_pairs(x, block_k), describe(y, piece)
-    tiles_h, tiles_w = -(-rows // (side * CONSUMERS.value)), -(-columns // side)
+    tiles_h, tiles_w = -(-rows // (lines * CONSUMERS.value)), -(-columns // side)
     groups = -(-outputs // (left + right))
     gamma, root, factor = norm or (y, 1.0, 1.0)
     programs = min(gpu(x.device).multiprocessors, frames * tiles_h * tiles_w * groups)
@@ -353,7 +357,7 @@ def launch_hopper(
 def default(dtype: torch.dtype, outputs: int, k: int) -> Launch:
     """Where nothing was tuned: by the columns of a tile, and what fits into shared memory."""
     if outputs > NARROW:
-        return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "STAGES": 6 // dtype.itemsize, "TALL": 0}
+        return {"LEFT": 128, "RIGHT": 64, "BLOCK_K": 64, "STAGES": 6 // dtype.itemsize, "TALL": 0, "LINES": 8}
     columns = {"LEFT": 64, "RIGHT": 32} if outputs > THIN else {"LEFT": THIN, "RIGHT": 0}
     stages = (10 if k > 1 else 12) // dtype.itemsize
-    return {**columns, "BLOCK_K": 32, "STAGES": stages, "TALL": int(k > 1)}
+    return {**columns, "BLOCK_K": 32, "STAGES": stages, "TALL": int(k > 1), "LINES": 8}

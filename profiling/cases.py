@@ -1242,10 +1242,11 @@ def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
 
     Rows of channels that reach beyond the last one cost multiplications with zeros, but copies are fewer and longer.
     """
-    for left, right, row_bytes, stages, tall in (
-        (128, 64, 128, 3, 0), (128, 64, 64, 6, 0), (128, 64, 64, 2, 1), (128, 0, 128, 4, 0), (128, 0, 64, 4, 1),
-        (64, 32, 128, 5, 0), (64, 32, 128, 2, 1), (64, 32, 64, 10, 0), (64, 32, 64, 5, 1), (64, 32, 32, 11, 1),
-        (16, 0, 128, 5, 1), (16, 0, 64, 9, 1),
+    for left, right, row_bytes, stages, tall, lines in (
+        (128, 64, 128, 3, 0, 8), (128, 64, 64, 6, 0, 8), (128, 64, 64, 2, 1, 8), (128, 0, 128, 4, 0, 8),
+        (128, 0, 64, 4, 1, 8), (64, 32, 128, 5, 0, 8), (64, 32, 128, 2, 1, 8), (64, 32, 64, 10, 0, 8),
+        (64, 32, 64, 5, 1, 8), (64, 32, 32, 11, 1, 8), (64, 32, 64, 3, 1, 16), (64, 32, 64, 5, 0, 16),
+        (64, 32, 128, 2, 0, 16), (16, 0, 128, 5, 1, 8), (16, 0, 64, 9, 1, 8), (16, 0, 64, 5, 1, 16),
     ):  # fmt: skip
         block_k, outputs = row_bytes if fp8 else row_bytes // 2, dims["outputs"]
         waste = -dims["channels"] % block_k / dims["channels"]
@@ -1256,7 +1257,8 @@ def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
             and waste < 0.5
             and (k > 1 or not tall)
         ):
-            yield {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
+            tile = {"LEFT": left, "RIGHT": right, "LINES": lines}
+            yield tile | {"BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
 
 
 def convolution(name: str, k: int) -> Operation:

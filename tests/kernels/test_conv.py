@@ -255,8 +255,8 @@ def test_what_the_form_for_hopper_takes():
     assert not suits(x, torch.zeros(1000).bfloat16()[1:513].view(2, 16, 4, 4), weight)
 
 
-def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[str, int]:
-    return {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
+def hopper(left: int, right: int, block_k: int, stages: int, tall: int, lines: int = 8) -> dict[str, int]:
+    return {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall, "LINES": lines}
 
 
 @pytest.mark.gpu
@@ -277,6 +277,10 @@ def hopper(left: int, right: int, block_k: int, stages: int, tall: int) -> dict[
         (64, 256, (3, 3), hopper(128, 0, 32, 4, 1)),
         (96, 192, (3, 3), hopper(128, 64, 32, 2, 1)),
         (96, 96, (3, 3), hopper(64, 32, 32, 9, 0)),
+        (96, 96, (3, 3), hopper(64, 32, 32, 3, 1, 16)),
+        (96, 96, (3, 3), hopper(64, 32, 32, 5, 0, 16)),
+        (96, 3, (3, 3), hopper(16, 0, 32, 5, 1, 16)),
+        (192, 96, (1, 3), hopper(64, 32, 64, 2, 0, 16)),
     ],
 )
 @pytest.mark.parametrize("before", [0, 1, 2])
@@ -321,6 +325,8 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch
         (192, hopper(128, 64, 32, 2, 1)),
         (96, hopper(64, 32, 64, 2, 1)),
         (96, hopper(128, 0, 32, 4, 0)),
+        (96, hopper(64, 32, 32, 3, 1, 16)),
+        (96, hopper(64, 32, 64, 2, 0, 16)),
     ],
 )
 @pytest.mark.parametrize("before", [0, 2])
