@@ -32,11 +32,16 @@ def compile_models(models: Models) -> None:
 
     Each geometry that a process meets is compiled once, and stays.
     """
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = KEPT
+    keep_all_forms()
     compile_student(models.dit)
     if models.device.type == "cpu":
         compile_vae(models.vae)
+
+
+def keep_all_forms() -> None:
+    """From now on torch compiles a function for every shape that it meets, and neither gives up nor runs it eagerly."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = KEPT
 
 
 def compile_student(dit: DiT) -> None:

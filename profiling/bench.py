@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from model.compiled import keep_all_forms
 from model.errors import UserError
 from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen, prepare_scaled_mm
 from profiling.machine import Monitor, describe, pick
@@ -49,7 +50,6 @@ from profiling.timing import Timed, interleave, set_count
 
 SWEEPS = {"cuda": 2, "cpu": 4}  # over all cases, each with its part of the rounds
 PLACEMENTS = 2  # where there are no sweeps
-RECOMPILE_LIMIT = 1024  # of one function: it is compiled for every shape, and must not fall back to eager
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def _fastest(call: Call, device: torch.device, rounds: int) -> float:
 
 def settle() -> None:
     """Puts torch into the state that all cases are measured in; once a process."""
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
+    keep_all_forms()
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference here
     torch.backends.cudnn.benchmark = True  # a peer's best
 
