@@ -4,9 +4,11 @@ A *variant* is a precision, a mode, a number of steps, and whose operations stud
 alone, and `bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The
 others are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
 student is compiled, and every stage recorded as a CUDA graph, except for `fp8-vae-launched`. `two-steps` is `fp8-vae`
-with half of the steps. A chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps,
-decode, colour, re-encode of the motion frames. Student and VAE are made on the device at once; the encoders, which run
-before a session or beside it, are left out.
+with half of the steps, and `fp8-vae-ahead` makes the motion latents first, so that the next chunk begins while frames
+are finished beside it: a chunk's time is then the time until the next one may begin. A chunk is what
+`ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion
+frames. Student and VAE are made on the device at once; the encoders, which run before a session or beside it, are left
+out.
 
 The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
 only asks which variants there are does without.
@@ -17,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from model.checkpoint import Models
     from streaming.generator import Conditions
 
+Moment: TypeAlias = float | torch.cuda.Event
 Mode = Literal["eager", "compiled", "student", "graphs"]  # compiled: VAE too; graphs: of the compiled student too
 
 FEWEST_CHUNKS, MOST_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
@@ -49,6 +52,7 @@ class Variant:
     ours: bool  # the operations, which on a CPU are PyTorch's in any case
     seconds: float  # without which it is not worth beginning
     steps: int = 4
+    ahead: bool = False  # as `ChunkGenerator` has it
 
 
 VARIANTS = {
@@ -57,12 +61,17 @@ VARIANTS = {
         Variant("bf16-compiled", "bf16", "compiled", False, 120),
         Variant("fp8-vae", "fp8-vae", "graphs", True, 60),
         Variant("two-steps", "fp8-vae", "graphs", True, 60, steps=2),
+        Variant("fp8-vae-ahead", "fp8-vae", "graphs", True, 60, ahead=True),
         Variant("fp8-attn", "fp8-attn", "graphs", True, 60),
         Variant("fp8", "fp8", "graphs", True, 60),
         Variant("bf16-ours", "bf16", "graphs", True, 60),
         Variant("fp8-vae-launched", "fp8-vae", "student", True, 60),
     ),
-    "cpu": (Variant("fp32-eager", "fp32", "eager", True, 10), Variant("fp32-compiled", "fp32", "compiled", True, 60)),
+    "cpu": (
+        Variant("fp32-eager", "fp32", "eager", True, 10),
+        Variant("fp32-compiled", "fp32", "compiled", True, 60),
+        Variant("fp32-ahead", "fp32", "eager", True, 10, ahead=True),
+    ),
 }
 
 
@@ -97,15 +106,17 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 class Runner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
-    def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
+    def __init__(
+        self, models: "Models", seed: int, ours: bool = True, graphs: bool = False, ahead: bool = False
+    ) -> None:
         from streaming.generator import ChunkGenerator
         from streaming.stages import CudaGraphs
 
         config, device = models.config, models.device
-        self._ours = ours
+        self._ours, self.ahead = ours, ahead
         self.models, self.spans = models, Spans(device)
         record = partial(CudaGraphs, device) if graphs else None
-        self._generator = ChunkGenerator(models, self.spans, record=record)
+        self._generator = ChunkGenerator(models, self.spans, record=record, ahead=ahead)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.parked(random_conditions(models, random))
         for module in models.dit.visitors().values():
@@ -114,37 +125,57 @@ class Runner:
         dit = config.dit
         shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
         self._window = torch.randn(*shape, generator=random, device=device)
-        self._finite: list[Tensor] = []  # of each group of frames, not yet asked for: that would wait for the GPU
+        # Of each chunk, or of each group of frames: not asked for before the end, as that would wait for the GPU.
+        self._first: list[tuple[Moment, Moment]] = []
+        self._finite: list[Tensor] = []
 
     @property
     def finite(self) -> bool:
         """Whether all frames so far were numbers."""
         return all(map(bool, self._finite))
 
-    def chunk(self) -> tuple[float, float]:
-        """Runs the next chunk; seconds until its first frames were there, and until all of it was done."""
+    @property
+    def first_frames(self) -> list[float]:
+        """Of each chunk so far, the seconds from its beginning until its first frames were there."""
+        return [seconds(begin, first) for begin, first in self._first]
+
+    def chunk(self) -> float:
+        """Runs the next chunk; seconds until the one after it may begin."""
         with nullcontext() if self._ours else published():
             return self._chunk()
 
-    def _chunk(self) -> tuple[float, float]:
-        begin, first = time.perf_counter(), None
-        steps = self._generator.chunk(self._conditions, self._state, self._window)
+    def _chunk(self) -> float:
+        begin, start, first = time.perf_counter(), self._moment(), None
+        frames = self._generator.chunk(self._conditions, self._state, self._window)
         while True:
             try:
-                frames = next(steps)
+                group = next(frames)
             except StopIteration as done:
                 self._state = done.value
-                self._synchronize()
-                end = time.perf_counter()
-                return (end if first is None else first) - begin, end - begin
-            if first is None:
-                self._synchronize()
-                first = time.perf_counter()
-            self._finite.append(frames.pixels.isfinite().all())
+                if self.models.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+                return time.perf_counter() - begin
+            with torch.cuda.stream(group.stream):
+                if first is None:
+                    first = self._moment()
+                    self._first.append((start, first))
+                self._finite.append(group.pixels.isfinite().all())
 
-    def _synchronize(self) -> None:
-        if self.models.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _moment(self) -> Moment:
+        """Now: on a GPU, where the current stream has come to."""
+        if self.models.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def seconds(begin: Moment, end: Moment) -> float:
+    """From one moment to a later one, which is waited for."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    return cast(float, end) - cast(float, begin)
 
 
 def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, Runner]:
@@ -161,8 +192,8 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         compile_student(models.dit)
     if variant.mode == "compiled":
         compile_vae(models.vae)
-    runner = Runner(models, seed, variant.ours, variant.mode == "graphs")
-    _, first_call = runner.chunk()
+    runner = Runner(models, seed, variant.ours, variant.mode == "graphs", variant.ahead)
+    first_call = runner.chunk()
     # The first one to begin with motion frames is the last to meet something new; the one after it is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):
         runner.chunk()
@@ -170,9 +201,9 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
-    times: list[tuple[float, float]] = []
+    times: list[float] = []
     while len(times) < MOST_CHUNKS:
-        longest = max((total for _, total in times), default=0.0)
+        longest = max(times, default=0.0)
         if len(times) >= FEWEST_CHUNKS and time.monotonic() + longest > deadline:
             break
         times.append(runner.chunk())
@@ -182,8 +213,8 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         OK if runner.finite else WRONG,
         detail="" if runner.finite else "frames are NaN or infinite",
         stages=stages if runner.finite else {},
-        chunk=tuple(total for _, total in times) if runner.finite else (),
-        first_frame=tuple(first for first, _ in times) if runner.finite else (),
+        chunk=tuple(times) if runner.finite else (),
+        first_frame=tuple(runner.first_frames[-len(times) :]) if runner.finite else (),
         frames=chunk.new_frames,
         first_call=first_call,
         peak_bytes=peak_memory() if device.type == "cuda" else None,
@@ -210,9 +241,11 @@ def _bytes(module: nn.Module, device: torch.device) -> int:
 def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:
     """The result with one more chunk as a Chrome/Perfetto trace in `path`, its timeline, and the GPU's gaps in it.
 
-    The profiler takes time of its own on the CPU, so the gaps are an upper bound.
+    Three where they overlap: the timeline is from the second one's first step to the third one's then. The profiler
+    takes time of its own on the CPU, so the gaps are an upper bound.
     """
     with torch.profiler.profile() as profiler:
-        runner.chunk()
+        for _ in range(3 if runner.ahead else 1):
+            runner.chunk()
     summary = summarise(export(profiler, path))
     return replace(result, trace=path.name, timeline=summary.timeline, gaps=summary.gaps)

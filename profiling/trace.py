@@ -39,7 +39,7 @@ from profiling.tables import duration, share, terminal
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
 LAUNCH = ("cuda_runtime", "cuda_driver")
 OPERATION, SPAN, GPU_SPAN = "cpu_op", "user_annotation", "gpu_user_annotation"
-CHUNK_END = "motion"  # the last span of a chunk
+CHUNK_BEGIN, STEP = "audio", "denoise/step"  # a chunk's first span, and the one that its student's stream begins with
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXAMPLE = "write it behind --, as in: trace -- python -m streaming run --image FACE.jpg --audio VOICE.wav --out OUT.mp4"
 
@@ -78,7 +78,7 @@ class Summary:
     spans: tuple[Span, ...]  # in order of appearance
     chunks: int  # that the gaps are of
     gaps: float | None  # share of the GPU's time; None without a GPU
-    timeline: tuple[Stretch, ...]  # of the last chunk: the spans, on a GPU as their work ran there
+    timeline: tuple[Stretch, ...]  # from the last chunk's first step but one to the last: on a GPU where the spans ran
 
 
 # --- The arithmetic -------------------------------------------------------------------------------------------------
@@ -120,15 +120,14 @@ def extent(intervals: Sequence[Interval]) -> Interval | None:
 
 def chunks(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
     """From the begin of a chunk's first span to the end of its last one; `spans` in order of their begin."""
-    found: list[Interval] = []
-    open_: list[Interval] = []
+    found: list[list[Interval]] = []
+    before = None
     for name, interval in spans:
-        open_.append(interval)
-        if name == CHUNK_END:
-            found.append((open_[0][0], interval[1]))
-            open_ = []
-    rest = extent(open_)  # the last chunk of a clip feeds nothing back
-    return [*found, rest] if rest else found
+        if not found or (name == CHUNK_BEGIN != before):
+            found.append([])
+        found[-1].append(interval)
+        before = name
+    return [(of_chunk[0][0], max(end for _, end in of_chunk)) for of_chunk in found]
 
 
 @dataclass(frozen=True)
@@ -219,9 +218,9 @@ def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[Stretch,
     found = [e for e in events if e["name"] in names and e.get("cat") in (SPAN, GPU_SPAN)]
     on_gpu = [e for e in found if e["cat"] == GPU_SPAN]
     passes = sorted(on_gpu or found, key=lambda event: event["ts"])
-    ends = [i for i, event in enumerate(passes) if event["name"] == CHUNK_END]
-    if len(ends) > 1:
-        passes = passes[ends[-2] + 1 : ends[-1] + 1]
+    begins = _first_steps(passes)
+    if len(begins) > 1:
+        passes = passes[begins[-2] : begins[-1]]
     lanes: dict[Any, int] = {}
     stretches = []
     for event in passes:
@@ -229,6 +228,17 @@ def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[Stretch,
         begin, end = (at - _interval(passes[0])[0] for at in _interval(event))
         stretches.append(Stretch(event["name"], lane, begin, end))
     return tuple(stretches)
+
+
+def _first_steps(passes: Sequence[Event]) -> list[int]:
+    """Where chunks begin among their passes: with a step that follows something else on its stream."""
+    before: dict[Any, str] = {}
+    begins = []
+    for i, event in enumerate(passes):
+        if event["name"] == STEP != before.get(event.get("tid")):
+            begins.append(i)
+        before[event.get("tid")] = event["name"]
+    return begins
 
 
 def _span(name: str, passes: Sequence[Interval], work: _Work, since: float) -> Span:

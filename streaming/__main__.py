@@ -169,7 +169,7 @@ def run(
                 listener = once_listener(models.audio, chunk, slices)
         else:
             slices, listener = source, stream_listener(models.audio, chunk)
-        played = perform(session, slices, beside(listener, where), sink, chunk, spans)
+        played = perform(session, slices, beside(listener, generator.early), sink, chunk, spans)
         progress = show(played, spans, chunk.tgt_fps, source.duration)
     if checkpoint is None:
         print(f"{preset} has random weights: the video is coloured noise, not a face.", file=sys.stderr)

@@ -5,6 +5,12 @@
            -> VAE decode of the others, the first new one alone, then two by two -> colour -> frames
            -> the last motion frames, encoded again -> next state
 
+or, `ahead`, where the student need not wait for frames nobody feeds back to it:
+
+    audio K/V of a chunk, and the tokens of its noise          beside the last chunk's decoding
+           -> VAE decode of what the last motion frames depend on -> colour -> encoded again -> next state
+                           beside the next chunk, the rest of the decoding -> frames in order
+
 Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
 two and the same window give the same frames, on any machine count and after any restart.
 
@@ -12,8 +18,8 @@ A chunk's work does not depend on its values, so on a GPU each of its stages may
 third chunk on nothing is allocated or compiled any more, and the GPU waits for no launch.
 """
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -24,14 +30,14 @@ from torch.utils._pytree import tree_map
 
 from kernels.color import lab_statistics, lab_transfer
 from model.checkpoint import Models
-from model.dit import AudioKV, ContextKV, rope_table
+from model.dit import AudioKV, Begun, ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.tensors import visiting
 from model.vae import Group, decode_groups
 from model.vae import State as VAEState
 from streaming.spans import Spans
-from streaming.stages import Record, Stages
+from streaming.stages import Lane, Record, Stages
 
 Noise = Callable[[int | Tensor, int | Tensor, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
 T = TypeVar("T")
@@ -70,16 +76,18 @@ class Frames(NamedTuple):
 
     pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
     rgb: Tensor  # the same, uint8 [n, height, width, 3]
+    stream: torch.cuda.Stream | None = None  # to read them on; None: the current one
 
 
 class Given(NamedTuple):
-    """What a chunk's stages read."""
+    """What a chunk's steps read."""
 
     seed: int | Tensor
     chunk: int | Tensor
     motion: Tensor
-    window: Tensor
     conditions: Conditions
+    audio: AudioKV
+    begun: Begun | None  # tokens of the latents that are noise, as far as they come without the others
 
 
 class ChunkGenerator:
@@ -91,11 +99,15 @@ class ChunkGenerator:
         spans: Spans,
         noise: Noise | None = None,
         record: Callable[[], Record] | None = None,
+        ahead: bool = False,
     ) -> None:
         """`noise` replaces the counter-based noise, to follow a recorded run.
 
         `record` makes what records stages, see `streaming.stages`, once for each network, as the two of them may run at
         the same time; None: none is recorded.
+
+        `ahead`: the next chunk's motion latents are made first and its steps may begin while this one's frames are
+        finished, where as many are known. Same frames, but later: for a VAE that does not share the student's GPU.
         """
         config = models.config
         self.models, self.config, self._spans = models, config, spans
@@ -106,7 +118,10 @@ class ChunkGenerator:
         latents, stride = config.latent_shape[0], config.vae.temporal_stride
         self._groups = tuple(decode_groups(latents, config.chunk.unseen_frames, stride))
         self._noise = noise or partial(normal_noise, config.latent_shape, device=models.device)
-        self._aside = torch.cuda.Stream(models.device) if models.device.type == "cuda" else None
+        self.early = Lane(models.device)  # for what a chunk needs that does not depend on the chunk before
+        self._ahead, self._aside = ahead, Lane(models.device)
+        self._stepped: torch.cuda.Event | None = None  # the last chunk's last step is done
+        self._conditions: Conditions | None = None  # of the last chunk
         self._student, self._coder = (Stages(record() if record else None) for _ in range(2))
 
     @torch.inference_mode()
@@ -144,21 +159,98 @@ class ChunkGenerator:
 
         window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
         `state = yield from generator.chunk(...)`. Frames come in groups, each as soon as decoded: those of one latent,
-        then of two at a time.
+        then of two at a time; `ahead`, of one at a time.
         """
-        models, chunk = self.models, self.config.chunk
         given = self._given(conditions, state, window)
-        student, coder = (partial(self._stage, stages, len(state.motion)) for stages in (self._student, self._coder))
-        audio = student("audio", 0, partial(models.dit.embed_audio, given.window[None]))
-
-        x = student("denoise/step", 0, partial(self._first_step, audio, given))
+        student = partial(self._stage, self._student, len(given.motion))
+        x = student("denoise/step", 0, partial(self._first_step, given))
         # Once the student is at work, so that it need not wait for these launches.
         known, past = self._decode_known(given.motion)
         for i in range(1, len(self._modulations)):
-            x = student("denoise/step", i, partial(self._step, i, x, audio, given))
-        if self._aside is not None:
-            torch.cuda.current_stream().wait_stream(self._aside)
+            x = student("denoise/step", i, partial(self._step, i, x, given))
+        if self._ahead:
+            x = self._placed(self._coder, "latents", x)  # the student may begin another chunk while they are read
+            self._stepped = self.early.mark()
+        self._aside.join()
+        if past is not None and self._may_go_ahead(known):
+            motion = yield from self._motion_first(known, x, past, given)
+        else:
+            motion = yield from self._in_order(known, x, past, given)
+        return State(state.seed, state.chunk + 1, motion)
 
+    def _given(self, conditions: Conditions, state: State, window: Tensor) -> Given:
+        """What the chunk's steps read, where they may read it.
+
+        What does not depend on the motion latents is made ahead, if at all: beside the decoding of the chunk before.
+        """
+        known, student = len(state.motion), self._student
+        if conditions is not self._conditions:
+            self._aside.join()  # the last frames may not have been drawn yet, and be the former portrait's
+            self._conditions, self._stepped = conditions, None
+        conditions = self._placed(student, "conditions", conditions, constant=True)
+        with self.early.turn(self._stepped) if self._ahead else nullcontext():
+            seed, chunk = state.seed, state.chunk
+            if student.recording:
+                signed = (seed + 2**63) % 2**64 - 2**63
+                seed, chunk = self._placed(student, "counters", (torch.tensor(signed), torch.tensor(chunk)))
+            window = self._placed(student, "window", window)
+            work = partial(self._beforehand, known, seed, chunk, conditions, window)
+            audio, begun = self._stage(student, known, "audio", 0, work)
+        self.early.join()
+        motion = self._placed(student, ("motion", known), state.motion)
+        return Given(seed, chunk, motion, conditions, audio, begun)
+
+    def _placed(self, stages: Stages, key: Hashable, inputs: T, constant: bool = False) -> T:
+        """Inputs of stages where these may read them in every chunk, on the device."""
+        if stages.recording:
+            return stages.hold(key, inputs, self.models.device, constant)
+        return tree_map(lambda x: x.to(self.models.device), inputs)
+
+    def _stage(self, stages: Stages, known: int, name: str, number: Hashable, work: Callable[[], T]) -> T:
+        """Runs a stage of a chunk that begins with so many known latents; what the number is of, the name says."""
+        with self._spans.span(name):
+            return stages.run((known, name, number), work)
+
+    def _beforehand(
+        self, known: int, seed: int | Tensor, chunk: int | Tensor, conditions: Conditions, window: Tensor
+    ) -> tuple[AudioKV, Begun | None]:
+        """What motion latents have no part in: the audio's keys and values, and of a chunk ahead the noise's tokens."""
+        dit, begun = self.models.dit, None
+        audio = dit.embed_audio(window[None])
+        if self._ahead:
+            noise = self._noise(seed, chunk, 0)[known:]
+            begun = dit.begin(noise, conditions.condition[known:], self._modulations[0])
+        return audio, begun
+
+    def _first_step(self, given: Given) -> Tensor:
+        return self._step(0, first_latents(partial(self._noise, given.seed, given.chunk), given.motion), given)
+
+    def _step(self, i: int, x: Tensor, given: Given) -> Tensor:
+        """The latents after step i from those before it."""
+        dit, (context, condition, *_) = self.models.dit, given.conditions
+
+        def velocity(x: Tensor) -> Tensor:
+            known, begun = len(given.motion), None if i else given.begun
+            return dit(x, condition, self._modulations[i], self._rope, context, given.audio, known=known, begun=begun)
+
+        return denoise_step(i, x, velocity, partial(self._noise, given.seed, given.chunk), self._times, given.motion)
+
+    def _decode_known(self, motion: Tensor) -> tuple[int, VAEState | None]:
+        """Decodes the groups of unseen frames that these latents make; how many, and the VAE's state after them.
+
+        On a GPU beside what has been launched, and to be waited for.
+        """
+        known = sum(group.latents.stop <= len(motion) and not group.shown for group in self._groups)
+        past = None
+        with self._aside.turn():
+            for group in self._groups[:known]:
+                work = partial(self._decode, group, motion[group.latents], past)
+                _, past = self._stage(self._coder, len(motion), "decode", group.latents.start, work)
+        return known, past
+
+    def _in_order(self, known: int, x: Tensor, past: VAEState | None, given: Given) -> Generator[Frames, None, Tensor]:
+        """The frames of latents x behind the known groups as they are shown; the next motion latents at the end."""
+        chunk, coder = self.config.chunk, partial(self._stage, self._coder, len(given.motion))
         fed_back: list[Tensor] = []
         for group in self._groups[known:]:
             frames, past = coder("decode", group.latents.start, partial(self._decode, group, x[group.latents], past))
@@ -170,68 +262,52 @@ class ChunkGenerator:
                 shown = max(chunk.motion_frames_num - group.frames.start, 0)
                 yield Frames(frames[shown:], rgb[shown:])
         motion = coder("motion", 0, partial(self._encode, fed_back))
-        return State(state.seed, state.chunk + 1, motion.clone())  # a recorded stage's results do not stay
+        return motion.clone()  # a recorded stage's results do not stay
 
-    def _given(self, conditions: Conditions, state: State, window: Tensor) -> Given:
-        """What the chunk's stages read, where they may read it."""
-        device, known = self.models.device, len(state.motion)
-        if not self._student.recording:
-            return Given(state.seed, state.chunk, state.motion, window.to(device), conditions)
-        signed = (state.seed + 2**63) % 2**64 - 2**63
-        counters = (torch.tensor(number) for number in (signed, state.chunk))
-        conditions = self._student.hold("conditions", conditions, device, constant=True)
-        seed, chunk, motion, window = self._student.hold(known, (*counters, state.motion, window), device)
-        return Given(seed, chunk, motion, window, conditions)
+    def _motion_first(self, known: int, x: Tensor, past: VAEState, given: Given) -> Generator[Frames, None, Tensor]:
+        """The next motion latents before all else, and then aside the frames, latent by latent: see `Decoder.stops`."""
+        vae, coder = self.models.vae, partial(self._stage, self._coder, len(given.motion))
+        stops = vae.decoder.stops(len(x), self.config.chunk.motion_frames_num)
+        begun, done, motion = [], [], []
+        latest, encoder = past, None
+        for i, stop in enumerate(stops[known:], known):
+            work = partial(self._begin_decoding, x[i : i + 1], latest, stop)
+            place, frames, latest = coder("decode", i, work)
+            begun.append(place)
+            if len(frames):
+                frames, rgb = coder("color", i, partial(self._correct, frames if motion else frames[-1:], given))
+                latent, encoder = coder("motion", i, partial(vae.encode_step, frames.to(self._vae_dtype), encoder))
+                motion.append(latent)
+                done.append((frames, rgb))
+        motion = torch.cat(motion)
 
-    def _stage(self, stages: Stages, known: int, name: str, number: int, work: Callable[[], T]) -> T:
-        """Runs a stage of a chunk that begins with so many known latents; what the number is of, the name says."""
-        with self._spans.span(name):
-            return stages.run((known, name, number), work)
+        self._aside.lend((begun, done))
+        for i, place in enumerate(begun[: len(begun) - len(done) + 1], known):
+            with self._aside.turn():
+                work = partial(vae.finish_step, place, past, stops[i])
+                frames, past = coder("decode", ("finish", i), work)
+                frames, rgb = coder("color", ("finish", i), partial(self._correct, frames, given))
+            yield Frames(frames, rgb, self._aside.stream)
+        for frames, rgb in done[1:]:
+            yield Frames(frames, rgb, self._aside.stream)
+        return motion
 
-    def _first_step(self, audio: AudioKV, given: Given) -> Tensor:
-        return self._step(0, first_latents(partial(self._noise, given.seed, given.chunk), given.motion), audio, given)
-
-    def _step(self, i: int, x: Tensor, audio: AudioKV, given: Given) -> Tensor:
-        """The latents after step i from those before it."""
-        dit, (context, condition, *_) = self.models.dit, given.conditions
-
-        def velocity(x: Tensor) -> Tensor:
-            known = len(given.motion)
-            return dit(x, condition, self._modulations[i], self._rope, context, audio, known=known)
-
-        return denoise_step(i, x, velocity, partial(self._noise, given.seed, given.chunk), self._times, given.motion)
+    def _may_go_ahead(self, known: int) -> bool:
+        """Whether the latents behind the known groups suffice to make the next motion latents first."""
+        last = (self.config.chunk.motion_frames_num - 1) // self.config.vae.temporal_stride
+        return self._ahead and known == last + 1 and self.config.latent_shape[0] - 1 - last >= known
 
     def _decode(self, group: Group, latents: Tensor, past: VAEState | None) -> tuple[Tensor, VAEState]:
         return self.models.vae.decode_step(latents.to(self._vae_dtype), past, group.shown)
 
-    def _decode_known(self, motion: Tensor) -> tuple[int, VAEState | None]:
-        """Decodes the groups of unseen frames that these latents make; how many, and the VAE's state after them.
-
-        On a GPU beside what has been launched, and to be waited for.
-        """
-        known = sum(group.latents.stop <= len(motion) and not group.shown for group in self._groups)
-        past = None
-        with nullcontext() if self._aside is None else self._beside(self._aside):
-            for group in self._groups[:known]:
-                work = partial(self._decode, group, motion[group.latents], past)
-                _, past = self._stage(self._coder, len(motion), "decode", group.latents.start, work)
-        return known, past
+    def _begin_decoding(self, latent: Tensor, past: VAEState, stop: int) -> tuple[Tensor, Tensor, VAEState]:
+        return self.models.vae.begin_step(latent.to(self._vae_dtype), past, stop)
 
     def _correct(self, frames: Tensor, given: Given) -> tuple[Tensor, Tensor]:
         return lab_transfer(frames, *given.conditions.lab, self.config.chunk.color_correction_strength)
 
     def _encode(self, frames: list[Tensor]) -> Tensor:
         return torch.cat(list(self.models.vae.encode(torch.cat(frames).to(self._vae_dtype))))
-
-    @contextmanager
-    def _beside(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """The body runs on that stream, after what the current one has been given so far.
-
-        So memory that it took there before is free for it: the current stream has seen the last of it.
-        """
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
 
     @property
     def _vae_dtype(self) -> torch.dtype:

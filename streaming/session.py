@@ -30,6 +30,7 @@ from streaming.generator import ChunkGenerator, Conditions, Frames, State
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
+from streaming.stages import Lane
 
 AHEAD = 8  # groups of frames that may wait for the sink
 
@@ -62,19 +63,16 @@ def once_listener(encoder: SpeechEncoder, chunk: ChunkConfig, slices: list[Slice
     return lambda _: next(windows)
 
 
-def beside(listener: Listener, device: torch.device) -> Listener:
-    """The listener on a stream of its own: a GPU hears the next slice while it is still at work on the last one."""
-    if device.type != "cuda":
-        return listener
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # for what the listener has heard beforehand
+def beside(listener: Listener, lane: Lane) -> Listener:
+    """The listener in a lane of its own: a GPU hears the next slice while it is still at work on the last one."""
+    heard = lane.mark()  # what the listener has heard beforehand
 
     def hear(item: Slice) -> Tensor:
-        with torch.cuda.stream(stream):
+        with lane.turn(heard):
             window = listener(item)
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        window.record_stream(current)  # or its memory might be given away while it is being read
+        lane.join()
+        if window.is_cuda:
+            window.record_stream(torch.cuda.current_stream())  # or its memory might be given away while it is read
         return window
 
     return hear
@@ -186,7 +184,8 @@ def run(
                 count = min(len(frames.rgb), wanted - shown)
                 last = shown + count == wanted
                 sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
-                emitter.put(frames.rgb[:count], sound, last, whole)
+                with torch.cuda.stream(frames.stream):
+                    emitter.put(frames.rgb[:count], sound, last, whole)
                 shown += count
                 yield emitter.progress
                 if last and not whole:

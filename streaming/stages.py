@@ -5,7 +5,8 @@ must therefore lie where it lay when the stage was recorded: constants, results 
 `hold` has copied into place. Its results are overwritten when it is replayed.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -79,3 +80,45 @@ class Stages:
                 place.copy_(pinned(tensor, device), non_blocking=True)
         self._held[key] = held, given if constant else []
         return cast(T, held)
+
+
+class Lane:
+    """A stream of a GPU beside the current one, for work that others need not wait for; elsewhere, no other stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def turn(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
+        """The body runs here, after that event, or after what the current stream has been given so far.
+
+        In the latter case memory that the body takes, and took before, is free for it: the current stream has seen the
+        last of it.
+        """
+        if self.stream is None:
+            yield
+            return
+        if after is None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        else:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """What the current stream is given from now on comes after what has been given here."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event on the current stream, for a later `turn` to come after; None where there is no lane."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def lend(self, tensors: Any) -> None:
+        """Tensors of another stream, in any tree, that are read here: their memory stays as long."""
+        for tensor in tree_leaves(tensors) if self.stream is not None else ():
+            tensor.record_stream(self.stream)

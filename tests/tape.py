@@ -25,13 +25,18 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         """Runs the operations again; each result goes where it went the first time."""
-        with torch.inference_mode():
-            for func, args, kwargs, results in self._calls:
-                for place, value in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if not isinstance(place, Tensor):
-                        assert place == value, f"{func} gave a number that depends on the values"
-                    elif place.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():  # no view
-                        place.copy_(value)
+        for call in self._calls:
+            again(*call)
+
+
+@torch.inference_mode()
+def again(func: Any, args: Any, kwargs: Any, results: Any) -> None:
+    """Runs an operation again; its results go where they went the first time."""
+    for place, value in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+        if not isinstance(place, Tensor):
+            assert place == value, f"{func} gave a number that depends on the values"
+        elif place.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():  # no view
+            place.copy_(value)
 
 
 def record(work: Callable[[], T]) -> tuple[Callable[[], None], T]:

@@ -24,6 +24,7 @@ from streaming.session import AHEAD, Listener, Progress, Session, beside, once_l
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.spans import Spans
+from streaming.stages import Lane
 
 CPU = torch.device("cpu")
 CHUNK = ChunkConfig(height=16, width=16)
@@ -213,7 +214,7 @@ def test_gpu_hears_beside_what_it_is_doing() -> None:
     cuda = torch.device("cuda")
     encoder = cast(SpeechEncoder, LoudnessOfEachFrame().to(cuda))
     slices = sliced(np.random.default_rng(0).uniform(-1, 1, 4 * 17920).astype(np.float32))
-    there, alone = beside(stream_listener(encoder, CHUNK), cuda), stream_listener(encoder, CHUNK)
+    there, alone = beside(stream_listener(encoder, CHUNK), Lane(cuda)), stream_listener(encoder, CHUNK)
     want = [alone(item) for item in slices]
     torch.cuda.synchronize()
     torch.cuda._sleep(2**30)  # clock cycles
