@@ -29,7 +29,8 @@ from torch import Tensor
 
 from model.compiled import keep_all_forms
 from model.errors import UserError
-from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen, prepare_scaled_mm
+from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen
+from profiling.cases.linear import prepare_scaled_mm
 from profiling.machine import Monitor, describe, pick
 from profiling.results import (
     ERROR,

@@ -23,7 +23,7 @@ import model.vae
 from model.config import PRECISIONS, VAEConfig, from_official
 from model.image import to_pixels
 from model.vae import VAE
-from profiling.cases import vae_of, vae_size
+from profiling.cases.vae import vae_of, vae_size
 from profiling.published import published
 
 # The formulas of the whole clip, [channel, frame, row, column], on a state dict `p` with a layer at `key`.

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from profiling.cases import SELF_ATTENTION, TOLERANCES, Backend, Call, Case, Dims, Shape
+from profiling.cases import TOLERANCES, Backend, Call, Case, Dims, Shape
+from profiling.cases.attention import SELF_ATTENTION
 
 # Without tuning. Tensor cores want large tiles; float32 products run out of registers.
 LAUNCH = {

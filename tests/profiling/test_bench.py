@@ -30,11 +30,9 @@ from profiling.cases import (
     Shape,
     chosen,
     once,
-    prepare_norm_scaled_mm,
-    prepare_residual_scaled_mm,
-    prepare_scaled_mm,
     registry,
 )
+from profiling.cases.linear import prepare_norm_scaled_mm, prepare_residual_scaled_mm, prepare_scaled_mm
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult, load
 from tests.profiling import toy
 

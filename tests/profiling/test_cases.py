@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import FLASHTALK_14B
 from model.errors import UserError
-from profiling.cases import Case, registry, select, tile_grid
+from profiling.cases import Case, registry, select
+from profiling.cases.shapes import tile_grid
 
 CASES = registry()
 TINY = [case for case in CASES.values() if "tiny-w1" in case.name]

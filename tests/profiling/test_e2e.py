@@ -15,7 +15,7 @@ from model import dit, linear, vae
 from model.compiled import compile_student, compile_vae
 from model.config import VAEConfig
 from profiling import e2e
-from profiling.cases import coded, vae_of, vae_size
+from profiling.cases.vae import coded, vae_of, vae_size
 from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
 from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult

@@ -1,0 +1,367 @@
+"""Passes over memory: quantisation, norms, rotation, colour."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from kernels import attention, linear, norm
+from kernels.attention import chunk_attention, chunk_attention_fp8
+from kernels.color import lab_statistics, lab_transfer, launch_transfer
+from kernels.color import reference as lab_reference
+from kernels.launch import Launch
+from kernels.norm import key_scale, launch_norm_rope
+from kernels.pixel_norm import launch_pixel_norm, pixel_norm
+from kernels.pixel_norm import reference as pixel_norm_reference
+from profiling import published
+from profiling.cases.attention import attention_reference, sdpa
+from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Draw, Operation, Output, compiled, once, triton
+from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_library
+
+
+def rows_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Rows a program, warps."""
+    for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
+        yield {"ROWS": rows, "num_warps": warps}
+
+
+def launch_quantize(x: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernel."""
+    return norm.launch_rows(x, None, fp8=True, launch=launch)
+
+
+QUANTIZE_ROWS = Operation(
+    "quantize_rows",
+    lambda d, draw: (draw(d["rows"], d["columns"]),),
+    lambda x: x,
+    lambda d: 3.0 * d["rows"] * d["columns"],
+    lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
+    {
+        "fp8": (
+            Backend("ours", once(linear.quantize_rows), ours=True, devices=("cpu",)),
+            triton("fp8", launch_quantize, rows_space),
+            Backend("torch", once(quantize_library)),
+            Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
+        )
+    },
+    dequantized,
+    products=False,
+)
+
+
+def launch_norm(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernel."""
+    out, out_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8, launch)
+    return (out, out_scale) if fp8 else out
+
+
+def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
+    """Norm, modulation and quantisation by torch."""
+    return quantize_library(norm_modulate(x, shift, scale))
+
+
+LAYER_NORM_MODULATE = Operation(
+    "layer_norm_modulate",
+    lambda d, draw: (
+        draw(d["rows"], d["columns"]),
+        *(draw(d["columns"], scale=0.1, dtype=torch.float32) for _ in range(2)),
+    ),
+    lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
+    lambda d: 8.0 * d["rows"] * d["columns"],
+    lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
+    {
+        **{
+            dtype: (
+                Backend("eager", once(norm.layer_norm_modulate), ours=True, devices=("cpu",)),
+                triton(dtype, partial(launch_norm, False), rows_space),
+                Backend("torch", once(norm_modulate)),
+                Backend("torch-compiled", compiled(norm_modulate), devices=ANYWHERE),
+            )
+            for dtype in ("fp32", "bf16")
+        },
+        "fp8": (
+            Backend("ours", once(norm.layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
+            triton("fp8", partial(launch_norm, True), rows_space),
+            Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
+        ),
+    },
+    lambda output: dequantized(output) if isinstance(output, tuple) else output,
+    products=False,
+)
+
+
+def rotations(draw: Draw, tokens: int, pairs: int) -> Tensor:
+    """Cosines and sines of random angles, float32 [token, pair, 2], as in a rotary table."""
+    angles = draw(tokens, pairs, dtype=torch.float32)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def split_qkv(qkv: Tensor, rope: Tensor) -> list[Tensor]:
+    """q, k and v [S, head, d] of a fused projection [S, 3 D], in place."""
+    return list(qkv.unflatten(1, (3, -1, 2 * rope.shape[1])).unbind(1))
+
+
+def norm_rope_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and rotation by torch: q and k, [S, head, d] each."""
+    q, k, _ = split_qkv(qkv, rope)
+    return published.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+
+
+def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """The operation of kernels/norm.py."""
+    q, k, _ = split_qkv(qkv, rope)
+    return norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+
+
+def norm_rope_launch(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """What it launches."""
+    q, k, _ = split_qkv(qkv, rope)
+    return launch_norm_rope(q, k, q_weight, k_weight, rope, EPS, launch=launch)
+
+
+def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """The same in the precision of its inputs."""
+    q, k, _ = split_qkv(qkv, rope)
+    return tuple(norm.reference(q, k, q_weight, k_weight, rope, EPS))
+
+
+def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
+    """A fused projection, two weights, rotations."""
+    return (
+        draw(d["tokens"], 3 * d["heads"] * d["channels"]),
+        *(1 + draw(d["heads"] * d["channels"], scale=0.1) for _ in range(2)),
+        rotations(draw, d["tokens"], d["channels"] // 2),
+    )
+
+
+def norm_rope_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Heads a pass, tokens a program."""
+    for block_h, tokens, warps in itertools.product((4, 8, 16), (1, 2, 4), (4, 8)):
+        yield {"BLOCK_H": block_h, "TOKENS": tokens, "num_warps": warps}
+
+
+RMS_NORM_ROPE = Operation(
+    "rms_norm_rope",
+    norm_rope_inputs,
+    norm_rope_reference,
+    lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * (4.0 * d["heads"] * item + 4),
+    {
+        dtype: (
+            Backend("eager", once(norm_rope_ours), ours=True, devices=("cpu",)),
+            triton(dtype, norm_rope_launch, norm_rope_space),
+            Backend("torch", once(norm_rope_library)),
+            Backend("torch-compiled", compiled(norm_rope_library), devices=ANYWHERE),
+        )
+        for dtype in ("fp32", "bf16")
+    },
+    products=False,
+)
+
+
+def norm_rope_fp8(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The operands of FP8 attention; `scale` of the keys if it was made beforehand."""
+    q, k, v = split_qkv(qkv, rope)
+    scale = key_scale(k_weight, q.shape[1]) if scale is None else scale
+    return norm.rms_norm_rope_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+
+
+def prepare_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
+    """The keys' scale comes from the weight, once."""
+    return partial(
+        norm_rope_fp8, qkv, q_weight, k_weight, rope, key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
+    )
+
+
+def launch_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """What it launches."""
+    q, k, v = split_qkv(qkv, rope)
+    return norm.launch_fp8(q, k, v, q_weight, k_weight, q.new_empty(q.shape[1], dtype=torch.float32), rope, EPS)
+
+
+def norm_rope_fp8_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """The definition, in torch."""
+    q, k, v = split_qkv(qkv, rope)
+    scale = key_scale(k_weight, q.shape[1])
+    q8, q_scale, k8, v8, v_scale = norm.reference_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+    return q8, q_scale, k8, scale, v8, v_scale
+
+
+def norm_rope_smoothed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """q, k less the mean of its sample, and v, in the precision of the inputs."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
+    return q, k - k[norm.sample(len(k))].mean(0), v
+
+
+def multiplied_out(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the quantised operands stand for."""
+    q8, q_scale, k8, k_scale, v8, v_scale = output
+    return attention.dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
+
+
+QUANTIZE_QKV = Operation(
+    "quantize_qkv",
+    norm_rope_inputs,
+    norm_rope_smoothed,
+    lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
+    {
+        "fp8": (
+            Backend("ours", prepare_norm_rope_fp8, True, ANYWHERE, None, launch_norm_rope_fp8),
+            Backend("torch-compiled", compiled(norm_rope_fp8_library), devices=CUDA),
+        )
+    },
+    multiplied_out,
+    products=False,
+)
+
+
+def norm_attention_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Norm, rotation and attention of a fused projection, in the precision of its inputs."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
+    return attention_reference(q, k, v)
+
+
+def norm_attention(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Ours, in 16 bits."""
+    q, k, v = split_qkv(qkv, rope)
+    q, k = norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+    return chunk_attention(q, k, v)
+
+
+def norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
+    """Ours, in FP8 from the norm on."""
+    q8, q_scale, k8, k_scale, v8, v_scale = norm_rope_fp8(qkv, q_weight, k_weight, rope, scale)
+    return chunk_attention_fp8(q8, q_scale, k8, k_scale, v8, v_scale)
+
+
+def prepare_norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
+    """The keys' scale comes from the weight, once."""
+    scale = key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
+    return partial(norm_attention_fp8, qkv, q_weight, k_weight, rope, scale)
+
+
+def norm_attention_sdpa(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """All of it by torch."""
+    q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
+    return sdpa(SDPBackend.FLASH_ATTENTION, q, k, split_qkv(qkv, rope)[2])
+
+
+def norm_attention_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
+    """Compiled norm and rotation, cuDNN's attention."""
+    q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
+    return sdpa(SDPBackend.CUDNN_ATTENTION, q, k, split_qkv(qkv, rope)[2])
+
+
+NORM_ATTENTION = Operation(
+    "norm_attention",
+    norm_rope_inputs,
+    norm_attention_reference,
+    lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["channels"],
+    lambda d, item: d["tokens"] * d["channels"] * d["heads"] * 5.0 * max(item, 2.0),
+    {
+        "fp32": (Backend("ours", once(norm_attention), ours=True), Backend("sdpa", once(norm_attention_sdpa))),
+        "bf16": (
+            Backend("ours", once(norm_attention), ours=True, devices=CUDA),
+            Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
+        ),
+        "fp8": (
+            Backend("ours", prepare_norm_attention_fp8, ours=True, devices=CUDA),
+            Backend("ours-bf16", once(norm_attention), devices=CUDA),
+            Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
+        ),
+    },
+    tolerances={"fp8": 6e-2},  # as self_attention's
+)
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """The VAE's norm and SiLU by torch: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
+    return pixel_norm_reference(x, gamma, silu=True)
+
+
+def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:
+    """Random [frame, channel, row, column] in channels-last memory."""
+    return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
+
+
+def norm_silu_launch(x: Tensor, gamma: Tensor, launch: Launch | None = None) -> Tensor:
+    """Our kernel."""
+    return launch_pixel_norm(x, gamma, True, launch=launch)
+
+
+def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Pixels a program, warps."""
+    for pixels, warps in itertools.product((4, 8, 16, 32), (4, 8)):
+        yield {"PIXELS": pixels, "num_warps": warps}
+
+
+NORM_SILU = Operation(
+    "norm_silu",
+    lambda d, draw: (
+        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
+        1 + draw(d["channels"], scale=0.1),
+    ),
+    norm_silu,
+    lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    {
+        dtype: (
+            Backend("eager", once(partial(pixel_norm, silu=True)), ours=True, devices=("cpu",)),
+            triton(dtype, norm_silu_launch, norm_silu_space),
+            Backend("torch", once(norm_silu)),
+            Backend("torch-compiled", compiled(norm_silu), devices=ANYWHERE),
+        )
+        for dtype in ("fp32", "bf16")
+    },
+    products=False,
+)
+
+
+def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Output:
+    """Our kernels; pixels and bytes."""
+    return launch_transfer(pixels, mean, std, 1.0, launch)
+
+
+def prepare_transfer(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Call:
+    """Nothing is prepared."""
+    return partial(launch_lab, pixels, mean, std, launch)
+
+
+def lab_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Pixels a program, warps."""
+    for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
+        yield {"BLOCK": block, "num_warps": warps}
+
+
+LAB_TRANSFER = Operation(
+    "lab_transfer",
+    lambda d, draw: (
+        draw(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
+        *lab_statistics(draw(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
+    ),
+    partial(lab_reference, strength=1.0),
+    lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
+    lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
+    {
+        "fp32": (
+            Backend("eager", once(lab_transfer), ours=True, devices=("cpu",)),
+            Backend("triton", prepare_transfer, True, CUDA, None, launch_lab, lab_space),
+            Backend("torch", once(partial(lab_reference, strength=1.0))),
+            Backend("torch-compiled", compiled(partial(lab_reference, strength=1.0)), devices=ANYWHERE),
+        )
+    },
+    lambda output: output[0] if isinstance(output, tuple) else output,
+    products=False,
+)

@@ -1,0 +1,107 @@
+"""All cases by name, and those that are meant."""
+
+import contextlib
+import difflib
+import fnmatch
+import runpy
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import PRESETS
+from model.errors import UserError
+from profiling.cases.case import TOLERANCES, Case
+from profiling.cases.shapes import student_shapes, vae_shapes
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a preset is measured: its tag in shape names, its world sizes, its dtypes (or those an operation has)."""
+
+    tag: str
+    worlds: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # the cases made for a device
+
+FAMILIES = {
+    "tiny": Family("tiny", (1, 2), ("fp32",)),
+    "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8")),
+}
+
+
+def preset_cases(preset: str) -> Iterator[Case]:
+    """All cases of a preset, at every world size it is measured at."""
+    config, family = PRESETS[preset], FAMILIES[preset]
+    for world in family.worlds:
+        tag = f"{family.tag}-w{world}"
+        for operation, shape in (*student_shapes(config, world, tag), *vae_shapes(config, world, tag)):
+            for dtype in [d for d in family.dtypes if d in operation.backends] or list(operation.backends):
+                yield Case(operation, shape, dtype, operation.tolerances.get(dtype, TOLERANCES[dtype]))
+
+
+def own_cases(file: Path) -> list[Case]:
+    """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none, or one name twice."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
+            cases = list(runpy.run_path(str(file))["CASES"])
+    except Exception as error:  # a file of the user's may raise anything
+        raise UserError(f"--cases {file} gives no CASES: {type(error).__name__} {error}") from error
+    for case in cases:
+        if not isinstance(case, Case):
+            raise UserError(f"--cases {file}: CASES holds {case!r:.60}, wanted profiling.cases.Case")
+        if twice := _twice(backend.name for backend in case.backends):
+            raise UserError(f"--cases {file}: {case.name} has two back-ends called {twice}")
+    if twice := _twice(case.name for case in cases):
+        raise UserError(f"--cases {file}: two cases are called {twice}")
+    return cases
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def registry(extra: Path | None = None) -> dict[str, Case]:
+    """All cases by name, with those of the Python file `extra`; raises `UserError` if it has a name of ours."""
+    cases = {case.name: case for preset in FAMILIES for case in preset_cases(preset)}
+    for case in own_cases(extra) if extra else ():
+        if case.name in cases:
+            raise UserError(f"--cases {extra}: the registry has a {case.name} of its own")
+        cases[case.name] = case
+    return cases
+
+
+def chosen(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:
+    """What a command on that device is asked for; without patterns `extra`'s own, or else those made for the device."""
+    if extra is not None and not patterns:
+        return own_cases(extra)
+    return select(registry(extra), patterns or DEFAULTS[device.type], DEFAULTS[device.type])
+
+
+def select(cases: Mapping[str, Case], patterns: Sequence[str], preferred: Sequence[str] = ()) -> list[Case]:
+    """Those whose name matches one of the shell patterns; a pattern without a wildcard may be a part of the name.
+
+    Such a part means cases that match `preferred`, patterns of those made for the device, if there are any: no one asks
+    a CPU for the shapes of eight GPUs by naming an operation.
+
+    Raises `UserError` for a pattern that matches none, with the names nearest to it.
+    """
+    chosen: dict[str, Case] = {}
+    for pattern in patterns:
+        if any(c in pattern for c in "*?["):
+            names = fnmatch.filter(cases, pattern)
+        else:
+            names = [name for name in cases if pattern in name]
+            near = [name for name in names if any(fnmatch.fnmatch(name, p) for p in preferred)]
+            names = near if near and pattern not in names else names
+        if not names:
+            close = ", ".join(difflib.get_close_matches(pattern, cases, n=3, cutoff=0.3)) or "none"
+            raise UserError(f"there is no case {pattern}; nearest: {close} (bench --list names all)")
+        chosen |= {name: cases[name] for name in names}
+    return list(chosen.values())

@@ -1,0 +1,135 @@
+"""The shapes that a preset has, by world size."""
+
+import math
+from collections.abc import Iterator
+
+from kernels.conv_hopper import WIDEST
+from model.config import Config
+from model.vae import TOGETHER, decode_groups
+from profiling.cases.attention import (
+    AUDIO_ATTENTION,
+    FRAME_ATTENTION,
+    SELF_ATTENTION,
+    TEXT_IMAGE_ATTENTION,
+    WIDE_ATTENTION,
+)
+from profiling.cases.case import Operation, Shape
+from profiling.cases.convolution import CAUSAL_CONV3D, CONV_NORM, DOWNSAMPLE_CONV, TIME_CONV, UPSAMPLE_CONV
+from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
+from profiling.cases.passes import (
+    LAB_TRANSFER,
+    LAYER_NORM_MODULATE,
+    NORM_ATTENTION,
+    NORM_SILU,
+    QUANTIZE_QKV,
+    QUANTIZE_ROWS,
+    RMS_NORM_ROPE,
+)
+from profiling.cases.vae import whole_vae
+
+
+def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
+    """Into how many rows and columns of equal tiles `world` GPUs split a latent, as square as can be."""
+    ways = [
+        (g, world // g) for g in range(1, world + 1) if world % g == 0 and rows % g == 0 and columns % (world // g) == 0
+    ]
+    if not ways:
+        raise ValueError(f"world: {world} GPUs cannot split {rows} x {columns} evenly")
+    return min(ways, key=lambda way: abs(rows / way[0] - columns / way[1]))
+
+
+def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
+    """The student's operations on one of `world` GPUs: heads split inside self-attention, tokens everywhere else."""
+    dit = config.dit
+    tokens, per_frame = math.prod(config.grid), math.prod(config.grid[1:])
+    rows, layers = tokens // world, dit.num_layers * config.chunk.sample_steps
+
+    def shape(calls: int, suffix: str = "", /, **dims: int) -> Shape:
+        return Shape(tag + suffix, dims, world, calls * layers)
+
+    heads = {"heads": dit.num_heads, "channels": dit.head_dim}
+    yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, channels=dit.head_dim)
+    text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
+    yield TEXT_IMAGE_ATTENTION, shape(1, collapsed=0, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", collapsed=1, **text_image)
+    audio = {"queries": rows, "per_frame": per_frame, "keys": dit.context_tokens, **heads}
+    yield FRAME_ATTENTION, shape(1, **audio)
+    yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and attention are counted as such
+    wide, narrow = dit.ffn_dim, dit.dim
+    # Output projections and queries of three attentions: o; cross q, o; audio q, o.
+    for name, calls, inputs, outputs in (
+        ("qkv", 1, narrow, 3 * narrow), ("out", 5, narrow, narrow), ("up", 1, narrow, wide), ("down", 1, wide, narrow)
+    ):  # fmt: skip
+        yield LINEAR, shape(calls, f"-{name}", rows=rows, inputs=inputs, outputs=outputs)
+    # Whole sequences, of which the linear layer and the passes around it are parts: no calls of their own.
+    for name, inputs, outputs, gelu in (("qkv", narrow, 3 * narrow, 0), ("up", narrow, wide, 1)):
+        yield NORM_LINEAR, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=outputs, gelu=gelu)
+    for name, inputs, quantised in (("out", narrow, 0), ("down", wide, 1)):
+        yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow, quantised=quantised)
+    yield LAYER_NORM_MODULATE, shape(4, rows=rows, columns=narrow)  # two modulated, two affine ones
+    yield RMS_NORM_ROPE, shape(1, tokens=rows, **heads)
+    yield QUANTIZE_QKV, shape(0, tokens=rows, **heads)
+    if world == 1:
+        yield NORM_ATTENTION, shape(0, tokens=rows, **heads)
+    yield QUANTIZE_ROWS, shape(0, "-narrow", rows=rows, columns=narrow)
+    yield QUANTIZE_ROWS, shape(0, "-wide", rows=rows, columns=wide)
+    if world > 1:  # ring attention: a rank's queries, everybody's keys
+        yield SELF_ATTENTION, shape(0, "-ring", queries=rows, keys=tokens, **heads)
+
+
+def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
+    """The VAE's operations at the decoder's four levels, on one tile of the picture; and on one GPU all of them.
+
+    Calls are frames over frames a call, decode of a chunk and re-encode of its motion frames together; a level's
+    first convolution, which may have other input channels, counts as one of the rest. Convolutions of several latents
+    at a time, where the decoder takes them so, are a shape of their own.
+    """
+    vae, chunk = config.vae, config.chunk
+    latents, _, rows, columns = config.latent_shape
+    down, right = tile_grid(world, rows, columns)
+    frames, scale = 1, 1
+    widths = [vae.dim * mult for mult in reversed(vae.dim_mult)]
+    temporal = (*reversed(vae.temperal_downsample), False)
+    motion = (chunk.motion_frames_num - 1) // vae.temporal_stride
+    groups = decode_groups(latents, chunk.unseen_frames, vae.temporal_stride)
+    sizes = [group.latents.stop - group.latents.start for group in groups]
+    for level, (width, doubles) in enumerate(zip(widths, temporal, strict=True)):
+        decoded, encoded = (1 / frames + latents - 1), (1 / frames + motion)
+        middle = 4 if level == 0 else 0
+        together = sizes.count(TOGETHER) if any(temporal[level:]) else 0
+        convolutions = 2 * (vae.num_res_blocks + 1) + middle
+        in_pairs = convolutions * together
+        convolutions = convolutions * (decoded - TOGETHER * together) + (2 * vae.num_res_blocks + middle) * encoded
+        name = f"{tag}-level{level}"
+        dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
+        yield CAUSAL_CONV3D, Shape(name, dims | {"outputs": width}, world, convolutions)
+        if in_pairs:
+            pair = dims | {"frames": TOGETHER * frames, "outputs": width}
+            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
+        yield NORM_SILU, Shape(name, dims, world, convolutions)
+        if width <= WIDEST:  # half of the two above, together: no calls of its own
+            yield CONV_NORM, Shape(name, dims | {"outputs": width}, world)
+        if level == 0:
+            tokens = dims["rows"] * dims["columns"]
+            one = {"queries": tokens, "keys": tokens, "heads": 1, "channels": width}
+            yield WIDE_ATTENTION, Shape(name, one, world, decoded + encoded)
+        if level + 1 < len(widths):
+            frames *= 2 if doubles else 1
+            if doubles:
+                yield TIME_CONV, Shape(name, dims | {"outputs": 2 * width}, world, latents - 1)
+            up = dims | {"frames": frames, "outputs": width // 2}
+            yield UPSAMPLE_CONV, Shape(name, up, world, 1 / frames + latents - 1)
+            scale *= 2
+            large = {"frames": frames, "rows": 2 * dims["rows"], "columns": 2 * dims["columns"]}
+            own = {"channels": widths[level + 1], "outputs": widths[level + 1]}
+            yield DOWNSAMPLE_CONV, Shape(name, large | own, world, 1 / frames + motion)
+        else:
+            ends = {k: v for k, v in dims.items() if k not in ("frames", "channels")}
+            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | {"outputs": 3}, world, decoded)
+            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames)
+            yield LAB_TRANSFER, shown
+    if world == 1:
+        # Three latents: a clip's first, its second, and one like all that follow.
+        yield whole_vae(vae, "decode"), Shape(tag, {"frames": 3, "rows": rows, "columns": columns})
+        pictures = {"frames": chunk.motion_frames_num, "rows": chunk.height, "columns": chunk.width}
+        yield whole_vae(vae, "encode"), Shape(tag, pictures)

@@ -1,0 +1,116 @@
+"""The whole decoder and encoder."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import VAEConfig
+from model.vae import VAE
+from profiling import published
+from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, Draw, Operation
+
+
+def vae_of(config: VAEConfig, values: Tensor) -> VAE:
+    """A VAE whose weights are the normal `values`, scaled so that what passes through keeps its size."""
+    with torch.device("meta"):
+        vae = VAE(config)
+    vae.to_empty(device=values.device).to(values.dtype)
+    taken = 0
+    for name, parameter in vae.named_parameters():
+        own = values[taken : taken + parameter.numel()].view_as(parameter)
+        taken += parameter.numel()
+        if name.endswith("weight"):
+            parameter.data = own * (parameter.numel() / len(parameter)) ** -0.5
+        else:
+            parameter.data = (1 if name.endswith("gamma") else 0) + 0.1 * own
+    return vae
+
+
+@cache
+def vae_size(config: VAEConfig, half: str | None = None) -> int:
+    """Numbers in its parameters, or in those that one half of it uses."""
+    used = {None: "", "decode": ("conv2.", "decoder."), "encode": ("encoder.", "conv1.")}[half]
+    with torch.device("meta"):
+        return sum(parameter.numel() for name, parameter in VAE(config).named_parameters() if name.startswith(used))
+
+
+@cache
+def vae_flops(config: VAEConfig, half: str, frames: int, rows: int, columns: int) -> float:
+    """Of the published form: zero frames and doubled images are multiplied."""
+    with torch.device("meta"), published.published(), FlopCounterMode(display=False) as counter:
+        coded(half, VAE(config), torch.empty(frames, config.z_dim if half == "decode" else 3, rows, columns))
+    return counter.get_total_flops()
+
+
+def vae_bytes(config: VAEConfig, half: str, dims: Dims, item: int) -> float:
+    """Of latents, frames and weights, once."""
+    time, area = config.temporal_stride, config.spatial_stride**2
+    count, size = dims["frames"], dims["rows"] * dims["columns"]
+    if half == "decode":
+        latents, frames = count * size, (1 + time * (count - 1)) * size * area
+    else:
+        latents, frames = (1 + (count - 1) // time) * size // area, count * size
+    return item * (vae_size(config, half) + config.z_dim * latents + 3.0 * frames)
+
+
+def coded(half: str, vae: VAE, x: Tensor) -> Tensor:
+    """Frames of latents, or latents of frames, step by step."""
+    return torch.cat(list(getattr(vae, half)(x)))
+
+
+def whole_vae(config: VAEConfig, half: str) -> Operation:
+    """`VAE.decode` or `VAE.encode` of a clip."""
+    decodes = half == "decode"
+
+    def inputs(d: Dims, draw: Draw) -> tuple[Tensor, Tensor]:
+        x = draw(d["frames"], config.z_dim if decodes else 3, d["rows"], d["columns"])
+        return x if decodes else (0.3 * x).clamp(-1, 1), draw(vae_size(config))
+
+    def prepare_ours(levels: Sequence[int], x: Tensor, values: Tensor) -> Call:
+        vae = vae_of(config, values)
+        vae.lay_out()
+        vae.quantize(levels)
+        return partial(coded, half, vae, x)
+
+    def as_published(vae: VAE, x: Tensor) -> Tensor:
+        with published.published():
+            return coded(half, vae, x)
+
+    def reference(x: Tensor, values: Tensor) -> Tensor:
+        return as_published(vae_of(config, values), x)
+
+    @cache
+    def compiled_vae(device: torch.device, dtype: torch.dtype) -> VAE:
+        vae = VAE(config).to(device, dtype)
+        (vae.decoder if decodes else vae.encoder).compile(dynamic=False)
+        return vae
+
+    def prepare_compiled(x: Tensor, values: Tensor) -> Call:
+        # One module for all sets of inputs, with the last one's weights: compiling takes a minute.
+        vae = compiled_vae(x.device, x.dtype)
+        vae.load_state_dict(vae_of(config, values).state_dict())
+        return partial(as_published, vae, x)
+
+    # Only the decoder has levels in FP8.
+    in_fp8 = (Backend("ours-fp8", partial(prepare_ours, FP8_LEVELS), True, CUDA),) if decodes else ()
+    return Operation(
+        f"vae_{half}",
+        inputs,
+        reference,
+        lambda d: vae_flops(config, half, d["frames"], d["rows"], d["columns"]),
+        partial(vae_bytes, config, half),
+        {
+            dtype: (
+                Backend("ours", partial(prepare_ours, ()), ours=True),
+                *(in_fp8 if dtype == "bf16" else ()),
+                Backend("published", lambda x, values: partial(as_published, vae_of(config, values), x)),
+                Backend("published-compiled", prepare_compiled, devices=CUDA),
+            )
+            for dtype in ("fp32", "bf16")
+        },
+        # Twice what was seen on a CPU, widths 32 and 96: sixty layers in bf16 0.016 and 0.0094, a level in FP8 0.036.
+        tolerances={"bf16": 0.07 if decodes else 0.02},
+    )
