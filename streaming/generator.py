@@ -1,15 +1,15 @@
 """The chunk loop: a known state and a window of audio in, frames out as they are decoded, the next state at the end.
 
-    window -> audio K/V -> 4 steps of the student over noise, the motion latents written back each time
-                           meanwhile, VAE decode of the motion latents, which are known
+    window -> audio K/V, beside the last chunk's decoding
+           -> 4 steps of the student over noise, the motion latents written back each time
+              meanwhile, VAE decode of the motion latents, which are known
            -> VAE decode of the others, the first new one alone, then two by two -> colour -> frames
            -> the last motion frames, encoded again -> next state
 
-or, `ahead`, where the student need not wait for frames nobody feeds back to it:
+or, `ahead`, where the student need not wait for frames that nobody feeds back to it, after the steps:
 
-    audio K/V of a chunk, and the tokens of its noise          beside the last chunk's decoding
            -> VAE decode of what the last motion frames depend on -> colour -> encoded again -> next state
-                           beside the next chunk, the rest of the decoding -> frames in order
+              beside the next chunk, the rest of the decoding -> frames in order
 
 Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
 two and the same window give the same frames, on any machine count and after any restart.
@@ -19,7 +19,6 @@ third chunk on nothing is allocated or compiled any more, and the GPU waits for 
 """
 
 from collections.abc import Callable, Generator, Hashable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -168,9 +167,8 @@ class ChunkGenerator:
         known, past = self._decode_known(given.motion)
         for i in range(1, len(self._modulations)):
             x = student("denoise/step", i, partial(self._step, i, x, given))
-        if self._ahead:
-            x = self._placed(self._coder, "latents", x)  # the student may begin another chunk while they are read
-            self._stepped = self.early.mark()
+        x = self._placed(self._coder, "latents", x)  # the student may begin another chunk while they are read
+        self._stepped = self.early.mark()
         self._aside.join()
         if past is not None and self._may_go_ahead(known):
             motion = yield from self._motion_first(known, x, past, given)
@@ -181,14 +179,14 @@ class ChunkGenerator:
     def _given(self, conditions: Conditions, state: State, window: Tensor) -> Given:
         """What the chunk's steps read, where they may read it.
 
-        What does not depend on the motion latents is made ahead, if at all: beside the decoding of the chunk before.
+        What does not depend on the motion latents is made beside the decoding of the chunk before.
         """
         known, student = len(state.motion), self._student
         if conditions is not self._conditions:
             self._aside.join()  # the last frames may not have been drawn yet, and be the former portrait's
             self._conditions, self._stepped = conditions, None
         conditions = self._placed(student, "conditions", conditions, constant=True)
-        with self.early.turn(self._stepped) if self._ahead else nullcontext():
+        with self.early.turn(self._stepped):
             seed, chunk = state.seed, state.chunk
             if student.recording:
                 signed = (seed + 2**63) % 2**64 - 2**63

@@ -57,23 +57,23 @@ class Lane:
     """As `streaming.stages.Lane`."""
 
     def __init__(self, orders: Orders, number: int) -> None:
-        self._orders, self._number, self.stream = orders, number, self
+        self._orders, self.number, self.stream = orders, number, self
 
     @contextmanager
     def turn(self, after: Any = None) -> Iterator[None]:
-        self._orders.given[self._number].append(after or self._orders.mark())
+        self._orders.given[self.number].append(after or self._orders.mark())
         with self.current():
             yield
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """The body's operations go here, as under `torch.cuda.stream`."""
-        before, self._orders.current = self._orders.current, self._number
+        before, self._orders.current = self._orders.current, self.number
         yield
         self._orders.current = before
 
     def join(self) -> None:
-        self._orders.given[self._orders.current].append((self._number, len(self._orders.given[self._number])))
+        self._orders.given[self._orders.current].append((self.number, len(self._orders.given[self.number])))
 
     def mark(self) -> Any:
         return self._orders.mark()

@@ -154,6 +154,19 @@ def test_going_ahead_makes_the_next_motion_latents_before_frames(
     assert len(rest) == frame_num - 5 - 4
 
 
+def drawn_in(chunk: Generator[Frames, None, State]) -> tuple[list[Tensor], State]:
+    """A chunk's frames, copied in the lanes in which they are to be read, and the state after it."""
+    drawn = []
+    while True:
+        try:
+            frames = next(chunk)
+        except StopIteration as end:
+            return drawn, end.value
+        lane = cast(Lane | None, frames.stream)
+        with lane.current() if lane else nullcontext():
+            drawn.append(frames.rgb.clone())
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @torch.inference_mode()
 def test_any_order_that_waits_allow_gives_the_same(
@@ -167,23 +180,37 @@ def test_any_order_that_waits_allow_gives_the_same(
     state, voices, drawn = generator.start(portraits[0], 5), [window(c) for c in range(9)], []
     with orders:
         for c, voice in enumerate(voices):
-            chunk, ended = generator.chunk(portraits[c // 4 % 2], state, voice), False
-            while not ended:
-                try:
-                    frames = next(chunk)
-                except StopIteration as end:
-                    state, ended = end.value if c < 6 else generator.start(portraits[0], c), True
-                    drawn.append(state.motion.clone())
-                else:
-                    lane = cast(Lane | None, frames.stream)
-                    with lane.current() if lane else nullcontext():
-                        drawn.append(frames.rgb.clone())
+            frames, after = drawn_in(generator.chunk(portraits[c // 4 % 2], state, voice))
+            drawn += [*frames, after.motion.clone()]
+            state = after if c < 6 else generator.start(portraits[0], c)
     want = [x.clone() for x in drawn]
     for first in itertools.permutations(range(len(orders.given))):
         for x in drawn:
             x.zero_()
         orders.repeat(first)
         assert all(map(torch.equal, drawn, want)), first
+
+
+@torch.inference_mode()
+def test_a_chunks_audio_waits_for_the_last_chunks_steps_only(
+    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders, shown = Orders(), []
+    decode_step = models.vae.decode_step
+
+    def step(latent: Tensor, past: Any, wanted: bool) -> Any:
+        if wanted:
+            shown.append(orders.mark())
+        return decode_step(latent, past, wanted)
+
+    monkeypatch.setattr("streaming.generator.Lane", orders.lane)
+    monkeypatch.setattr(models.vae, "decode_step", step)
+    generator = ChunkGenerator(models, Spans(CPU))
+    with orders:
+        _, state = drawn_in(generator.chunk(conditions, generator.start(conditions, 0), window(0)))
+        next(generator.chunk(conditions, state, window(1)))
+    waits = [entry for entry in orders.given[cast(Lane, generator.early).number] if len(entry) == 2]
+    assert waits[0] < waits[1] <= shown[0]
 
 
 class Waits(TorchDispatchMode):
