@@ -17,11 +17,17 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._allocated: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         self._calls.append((func, args, kwargs or {}, results))
+        self._allocated |= _places(results) - _places((args, kwargs))
         return results
+
+    def owned(self, results: Any) -> list[Tensor]:
+        """Those of the results that lie in memory of its own."""
+        return [x for x in tree_leaves(results) if isinstance(x, Tensor) and _places(x) <= self._allocated]
 
     def replay(self) -> None:
         """Runs the operations again; each result goes where it went the first time."""
@@ -39,13 +45,35 @@ def again(func: Any, args: Any, kwargs: Any, results: Any) -> None:
             place.copy_(value)
 
 
-def record(work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-    """As `streaming.stages.CudaGraphs`, but for that it has run the work already: the first replay does nothing."""
-    tape, fresh = Tape(), [True]
-    with tape:
-        results = work()
+def _places(tree: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, Tensor)}
 
-    def replay() -> None:
-        tape.replay() if not fresh else fresh.clear()
 
-    return replay, results
+class Pool:
+    """As `streaming.stages.CudaGraphs`, but for that it has run the work already: the first replay does nothing.
+
+    Recordings share memory: what one of them leaves may lie where an earlier one works, so that is spoilt whenever the
+    earlier one is replayed.
+    """
+
+    def __init__(self) -> None:
+        self._left: list[list[Tensor]] = []  # by each recording, in their order
+
+    def __call__(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        tape, fresh = Tape(), [True]
+        with tape:
+            results = work()
+        number = len(self._left)
+        self._left.append(tape.owned(results))
+
+        @torch.inference_mode()
+        def replay() -> None:
+            if fresh:
+                fresh.clear()
+                return
+            for left in self._left[number + 1 :]:
+                for x in left:
+                    x.fill_(torch.nan if x.is_floating_point() else 111)
+            tape.replay()
+
+        return replay, results

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from streaming.stages import Stages
-from tests.tape import record
+from tests.tape import Pool
 
 CPU = torch.device("cpu")
 
 
 def test_a_stage_runs_then_is_recorded_then_replayed() -> None:
-    stages, runs = Stages(record), []
+    stages, runs = Stages(Pool()), []
     x, place = torch.arange(3.0), torch.zeros(3)
 
     def work() -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_nothing_is_recorded_without_a_recorder() -> None:
 
 
 def test_what_cannot_be_recorded_is_tried_again() -> None:
-    stages = Stages(record)
+    stages = Stages(Pool())
     outcomes: list[Any] = [1, MemoryError(), 2, 3]
 
     def work() -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_what_cannot_be_recorded_is_tried_again() -> None:
 
 
 def test_inputs_are_held_in_one_place() -> None:
-    stages = Stages(record)
+    stages = Stages(Pool())
     first, second = ({"a": torch.rand(2), "b": (torch.rand(3), torch.rand(1).int())} for _ in range(2))
     held = stages.hold("inputs", first, CPU)
     assert held["a"] is not first["a"]
@@ -70,7 +70,7 @@ def test_inputs_are_held_in_one_place() -> None:
 
 
 def test_constants_are_copied_when_others_come() -> None:
-    stages = Stages(record)
+    stages = Stages(Pool())
     one, two = torch.zeros(2), torch.ones(2)
     held = stages.hold("constants", (one,), CPU, constant=True)
     held[0].fill_(7)
