@@ -74,14 +74,14 @@ def place(module: nn.Module, target: str, tensor: Tensor) -> nn.Parameter:
 
 
 def safetensors_of(paths: Iterable[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of these files, in turn, on `device`; raises `UserError`, naming it, if one is damaged.
+    """All tensors of these files, as they lie there, on `device`; raises `UserError`, naming it, if one is damaged.
 
     A few threads read ahead, each tensor into pinned memory and from there to a GPU, so that disk and bus work at once.
     """
     with ThreadPoolExecutor(READERS) as readers:
         reading: deque[Future[tuple[str, Tensor]]] = deque()
         for path, file in ((path, _opened(path)) for path in paths):
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
+            for name in file.offset_keys():
                 reading.append(readers.submit(_read, path, file, name, device))
                 if len(reading) > READERS:
                     yield reading.popleft().result()

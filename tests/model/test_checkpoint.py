@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
 from model.config import PRECISIONS, TINY
 from model.errors import UserError
+from model.tensors import safetensors_of
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -25,6 +26,15 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, precision: str = "fp32") -> Models:
     return load_models(SMALL, folder, CPU, PRECISIONS[precision])
+
+
+def test_files_are_read_from_their_beginning_to_their_end(tmp_path: Path) -> None:
+    """Not in the order of names: a disk is faster so."""
+    tensors = {name: torch.zeros(2, dtype=torch.float32 if name in "yz" else torch.int8) for name in "abyz"}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        save_file(tensors, path)
+    assert [name for name, _ in safetensors_of(paths, CPU)] == list("yzab") * 2
 
 
 def test_every_tensor_arrives(folder: Path) -> None:
