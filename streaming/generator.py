@@ -194,7 +194,7 @@ class ChunkGenerator:
             window = self._placed(student, "window", window)
             work = partial(self._beforehand, known, seed, chunk, conditions, window)
             audio, begun = self._stage(student, known, "audio", 0, work)
-        self.early.join()
+        self.early.join((audio, begun))  # what is heard next does not wait until the steps have read them
         motion = self._placed(student, ("motion", known), state.motion)
         return Given(seed, chunk, motion, conditions, audio, begun)
 

@@ -70,9 +70,7 @@ def beside(listener: Listener, lane: Lane) -> Listener:
     def hear(item: Slice) -> Tensor:
         with lane.turn(heard):
             window = listener(item)
-        lane.join()
-        if window.is_cuda:
-            window.record_stream(torch.cuda.current_stream())  # or its memory might be given away while it is read
+        lane.join(window)
         return window
 
     return hear

@@ -105,10 +105,15 @@ class Lane:
         with torch.cuda.stream(self.stream):
             yield
 
-    def join(self) -> None:
-        """What the current stream is given from now on comes after what has been given here."""
+    def join(self, made: Any = ()) -> None:
+        """What the current stream is given from now on comes after what has been given here.
+
+        It may read the tensors `made` here, in any tree: their memory stays as long, whenever the next turn begins.
+        """
         if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.stream)
+            _keep(made, current)
 
     def mark(self) -> torch.cuda.Event | None:
         """An event on the current stream, for a later `turn` to come after; None where there is no lane."""
@@ -120,5 +125,12 @@ class Lane:
 
     def lend(self, tensors: Any) -> None:
         """Tensors of another stream, in any tree, that are read here: their memory stays as long."""
-        for tensor in tree_leaves(tensors) if self.stream is not None else ():
-            tensor.record_stream(self.stream)
+        if self.stream is not None:
+            _keep(tensors, self.stream)
+
+
+def _keep(tree: Any, stream: torch.cuda.Stream) -> None:
+    """Memory of the tree's tensors, once they are gone, is given away only after what the stream has been given."""
+    for tensor in tree_leaves(tree):
+        if isinstance(tensor, torch.Tensor):
+            tensor.record_stream(stream)

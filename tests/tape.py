@@ -22,12 +22,12 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         self._calls.append((func, args, kwargs or {}, results))
-        self._allocated |= _places(results) - _places((args, kwargs))
+        self._allocated |= places(results) - places((args, kwargs))
         return results
 
     def owned(self, results: Any) -> list[Tensor]:
         """Those of the results that lie in memory of its own."""
-        return [x for x in tree_leaves(results) if isinstance(x, Tensor) and _places(x) <= self._allocated]
+        return [x for x in tree_leaves(results) if isinstance(x, Tensor) and places(x) <= self._allocated]
 
     def replay(self) -> None:
         """Runs the operations again; each result goes where it went the first time."""
@@ -45,7 +45,8 @@ def again(func: Any, args: Any, kwargs: Any, results: Any) -> None:
             place.copy_(value)
 
 
-def _places(tree: Any) -> set[int]:
+def places(tree: Any) -> set[int]:
+    """Where the memory of a tree's tensors begins."""
     return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, Tensor)}
 
 

@@ -19,9 +19,11 @@ from model.checkpoint import Models, random_models
 from model.compiled import compile_models, warm
 from model.config import PRECISIONS, TINY, ChunkConfig, Config
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
+from streaming.session import beside
+from streaming.sources import Slice
 from streaming.spans import Spans
 from streaming.stages import CudaGraphs
-from tests.lanes import Lane, Orders
+from tests.lanes import Lane, Memory, Orders
 from tests.tape import Pool
 
 CPU = torch.device("cpu")
@@ -185,11 +187,28 @@ def test_any_order_that_waits_allow_gives_the_same(
             drawn += [*frames, after.motion.clone()]
             state = after if c < 6 else generator.start(portraits[0], c)
     want = [x.clone() for x in drawn]
-    for first in itertools.permutations(range(len(orders.given))):
+    for first in itertools.permutations(range(orders.count)):
         for x in drawn:
             x.zero_()
         orders.repeat(first)
         assert all(map(torch.equal, drawn, want)), first
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@torch.inference_mode()
+def test_no_memory_is_given_away_while_another_lane_may_read_it(
+    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Where stages are launched, not recorded, and sound is heard beside them."""
+    lanes = Memory()
+    monkeypatch.setattr("streaming.generator.Lane", lanes.lane)
+    generator = ChunkGenerator(models, Spans(CPU), ahead=ahead)
+    voices = iter([window(c) for c in range(4)])
+    with lanes:
+        hear = beside(lambda _: next(voices) * 2, generator.early)
+        state = generator.start(conditions, 0)
+        for _ in range(4):
+            _, state = drawn_in(generator.chunk(conditions, state, hear(cast(Slice, None))))
 
 
 @torch.inference_mode()
