@@ -66,13 +66,6 @@ class Modulation(NamedTuple):
     head: Tensor
 
 
-class Begun(NamedTuple):
-    """Tokens of a chunk's last latent frames before any meets another: what can be done while others are unknown."""
-
-    x: Tensor  # [n, D]
-    qkv: Tensor  # of the first block [n, 3 D]
-
-
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Cosine and sine of the rotary angles of every token, float32 [S, head_dim / 2, 2], from float64 angles.
 
@@ -167,13 +160,13 @@ class SelfAttention(nn.Module):
         self.k_scale: Tensor | None = None  # of FP8 keys; None: attention in the parameters' dtype
 
     def forward(
-        self, h: Tensor | Rows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool, qkv: Tensor | None
+        self, h: Tensor | Rows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h [S, D], x the last tokens of the stream [n, D] -> x + gate (output), and rotated q and k [S, head, d].
 
-        If there are `qkv` [S, 3 D] of h already, h is not read. In FP8, q and k are made out only for two speakers.
+        In FP8, q and k are made out only for two speakers.
         """
-        q, k, v = (self.qkv(h) if qkv is None else qkv).unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k, v = self.qkv(h).unflatten(1, (3, self.heads, -1)).unbind(1)
         skip = len(q) - len(x)
         q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
         if self.k_scale is None:
@@ -295,30 +288,20 @@ class Block(nn.Module):
         audio: AudioKV,
         masks: Tensor | None,
         skip: int = 0,
-        qkv: Tensor | None = None,
     ) -> Tensor:
         """x [S, D] -> [S - skip, D]; `modulation` [6, D], `context` and `audio` of this block.
 
-        The first `skip` tokens are attended to, and then dropped. `qkv` [S, 3 D] if `project` has made it already.
+        The first `skip` tokens are attended to, and then dropped.
         """
         per_frame, eps = len(x) // len(audio.k), self.config.eps
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        h = self._attended(x, modulation) if qkv is None else x
-        x, q, k = self.self_attn(h, x[skip:], gate1, rope, masks is not None, qkv)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        h = modulated(x, shift1, scale1, eps, self.self_attn.qkv)
+        x, q, k = self.self_attn(h, x[skip:], gate1, rope, masks is not None)
         x = self.cross_attn(normed(x, self.norm3, self.cross_attn.q), x, context)
         positions = None if masks is None else speaker_positions(q, k, masks, self.config)[skip:]
         h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
         x = self.audio_cross_attn(h, x, audio, per_frame, skip, positions)
         return self.ffn(modulated(x, shift2, scale2, eps, self.ffn.up), x, gate2)
-
-    def project(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Queries, keys and values [S, 3 D] of tokens x [S, D], before norm and rotation; each token for itself."""
-        return self.self_attn.qkv(self._attended(x, modulation))
-
-    def _attended(self, x: Tensor, modulation: Tensor) -> Tensor | Rows:
-        """What self-attention takes of the stream."""
-        shift, scale, *_ = modulation
-        return modulated(x, shift, scale, self.config.eps, self.self_attn.qkv)
 
 
 class Head(nn.Module):
@@ -507,7 +490,6 @@ class DiT(nn.Module):
         audio: AudioKV,
         masks: Tensor | None = None,
         known: int = 0,
-        begun: Begun | None = None,
     ) -> Tensor:
         """The velocity of a chunk at one timestep, float32 [F, out_dim, h, w].
 
@@ -521,7 +503,6 @@ class DiT(nn.Module):
             masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens of one latent frame].
             known: latent frames at the beginning whose velocity nobody asks for: it is 0. After the last block's keys
                 and values nothing else depends on their tokens.
-            begun: of the last latent frames, if `begin` has made it already.
         """
         _, p, q = self.config.patch_size
         frames, _, rows, columns = latent.shape
@@ -530,31 +511,15 @@ class DiT(nn.Module):
         if (masks is None) != (audio.k.shape[2] == self.config.context_tokens):
             raise ValueError("masks: wanted with two speakers, and only then")
         per_frame = len(rope) // frames
-        begins = frames if begun is None else frames - len(begun.x) // per_frame
-        if begun is not None and (len(begun.x) % per_frame or not 0 < begins < frames):
-            raise ValueError(f"begun: got {len(begun.x)} tokens, want those of some latent frames of {frames}")
-        x, qkv = self._tokens(latent[:begins], condition[:begins]), None
-        if begun is not None:
-            qkv = torch.cat((self._blocks[0].project(x, modulation.blocks[0]), begun.qkv))
-            x = torch.cat((x, begun.x))
+        x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
+        x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         skip = known * per_frame
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
             block_context = ContextKV(*keys_values, real=context.real)
             block_audio = AudioKV(audio.k[i], audio.v[i])
-            dropped, made, qkv = skip if i == len(self._blocks) - 1 else 0, qkv, None
-            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, dropped, made)
+            dropped = skip if i == len(self._blocks) - 1 else 0
+            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, dropped)
         x = F.pad(self.head(x, modulation.head), (0, 0, skip, 0))
         return rearrange(x, "(f h w) (p q c) -> f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)
-
-    def begin(self, latent: Tensor, condition: Tensor, modulation: Modulation) -> Begun:
-        """What `forward` does to the last latent frames, of all inputs theirs, before they meet the others."""
-        x = self._tokens(latent, condition)
-        return Begun(x, self._blocks[0].project(x, modulation.blocks[0]))
-
-    def _tokens(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """The patches of latent and condition frames, embedded [tokens, D]."""
-        _, p, q = self.config.patch_size
-        x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
-        x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
-        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

@@ -25,7 +25,6 @@ from kernels.resample_conv import downsample_conv2d, fold_upsampling, upsample_c
 from model.config import VAEConfig
 
 TOGETHER = 2  # latents decoded in one step, once frames are on their way: larger launches, less often
-LOOK_BACK = 4  # frames before its own on which the output of a residual block depends: two convolutions' of three
 
 State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
 
@@ -94,12 +93,6 @@ class Head(nn.ModuleDict):
         x = pixel_norm(x, norm.gamma, True)
         return conv(x, past) if shown else (x[:0, : len(conv.weight)], conv.follow(x, past))
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Behind frames that are unknown: x [T, C, H, W] -> what depends on them alone [T - 2, O, H, W], next past."""
-        norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
-        x = pixel_norm(x, norm.gamma, True)
-        return conv(x[2:], x[:2].clone())
-
 
 class ResidualBlock(nn.Module):
     """Twice (norm, SiLU, causal 3 x 3 x 3 convolution), plus the input or a 1 x 1 x 1 convolution of it."""
@@ -130,13 +123,6 @@ class ResidualBlock(nn.Module):
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
         y, past2 = conv2(y, past2, residual)
         return y, (past1, past2)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, State]:
-        """Behind frames that are unknown: x [4, C, H, W], on which no output depends alone -> none, next state."""
-        (norm1, norm2), (conv1, conv2) = self._layers()
-        y = pixel_norm(x, norm1.gamma, True, conv1.factor)
-        y, past1 = conv1(y[2:], y[:2].clone(), None, norm2.gamma, conv2.factor)
-        return x[:0], (past1, y)
 
     def _layers(self) -> tuple[tuple[RMSNorm, ...], tuple[CausalConv3d, ...]]:
         """The two norms, and the convolutions behind them."""
@@ -285,16 +271,12 @@ class Decoder(nn.Module):
         doubling = (i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample) and layer.time_conv)
         self.cut = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
 
-    @property
-    def _layers(self) -> tuple[nn.Module, ...]:
-        return self.conv1, *self.middle, *self.upsamples, self.head
-
     def forward(self, x: Tensor, state: State | None, shown: bool = True) -> tuple[Tensor, State]:
         """Latents [n, z, h, w] -> [n times 4, or 1, 3, 8 h, 8 w], or no frames if they are not to be shown; next state.
 
         From the last doubling of frames on, where they are large, one latent's go through after another's.
         """
-        *layers, _ = self._layers
+        layers = (self.conv1, *self.middle, *self.upsamples)
         *before, past = state or (None,)
         x, small = _run(layers[: self.cut], x, tuple(before[: self.cut]))
         large, frames = tuple(before[self.cut :]), []
@@ -303,43 +285,6 @@ class Decoder(nn.Module):
             y, past = self.head(y, past, shown)
             frames.append(y)
         return frames[0] if len(frames) == 1 else torch.cat(frames), (*small, *large, past)
-
-    def stops(self, latents: int, frames: int) -> list[int]:
-        """Through how many layers each of a clip's latents must go for the sake of its last 1 + 4 k frames.
-
-        A residual block looks 4 frames back, which is one latent where frames have their full number. So where the last
-        k latents go through all layers, the one before them goes as far as the head, and each further one back a block
-        less: there it is only looked back at.
-        """
-        layers = self._layers
-        blocks = [i for i, layer in enumerate(layers) if i >= self.cut and isinstance(layer, (ResidualBlock, Head))]
-        if self.stride < LOOK_BACK:
-            return [len(layers)] * latents
-        first = latents - 1 - (frames - 1) // self.stride  # of which a frame is wanted
-        return [
-            len(layers) if latent > first else blocks[max(latent - first - 1, -len(blocks))]
-            for latent in range(latents)
-        ]
-
-    def begin(self, x: Tensor, state: State, stop: int) -> tuple[Tensor, Tensor, State]:
-        """One latent [1, z, h, w] behind a clip's start, through the first `stop` layers.
-
-        -> what the layer there would take, the frames that come of it already, the state to begin the next latent with.
-        """
-        layers = self._layers
-        x, before = _run(layers[:stop], x, state[:stop])
-        if stop == len(layers):
-            return x, x, before
-        frames, entered = cast(Head | ResidualBlock, layers[stop]).enter(x)
-        return x, frames, (*before, entered, *state[stop + 1 :])
-
-    def finish(self, x: Tensor, state: State, start: int) -> tuple[Tensor, State]:
-        """What `begin` left at a layer, through that and all later ones -> 4 frames, next state for what it left there.
-
-        The state is the one after the latent before, however little of it was computed meanwhile.
-        """
-        x, after = _run(self._layers[start:], x, state[start:])
-        return x, (*state[:start], *after)
 
 
 class VAE(nn.Module):
@@ -403,26 +348,13 @@ class VAE(nn.Module):
         `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
         Raises ValueError for another shape or dtype than the parameters'.
         """
-        many = state is not None or len(latent) == 1
-        frames, after = self.decoder(self._latent(latent, many), state, shown)
-        return frames.clamp_(-1, 1), after
-
-    def begin_step(self, latent: Tensor, state: State, stop: int) -> tuple[Tensor, Tensor, State]:
-        """A latent's way through the first `stop` layers of the decoder only, see `Decoder.stops`.
-
-        `latent` and `state` as in `decode_step`, behind a clip's start. -> where it stands, for `finish_step`; those of
-        its last frames that are done already; the state to begin the next latent with, in the memory of the one before
-        as far as it has come, and beyond that in its own: there the one before is still good for `finish_step`.
-        """
-        x, frames, after = self.decoder.begin(self._latent(latent, len(latent) == 1), state, stop)
-        return x, frames.clamp(-1, 1), after
-
-    def finish_step(self, x: Tensor, state: State, start: int) -> tuple[Tensor, State]:
-        """The rest of that way: what `begin_step` left at layer `start` -> its frames, the state for the next latent's.
-
-        The first state is the one that the first `begin_step` was given.
-        """
-        frames, after = self.decoder.finish(x, state, start)
+        fits = state is not None or len(latent) == 1
+        if latent.ndim != 4 or latent.shape[1] != self.config.z_dim or not latent.numel() or not fits:
+            raise ValueError(f"latent: shape {list(latent.shape)}, wanted [1, {self.config.z_dim}, rows, columns]")
+        self._check_dtype("latent", latent)
+        shift, scale = self._statistics()
+        x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
+        frames, after = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, shown)
         return frames.clamp_(-1, 1), after
 
     def encode(self, frames: Tensor) -> Iterator[Tensor]:
@@ -441,15 +373,6 @@ class VAE(nn.Module):
         for latent in latents.split(1):
             frames, state = self.decode_step(latent, state)
             yield frames
-
-    def _latent(self, latent: Tensor, fits: bool) -> Tensor:
-        """What the decoder takes: the latent as it was before it was normalised; an error if it does not fit."""
-        if latent.ndim != 4 or latent.shape[1] != self.config.z_dim or not latent.numel() or not fits:
-            raise ValueError(f"latent: shape {list(latent.shape)}, wanted [1, {self.config.z_dim}, rows, columns]")
-        self._check_dtype("latent", latent)
-        shift, scale = self._statistics()
-        x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
-        return conv3d(x, self.conv2.weight, self.conv2.bias)
 
     def _check_dtype(self, name: str, x: Tensor) -> None:
         if x.dtype != self.conv1.weight.dtype:

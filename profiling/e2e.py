@@ -4,11 +4,9 @@ A *variant* is a precision, a mode, a number of steps, and whose operations stud
 alone, and `bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The
 others are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
 student is compiled, and every stage recorded as a CUDA graph, except for `fp8-vae-launched`. `two-steps` is `fp8-vae`
-with half of the steps, and `fp8-vae-ahead` makes the motion latents first, so that the next chunk begins while frames
-are finished beside it: a chunk's time is then the time until the next one may begin. A chunk is what
-`ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps, decode, colour, re-encode of the motion
-frames. Student and VAE are made on the device at once; the encoders, which run before a session or beside it, are left
-out.
+with half of the steps. A chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps,
+decode, colour, re-encode of the motion frames. Student and VAE are made on the device at once; the encoders, which run
+before a session or beside it, are left out.
 
 The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
 only asks which variants there are does without.
@@ -52,7 +50,6 @@ class Variant:
     ours: bool  # the operations, which on a CPU are PyTorch's in any case
     seconds: float  # without which it is not worth beginning
     steps: int = 4
-    ahead: bool = False  # as `ChunkGenerator` has it
 
 
 VARIANTS = {
@@ -61,7 +58,6 @@ VARIANTS = {
         Variant("bf16-compiled", "bf16", "compiled", False, 120),
         Variant("fp8-vae", "fp8-vae", "graphs", True, 60),
         Variant("two-steps", "fp8-vae", "graphs", True, 60, steps=2),
-        Variant("fp8-vae-ahead", "fp8-vae", "graphs", True, 60, ahead=True),
         Variant("fp8-attn", "fp8-attn", "graphs", True, 60),
         Variant("fp8", "fp8", "graphs", True, 60),
         Variant("bf16-ours", "bf16", "graphs", True, 60),
@@ -70,7 +66,6 @@ VARIANTS = {
     "cpu": (
         Variant("fp32-eager", "fp32", "eager", True, 10),
         Variant("fp32-compiled", "fp32", "compiled", True, 60),
-        Variant("fp32-ahead", "fp32", "eager", True, 10, ahead=True),
     ),
 }
 
@@ -106,17 +101,15 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 class Runner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
-    def __init__(
-        self, models: "Models", seed: int, ours: bool = True, graphs: bool = False, ahead: bool = False
-    ) -> None:
+    def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
         from streaming.generator import ChunkGenerator
         from streaming.stages import CudaGraphs
 
         config, device = models.config, models.device
-        self._ours, self.ahead = ours, ahead
+        self._ours = ours
         self.models, self.spans = models, Spans(device)
         record = partial(CudaGraphs, device) if graphs else None
-        self._generator = ChunkGenerator(models, self.spans, record=record, ahead=ahead)
+        self._generator = ChunkGenerator(models, self.spans, record=record)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.parked(random_conditions(models, random))
         for module in models.dit.visitors().values():
@@ -140,7 +133,7 @@ class Runner:
         return [seconds(begin, first) for begin, first in self._first]
 
     def chunk(self) -> float:
-        """Runs the next chunk; seconds until the one after it may begin."""
+        """Runs the next chunk; the seconds that it takes."""
         with nullcontext() if self._ours else published():
             return self._chunk()
 
@@ -155,11 +148,10 @@ class Runner:
                 if self.models.device.type == "cuda":
                     torch.cuda.current_stream().synchronize()
                 return time.perf_counter() - begin
-            with torch.cuda.stream(group.stream):
-                if first is None:
-                    first = self._moment()
-                    self._first.append((start, first))
-                self._finite.append(group.pixels.isfinite().all())
+            if first is None:
+                first = self._moment()
+                self._first.append((start, first))
+            self._finite.append(group.pixels.isfinite().all())
 
     def _moment(self) -> Moment:
         """Now: on a GPU, where the current stream has come to."""
@@ -192,7 +184,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         compile_student(models.dit)
     if variant.mode == "compiled":
         compile_vae(models.vae)
-    runner = Runner(models, seed, variant.ours, variant.mode == "graphs", variant.ahead)
+    runner = Runner(models, seed, variant.ours, variant.mode == "graphs")
     first_call = runner.chunk()
     # The first one to begin with motion frames is the last to meet something new; the one after it is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):
@@ -241,11 +233,9 @@ def _bytes(module: nn.Module, device: torch.device) -> int:
 def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:
     """The result with one more chunk as a Chrome/Perfetto trace in `path`, its timeline, and the GPU's gaps in it.
 
-    Three where they overlap: the timeline is from the second one's first step to the third one's then. The profiler
-    takes time of its own on the CPU, so the gaps are an upper bound.
+    The profiler takes time of its own on the CPU, so the gaps are an upper bound.
     """
     with torch.profiler.profile() as profiler:
-        for _ in range(3 if runner.ahead else 1):
-            runner.chunk()
+        runner.chunk()
     summary = summarise(export(profiler, path))
     return replace(result, trace=path.name, timeline=summary.timeline, gaps=summary.gaps)

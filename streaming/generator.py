@@ -6,11 +6,6 @@
            -> VAE decode of the others, the first new one alone, then two by two -> colour -> frames
            -> the last motion frames, encoded again -> next state
 
-or, `ahead`, where the student need not wait for frames that nobody feeds back to it, after the steps:
-
-           -> VAE decode of what the last motion frames depend on -> colour -> encoded again -> next state
-              beside the next chunk, the rest of the decoding -> frames in order
-
 Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
 two and the same window give the same frames, on any machine count and after any restart.
 
@@ -29,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from kernels.color import lab_statistics, lab_transfer
 from model.checkpoint import Models
-from model.dit import AudioKV, Begun, ContextKV, rope_table
+from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.tensors import visiting
@@ -75,7 +70,6 @@ class Frames(NamedTuple):
 
     pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
     rgb: Tensor  # the same, uint8 [n, height, width, 3]
-    stream: torch.cuda.Stream | None = None  # to read them on; None: the current one
 
 
 class Given(NamedTuple):
@@ -86,7 +80,6 @@ class Given(NamedTuple):
     motion: Tensor
     conditions: Conditions
     audio: AudioKV
-    begun: Begun | None  # tokens of the latents that are noise, as far as they come without the others
 
 
 class ChunkGenerator:
@@ -98,15 +91,11 @@ class ChunkGenerator:
         spans: Spans,
         noise: Noise | None = None,
         record: Callable[[], Record] | None = None,
-        ahead: bool = False,
     ) -> None:
         """`noise` replaces the counter-based noise, to follow a recorded run.
 
         `record` makes what records stages, see `streaming.stages`, once for each network, as the two of them may run at
         the same time; None: none is recorded.
-
-        `ahead`: the next chunk's motion latents are made first and its steps may begin while this one's frames are
-        finished, where as many are known. Same frames, but later: for a VAE that does not share the student's GPU.
         """
         config = models.config
         self.models, self.config, self._spans = models, config, spans
@@ -118,7 +107,7 @@ class ChunkGenerator:
         self._groups = tuple(decode_groups(latents, config.chunk.unseen_frames, stride))
         self._noise = noise or partial(normal_noise, config.latent_shape, device=models.device)
         self.early = Lane(models.device)  # for what a chunk needs that does not depend on the chunk before
-        self._ahead, self._aside = ahead, Lane(models.device)
+        self._aside = Lane(models.device)
         self._stepped: torch.cuda.Event | None = None  # the last chunk's last step is done
         self._conditions: Conditions | None = None  # of the last chunk
         self._student, self._coder = (Stages(record() if record else None) for _ in range(2))
@@ -158,7 +147,7 @@ class ChunkGenerator:
 
         window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
         `state = yield from generator.chunk(...)`. Frames come in groups, each as soon as decoded: those of one latent,
-        then of two at a time; `ahead`, of one at a time.
+        then of two at a time.
         """
         given = self._given(conditions, state, window)
         student = partial(self._stage, self._student, len(given.motion))
@@ -170,10 +159,7 @@ class ChunkGenerator:
         x = self._placed(self._coder, "latents", x)  # the student may begin another chunk while they are read
         self._stepped = self.early.mark()
         self._aside.join()
-        if past is not None and self._may_go_ahead(known):
-            motion = yield from self._motion_first(known, x, past, given)
-        else:
-            motion = yield from self._in_order(known, x, past, given)
+        motion = yield from self._frames(known, x, past, given)
         return State(state.seed, state.chunk + 1, motion)
 
     def _given(self, conditions: Conditions, state: State, window: Tensor) -> Given:
@@ -192,11 +178,10 @@ class ChunkGenerator:
                 signed = (seed + 2**63) % 2**64 - 2**63
                 seed, chunk = self._placed(student, "counters", (torch.tensor(signed), torch.tensor(chunk)))
             window = self._placed(student, "window", window)
-            work = partial(self._beforehand, known, seed, chunk, conditions, window)
-            audio, begun = self._stage(student, known, "audio", 0, work)
-        self.early.join((audio, begun))  # what is heard next does not wait until the steps have read them
+            audio = self._stage(student, known, "audio", 0, lambda: self.models.dit.embed_audio(window[None]))
+        self.early.join(audio)  # what is heard next does not wait until the steps have read them
         motion = self._placed(student, ("motion", known), state.motion)
-        return Given(seed, chunk, motion, conditions, audio, begun)
+        return Given(seed, chunk, motion, conditions, audio)
 
     def _placed(self, stages: Stages, key: Hashable, inputs: T, constant: bool = False) -> T:
         """Inputs of stages where these may read them in every chunk, on the device."""
@@ -209,17 +194,6 @@ class ChunkGenerator:
         with self._spans.span(name):
             return stages.run((known, name, number), work)
 
-    def _beforehand(
-        self, known: int, seed: int | Tensor, chunk: int | Tensor, conditions: Conditions, window: Tensor
-    ) -> tuple[AudioKV, Begun | None]:
-        """What motion latents have no part in: the audio's keys and values, and of a chunk ahead the noise's tokens."""
-        dit, begun = self.models.dit, None
-        audio = dit.embed_audio(window[None])
-        if self._ahead:
-            noise = self._noise(seed, chunk, 0)[known:]
-            begun = dit.begin(noise, conditions.condition[known:], self._modulations[0])
-        return audio, begun
-
     def _first_step(self, given: Given) -> Tensor:
         return self._step(0, first_latents(partial(self._noise, given.seed, given.chunk), given.motion), given)
 
@@ -228,8 +202,7 @@ class ChunkGenerator:
         dit, (context, condition, *_) = self.models.dit, given.conditions
 
         def velocity(x: Tensor) -> Tensor:
-            known, begun = len(given.motion), None if i else given.begun
-            return dit(x, condition, self._modulations[i], self._rope, context, given.audio, known=known, begun=begun)
+            return dit(x, condition, self._modulations[i], self._rope, context, given.audio, known=len(given.motion))
 
         return denoise_step(i, x, velocity, partial(self._noise, given.seed, given.chunk), self._times, given.motion)
 
@@ -246,7 +219,7 @@ class ChunkGenerator:
                 _, past = self._stage(self._coder, len(motion), "decode", group.latents.start, work)
         return known, past
 
-    def _in_order(self, known: int, x: Tensor, past: VAEState | None, given: Given) -> Generator[Frames, None, Tensor]:
+    def _frames(self, known: int, x: Tensor, past: VAEState | None, given: Given) -> Generator[Frames, None, Tensor]:
         """The frames of latents x behind the known groups as they are shown; the next motion latents at the end."""
         chunk, coder = self.config.chunk, partial(self._stage, self._coder, len(given.motion))
         fed_back: list[Tensor] = []
@@ -262,44 +235,8 @@ class ChunkGenerator:
         motion = coder("motion", 0, partial(self._encode, fed_back))
         return motion.clone()  # a recorded stage's results do not stay
 
-    def _motion_first(self, known: int, x: Tensor, past: VAEState, given: Given) -> Generator[Frames, None, Tensor]:
-        """The next motion latents before all else, and then aside the frames, latent by latent: see `Decoder.stops`."""
-        vae, coder = self.models.vae, partial(self._stage, self._coder, len(given.motion))
-        stops = vae.decoder.stops(len(x), self.config.chunk.motion_frames_num)
-        begun, done, motion = [], [], []
-        latest, encoder = past, None
-        for i, stop in enumerate(stops[known:], known):
-            work = partial(self._begin_decoding, x[i : i + 1], latest, stop)
-            place, frames, latest = coder("decode", i, work)
-            begun.append(place)
-            if len(frames):
-                frames, rgb = coder("color", i, partial(self._correct, frames if motion else frames[-1:], given))
-                latent, encoder = coder("motion", i, partial(vae.encode_step, frames.to(self._vae_dtype), encoder))
-                motion.append(latent)
-                done.append((frames, rgb))
-        motion = torch.cat(motion)
-
-        self._aside.lend((begun, done))
-        for i, place in enumerate(begun[: len(begun) - len(done) + 1], known):
-            with self._aside.turn():
-                work = partial(vae.finish_step, place, past, stops[i])
-                frames, past = coder("decode", ("finish", i), work)
-                frames, rgb = coder("color", ("finish", i), partial(self._correct, frames, given))
-            yield Frames(frames, rgb, self._aside.stream)
-        for frames, rgb in done[1:]:
-            yield Frames(frames, rgb, self._aside.stream)
-        return motion
-
-    def _may_go_ahead(self, known: int) -> bool:
-        """Whether the latents behind the known groups suffice to make the next motion latents first."""
-        last = (self.config.chunk.motion_frames_num - 1) // self.config.vae.temporal_stride
-        return self._ahead and known == last + 1 and self.config.latent_shape[0] - 1 - last >= known
-
     def _decode(self, group: Group, latents: Tensor, past: VAEState | None) -> tuple[Tensor, VAEState]:
         return self.models.vae.decode_step(latents.to(self._vae_dtype), past, group.shown)
-
-    def _begin_decoding(self, latent: Tensor, past: VAEState, stop: int) -> tuple[Tensor, Tensor, VAEState]:
-        return self.models.vae.begin_step(latent.to(self._vae_dtype), past, stop)
 
     def _correct(self, frames: Tensor, given: Given) -> tuple[Tensor, Tensor]:
         return lab_transfer(frames, *given.conditions.lab, self.config.chunk.color_correction_strength)

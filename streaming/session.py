@@ -182,8 +182,7 @@ def run(
                 count = min(len(frames.rgb), wanted - shown)
                 last = shown + count == wanted
                 sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
-                with torch.cuda.stream(frames.stream):
-                    emitter.put(frames.rgb[:count], sound, last, whole)
+                emitter.put(frames.rgb[:count], sound, last, whole)
                 shown += count
                 yield emitter.progress
                 if last and not whole:

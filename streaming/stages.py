@@ -113,7 +113,9 @@ class Lane:
         if self.stream is not None:
             current = torch.cuda.current_stream()
             current.wait_stream(self.stream)
-            _keep(made, current)
+            for tensor in tree_leaves(made):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.record_stream(current)
 
     def mark(self) -> torch.cuda.Event | None:
         """An event on the current stream, for a later `turn` to come after; None where there is no lane."""
@@ -122,15 +124,3 @@ class Lane:
         event = torch.cuda.Event()
         event.record()
         return event
-
-    def lend(self, tensors: Any) -> None:
-        """Tensors of another stream, in any tree, that are read here: their memory stays as long."""
-        if self.stream is not None:
-            _keep(tensors, self.stream)
-
-
-def _keep(tree: Any, stream: torch.cuda.Stream) -> None:
-    """Memory of the tree's tensors, once they are gone, is given away only after what the stream has been given."""
-    for tensor in tree_leaves(tree):
-        if isinstance(tensor, torch.Tensor):
-            tensor.record_stream(stream)

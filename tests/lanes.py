@@ -166,6 +166,3 @@ class Lane:
 
     def mark(self) -> Mark:
         return self._lanes.mark()
-
-    def lend(self, tensors: Any) -> None:
-        self._lanes.keep(tensors, self.number)

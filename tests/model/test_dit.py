@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.norm import layer_norm_modulate
 from model.config import DiTConfig, FP8Policy
-from model.dit import AudioKV, Begun, DiT, group_audio, rope_table, rotate
+from model.dit import AudioKV, DiT, group_audio, rope_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = DiTConfig(
@@ -101,29 +101,6 @@ def test_any_grid(later: int, rows: int, columns: int, seed: int) -> None:
     assert out.isfinite().all()
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.integers(2, 4), st.integers(2, 3), st.integers(1, 2), st.booleans(), st.data())
-@torch.inference_mode()
-def test_the_last_frames_may_be_begun_without_the_others(
-    frames: int, rows: int, speakers: int, fp8: bool, data: st.DataObject
-) -> None:
-    torch.manual_seed(frames)
-    dit, x = DiT(SMALL), inputs(SMALL, (frames, rows, 2), 4 * frames - 3)
-    if fp8:
-        dit.quantize(FP8Policy())
-    first = data.draw(st.integers(1, frames - 1))
-    context, rope = dit.embed_context(x["text"], x["image"]), rope_table((frames, rows, 2), SMALL.head_dim)
-    audio = dit.embed_audio(x["audio"].expand(speakers, -1, -1, -1, -1))
-    masks = torch.eye(3)[torch.arange(2 * rows) % 3].T if speakers == 2 else None
-    modulation = dit.modulate(625.0)
-    begun = dit.begin(x["latent"][first:], x["condition"][first:], modulation)
-    assert begun.qkv.shape == ((frames - first) * rows * 2, 3 * SMALL.dim)
-    want = dit(x["latent"], x["condition"], modulation, rope, context, audio, masks, 1)
-    x["latent"][first:] = x["condition"][first:] = torch.nan  # not looked at again
-    got = dit(x["latent"], x["condition"], modulation, rope, context, audio, masks, 1, begun)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
 @torch.inference_mode()
 def test_every_input_matters_and_audio_is_heard_in_its_own_frame_first() -> None:
     torch.manual_seed(0)
@@ -184,10 +161,6 @@ def test_errors_name_the_argument() -> None:
     modulation, rope = dit.modulate(1.0), rope_table((3, 2, 2), 32)
     with pytest.raises(ValueError, match=r"^rope: got"):
         dit(x["latent"], x["condition"], modulation, rope[:-1], context, audio)
-    begun = dit.begin(x["latent"], x["condition"], modulation)
-    for some in (begun, Begun(begun.x[1:], begun.qkv[1:])):
-        with pytest.raises(ValueError, match=r"^begun: got"):
-            dit(x["latent"], x["condition"], modulation, rope, context, audio, begun=some)
     two = AudioKV(*(torch.cat((y, y), dim=2) for y in audio))
     with pytest.raises(ValueError, match=r"^masks: wanted"):
         dit(x["latent"], x["condition"], modulation, rope, context, two)

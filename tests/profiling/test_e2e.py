@@ -22,7 +22,7 @@ from profiling.results import OK, WRONG, VariantResult
 from tests.small import SMALL
 
 CPU = torch.device("cpu")
-EAGER, COMPILED, AHEAD = VARIANTS["cpu"]
+EAGER, COMPILED = VARIANTS["cpu"]
 
 
 @pytest.fixture
@@ -50,16 +50,6 @@ def test_every_stage_of_every_chunk_is_timed() -> None:
     assert result.frames == SMALL.chunk.new_frames
     assert result.first_call
     assert result.weights_bytes > 4 * 1e6  # type: ignore[operator]
-
-
-@pytest.mark.usefixtures("few")
-def test_a_chunk_that_makes_its_motion_latents_first_shows_its_frames_after_them() -> None:
-    result = run(AHEAD)
-    counts = {name: len(samples) for name, samples in result.stages.items()}
-    assert result.status == OK
-    assert counts["denoise/step"] == 3 * SMALL.chunk.sample_steps
-    before = sum(map(sum, (result.stages[name] for name in ("audio", "denoise/step", "motion"))))
-    assert sum(result.first_frame) > before
 
 
 def test_a_deadline_that_is_near_leaves_two_chunks() -> None:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Generator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, partialmethod
 from typing import Any, cast
@@ -61,10 +61,7 @@ def collect(chunk: Generator[Frames, None, State]) -> tuple[Tensor, State]:
             frames = next(chunk)
         except StopIteration as end:
             return torch.cat(groups), end.value
-        with torch.cuda.stream(frames.stream):
-            groups.append(frames.pixels.clone())
-        if frames.stream is not None:
-            torch.cuda.current_stream().wait_stream(frames.stream)
+        groups.append(frames.pixels.clone())
 
 
 def test_a_chunk_is_a_function_of_its_state(generator: ChunkGenerator, conditions: Conditions) -> None:
@@ -105,80 +102,23 @@ def test_recorded_chunks_are_those_that_are_not(models: Models, conditions: Cond
         assert torch.equal(collect(recorded.chunk(conditions, states[c], window(c)))[0], want)
 
 
-LONG = replace(CONFIG, chunk=replace(CHUNK, frame_num=33))
-
-
-def test_going_ahead_draws_the_same(models: Models) -> None:
-    """Recorded bit for bit; beside the usual order but for rounding, as tokens and latents are grouped otherwise."""
-    long = replace(models, config=LONG)
-    usual, ahead = ChunkGenerator(long, Spans(CPU)), ChunkGenerator(long, Spans(CPU), ahead=True)
-    recorded = ChunkGenerator(long, Spans(CPU), record=Pool, ahead=True)
-    portraits = [usual.prepare(IMAGE, IDS), usual.prepare(IMAGE.flip(2), IDS[1:])]
-    state = usual.start(portraits[0], 5)
-    for c in range(6):
-        (want, after), (got, same), (again, too) = (
-            collect(generator.chunk(portraits[c // 4], state, window(c, LONG)))
-            for generator in (usual, ahead, recorded)
-        )
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
-        torch.testing.assert_close(same.motion, after.motion, rtol=0, atol=1e-3)
-        assert torch.equal(again, got)
-        assert torch.equal(too.motion, same.motion)
-        state = replace(same, seed=6) if c == 2 else same
-
-
-@pytest.mark.parametrize("frame_num", [17, 33])
-def test_going_ahead_makes_the_next_motion_latents_before_frames(
-    models: Models, monkeypatch: pytest.MonkeyPatch, frame_num: int
-) -> None:
-    """The first chunk, where one motion latent is unknown, shows its frames at once; frame 28 is encoded before 29."""
-    config = replace(CONFIG, chunk=replace(CHUNK, frame_num=frame_num))
-    generator = ChunkGenerator(replace(models, config=config), Spans(CPU), ahead=True)
-    conditions, voice = generator.prepare(IMAGE, IDS), window(1, config)
-    done: list[str] = []
-    names = {"begin": "embed noise", "forward": "step"}, {n: n for n in ("begin_step", "finish_step", "encode_step")}
-    for owner, called in zip((models.dit, models.vae), names, strict=True):
-        for name, said in called.items():
-            work = getattr(owner, name)
-            call = partial(lambda said, work, *args, **more: done.append(said) or work(*args, **more), said, work)
-            monkeypatch.setattr(owner, name, call)
-    chunk = generator.chunk(conditions, generator.start(conditions, 0), voice)
-    next(chunk)
-    assert done == ["embed noise", "step", "step"]
-    _, state = collect(chunk)
-    done.clear()
-    chunk = generator.chunk(conditions, state, voice)
-    next(chunk)
-    begun, latents = ["embed noise", "step", "step"], (frame_num - 1) // 4 - 1
-    first = ["begin_step"] * (latents - 1) + ["encode_step", "begin_step", "encode_step"]
-    assert done == [*begun, *first, "finish_step"]
-    rest, _ = collect(chunk)
-    assert done[-latents + 1 :] == ["finish_step"] * (latents - 1)
-    assert len(rest) == frame_num - 5 - 4
-
-
 def drawn_in(chunk: Generator[Frames, None, State]) -> tuple[list[Tensor], State]:
-    """A chunk's frames, copied in the lanes in which they are to be read, and the state after it."""
+    """A chunk's frames, copied as they come, and the state after it."""
     drawn = []
     while True:
         try:
             frames = next(chunk)
         except StopIteration as end:
             return drawn, end.value
-        lane = cast(Lane | None, frames.stream)
-        with lane.current() if lane else nullcontext():
-            drawn.append(frames.rgb.clone())
+        drawn.append(frames.rgb.clone())
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @torch.inference_mode()
-def test_any_order_that_waits_allow_gives_the_same(
-    models: Models, monkeypatch: pytest.MonkeyPatch, ahead: bool
-) -> None:
+def test_any_order_that_waits_allow_gives_the_same(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what recorded chunks give to lanes, also where the portrait, the seed or the session changes."""
     orders = Orders()
     monkeypatch.setattr("streaming.generator.Lane", orders.lane)
-    generator = ChunkGenerator(models, Spans(CPU), record=Pool, ahead=ahead)
+    generator = ChunkGenerator(models, Spans(CPU), record=Pool)
     portraits = [generator.prepare(IMAGE, IDS), generator.prepare(IMAGE // 2, IDS[1:])]
     state, voices, drawn = generator.start(portraits[0], 5), [window(c) for c in range(9)], []
     with orders:
@@ -194,15 +134,14 @@ def test_any_order_that_waits_allow_gives_the_same(
         assert all(map(torch.equal, drawn, want)), first
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @torch.inference_mode()
 def test_no_memory_is_given_away_while_another_lane_may_read_it(
-    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch, ahead: bool
+    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stages are launched, not recorded, and sound is heard beside them."""
     lanes = Memory()
     monkeypatch.setattr("streaming.generator.Lane", lanes.lane)
-    generator = ChunkGenerator(models, Spans(CPU), ahead=ahead)
+    generator = ChunkGenerator(models, Spans(CPU))
     voices = iter([window(c) for c in range(4)])
     with lanes:
         hear = beside(lambda _: next(voices) * 2, generator.early)
@@ -248,9 +187,8 @@ def test_the_detector_of_waits_detects() -> None:
             wait(torch.ones(1))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_nothing_in_a_chunk_waits_for_its_values(models: Models, conditions: Conditions, ahead: bool) -> None:
-    generator = ChunkGenerator(models, Spans(CPU), ahead=ahead)
+def test_nothing_in_a_chunk_waits_for_its_values(models: Models, conditions: Conditions) -> None:
+    generator = ChunkGenerator(models, Spans(CPU))
     state = generator.start(conditions, 0)
     for c in range(2):
         with Waits():
@@ -287,25 +225,19 @@ def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest
     for again in (*others, small):
         warm(again)
     assert len(compiled) == 27
-    generator = ChunkGenerator(small, Spans(CPU), ahead=True)
-    for c in range(3):
-        _, state = collect(generator.chunk(portraits[0], state, window(c)))
-        assert len(compiled) == 28  # a block whose queries, keys and values have been made before
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 def test_an_error_inside_a_chunk_leaves_the_generator_usable(
-    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch, ahead: bool
+    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of memory, say, wherever it occurs, and also while stages are recorded."""
-    eager = ChunkGenerator(models, Spans(CPU), ahead=ahead)
+    eager = ChunkGenerator(models, Spans(CPU))
     state = eager.start(conditions, 1)
     want, after = collect(eager.chunk(conditions, state, window(0)))
     following, _ = collect(eager.chunk(conditions, after, window(1)))
-    vae = ("begin_step", "finish_step") if ahead else ()
-    names = {models.dit: ("forward",), models.vae: ("decode_step", "encode_step", *vae)}
+    names = {models.dit: ("forward",), models.vae: ("decode_step", "encode_step")}
     for owner, name in ((owner, name) for owner, names in names.items() for name in names):
-        recorded = ChunkGenerator(models, Spans(CPU), record=Pool, ahead=ahead)
+        recorded = ChunkGenerator(models, Spans(CPU), record=Pool)
         for generator in (eager, recorded, recorded, recorded):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, Mock(side_effect=torch.OutOfMemoryError("too little")))
@@ -415,16 +347,15 @@ def test_gpu_draws_what_the_cpu_draws(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp8-vae"])
-def test_gpu_graphs_draw_what_launches_draw(precision: str, ahead: bool) -> None:
+def test_gpu_graphs_draw_what_launches_draw(precision: str) -> None:
     """Bit for bit and twice, with the student compiled in both; then without waiting, or memory from the device."""
     cuda = torch.device("cuda")
     torch.compiler.reset()
     models = random_models(CONFIG, cuda, PRECISIONS[precision])
     compile_models(models)
     recording = partial(CudaGraphs, cuda)
-    generators = [ChunkGenerator(models, Spans(cuda), record=r, ahead=ahead) for r in (None, recording, recording)]
+    generators = [ChunkGenerator(models, Spans(cuda), record=r) for r in (None, recording, recording)]
     portraits = [(g.prepare(IMAGE, IDS), g.prepare(IMAGE.flip(2), IDS[1:])) for g in generators]
     states = [generator.start(both[0], 5) for generator, both in zip(generators, portraits, strict=True)]
     drawn: list[list[Tensor]] = [[], [], []]
