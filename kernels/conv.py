@@ -13,20 +13,15 @@ has the dtype of the bias.
 With `gamma` [O] the result is SiLU of y's norm instead, as of kernels/pixel_norm.py, for the convolution behind it: in
 e4m3, `factor` times larger, if there is a factor.
 
-Forms: `reference` is the definition; on CPUs a 2-D convolution of stacked frames; on GPUs the library's (cuDNN), which
-stays until kernels/tuned/ names another: the Triton kernel below, or on Hopper that of kernels/conv_hopper.py.
+Forms: `reference` is the definition; on CPUs a 2-D convolution of stacked frames; on GPUs the library's (cuDNN). On
+Hopper the kernel of kernels/conv_hopper.py computes FP8, and 16 bits where kernels/tuned/ names it. On other GPUs the
+library computes FP8 too: operands are widened, which is exact but saves no time.
 """
 
-# Launch parameters are constants to Triton, plain numbers to Python.
-# pyright: reportArgumentType=false
-
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import conv_hopper
@@ -37,8 +32,6 @@ from kernels.launch import Choice, Launch, gpu, lookup
 from kernels.norm import LARGEST, TINY
 from kernels.pixel_norm import check_gamma, launch_pixel_norm
 from kernels.pixel_norm import reference as pixel_norm_reference
-
-DEFAULT: Launch = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None) -> Tensor:
@@ -217,67 +210,7 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
     return y.contiguous(memory_format=torch.channels_last)  # the library overlooks it in single frames of odd strides
 
 
-# --- Triton kernel --------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["before"])
-def conv_forward(x, past, weight, scale, bias, residual, y, before, pixels, rows, columns, channels, outputs,
-                 KT: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """BLOCK_M pixels by BLOCK_N output channels; x and past [frame, row, column, channel], weight [o, tap, c]."""
-    pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    own, within = pixel < pixels, output < outputs
-    frame, row, column = pixel // (rows * columns), pixel // columns % rows, pixel % columns
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tap in range(KT * K * K):
-        f = frame + tap // (K * K) - (KT - 1)
-        h, w = row + tap // K % K - K // 2, column + tap % K - K // 2
-        inside = own & (f >= -before) & (h >= 0) & (h < rows) & (w >= 0) & (w < columns)
-        place = ((tl.where(f < 0, f + before, f).to(tl.int64) * rows + h) * columns + w) * channels
-        source = tl.where(f < 0, past, x) + place
-        for start in range(0, channels, BLOCK_K):
-            channel = start + tl.arange(0, BLOCK_K)
-            valid = channel < channels
-            a = tl.load(source[:, None] + channel[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
-            places = (output[:, None] * (KT * K * K) + tap) * channels + channel[None, :]
-            b = tl.load(weight + places, mask=within[:, None] & valid[None, :], other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    mask = own[:, None] & within[None, :]
-    places = pixel.to(tl.int64)[:, None] * outputs + output[None, :]
-    if SCALED:
-        acc *= tl.load(scale + output, mask=within, other=0.0)[None, :]
-    if BIAS:
-        acc += tl.load(bias + output, mask=within, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + places, acc.to(y.dtype.element_ty), mask=mask)
-
-
 # --- Launchers ------------------------------------------------------------------------------------------------------
-
-
-def launch_triton(
-    x: Tensor,
-    past: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None = None,
-    launch: Launch | None = None,
-) -> Tensor:
-    """As `launch`, by the Triton kernel."""
-    frames, channels, rows, columns = x.shape
-    outputs, _, kt, k, _ = weight.shape
-    parameters: dict[str, Any] = {**DEFAULT, **(launch or {})}
-    y = _empty(x, weight, bias)
-    grid = (triton.cdiv(frames * rows * columns, parameters["BLOCK_M"]), triton.cdiv(outputs, parameters["BLOCK_N"]))
-    conv_forward[grid](
-        x, past, weight.permute(0, 2, 3, 4, 1).contiguous(), y if scale is None else scale, y if bias is None else bias,
-        y if residual is None else residual, y, len(past), frames * rows * columns, rows, columns, channels, outputs,
-        KT=kt, K=k, SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, **parameters,
-    )  # fmt: skip
-    return y
 
 
 def launch_hopper(
@@ -315,10 +248,9 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float | None 
     return x.new_empty(frames, rows, columns, len(weight), dtype=dtype).permute(0, 3, 1, 2)
 
 
-FORMS: Mapping[str, Callable[..., Tensor]] = {
-    "gluon": launch_hopper, "triton": launch_triton, "library": launch_library
-}  # fmt: skip
-OPERATIONS = {(3, 3, 3): "causal_conv3d", (3, 1, 1): "time_conv"}  # by kernel: what is measured
+FORMS: Mapping[str, Callable[..., Tensor]] = {"gluon": launch_hopper, "library": launch_library}
+# By the size of the kernel, what kernels/tuned/ calls the operation.
+OPERATIONS: Mapping[tuple[int, ...], str] = {(3, 3, 3): "causal_conv3d", (3, 1, 1): "time_conv"}
 
 
 def launch(
@@ -330,15 +262,16 @@ def launch(
     scale: Tensor | None = None,
     choice: Choice | None = None,
 ) -> Tensor:
-    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library, FP8 by a kernel.
+    """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library, FP8 by the kernel.
 
+    The kernel needs a Hopper GPU and operands that suit it; without these the library takes over, in FP8 too.
     Up to kt - 1 frames `past` [before, C, H, W] lie before x [T, C, H, W]; what lies before these is zero.
     """
     if choice is None and (operation := OPERATIONS.get(tuple(weight.shape[2:]))) is not None:
         choice = tuned(operation, x, len(weight), FORMS)
     wanted = choice.backend if choice is not None else "gluon" if x.dtype == FP8 else "library"
     if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, past, weight)):
-        wanted = "triton" if x.dtype == FP8 else "library"
+        wanted = "library"
     parameters = choice.launch if choice is not None and choice.backend == wanted else None
     return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
 

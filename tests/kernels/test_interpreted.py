@@ -28,9 +28,9 @@ def interpret(file: Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    """Of the files that are asked for; the longest, the VAE's, is the first."""
+    """Of the files that are asked for."""
     wanted = [item.name for item in request.session.items]
-    files = [file for file in reversed(FILES) if f"test_interpreted[{file.stem}]" in wanted]
+    files = [file for file in FILES if f"test_interpreted[{file.stem}]" in wanted]
     with ThreadPoolExecutor(os.cpu_count()) as cores:
         yield {file: cores.submit(interpret, file) for file in files}
         cores.shutdown(cancel_futures=True)

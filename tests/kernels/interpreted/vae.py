@@ -1,4 +1,4 @@
-"""The VAE through the Triton kernels: within the pass marks of the golden cases."""
+"""The VAE through the Triton kernels of its norms: within the pass marks of the golden cases."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from kernels import conv, pixel_norm
@@ -15,26 +14,24 @@ from tests.parity.cases import Case, frames_first
 from tests.parity.test_golden import pass_mark
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-STEPS = 3  # the first, the second and a later one; the 5 of a whole case do no more, at 5 to 10 seconds each
+STEPS = 3  # the first, the second and a later one; the 5 of a whole case do no more
 Seen = set[tuple[tuple[int, ...], int, bool]]
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]]:
-    """The operations' launchers instead of what the CPU runs, and what they are given; what is not written is NaN.
+    """Replaces the norm by its kernel and records what operations are given; what is not written is NaN.
 
-    Convolutions: kernel, frames before, whether there is a residual. Norms: whether with SiLU. The encoder's strided
-    convolutions in time are the library's on GPUs as well. Programs are few and large: the interpreter's time goes by
-    their number.
+    Of convolutions, which the library computes: kernel, frames before, whether there is a residual. Of norms: whether
+    with SiLU. The norm's programs are few and large: the interpreter's time goes by their number.
     """
     convolved: Seen = set()
     normed: list[bool] = []
+    library = conv.launch_library
 
     def convolve(x: Tensor, past: Tensor, weight: Tensor, bias: Any, residual: Any, *more: Any) -> Tensor:
         convolved.add((tuple(weight.shape[2:]), len(past), residual is not None))
-        n, k = (max(16, triton.next_power_of_2(size)) for size in weight.shape[:2])
-        blocks = {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_K": k}
-        return conv.launch_triton(x, past, weight, bias, residual, *more, launch=blocks)
+        return library(x, past, weight, bias, residual, *more)
 
     def norm(x: Tensor, gamma: Tensor, silu: bool, *more: Any) -> Tensor:
         normed.append(silu)
@@ -42,6 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]
 
     monkeypatch.setattr(conv, "launch_library", convolve)
     monkeypatch.setattr(pixel_norm, "reference", norm)
+    monkeypatch.setattr(conv, "pixel_norm_reference", norm)
     with poisoned_memory():
         yield convolved, normed
 
