@@ -2,7 +2,7 @@
 
     text_image_attention    o = softmax(q text_k^T / sqrt(d)) text_v + softmax(q image_k^T / sqrt(d)) image_v
     frame_attention         o[i] = softmax(q[i] k[f]^T / sqrt(d)) v[f]        f the latent frame of token i
-    folded_attention        the audio layer as a whole, from the projection before it to the one after it,
+    absorbed_audio_attention        the audio layer as a whole, from the projection before it to the one after it,
                             but for the latter's bias:
                             softmax(z G[f]^T + g[f]) U[f]                     the softmax over the keys of each head
 
@@ -12,7 +12,7 @@ large: `real` says how many come before, on the device, so that another prompt i
 
 Folding: with one speaker there is neither norm nor rotation between the audio layer's projections and its attention.
 logits = (z Wq^T + bq) k^T / sqrt(d) = z (k Wq / sqrt(d))^T + k bq / sqrt(d) = z G^T + g, and P v Wp^T = P U with
-U = v Wp^T: per frame and head 32 keys instead of 128 channels, 3/4 fewer operations. `fold_audio` makes G, g and U from
+U = v Wp^T: per frame and head 32 keys instead of 128 channels, 3/4 fewer operations. `absorb_audio_projections` makes G, g and U from
 a chunk's keys and values, each time anew: all layers' would be 9 GB.
 
 Source: SoulX-FlashTalk's WanI2VCrossAttention and SingleStreamAttention.
@@ -31,21 +31,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.attention import DEFAULT as ATTENTION
-from kernels.attention import FP8, LOG2_E, NAMES, launch_triton
-from kernels.attention import reference as attention
-from kernels.launch import Launch, lookup
-from kernels.schedule import Spans, tiles_on
+from kernels.chunk_attention import DEFAULT as ATTENTION
+from kernels.chunk_attention import DTYPE_NAMES, FP8, LOG2_E, launch_triton
+from kernels.chunk_attention import reference as attention
+from kernels.scheduler import KVRanges, query_tiles_on
+from kernels.tuning import LaunchConfig, tuned_config
 
 # Where nothing was tuned.
-TEXT_IMAGE: dict[torch.dtype, Launch] = {
+TEXT_IMAGE: dict[torch.dtype, LaunchConfig] = {
     torch.float32: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, "num_stages": 1},
     torch.float16: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 2},
     torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 2},
 }
-FRAME: Launch = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
-FOLD: Launch = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-FOLDED: Launch = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+FRAME: LaunchConfig = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
+FOLD: LaunchConfig = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+FOLDED: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ def text_image_reference(
 
 def frame_reference(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int = 0) -> Tensor:
     """Arguments as in `frame_attention`."""
-    seen = frame_spans(len(q), k.shape[1], per_frame, first)
+    seen = frame_kv_ranges(len(q), k.shape[1], per_frame, first)
     return attention(q, k.flatten(0, 1), v.flatten(0, 1), seen)[0]
 
 
-def frame_spans(tokens: int, keys: int, per_frame: int, first: int) -> Spans:
+def frame_kv_ranges(tokens: int, keys: int, per_frame: int, first: int) -> KVRanges:
     """Which tokens see which of all frames' keys, for tokens from `first` on in frames of `per_frame`."""
     return tuple(
         (
@@ -77,7 +77,7 @@ def frame_spans(tokens: int, keys: int, per_frame: int, first: int) -> Spans:
     )
 
 
-def fold_reference(
+def absorb_reference(
     k: Tensor,
     v: Tensor,
     q_weight: Tensor,
@@ -86,7 +86,7 @@ def fold_reference(
     q_scale: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """G, g, U; arguments as in `fold_audio`."""
+    """G, g, U; arguments as in `absorb_audio_projections`."""
     heads, d = k.shape[2:]
     factor = d**-0.5
     q_weight, weight = (_dequantized(w, s, k.dtype) for w, s in ((q_weight, q_scale), (weight, scale)))
@@ -100,12 +100,12 @@ def _dequantized(w: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return w if scale is None else (w.to(dtype) * scale[:, None]).to(dtype)
 
 
-def folded_reference(
+def absorbed_reference(
     z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, group: int, per_frame: int, first: int = 0
 ) -> Tensor:
-    """Arguments as in `folded_attention`."""
+    """Arguments as in `absorbed_audio_attention`."""
     out = []
-    for start, end, column, _ in frame_spans(len(z), 1, per_frame, first):
+    for start, end, column, _ in frame_kv_ranges(len(z), 1, per_frame, first):
         logits = z[start:end] @ keys[column].T + key_bias[column]
         weights = logits.unflatten(1, (-1, group)).softmax(2).flatten(1)
         out.append(weights.to(values.dtype) @ values[column])
@@ -231,13 +231,13 @@ def launch_text_image(
     image_k: Tensor,
     image_v: Tensor,
     real: Tensor | None = None,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """`text_image_attention` by its kernel."""
     tokens, heads, d = q.shape
-    dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "channels": d}
-    dims["collapsed"] = int(real is not None)
-    parameters = _parameters("text_image_attention", dims, q, TEXT_IMAGE[q.dtype], launch)
+    dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "head_dim": d}
+    dims["dedup_padding"] = int(real is not None)
+    parameters = _parameters("text_image_attention", dims, q, TEXT_IMAGE[q.dtype], config)
     o = q.new_empty(q.shape)
     block_t, block_n = parameters["BLOCK_T"], parameters["BLOCK_N"]
     tail = max(16, triton.next_power_of_2(len(image_k) % block_n))
@@ -258,21 +258,21 @@ def boxes(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def launch_frame(
-    q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int = 0, launch: Launch | None = None
+    q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int = 0, config: LaunchConfig | None = None
 ) -> Tensor:
     """`frame_attention` by the kernel of `chunk_attention`, whose tiles each see one frame's keys."""
     tokens, heads, d = q.shape
     keys = k.shape[1]
-    dims = {"queries": tokens, "per_frame": per_frame, "keys": keys, "heads": heads, "channels": d}
+    dims = {"queries": tokens, "per_frame": per_frame, "keys": keys, "heads": heads, "head_dim": d}
     default = ATTENTION[q.dtype] if q.dtype == torch.float32 else FRAME
-    parameters = _parameters("frame_attention", dims, q, default, launch)
+    parameters = _parameters("frame_attention", dims, q, default, config)
     parameters["BLOCK_N"] = min(128, max(16, triton.next_power_of_2(keys)))
-    seen = frame_spans(tokens, keys, per_frame, first)
+    seen = frame_kv_ranges(tokens, keys, per_frame, first)
     rows = (x.flatten(0, 1)[None] for x in (k, v))
     return launch_triton(q[None], *rows, None, seen, d**-0.5, q.dtype, parameters)[0][0]
 
 
-def launch_fold(
+def launch_absorb(
     k: Tensor,
     v: Tensor,
     q_weight: Tensor,
@@ -280,17 +280,17 @@ def launch_fold(
     weight: Tensor,
     q_scale: Tensor | None = None,
     scale: Tensor | None = None,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fold_audio` by its kernel, once for the keys and once for the values.
+    """`absorb_audio_projections` by its kernel, once for the keys and once for the values.
 
     The scales of the projection before are those of the channels that are summed over: they go to the keys.
     """
     frames, keys, heads, d = k.shape
     if keys < 16 or keys & (keys - 1):
         raise ValueError(f"k: {keys} keys a frame, wanted a power of two from 16 on")
-    dims = {"frames": frames, "keys": keys, "heads": heads, "channels": d}
-    parameters = _parameters("fold_audio", dims, k, FOLD, launch)
+    dims = {"frames": frames, "keys": keys, "heads": heads, "head_dim": d}
+    parameters = _parameters("absorb_audio_projections", dims, k, FOLD, config)
     folded = []
     scaled = k if q_scale is None else (k * q_scale.view(heads, d)).to(k.dtype)
     for x, w, w_scale, width, strides, factor in (
@@ -307,7 +307,7 @@ def launch_fold(
     return folded[0], bias, folded[1]
 
 
-def launch_folded(
+def launch_absorbed(
     z: Tensor,
     keys: Tensor,
     key_bias: Tensor,
@@ -315,18 +315,18 @@ def launch_folded(
     group: int,
     per_frame: int,
     first: int = 0,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
-    """`folded_attention`: weights by the kernel, their product with the values by the library."""
+    """`absorbed_audio_attention`: weights by the kernel, their product with the values by the library."""
     (tokens, width), columns = z.shape, keys.shape[1]
     dims = {"tokens": tokens, "per_frame": per_frame, "columns": columns, "width": width}
     default = FOLDED if z.dtype != torch.float32 else {**FOLDED, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}
-    parameters = _parameters("folded_attention", dims, z, default, launch)
-    seen = frame_spans(tokens, 1, per_frame, first)
+    parameters = _parameters("absorbed_audio_attention", dims, z, default, config)
+    seen = frame_kv_ranges(tokens, 1, per_frame, first)
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     z_rows = TensorDescriptor.from_tensor(z, [block_m, block_k])
     key_rows = TensorDescriptor.from_tensor(keys.flatten(0, 1), [block_n, block_k])
-    table = tiles_on(z.device, type(z), seen, block_m)
+    table = query_tiles_on(z.device, type(z), seen, block_m)
     p = z.new_empty(tokens, columns)
     folded_weights[(triton.cdiv(columns, block_n), len(table))](
         z_rows, key_rows, key_bias, p, table, columns, width, GROUP=group, **parameters
@@ -337,13 +337,18 @@ def launch_folded(
 
 
 def _parameters(
-    operation: str, dims: dict[str, int], x: Tensor, default: Launch, launch: Launch | None
+    operation: str, dims: dict[str, int], x: Tensor, default: LaunchConfig, config: LaunchConfig | None
 ) -> dict[str, Any]:
     """Launch parameters: those given, or tuned ones, or the default."""
-    tuned = lookup(
-        operation, dims, NAMES[x.dtype], x.device, ("triton",), equal=("channels",) if "channels" in dims else ()
+    tuned = tuned_config(
+        operation,
+        dims,
+        DTYPE_NAMES[x.dtype],
+        x.device,
+        ("triton",),
+        match_exactly=("head_dim",) if "head_dim" in dims else (),
     )
-    return {**default, **(launch or (tuned.launch if tuned else {}))}
+    return {**default, **(config or (tuned.config if tuned else {}))}
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
@@ -403,7 +408,7 @@ def _frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int
         return _whole_frames(q, k, v)
     parts = [
         _library(q[start:end], k[key // k.shape[1]], v[key // k.shape[1]])
-        for start, end, key, _ in frame_spans(len(q), k.shape[1], per_frame, first)
+        for start, end, key, _ in frame_kv_ranges(len(q), k.shape[1], per_frame, first)
     ]
     return torch.cat(parts)
 
@@ -411,8 +416,8 @@ def _frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int
 @_frame_attention.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int) -> Tensor:
     heads, d = q.shape[1:]
-    dims = {"queries": len(q), "per_frame": per_frame, "keys": k.shape[1], "heads": heads, "channels": d}
-    choice = lookup("frame_attention", dims, NAMES[q.dtype], q.device)
+    dims = {"queries": len(q), "per_frame": per_frame, "keys": k.shape[1], "heads": heads, "head_dim": d}
+    choice = tuned_config("frame_attention", dims, DTYPE_NAMES[q.dtype], q.device)
     if len(q) == len(k) * per_frame and choice is not None and choice.backend.startswith("sdpa"):
         return _whole_frames(q, k, v)
     return launch_frame(q, k, v, per_frame, first)
@@ -456,11 +461,11 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int 
     return _frame_attention(q, k, v, per_frame, first)
 
 
-@torch.library.custom_op("flashtalk::fold_audio", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("flashtalk::absorb_audio_projections", mutates_args=(), device_types="cpu")
 def _fold_audio(
     k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, q_scale: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys, bias, values = fold_reference(k, v, q_weight, q_bias, weight, q_scale, scale)
+    keys, bias, values = absorb_reference(k, v, q_weight, q_bias, weight, q_scale, scale)
     return keys, bias.float(), values
 
 
@@ -468,7 +473,7 @@ def _fold_audio(
 def _(
     k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, q_scale: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_fold(k, v, q_weight, q_bias, weight, q_scale, scale)
+    return launch_absorb(k, v, q_weight, q_bias, weight, q_scale, scale)
 
 
 @_fold_audio.register_fake
@@ -482,7 +487,7 @@ def _(
     )  # fmt: skip
 
 
-def fold_audio(
+def absorb_audio_projections(
     k: Tensor,
     v: Tensor,
     q_weight: Tensor,
@@ -525,16 +530,16 @@ def fold_audio(
     return _fold_audio(k, v, q_weight, q_bias, weight, q_scale, scale)
 
 
-@torch.library.custom_op("flashtalk::folded_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("flashtalk::absorbed_audio_attention", mutates_args=(), device_types="cpu")
 def _folded_attention(
     z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, group: int, per_frame: int, first: int
 ) -> Tensor:
-    return folded_reference(z, keys, key_bias, values, group, per_frame, first).to(z.dtype)
+    return absorbed_reference(z, keys, key_bias, values, group, per_frame, first).to(z.dtype)
 
 
 @_folded_attention.register_kernel("cuda")
 def _(z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, group: int, per_frame: int, first: int) -> Tensor:
-    return launch_folded(z, keys, key_bias, values, group, per_frame, first)
+    return launch_absorbed(z, keys, key_bias, values, group, per_frame, first)
 
 
 @_folded_attention.register_fake
@@ -542,7 +547,7 @@ def _(z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, group: int, per
     return z.new_empty(z.shape[0], values.shape[2])
 
 
-def folded_attention(
+def absorbed_audio_attention(
     z: Tensor,
     keys: Tensor,
     key_bias: Tensor,
@@ -551,7 +556,7 @@ def folded_attention(
     per_frame: int,
     first: int = 0,
 ) -> Tensor:
-    """The audio layer, but for its last bias, from `fold_audio`'s products; see the module's first lines.
+    """The audio layer, but for its last bias, from `absorb_audio_projections`'s products; see the module's first lines.
 
     Args:
         z: [tokens, width], contiguous: tokens `first`, `first` + 1, ... of a chunk, before the first projection.

@@ -18,7 +18,7 @@ and GELU makes no value larger. A floating-point format loses nothing by room to
 2^15, and the bound lies 2^6 to 2^11 above what a row's largest value is.
 
 Forms: `reference` is the definition; on CPUs that; on GPUs the Triton kernel below, on Hopper also the one of
-kernels/linear_hopper.py, or the library (cuBLAS), whichever kernels/tuned/ names for the shape.
+kernels/linear_sm90.py, or the library (cuBLAS), whichever kernels/tuned/ names for the shape.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -34,18 +34,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import linear_hopper
-from kernels.attention import NAMES
-from kernels.hopper import FP8
-from kernels.launch import Choice, Launch, gpu, lookup
-from kernels.linear_hopper import LONG, suits
-from kernels.norm import LARGEST, TINY, quantize_rows, to_e4m3
+from kernels import linear_sm90
+from kernels.chunk_attention import DTYPE_NAMES
+from kernels.linear_sm90 import LONG, supports
+from kernels.norm import FP8_MAX, MIN_SCALE, quantize_rows, to_e4m3
+from kernels.sm90 import FP8
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
 # Of the Triton kernel, where nothing was tuned: in 32 and 16 bits, in FP8, and in FP8 with promoted sums.
-WIDE: Launch = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-HALF: Launch = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-FAST: Launch = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
-EXACT: Launch = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "PROMOTED": 1, "num_warps": 8, "num_stages": 4}
+WIDE: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+HALF: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+FAST: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+EXACT: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "FP32_ACCUM": 1, "num_warps": 8, "num_stages": 4}
 MERGE_ROWS = 16  # of a tile that a program of `merge_linear` merges
 
 
@@ -90,8 +90,8 @@ def _finish(y: Tensor, epilogue: Epilogue) -> Tensor:
 def output_bound(w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The two numbers, float32 [2], that make a row's scale of an e4m3 output; see the module's first lines."""
     longest = w.float().abs().sum(1).mul(w_scale).amax()
-    largest = bias.float().abs().amax() / LARGEST if bias is not None else torch.zeros_like(longest)
-    return torch.stack((longest, largest.clamp_min(TINY)))
+    largest = bias.float().abs().amax() / FP8_MAX if bias is not None else torch.zeros_like(longest)
+    return torch.stack((longest, largest.clamp_min(MIN_SCALE)))
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def store_output(acc, rows, columns, m, n, y, residual, x_scale, w_scale, bound,
 def linear_forward(x_rows, w_rows, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, y_row,
                    residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
                    GATED: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, PROMOTED: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr):  # fmt: skip
     """One tile. x_rows and w_rows cut boxes out of x and w, beyond whose ends there are zeros.
 
     GROUP_N columns of tiles are worked off row by row, so that those at work at one time share them in the L2 cache.
@@ -149,7 +149,7 @@ def linear_forward(x_rows, w_rows, y, residual, x_scale, w_scale, bound, y_scale
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, k, BLOCK_K):
         a, b = x_rows.load([row, start]), w_rows.load([column, start])
-        if PROMOTED:
+        if FP32_ACCUM:
             acc += tl.dot(a, b.T)
         else:
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
@@ -185,12 +185,17 @@ Output = tuple[Tensor, Tensor]  # y, and its scale, which is empty unless the ep
 
 
 def launch_triton(
-    x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, dtype: torch.dtype, launch: Launch | None = None
+    x: Tensor,
+    w: Tensor,
+    scales: Scales | None,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> Output:
     """By the Triton kernel."""
     (m, k), n = x.shape, len(w)
     default = WIDE if x.dtype == torch.float32 else HALF if x.dtype != FP8 else EXACT if k >= LONG else FAST
-    parameters: dict[str, Any] = {"GROUP_N": 8, "PROMOTED": 0, **(launch or default)}
+    parameters: dict[str, Any] = {"GROUP_N": 8, "FP32_ACCUM": 0, **(config or default)}
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _new_output(x, n, epilogue, dtype)
     x_rows, w_rows = (
@@ -204,22 +209,40 @@ def launch_triton(
     return y, y_scale
 
 
-def launch_hopper(
-    x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, dtype: torch.dtype, launch: Launch | None = None
+def launch_sm90(
+    x: Tensor,
+    w: Tensor,
+    scales: Scales | None,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> Output:
-    """By the kernel of kernels/linear_hopper.py; adds up what it left in parts."""
-    y, y_scale, plan, parts = linear_hopper.launch_hopper(x, w, scales, *epilogue, dtype=dtype, launch=launch)
-    if len(plan.merges):
+    """By the kernel of kernels/linear_sm90.py; adds up what it left in parts."""
+    y, y_scale, schedule, parts = linear_sm90.launch_sm90(x, w, scales, *epilogue, dtype=dtype, config=config)
+    if len(schedule.combines):
         pointers, strides, flags = _arguments(y, y_scale, scales, epilogue)
-        tile, block_n = len(parts) // plan.parts, parts.shape[1]
-        merge_linear[(len(plan.merges), tile // MERGE_ROWS)](
-            parts, plan.merges, *pointers, *y.shape, *strides, **flags, TILE=tile, BLOCK_M=MERGE_ROWS, BLOCK_N=block_n
+        tile, block_n = len(parts) // schedule.num_partials, parts.shape[1]
+        merge_linear[(len(schedule.combines), tile // MERGE_ROWS)](
+            parts,
+            schedule.combines,
+            *pointers,
+            *y.shape,
+            *strides,
+            **flags,
+            TILE=tile,
+            BLOCK_M=MERGE_ROWS,
+            BLOCK_N=block_n,
         )
     return y, y_scale
 
 
 def launch_library(
-    x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, dtype: torch.dtype, launch: Launch | None = None
+    x: Tensor,
+    w: Tensor,
+    scales: Scales | None,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> Output:
     """By cuBLAS, row-wise scaled in FP8, and an epilogue of PyTorch's operations."""
     bias = epilogue.bias
@@ -237,7 +260,7 @@ def launch_library(
         return y.to(dtype), y.new_empty(0, dtype=torch.float32)
     assert scales is not None
     y_scale = scales[0] * epilogue.bound[0] + epilogue.bound[1]
-    return (y.float() / y_scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8), y_scale
+    return (y.float() / y_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), y_scale
 
 
 def _new_output(x: Tensor, n: int, epilogue: Epilogue, dtype: torch.dtype) -> Output:
@@ -261,11 +284,16 @@ def _arguments(
 
 
 Form = Callable[..., Output]
-FORMS: Mapping[str, Form] = {"gluon": launch_hopper, "triton": launch_triton, "library": launch_library}
+BACKENDS: Mapping[str, Form] = {"gluon": launch_sm90, "triton": launch_triton, "library": launch_library}
 
 
 def launch(
-    x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, dtype: torch.dtype, choice: Choice | None = None
+    x: Tensor,
+    w: Tensor,
+    scales: Scales | None,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    choice: TunedConfig | None = None,
 ) -> Output:
     """By the form that kernels/tuned/ names for the shape, or `choice`; without one, of those that a GPU has proven.
 
@@ -274,13 +302,15 @@ def launch(
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
     plain = not epilogue.gelu and epilogue.gate is epilogue.residual is epilogue.bound is None
-    among = [name for name in FORMS if plain or name != "library"]
-    choice = choice or lookup("linear", dims, "fp8" if scales else NAMES[x.dtype], x.device, among=among)
+    backends = [name for name in BACKENDS if plain or name != "library"]
+    choice = choice or tuned_config(
+        "linear", dims, "fp8" if scales else DTYPE_NAMES[x.dtype], x.device, backends=backends
+    )
     wanted = choice.backend if choice is not None else "triton" if scales else "library"
-    if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, w, dtype, epilogue.residual)):
+    if wanted == "gluon" and not (gpu_of(x.device).capability == "9.0" and supports(x, w, dtype, epilogue.residual)):
         wanted = "triton"
-    parameters = choice.launch if choice is not None and choice.backend == wanted else None
-    return FORMS[wanted](x, w, scales, epilogue, dtype, parameters or None)
+    parameters = choice.config if choice is not None and choice.backend == wanted else None
+    return BACKENDS[wanted](x, w, scales, epilogue, dtype, parameters or None)
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
@@ -330,7 +360,7 @@ def linear(
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
     """
-    if x.dtype not in NAMES:
+    if x.dtype not in DTYPE_NAMES:
         raise ValueError(f"x: {x.dtype}, wanted float32, float16 or bfloat16")
     _check(x, w, Epilogue(bias, _gelu(activation), gate, residual), x.dtype)
     return _linear(x, w, bias, _gelu(activation), gate, residual)
@@ -390,7 +420,7 @@ def linear_fp8(
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
     """
-    if dtype not in NAMES:
+    if dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype: {dtype}, wanted float32, float16 or bfloat16")
     _check_fp8(x, x_scale, w, w_scale)
     _check(x, w, Epilogue(bias, _gelu(activation), gate, residual), dtype)
@@ -403,7 +433,7 @@ def _linear_fp8_quantized(
 ) -> tuple[Tensor, Tensor]:
     y = reference(x, w, (x_scale, w_scale), Epilogue(bias, gelu), torch.float32)
     y_scale = x_scale * bound[0] + bound[1]
-    return (y / y_scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8), y_scale
+    return (y / y_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), y_scale
 
 
 @_linear_fp8_quantized.register_kernel("cuda")
@@ -479,7 +509,7 @@ def _check(x: Tensor, w: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> None
             raise ValueError(f"{name}: strides {y.stride()}, wanted rows whole 16 bytes apart, contiguous themselves")
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "w": (w, (w.shape[0], x.shape[1]), (x.dtype,)),
-        "bias": (epilogue.bias, (w.shape[0],), tuple(NAMES)),
+        "bias": (epilogue.bias, (w.shape[0],), tuple(DTYPE_NAMES)),
         "gate": (epilogue.gate, (w.shape[0],), (torch.float32,)),
         "residual": (epilogue.residual, (x.shape[0], w.shape[0]), (dtype,)),
         "bound": (epilogue.bound, (2,), (torch.float32,)),

@@ -13,7 +13,7 @@ token's heads lie side by side, tokens any distance apart: slices of a fused pro
     x_norm = x / sqrt(mean(x^2) + eps) * weight            over all heads x channels of a token, not head by head
     (a, b) -> (a cos - b sin, a sin + b cos)               of every adjacent pair of channels, by the token's angles
 
-`rms_norm_rope_fp8` writes what `kernels.attention.chunk_attention_fp8` reads, and takes v along:
+`rms_norm_rope_fp8` writes what `kernels.chunk_attention.chunk_attention_fp8` reads, and takes v along:
 
     q8, q_scale   e4m3, and the largest value of each token and head / 448
     k8, k_scale   e4m3 of k - c. c[head, channel] is about the mean key, which many channels share and which would cost
@@ -40,16 +40,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import FP8, NAMES, interleave
-from kernels.launch import Launch, lookup
+from kernels.chunk_attention import DTYPE_NAMES, FP8, interleave
+from kernels.tuning import LaunchConfig, tuned_config
 
 SAMPLE = 128  # tokens that the mean key and the range of values are taken from
 HEADROOM = 8.0  # of a value over the largest one of the sample
-LARGEST = 448.0  # of e4m3
-TINY = 1e-12  # least scale: an operand of zeros has one too
+FP8_MAX = 448.0  # of e4m3
+MIN_SCALE = 1e-12  # least scale: an operand of zeros has one too
 
-DEFAULT: Launch = {"BLOCK_H": 8, "TOKENS": 2, "num_warps": 4}
-ROWS: Launch = {"ROWS": 2, "num_warps": 8}
+DEFAULT: LaunchConfig = {"BLOCK_H": 8, "TOKENS": 2, "num_warps": 4}
+ROWS: LaunchConfig = {"ROWS": 2, "num_warps": 8}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
@@ -75,9 +75,9 @@ def reference_fp8(
     """q8, q_scale, k8, v8, v_scale; arguments as in `rms_norm_rope_fp8`."""
     turned_q, turned_k = _turn(q, q_weight, rope, eps), _turn(k, k_weight, rope, eps)
     tokens = torch.tensor(sample(len(k)), device=k.device)
-    q_scale = (turned_q.abs().amax(2) / LARGEST).clamp_min(TINY)
+    q_scale = (turned_q.abs().amax(2) / FP8_MAX).clamp_min(MIN_SCALE)
     centre = turned_k[tokens].mean(0).to(k.dtype)
-    v_scale = (v[tokens].abs().amax(0).to(turned_q.dtype) * (HEADROOM / LARGEST)).clamp_min(TINY)
+    v_scale = (v[tokens].abs().amax(0).to(turned_q.dtype) * (HEADROOM / FP8_MAX)).clamp_min(MIN_SCALE)
     places = torch.from_numpy(interleave(len(v))).to(v.device)
     padded = F.pad(v / v_scale, (0, 0, 0, 0, 0, len(places) - len(v)))[places]
     return (
@@ -87,7 +87,7 @@ def reference_fp8(
 
 
 def _round(x: Tensor) -> Tensor:
-    return x.clamp(-LARGEST, LARGEST).to(FP8)
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
@@ -99,7 +99,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, on
 def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, columns] as e4m3 and the float32 scale of each row."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = (wide.abs().amax(1) / LARGEST).clamp_min(TINY)
+    scale = (wide.abs().amax(1) / FP8_MAX).clamp_min(MIN_SCALE)
     return _round(wide / scale[:, None]), scale.float()
 
 
@@ -117,7 +117,7 @@ def _stride(tokens: int) -> int:
 def key_scale(k_weight: Tensor, heads: int) -> Tensor:
     """The scale of a head's e4m3 keys, float32 [heads], from the weight [heads x channels] of their norm."""
     largest = 2 * math.sqrt(len(k_weight)) * k_weight.float().abs().unflatten(0, (heads, -1)).amax(1)
-    return (largest / LARGEST).clamp_min(TINY)
+    return (largest / FP8_MAX).clamp_min(MIN_SCALE)
 
 
 # --- Triton kernels -------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def launch_rows(
     x: Tensor,
     norm: tuple[Tensor, Tensor, float, float] | None,
     fp8: bool,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [rows, columns] normalised by (weight, bias, eps, one), and quantised if `fp8`; and the scales [rows], or none.
 
@@ -262,9 +262,9 @@ def launch_rows(
     """
     rows, columns = x.shape
     operation = "layer_norm_modulate" if norm else "quantize_rows"
-    dtype = "fp8" if fp8 else NAMES[x.dtype]
-    tuned = lookup(operation, {"rows": rows, "columns": columns}, dtype, x.device, ("triton",))
-    parameters = {**ROWS, **(launch or (tuned.launch if tuned else {}))}
+    dtype = "fp8" if fp8 else DTYPE_NAMES[x.dtype]
+    tuned = tuned_config(operation, {"rows": rows, "columns": columns}, dtype, x.device, ("triton",))
+    parameters = {**ROWS, **(config or (tuned.config if tuned else {}))}
     out = x.new_empty(x.shape, dtype=(FP8 if x.is_cuda else torch.float32) if fp8 else x.dtype)
     scale = x.new_empty(rows if fp8 else 0, dtype=torch.float32)
     weight, bias, eps, one = norm or (x, x, 0.0, 0.0)
@@ -275,7 +275,7 @@ def launch_rows(
     return out, scale
 
 
-def launch_norm_rope(
+def launch_rms_norm_rope(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -283,15 +283,17 @@ def launch_norm_rope(
     rope: Tensor,
     eps: float,
     fp8: Mapping[str, Tensor] | None = None,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q and k turned; with `fp8` (q_scale to be written, k_scale, centre) in e4m3, or q_scale's dtype if that is less.
 
     The interpreter cannot round to e4m3; there, q_scale being on the CPU, the results stay float32.
     """
     tokens, heads, d = q.shape
-    tuned = lookup("rms_norm_rope", {"tokens": tokens, "heads": heads, "channels": d}, "bf16", q.device, ("triton",))
-    parameters: dict[str, Any] = {**DEFAULT, **(launch or (tuned.launch if tuned else {}))}
+    tuned = tuned_config(
+        "rms_norm_rope", {"tokens": tokens, "heads": heads, "head_dim": d}, "bf16", q.device, ("triton",)
+    )
+    parameters: dict[str, Any] = {**DEFAULT, **(config or (tuned.config if tuned else {}))}
     parameters |= {"FP8": fp8 is not None, "D": d, "BLOCKS": triton.cdiv(heads, parameters["BLOCK_H"])}
     dtype = q.dtype if fp8 is None else FP8 if q.is_cuda else torch.float32
     q_out, k_out = (q.new_empty(q.shape, dtype=dtype) for _ in range(2))
@@ -332,7 +334,7 @@ def launch_fp8(
     )  # fmt: skip
     q_scale = q.new_empty(tokens, heads, dtype=torch.float32)
     fp8 = {"q_scale": q_scale, "k_scale": k_scale, "centre": centre}
-    q8, k8 = launch_norm_rope(q, k, q_weight, k_weight, rope, eps, fp8)
+    q8, k8 = launch_rms_norm_rope(q, k, q_weight, k_weight, rope, eps, fp8)
     padded = -(-tokens // 16) * 16
     v8 = v.new_empty(heads, d, padded, dtype=q8.dtype)
     grid = (triton.cdiv(padded, BLOCK_VALUES), heads)
@@ -467,7 +469,7 @@ def _rms_norm_rope(
 
 @_rms_norm_rope.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return launch_norm_rope(q, k, q_weight, k_weight, rope, eps)
+    return launch_rms_norm_rope(q, k, q_weight, k_weight, rope, eps)
 
 
 @_rms_norm_rope.register_fake
@@ -548,7 +550,7 @@ def rms_norm_rope_fp8(
         eps: as in `rms_norm_rope`.
 
     Returns:
-        q8, q_scale, k8, k_scale, v8, v_scale: the first arguments of `kernels.attention.chunk_attention_fp8`.
+        q8, q_scale, k8, k_scale, v8, v_scale: the first arguments of `kernels.chunk_attention.chunk_attention_fp8`.
 
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
@@ -592,7 +594,7 @@ def _check_rows(x: Tensor, vectors: Mapping[str, Tensor]) -> None:
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"x: shape {list(x.shape)}, wanted [rows, columns], at least 1 of each")
     for name, y in {"x": x, **vectors}.items():
-        if y.dtype not in NAMES:
+        if y.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: {y.dtype}, wanted float32, float16 or bfloat16")
         if name != "x" and y.shape != x.shape[1:]:
             raise ValueError(f"{name}: shape {list(y.shape)}, wanted [{x.shape[1]}]")

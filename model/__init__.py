@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-if find_spec("kernels.conv") is None:
+if find_spec("kernels.causal_conv3d") is None:
     raise ImportError("another distribution named 'kernels' hides flashtalk-triton's; run: pip uninstall kernels")

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from kernels.color import lab_statistics, lab_transfer
+from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.checkpoint import Models, load_models, random_models
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table

@@ -27,8 +27,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.attention import chunk_attention, chunk_attention_fp8
-from kernels.cross_attention import fold_audio, folded_attention, frame_attention, text_image_attention
+from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
+from kernels.cross_attention import (
+    absorb_audio_projections,
+    absorbed_audio_attention,
+    frame_attention,
+    text_image_attention,
+)
 from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, Rows, modulated, normed
@@ -245,8 +250,8 @@ class AudioAttention(nn.Module):
         before, after = self.q_linear, self.proj
         if positions is None:
             scales = (layer.weight_scale if layer.fp8 else None for layer in (before, after))
-            keys, bias, values = fold_audio(k, v, before.weight, before.bias, after.weight, *scales)
-            return x + (folded_attention(h, keys, bias, values, k.shape[1], per_frame, first) + after.bias)
+            keys, bias, values = absorb_audio_projections(k, v, before.weight, before.bias, after.weight, *scales)
+            return x + (absorbed_audio_attention(h, keys, bias, values, k.shape[1], per_frame, first) + after.bias)
         q = before(h).unflatten(-1, (self.config.num_heads, -1))
         q = rotate(q, audio_rope(positions, self.config.head_dim))
         return after(frame_attention(q, k, v, per_frame, first).flatten(1), residual=x)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.launch import slug
+from kernels.tuning import device_slug
 
 CACHE = "FLASHTALK_CACHE"  # environment variable: where the folders lie
 
@@ -34,7 +34,7 @@ def package_version(name: str) -> str | None:
 def cache_key(device: torch.device) -> str:
     """What results and compiled code depend on besides the code: device and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return f"{slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
+    return f"{device_slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
 
 
 def cache_folder(device: torch.device) -> Path:

@@ -53,7 +53,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.launch import GPU, assuming
+from kernels.tuning import GPU, assume_gpu
 from model.errors import UserError
 from profiling import sass, ttgir
 from profiling.cases import Case, own_cases, registry, select
@@ -313,7 +313,7 @@ def _launches(
     arch = int(device.target.removeprefix("sm_"))
     quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
     gpu = GPU(device.name, device.capability, device.multiprocessors)
-    with recording(arch) as recorder, assuming(gpu), Shapes(), warnings.catch_warnings(), quiet:
+    with recording(arch) as recorder, assume_gpu(gpu), Shapes(), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
         try:
             launcher(*case.inputs(torch.device("cuda"), None))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from kernels.color import lab_statistics
+from kernels.lab_transfer import lab_statistics
 from model.config import PRECISIONS, TINY, Config
 from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult

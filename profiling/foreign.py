@@ -98,15 +98,15 @@ _SIZES = r"(?P<rows>\d+)x(?P<inputs>\d+)->(?P<outputs>\d+)"
 _PLANE = r"(?P<rows>\d+)x(?P<columns>\d+)"
 _CLIP = rf"1x(?P<channels>\d+)x(?P<frames>\d+)x{_PLANE} channels_last"
 RULES = (
-    Rule(r"attn H(?P<heads>\d+) (?P<by>\w+) token-major", "self_attention", "bf16", "sdpa-{by}"),
-    Rule(r"attn H(?P<heads>\d+)(/(?P<ranks>\d+))? (?P<by>\w+)", "self_attention", "bf16", "sdpa-{by} head-major"),
-    Rule(r"triton attn (?P<dtype>\w+) (?P<by>.+)", "self_attention", "{dtype}", "triton {by}", "gpu_first"),
+    Rule(r"attn H(?P<heads>\d+) (?P<by>\w+) token-major", "chunk_attention", "bf16", "sdpa-{by}"),
+    Rule(r"attn H(?P<heads>\d+)(/(?P<ranks>\d+))? (?P<by>\w+)", "chunk_attention", "bf16", "sdpa-{by} head-major"),
+    Rule(r"triton attn (?P<dtype>\w+) (?P<by>.+)", "chunk_attention", "{dtype}", "triton {by}", "gpu_first"),
     Rule(rf"linear {_SIZES} bf16", "linear", "bf16", "eager"),
     Rule(rf"linear {_SIZES} fp8 row", "linear", "fp8", "scaled-mm-row"),
     Rule(rf"triton gemm (?P<by>.+) {_SIZES}", "linear", "fp8", "triton {by}"),
     Rule(rf"layernorm\+modulate (?P<by>\w+) {_PLANE}", "layer_norm_modulate", "bf16", "{by}"),
     Rule(rf"quantise rows (?P<by>\w+) {_PLANE}", "quantize_rows", "fp8", "{by}"),
-    Rule(rf"rms\+silu (?P<by>\w+) {_CLIP}", "norm_silu", "bf16", "{by}"),
+    Rule(rf"rms\+silu (?P<by>\w+) {_CLIP}", "rms_norm_silu", "bf16", "{by}"),
     Rule(r"cudnn conv (?P<size>C\d+ \S+) (?P<by>\w+)", "causal_conv3d", "bf16", "cudnn {by}", "gpu_first-{size}"),
     Rule(r"triton conv (?P<by>.+) (?P<size>C\d+ \S+)", "causal_conv3d", "bf16", "triton {by}", "gpu_first-{size}"),
 )

@@ -27,27 +27,11 @@ from rich.table import Table
 from model.config import PRESETS, Config
 from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
+from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
 from profiling.results import OK, Run, VariantResult, load
 from profiling.tables import duration, terminal
 
-DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
-# The stage that each operation is part of; the VAE's cases count decoding and encoding together.
-STAGES: dict[str, str] = {
-    "self_attention": DENOISE,
-    "text_image_attention": DENOISE,
-    "frame_attention": DENOISE,
-    "linear": DENOISE,
-    "layer_norm_modulate": DENOISE,
-    "rms_norm_rope": DENOISE,
-    "causal_conv3d": DECODE,
-    "norm_silu": DECODE,
-    "upsample_conv": DECODE,
-    "downsample_conv": DECODE,
-    "time_conv": DECODE,
-    "wide_attention": DECODE,
-    "lab_transfer": COLOR,
-}
 BEST, OURS = "best", "ours"  # sets of kernels
 TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone"}
 BF16, FP32 = 2, 4  # bytes
@@ -127,7 +111,7 @@ def kernels(run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: st
         if result is None or best is None or best.seconds is None:
             lacks.append(case.name)
         else:
-            stages[STAGES[case.operation.name]] += best.seconds * result.calls
+            stages[case.shape.stage] += best.seconds * result.calls
     if not wanted:
         lacks.append(f"any case of {world} GPUs")
     return Kernels(stages, tuple(lacks))

@@ -40,7 +40,7 @@ def rms_norm_rope(
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `kernels.attention.chunk_attention`."""
+    """As `kernels.chunk_attention.chunk_attention`."""
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
 
@@ -59,14 +59,14 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int 
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[first:]
 
 
-def fold_audio(
+def absorb_audio_projections(
     k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, *_no_scales: None
 ) -> tuple[Any, Any, Any]:
-    """Folds nothing: what `folded_attention` needs."""
+    """Folds nothing: what `absorbed_audio_attention` needs."""
     return (k, v), (q_weight, q_bias), weight
 
 
-def folded_attention(
+def absorbed_audio_attention(
     z: Tensor, keys: Any, before: Any, after: Tensor, _group: int, per_frame: int, first: int = 0
 ) -> Tensor:
     """Projection, attention, projection."""
@@ -85,8 +85,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
-def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
-    """As `kernels.pixel_norm.pixel_norm`, not in FP8."""
+def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
+    """As `kernels.rms_norm_silu.rms_norm_silu`, not in FP8."""
     assert factor is None
     y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
     return F.silu(y) if silu else y
@@ -100,7 +100,7 @@ def conv3d(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.conv.conv3d`, not in FP8."""
+    """As `kernels.causal_conv3d.conv3d`, not in FP8."""
     assert scale is None
     clip = F.pad(x.transpose(0, 1)[None].contiguous(), [weight.shape[3] // 2] * 4)
     y = F.conv3d(clip, weight.contiguous(), bias, (stride, 1, 1))[0].transpose(0, 1)
@@ -117,15 +117,15 @@ def causal_conv3d(
     gamma: Tensor | None = None,
     factor: float | None = None,
 ) -> Tensor:
-    """As `kernels.conv.causal_conv3d`, not in FP8; the zero frames at the start of a clip are multiplied too."""
+    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; the zero frames at the start of a clip are multiplied too."""
     if past is None:
         past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
     y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
-    return y if gamma is None else pixel_norm(y, gamma, silu=True, factor=factor)
+    return y if gamma is None else rms_norm_silu(y, gamma, silu=True, factor=factor)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `kernels.resample_conv.downsample_conv2d`."""
+    """As `kernels.resample_conv2d.downsample_conv2d`."""
     return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight.contiguous(), bias, stride=2)
 
 
@@ -142,12 +142,12 @@ _FORMS = {
         chunk_attention,
         text_image_attention,
         frame_attention,
-        fold_audio,
-        folded_attention,
+        absorb_audio_projections,
+        absorbed_audio_attention,
         layer_norm,
         layer_norm_modulate,
     ),
     linear: (layer_norm, layer_norm_modulate),
-    vae: (pixel_norm, conv3d, causal_conv3d, downsample_conv2d, chunk_attention),
+    vae: (rms_norm_silu, conv3d, causal_conv3d, downsample_conv2d, chunk_attention),
     vae.Upsample: (_double,),
 }

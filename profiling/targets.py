@@ -3,7 +3,7 @@
     [[target]]
     name = "self-attention against the best peer"
     device = "H100|H200"                        # regular expression; or kind = "cuda" or "cpu"; by default any machine
-    cases = ["self_attention/14b-w1/bf16"]      # one goal for each; or variant = "fp8*" and stage = "decode"
+    cases = ["chunk_attention/14b-w1/bf16"]      # one goal for each; or variant = "fp8*" and stage = "decode"
     peer = "best"                               # or a back-end's name; for a ratio
     ratio = 1.0
     stretch = 1.1                               # shown, not required

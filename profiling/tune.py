@@ -1,4 +1,4 @@
-"""Searches the launch parameters of our kernels and writes the fastest right ones where `kernels.launch` finds them.
+"""Searches the launch parameters of our kernels and writes the fastest right ones where `kernels.tuning` finds them.
 
 A case goes through five stages, each with its part of the time, so that a case that was begun is also finished:
 
@@ -21,13 +21,12 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -35,8 +34,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kernels import launch
-from kernels.launch import Entry
+from kernels import tuning
+from kernels.tuning import LaunchConfig, TunedEntry
 from model.errors import UserError
 from profiling.bench import case_result, check, input_sets, measure_ceilings, reason, reference, settle
 from profiling.cases import Backend, Case, chosen
@@ -53,22 +52,20 @@ FINAL_ROUNDS = 12
 VERSIONS = ("torch", "triton", "cuda", "cudnn")  # that a table states
 PROBE = ".writable"
 
-Launch = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Candidate:
     """A back-end, with one set of its launch parameters if it has any."""
 
     backend: Backend
-    launch: Launch | None = None
+    config: LaunchConfig | None = None
 
     @property
     def bound(self) -> Backend:
         """The back-end with these parameters."""
-        if self.launch is None:
+        if self.config is None:
             return self.backend
-        return replace(self.backend, prepare=partial(self.backend.prepare, launch=self.launch))
+        return replace(self.backend, prepare=partial(self.backend.prepare, config=self.config))
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Failure:
     """A candidate that is out."""
 
     backend: str
-    launch: Launch | None
+    config: LaunchConfig | None
     why: str
 
 
@@ -85,7 +82,7 @@ class Outcome:
     """What tuning a case came to."""
 
     case: str
-    entry: Entry | None = None  # for the table; None where no candidate was right, or no time was left
+    entry: TunedEntry | None = None  # for the table; None where no candidate was right, or no time was left
     kernel: str | None = None  # our fastest back-end with launch parameters
     peer: str | None = None  # the fastest peer
     tried: int = 0  # candidates with launch parameters that were checked
@@ -102,7 +99,7 @@ class Outcome:
     @property
     def broken(self) -> bool:
         """Whether candidates were tried and none was right."""
-        return self.tried > 0 and sum(f.launch is not None for f in self.failed) == self.tried
+        return self.tried > 0 and sum(f.config is not None for f in self.failed) == self.tried
 
 
 def candidates(case: Case, device: torch.device) -> list[Candidate]:
@@ -127,7 +124,7 @@ class _Trial:
 
     def fail(self, candidate: Candidate, why: str) -> None:
         """Puts a candidate out; raises RuntimeError if its failure was one that leaves the process without a GPU."""
-        self.failed.append(Failure(candidate.backend.name, candidate.launch, why))
+        self.failed.append(Failure(candidate.backend.name, candidate.config, why))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -238,16 +235,16 @@ def _final(
     for i in sorted(medians, key=lambda i: medians[i]):
         best.setdefault(racers[i].backend.name, (medians[i], racers[i]))
     names = [b.name for b in trial.case.backends if b.name in best]  # whatever the order at the finish
-    ours = [name for name, (_, candidate) in best.items() if candidate.launch is not None]
+    ours = [name for name, (_, candidate) in best.items() if candidate.config is not None]
     peers = [name for name, (_, candidate) in best.items() if not candidate.backend.ours]
     entry = None
     if ours:
-        entry = Entry(
+        entry = TunedEntry(
             trial.case.operation.name,
             trial.case.dtype,
             dict(trial.case.shape.dims),
             next(iter(best)),
-            {name: dict(best[name][1].launch or {}) for name in names if name in ours},
+            {name: dict(best[name][1].config or {}) for name in names if name in ours},
             {name: best[name][0] for name in names},
             now(),
             _versions(trial.device),
@@ -284,7 +281,7 @@ def _weight(case: Case, ceilings: Ceilings) -> float:
     return max(case.shape.calls, 1) * (bound[1] if bound else 1.0)
 
 
-def write_table(entries: Iterable[Entry], device: torch.device, folder: Path) -> Path:
+def write_table(entries: Iterable[TunedEntry], device: torch.device, folder: Path) -> Path:
     """Puts the entries into that device's table in a folder, whole or not at all, and gives its path.
 
     They replace those of the same operation, dtype and dimensions; all others stay. A new table begins with what
@@ -292,15 +289,15 @@ def write_table(entries: Iterable[Entry], device: torch.device, folder: Path) ->
     written, or the one before it is damaged.
     """
     machine = describe(device)
-    name = f"{launch.slug(machine.device)}.json"
-    path, known = folder / name, launch.FOLDER / name
+    name = f"{tuning.device_slug(machine.device)}.json"
+    path, known = folder / name, tuning.FOLDER / name
     try:
-        before = next((launch.read(p).entries for p in (path, known) if p.is_file()), ())
+        before = next((tuning.read_table(p).entries for p in (path, known) if p.is_file()), ())
     except ValueError as error:
         raise UserError(f"{error}; mend it or move it away") from error
     merged = {entry.key: entry for entry in (*before, *entries)}
-    table = launch.Table(machine.device, machine.capability or machine.kind, tuple(merged.values()))
-    write(path, launch.to_json(table))
+    table = tuning.TunedTable(machine.device, machine.capability or machine.kind, tuple(merged.values()))
+    write(path, tuning.to_json(table))
     return path
 
 
@@ -319,7 +316,7 @@ def command(
     if not tunable:
         some = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
         raise UserError(f"nothing to tune: no back-end of {some} has launch parameters to try on {device.type}")
-    folder = out or (launch.FOLDER if device.type == "cuda" else None)
+    folder = out or (tuning.FOLDER if device.type == "cuda" else None)
     if folder is not None:
         write(folder / PROBE, "")  # a place that cannot be written is said now, not after the work
         (folder / PROBE).unlink()
@@ -368,7 +365,7 @@ def table(outcomes: Iterable[Outcome]) -> Table:
         out.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         tried = f"{outcome.tried} of {outcome.tried + outcome.untried}"
-        failed = str(sum(f.launch is not None for f in outcome.failed))
+        failed = str(sum(f.config is not None for f in outcome.failed))
         out.add_section()
         out.add_row(escape(outcome.case), "", "", tried, failed)
         if outcome.entry is None:
@@ -379,8 +376,8 @@ def table(outcomes: Iterable[Outcome]) -> Table:
     return out
 
 
-def _cells(outcome: Outcome, entry: Entry, name: str) -> tuple[str, str, str]:
+def _cells(outcome: Outcome, entry: TunedEntry, name: str) -> tuple[str, str, str]:
     fastest = " (fastest)" if name == entry.backend else ""
-    parameters = "".join(f" {key}={value}" for key, value in entry.launch.get(name, {}).items())
+    parameters = "".join(f" {key}={value}" for key, value in entry.configs.get(name, {}).items())
     ratio = f"{outcome.ratio:.2f}" if name == outcome.kernel and outcome.ratio is not None else ""
     return escape(f"  {name}{fastest}{parameters}"), duration(entry.seconds[name]), ratio

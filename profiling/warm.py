@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.launch import GPU, Launch, assuming, gpu
+from kernels.tuning import GPU, LaunchConfig, assume_gpu, gpu_of
 from model.errors import UserError
 from profiling.audit import Shapes, recording
 from profiling.cases import Case, chosen, registry
@@ -34,7 +34,7 @@ class Job:
 
     case: str
     backend: str
-    launch: tuple[tuple[str, int], ...] = ()
+    config: tuple[tuple[str, int], ...] = ()
 
 
 def jobs(cases: Sequence[Case], whole: bool) -> Iterator[Job]:
@@ -44,7 +44,7 @@ def jobs(cases: Sequence[Case], whole: bool) -> Iterator[Job]:
             if backend.launcher is not None:
                 yield Job(case.name, backend.name)
                 space = backend.space(case.shape.dims) if whole and backend.space else ()
-                yield from (Job(case.name, backend.name, tuple(launch.items())) for launch in space)
+                yield from (Job(case.name, backend.name, tuple(config.items())) for config in space)
 
 
 @cache
@@ -57,13 +57,13 @@ def compile_job(job: Job, target: GPU, extra: Path | None) -> str:
     case = _cases(extra)[job.case]
     launcher = next(backend.launcher for backend in case.backends if backend.name == job.backend)
     assert launcher is not None
-    launch: dict[str, Launch] = {"launch": dict(job.launch)} if job.launch else {}
+    config: dict[str, LaunchConfig] = {"config": dict(job.config)} if job.config else {}
     quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
     arch = int(target.capability.replace(".", ""))
-    with recording(arch), assuming(target), Shapes(), warnings.catch_warnings(), quiet:
+    with recording(arch), assume_gpu(target), Shapes(), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
         try:
-            launcher(*case.inputs(CUDA, None), **launch)
+            launcher(*case.inputs(CUDA, None), **config)
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
     return ""
@@ -93,7 +93,7 @@ def command(patterns: Sequence[str], whole: bool, budget: float, extra: Path | N
     if device.type != "cuda":
         raise UserError("warm: there is no GPU to compile for; `audit` compiles without one")
     todo, begin = list(jobs(chosen(patterns, device, extra), whole)), time.monotonic()
-    done, wrong = warm(todo, gpu(device), extra, budget)
+    done, wrong = warm(todo, gpu_of(device), extra, budget)
     for line in wrong:
         print(line, file=sys.stderr)
     print(f"{done} of {len(todo)} launches compiled in {time.monotonic() - begin:.0f} s, {len(wrong)} of them in vain")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from kernels.color import lab_statistics, lab_transfer
+from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.checkpoint import Models
 from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels

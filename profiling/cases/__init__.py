@@ -1,6 +1,6 @@
 """Every benchmark case, once: for the command line, pytest-benchmark, the audit, the tuner and the GPU phases alike.
 
-A *case* is an operation at a named shape in a dtype: `self_attention/14b-w8/bf16` is the self-attention of one of 8
+A *case* is an operation at a named shape in a dtype: `chunk_attention/14b-w8/bf16` is the self-attention of one of 8
 GPUs that share flashtalk-14b. It knows how its inputs are made, what the right answer is, how many operations and
 bytes it needs by formula, and which back-ends compute it: ours (what model/ runs) and *peers* (what a user would run
 instead).

@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention, cross_attention
-from kernels.attention import chunk_attention
+from kernels import chunk_attention as attention
+from kernels import cross_attention
+from kernels.chunk_attention import chunk_attention
 from kernels.cross_attention import (
-    fold_audio,
-    folded_attention,
+    absorb_audio_projections,
+    absorbed_audio_attention,
     frame_attention,
-    launch_fold,
-    launch_folded,
+    launch_absorb,
+    launch_absorbed,
     launch_frame,
     launch_text_image,
     text_image_attention,
 )
-from kernels.launch import Choice, Launch
-from kernels.schedule import spans
+from kernels.scheduler import kv_ranges
+from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import (
     ANYWHERE,
     CUDA,
@@ -52,21 +53,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ours(form: str) -> Callable[..., Call]:
-    """The `prepare` of one form of kernels/attention.py."""
-    return lambda q, k, v, launch=None: partial(launch_attention, form, q, k, v, launch)
+    """The `prepare` of one form of kernels/chunk_attention.py."""
+    return lambda q, k, v, config=None: partial(launch_attention, form, q, k, v, config)
 
 
-def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, launch: Launch | None) -> Choice:
+def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, config: LaunchConfig | None) -> TunedConfig:
     """That of attention, q and k [tokens, heads, channels]."""
-    dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "channels": q.shape[2]}
-    operation = "self_attention" if q.shape[2] <= attention.WIDE else "wide_attention"
-    return choose(operation, form, dims, dtype, q, launch, ("channels",))
+    dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "head_dim": q.shape[2]}
+    return choose("chunk_attention", form, dims, dtype, q, config, ("head_dim",))
 
 
-def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Tensor:
+def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """That form."""
-    choice, scale = choose_attention(form, q, k, attention.NAMES[q.dtype], launch), q.shape[2] ** -0.5
-    return attention.launch(q[None], k[None], v[None], None, spans(len(q), len(k)), scale, q.dtype, choice)[0][0]
+    choice, scale = choose_attention(form, q, k, attention.DTYPE_NAMES[q.dtype], config), q.shape[2] ** -0.5
+    return attention.launch(q[None], k[None], v[None], None, kv_ranges(len(q), len(k)), scale, q.dtype, choice)[0][0]
 
 
 def chunk_attention_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,17 +78,17 @@ def chunk_attention_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def ours_fp8(form: str) -> Callable[..., Call]:
     """The same on e4m3 operands, which are made beforehand."""
 
-    def prepare(q: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None) -> Call:
-        return partial(launch_attention_fp8, form, *quantize_attention(q, k, v), launch=launch)
+    def prepare(q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Call:
+        return partial(launch_attention_fp8, form, *quantize_attention(q, k, v), config=config)
 
     return prepare
 
 
-def launch_attention_fp8(form: str, *operands: Tensor, launch: Launch | None = None) -> Tensor:
+def launch_attention_fp8(form: str, *operands: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """That form of the FP8 attention."""
     q, q_scale, k, k_scale, v, v_scale = (x[None] for x in operands)
-    seen, scale = spans(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
-    choice = choose_attention(form, q[0], k[0], "fp8", launch)
+    seen, scale = kv_ranges(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
+    choice = choose_attention(form, q[0], k[0], "fp8", config)
     return attention.launch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
 
 
@@ -171,11 +171,11 @@ _ATTENTION_PEERS = (
 )
 
 SELF_ATTENTION = Operation(
-    "self_attention",
-    lambda d, draw: tuple(draw(d[n], d["heads"], d["channels"]) for n in ("queries", "keys", "keys")),
+    "chunk_attention",
+    lambda d, draw: tuple(draw(d[n], d["heads"], d["head_dim"]) for n in ("queries", "keys", "keys")),
     attention_reference,
-    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
-    lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["channels"] * item,
+    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
+    lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["head_dim"] * item,
     {
         "fp32": (Backend("eager", once(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
         "bf16": (
@@ -208,9 +208,9 @@ def wide_space(_dims: Dims) -> Iterator[dict[str, Any]]:
 
 
 # The VAE's, of one head of all channels: no kernel for Hopper, none of 8 bits.
-WIDE_ATTENTION = replace(
+VAE_ATTENTION = replace(
     SELF_ATTENTION,
-    name="wide_attention",
+    name="chunk_attention",
     backends={
         "fp32": SELF_ATTENTION.backends["fp32"],
         "bf16": (
@@ -240,8 +240,8 @@ def frame_space(_dims: Dims) -> Iterator[dict[str, Any]]:
 def text_image_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
     """q, keys and values of text and image; if collapsed, how many text keys come before equal ones: PROMPT."""
     names = ("queries", "text", "text", "image", "image")
-    q, text_k, text_v, image_k, image_v = (draw(d[n], d["heads"], d["channels"]) for n in names)
-    if not d["collapsed"]:
+    q, text_k, text_v, image_k, image_v = (draw(d[n], d["heads"], d["head_dim"]) for n in names)
+    if not d["dedup_padding"]:
         return q, text_k, text_v, image_k, image_v, None
     real = min(PROMPT, d["text"] - 1)
     for x in (text_k, text_v):
@@ -260,15 +260,15 @@ def text_image_library(
 
 def keys_of(d: Dims) -> int:
     """Text and image keys, those of the padding once."""
-    return (min(PROMPT + 1, d["text"]) if d["collapsed"] else d["text"]) + d["image"]
+    return (min(PROMPT + 1, d["text"]) if d["dedup_padding"] else d["text"]) + d["image"]
 
 
 TEXT_IMAGE_ATTENTION = Operation(
     "text_image_attention",
     text_image_inputs,
     cross_attention.text_image_reference,
-    lambda d: 4.0 * d["queries"] * keys_of(d) * d["heads"] * d["channels"],
-    lambda d, item: 2.0 * (d["queries"] + keys_of(d)) * d["heads"] * d["channels"] * item,
+    lambda d: 4.0 * d["queries"] * keys_of(d) * d["heads"] * d["head_dim"],
+    lambda d, item: 2.0 * (d["queries"] + keys_of(d)) * d["heads"] * d["head_dim"] * item,
     {
         dtype: (
             Backend("eager", once(text_image_attention), ours=True, devices=("cpu",)),
@@ -297,13 +297,13 @@ def frame_keys(d: Dims) -> int:
 FRAME_ATTENTION = Operation(
     "frame_attention",
     lambda d, draw: (
-        draw(d["queries"], d["heads"], d["channels"]),
-        *(draw(frame_keys(d), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
+        draw(d["queries"], d["heads"], d["head_dim"]),
+        *(draw(frame_keys(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
         d["per_frame"],
     ),
     cross_attention.frame_reference,
-    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["channels"],
-    lambda d, item: 2.0 * (d["queries"] + frame_keys(d) * d["keys"]) * d["heads"] * d["channels"] * item,
+    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
+    lambda d, item: 2.0 * (d["queries"] + frame_keys(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
     {
         dtype: (
             Backend("eager", once(frame_attention), ours=True, devices=("cpu",)),
@@ -318,10 +318,10 @@ FRAME_ATTENTION = Operation(
 
 def audio_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
     """z, the frames' keys and values, weight and bias of the projection before, weight of the one after."""
-    width = d["heads"] * d["channels"]
+    width = d["heads"] * d["head_dim"]
     return (
         draw(d["queries"], width),
-        *(draw(frame_keys(d), d["keys"], d["heads"], d["channels"]) for _ in range(2)),
+        *(draw(frame_keys(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
         draw(width, width, scale=width**-0.5),
         draw(width),
         draw(width, width, scale=width**-0.5),
@@ -348,23 +348,23 @@ def audio_folded(
     z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
 ) -> Tensor:
     """The same, the projections folded into keys and values at each call."""
-    return folded_attention(z, *fold_audio(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+    return absorbed_audio_attention(z, *absorb_audio_projections(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
 
 
 def launch_audio(
     z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
 ) -> Tensor:
     """What `audio_folded` launches."""
-    return launch_folded(z, *launch_fold(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+    return launch_absorbed(z, *launch_absorb(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
 
 
 AUDIO_ATTENTION = Operation(
-    "audio_attention",
+    "audio_layer",
     audio_inputs,
     partial(audio_layer, cross_attention.frame_reference),
-    lambda d: 4.0 * d["queries"] * (d["heads"] * d["channels"]) ** 2 + FRAME_ATTENTION.flops(d),
-    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["channels"] + frame_keys(d) * d["keys"])
-    * d["heads"] * d["channels"],
+    lambda d: 4.0 * d["queries"] * (d["heads"] * d["head_dim"]) ** 2 + FRAME_ATTENTION.flops(d),
+    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["head_dim"] + frame_keys(d) * d["keys"])
+    * d["heads"] * d["head_dim"],
     {
         dtype: (
             Backend("direct", once(partial(audio_layer, frame_attention)), ours=True),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import Choice, Launch, lookup
+from kernels.tuning import LaunchConfig, TunedConfig, tuned_config
 from model.config import PRECISIONS
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
@@ -52,7 +52,7 @@ class Backend:
     devices: tuple[str, ...] = ("cuda", "cpu")
     needs: str | None = None
     # Of a Triton kernel: what the operation calls on CUDA tensors, for the audit; and for the tuner, the launch
-    # parameters worth trying at given dimensions, any of which `prepare(*inputs, launch=...)` takes.
+    # parameters worth trying at given dimensions, any of which `prepare(*inputs, config=...)` takes.
     launcher: Callable[..., object] | None = None
     space: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
 
@@ -90,6 +90,7 @@ class Shape:
     dims: Dims
     world: int = 1
     calls: float = 0
+    stage: str = ""  # of a chunk, that the calls are part of
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
 def triton(dtype: str, launcher: Callable[..., Output], space: Callable[[Dims], Iterable[dict[str, Any]]]) -> Backend:
     """A Triton kernel by its launcher, which takes launch parameters. In float32 it is for tests, not to be audited."""
 
-    def prepare(*inputs: Any, launch: Launch | None = None) -> Call:
-        return partial(launcher, *inputs, launch=launch)
+    def prepare(*inputs: Any, config: LaunchConfig | None = None) -> Call:
+        return partial(launcher, *inputs, config=config)
 
     return Backend("triton", prepare, True, CUDA, None, launcher if dtype != "fp32" else None, space)
 
@@ -163,8 +164,14 @@ def eager_and_compiled(
 
 
 def choose(
-    operation: str, form: str, dims: Dims, dtype: str, x: Tensor, launch: Launch | None, equal: Sequence[str] = ()
-) -> Choice:
+    operation: str,
+    form: str,
+    dims: Dims,
+    dtype: str,
+    x: Tensor,
+    config: LaunchConfig | None,
+    match_exactly: Sequence[str] = (),
+) -> TunedConfig:
     """One form of an operation on x's device, with those launch parameters, or else as it is tuned."""
-    tuned = None if launch else lookup(operation, dims, dtype, x.device, (form,), equal)
-    return tuned or Choice(form, launch or {})
+    tuned = None if config else tuned_config(operation, dims, dtype, x.device, (form,), match_exactly)
+    return tuned or TunedConfig(form, config or {})

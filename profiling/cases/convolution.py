@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import conv, resample_conv
-from kernels.conv import causal_conv3d
-from kernels.conv import reference as causal_conv3d_reference
-from kernels.launch import Choice, Launch
-from kernels.pixel_norm import fp8_factor
-from kernels.resample_conv import fold_upsampling
+from kernels import causal_conv3d as conv
+from kernels import resample_conv2d as resample_conv
+from kernels.causal_conv3d import causal_conv3d
+from kernels.causal_conv3d import reference as causal_conv3d_reference
+from kernels.resample_conv2d import fold_upsampling
+from kernels.rms_norm_silu import fp8_factor
+from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import ANYWHERE, CUDA, FP8_MAX, Backend, Call, Dims, Operation, compiled, once
-from profiling.cases.passes import norm_silu, pixels
+from profiling.cases.passes import pixels, rms_norm_silu_library
 
 
 def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
@@ -37,23 +38,27 @@ def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Ca
     return call
 
 
-def ours_conv(operation: str, form: str, fp8: bool = False) -> Backend:
-    """One form of kernels/conv.py, as it is tuned; FP8 operands are rounded beforehand."""
+def ours_conv(k: int, form: str, fp8: bool = False) -> Backend:
+    """One form of kernels/causal_conv3d.py, as it is tuned; FP8 operands are rounded beforehand."""
 
     def run(
-        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, launch: Launch | None = None
+        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, config: LaunchConfig | None = None
     ) -> Tensor:
-        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(w), (form,)) or Choice(form, {})
+        choice = (
+            TunedConfig(form, config)
+            if config
+            else conv.tuned("causal_conv3d", x, len(w), (form,), conv.kernel_size(w)) or TunedConfig(form, {})
+        )
         return conv.launch(x, past, w, bias, None, scale, choice)
 
-    def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Call:
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Call:
         x, past, w, scale = conv_operands(x, past, w, fp8)
-        return partial(run, x, past, w, bias, scale, launch)
+        return partial(run, x, past, w, bias, scale, config)
 
-    def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, launch: Launch | None = None) -> Tensor:
-        return run(*conv_shapes(x, past, w, bias, fp8), launch)
+    def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Tensor:
+        return run(*conv_shapes(x, past, w, bias, fp8), config)
 
-    space = partial(conv_space, fp8, 1 if operation == "time_conv" else 3) if form == "gluon" else None
+    space = partial(conv_space, fp8, k) if form == "gluon" else None
     return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, space)
 
 
@@ -96,11 +101,11 @@ def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
             and waste < 0.5
             and (k > 1 or not tall)
         ):
-            tile = {"LEFT": left, "RIGHT": right, "LINES": lines}
-            yield tile | {"BLOCK_K": block_k, "STAGES": stages, "TALL": tall}
+            tile = {"BLOCK_N0": left, "BLOCK_N1": right, "TILE_H": lines}
+            yield tile | {"BLOCK_K": block_k, "STAGES": stages, "REUSE_ROWS": tall}
 
 
-def convolution(name: str, k: int) -> Operation:
+def convolution(k: int) -> Operation:
     """The causal convolution with a kernel of 3 x k x k."""
     taps = 3.0 * k * k
     peers = (
@@ -108,7 +113,7 @@ def convolution(name: str, k: int) -> Operation:
         Backend("conv3d-official", once(conv3d_official)),
     )
     return Operation(
-        name,
+        "causal_conv3d",
         lambda d, draw: (
             pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
             draw(d["outputs"], d["channels"], 3, k, k, scale=(taps * d["channels"]) ** -0.5),
@@ -123,18 +128,18 @@ def convolution(name: str, k: int) -> Operation:
         ),
         {
             "fp32": (Backend("eager", once(causal_conv3d), ours=True), *peers),
-            "bf16": (ours_conv(name, "gluon"), ours_conv(name, "library"), *peers),
-            "fp8": (ours_conv(name, "gluon", fp8=True), peers[0]),
+            "bf16": (ours_conv(k, "gluon"), ours_conv(k, "library"), *peers),
+            "fp8": (ours_conv(k, "gluon", fp8=True), peers[0]),
         },
     )
 
 
-CAUSAL_CONV3D, TIME_CONV = convolution("causal_conv3d", 3), convolution("time_conv", 1)
+CAUSAL_CONV3D, TIME_CONV = convolution(3), convolution(1)
 
 
-def conv_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor) -> Tensor:
+def causal_conv3d_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor) -> Tensor:
     """The VAE's norm and SiLU of a causal convolution, in two passes."""
-    return norm_silu(causal_conv3d_reference(x, w, bias, past), gamma)
+    return rms_norm_silu_library(causal_conv3d_reference(x, w, bias, past), gamma)
 
 
 def ours_conv_norm(form: str, fp8: bool) -> Backend:
@@ -145,28 +150,32 @@ def ours_conv_norm(form: str, fp8: bool) -> Backend:
 
     def run(
         x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None,
-        launch: Launch | None = None,
+        config: LaunchConfig | None = None,
     ) -> Tensor:  # fmt: skip
         if form == "eager":
             return causal_conv3d(x, w, bias, past, None, scale, gamma, factor)
-        choice = Choice(form, launch) if launch else conv.tuned("conv_norm", x, len(w), (form,)) or Choice(form, {})
+        choice = (
+            TunedConfig(form, config)
+            if config
+            else conv.tuned("causal_conv3d_norm", x, len(w), (form,), conv.kernel_size(w)) or TunedConfig(form, {})
+        )
         return conv.launch_normed(x, past, w, bias, scale, gamma, factor, choice)
 
     def prepare(
-        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, launch: Launch | None = None
+        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Call:  # fmt: skip
         x, past, w, scale = conv_operands(x, past, w, fp8)
         factor = fp8_factor(gamma) if fp8 else None
-        call = partial(run, x, past, w, bias, scale, gamma, factor, launch)
+        call = partial(run, x, past, w, bias, scale, gamma, factor, config)
         if factor is None:
             return call
         undo = torch.tensor(1 / factor)
         return lambda: (call(), undo)
 
     def launcher(
-        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, launch: Launch | None = None
+        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Tensor:  # fmt: skip
-        return run(*conv_shapes(x, past, w, bias, fp8), gamma, 1.0 if fp8 else None, launch)
+        return run(*conv_shapes(x, past, w, bias, fp8), gamma, 1.0 if fp8 else None, config)
 
     if form != "fused":
         return Backend(form, prepare, True, CUDA if form == "apart" else ("cpu",))
@@ -175,18 +184,18 @@ def ours_conv_norm(form: str, fp8: bool) -> Backend:
 
 def conv_norm_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     """Of `conv_space`, tiles that have all output channels."""
-    return (launch for launch in conv_space(fp8, 3, dims) if launch["LEFT"] + launch["RIGHT"] >= dims["outputs"])
+    return (launch for launch in conv_space(fp8, 3, dims) if launch["BLOCK_N0"] + launch["BLOCK_N1"] >= dims["outputs"])
 
 
-CONV_NORM = replace(
+CAUSAL_CONV3D_NORM = replace(
     CAUSAL_CONV3D,
-    name="conv_norm",
+    name="causal_conv3d_norm",
     inputs=lambda d, draw: (*CAUSAL_CONV3D.inputs(d, draw), 1 + draw(d["outputs"], scale=0.1)),
-    reference=conv_norm,
+    reference=causal_conv3d_norm,
     backends={
         "bf16": (
             *(ours_conv_norm(form, fp8=False) for form in ("fused", "apart", "eager")),
-            Backend("torch-compiled", compiled(conv_norm), devices=ANYWHERE),
+            Backend("torch-compiled", compiled(causal_conv3d_norm), devices=ANYWHERE),
         ),
         "fp8": tuple(ours_conv_norm(form, fp8=True) for form in ("fused", "apart", "eager")),
     },
@@ -195,12 +204,12 @@ CONV_NORM = replace(
 )
 
 
-def upsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """Nearest 2x up-sampling, then a 3 x 3 convolution: [T, C, H, W] -> [T, O, 2 H, 2 W]."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), w, bias, padding=1)
 
 
-def downsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+def downsample_conv2d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """A row and a column of zeros added, then a 3 x 3 convolution of stride 2: [T, C, H, W] -> [T, O, H / 2, W / 2]."""
     return F.conv2d(F.pad(x, (0, 1, 0, 1)), w, bias, stride=2)
 
@@ -208,24 +217,28 @@ def downsample_conv(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 def laid_out(operation: str, w: Tensor) -> Tensor:
     """Weights as the operation takes them: folded, or in channels-last memory."""
     last = torch.channels_last
-    return fold_upsampling(w) if operation == "upsample_conv" else w.contiguous(memory_format=last)
+    return fold_upsampling(w) if operation == "upsample_conv2d" else w.contiguous(memory_format=last)
 
 
 def ours_resampling(operation: str, form: str) -> Backend:
-    """One form of kernels/resample_conv.py, as it is tuned; weights are laid out beforehand."""
+    """One form of kernels/resample_conv2d.py, as it is tuned; weights are laid out beforehand."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        choice = Choice(form, launch) if launch else conv.tuned(operation, x, len(bias), (form,)) or Choice(form, {})
+    def run(x: Tensor, weight: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
+        choice = (
+            TunedConfig(form, config)
+            if config
+            else conv.tuned(operation, x, len(bias), (form,)) or TunedConfig(form, {})
+        )
         return resample_conv.launch(operation, x, weight, bias, choice)
 
-    def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
-        return partial(run, x, laid_out(operation, w), bias, launch)
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
+        return partial(run, x, laid_out(operation, w), bias, config)
 
     def prepare_library(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-        return partial(resample_conv.FORMS[operation][form], x, laid_out(operation, w), bias)
+        return partial(resample_conv.BACKENDS[operation][form], x, laid_out(operation, w), bias)
 
-    def launcher(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        return run(x, laid_out(operation, w), bias, launch)
+    def launcher(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
+        return run(x, laid_out(operation, w), bias, config)
 
     if form == "library":
         return Backend(form, prepare_library, ours=True)
@@ -235,7 +248,7 @@ def ours_resampling(operation: str, form: str) -> Backend:
 def resampling_space(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
     """As `conv_space`; blocks of channels end with the pixel where pixels are taken by twos."""
     for launch in conv_space(False, 2, dims):
-        if operation == "upsample_conv" or (dims["channels"] % launch["BLOCK_K"] == 0 and not launch["TALL"]):
+        if operation == "upsample_conv2d" or (dims["channels"] % launch["BLOCK_K"] == 0 and not launch["REUSE_ROWS"]):
             yield launch
 
 
@@ -267,5 +280,5 @@ def resampling(operation: str, function: Callable[..., Tensor], taps: float, sca
 
 
 # As four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of it.
-UPSAMPLE_CONV = resampling("upsample_conv", upsample_conv, 16, 4)
-DOWNSAMPLE_CONV = resampling("downsample_conv", downsample_conv, 9 / 4, 1 / 4)
+UPSAMPLE_CONV2D = resampling("upsample_conv2d", upsample_conv2d, 16, 4)
+DOWNSAMPLE_CONV2D = resampling("downsample_conv2d", downsample_conv2d, 9 / 4, 1 / 4)

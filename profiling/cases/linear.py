@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention, linear, norm
-from kernels.launch import Choice, Launch
-from kernels.linear_hopper import LONG
+from kernels import chunk_attention as attention
+from kernels import linear, norm
+from kernels.linear_sm90 import LONG
+from kernels.tuning import LaunchConfig, TunedConfig
 from profiling import published
 from profiling.cases.case import (
     ANYWHERE,
@@ -59,19 +60,19 @@ def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
 def ours_linear(form: str, fp8: bool) -> Backend:
     """One form of kernels/linear.py; in FP8, activations as well as weights are quantised beforehand."""
 
-    def choose_linear(x: Tensor, w: Tensor, launch: Launch | None) -> Choice:
+    def choose_linear(x: Tensor, w: Tensor, config: LaunchConfig | None) -> TunedConfig:
         dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-        return choose("linear", form, dims, "fp8" if fp8 else attention.NAMES[x.dtype], x, launch)
+        return choose("linear", form, dims, "fp8" if fp8 else attention.DTYPE_NAMES[x.dtype], x, config)
 
-    def launch(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-        choice, epilogue = choose_linear(x, w, launch), linear.Epilogue(bias)
+    def launch(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
+        choice, epilogue = choose_linear(x, w, config), linear.Epilogue(bias)
         if not fp8:
             return linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
         (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
         return linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
 
-    def prepare(x: Tensor, w: Tensor, bias: Tensor, launch: Launch | None = None) -> Call:
-        choice, epilogue = choose_linear(x, w, launch), linear.Epilogue(bias)
+    def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
+        choice, epilogue = choose_linear(x, w, config), linear.Epilogue(bias)
         if not fp8:
             return lambda: linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
         (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
@@ -93,8 +94,8 @@ def linear_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     for (consumers, block_n, stages), width in itertools.product(((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16)):
         for split in (0, 1) if few else (0,):
             yield {
-                "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width, "PROMOTED": promoted,
-                "SPLIT": split,
+                "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width, "FP32_ACCUM": promoted,
+                "SPLIT_K": split,
             }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def linear_space_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     promoted = int(fp8 and dims["inputs"] >= LONG)
     for block_n, width in itertools.product((128,) if promoted or not fp8 else (128, 256), (4, 8, 16)):
         yield {
-            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width, "PROMOTED": promoted,
+            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width, "FP32_ACCUM": promoted,
             "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
         }  # fmt: skip
 
@@ -121,11 +122,11 @@ LINEAR = Operation(
     {
         "fp32": (Backend("eager", once(F.linear), ours=True),),
         "bf16": (
-            *(ours_linear(form, fp8=False) for form in linear.FORMS),
+            *(ours_linear(form, fp8=False) for form in linear.BACKENDS),
             Backend("eager", once(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            *(ours_linear(form, fp8=True) for form in linear.FORMS),
+            *(ours_linear(form, fp8=True) for form in linear.BACKENDS),
             Backend("scaled-mm-row", prepare_scaled_mm),
         ),
     },
@@ -208,7 +209,7 @@ def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias:
     w8, w_scale = operand(w)
     bound = x_scale.new_empty(2) if gelu else None
     epilogue, dtype = linear.Epilogue(bias, gelu, bound=bound), torch.float8_e4m3fn if gelu else x.dtype
-    return linear.launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice("gluon", {}))
+    return linear.launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
 
 
 def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, quantised: bool) -> Call:
@@ -227,7 +228,7 @@ def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor,
     y8, y_scale = norm.launch_rows(y, None, fp8=True)
     w8, w_scale = operand(w)
     epilogue = linear.Epilogue(bias, False, gate, x)
-    return linear.launch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, Choice("gluon", {}))
+    return linear.launch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
 
 
 def residual_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:

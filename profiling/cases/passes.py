@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from kernels import attention, linear, norm
-from kernels.attention import chunk_attention, chunk_attention_fp8
-from kernels.color import lab_statistics, lab_transfer, launch_transfer
-from kernels.color import reference as lab_reference
-from kernels.launch import Launch
-from kernels.norm import key_scale, launch_norm_rope
-from kernels.pixel_norm import launch_pixel_norm, pixel_norm
-from kernels.pixel_norm import reference as pixel_norm_reference
+from kernels import chunk_attention as attention
+from kernels import linear, norm
+from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
+from kernels.lab_transfer import lab_statistics, lab_transfer, launch_transfer
+from kernels.lab_transfer import reference as lab_reference
+from kernels.norm import key_scale, launch_rms_norm_rope
+from kernels.rms_norm_silu import launch_rms_norm_silu, rms_norm_silu
+from kernels.rms_norm_silu import reference as pixel_norm_reference
+from kernels.tuning import LaunchConfig
 from profiling import published
 from profiling.cases.attention import attention_reference, sdpa
 from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Draw, Operation, Output, compiled, once, triton
@@ -30,9 +31,9 @@ def rows_space(_dims: Dims) -> Iterator[dict[str, Any]]:
         yield {"ROWS": rows, "num_warps": warps}
 
 
-def launch_quantize(x: Tensor, launch: Launch | None = None) -> Output:
+def launch_quantize(x: Tensor, config: LaunchConfig | None = None) -> Output:
     """Our kernel."""
-    return norm.launch_rows(x, None, fp8=True, launch=launch)
+    return norm.launch_rows(x, None, fp8=True, config=config)
 
 
 QUANTIZE_ROWS = Operation(
@@ -54,9 +55,9 @@ QUANTIZE_ROWS = Operation(
 )
 
 
-def launch_norm(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, launch: Launch | None = None) -> Output:
+def launch_norm(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, config: LaunchConfig | None = None) -> Output:
     """Our kernel."""
-    out, out_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8, launch)
+    out, out_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8, config)
     return (out, out_scale) if fp8 else out
 
 
@@ -119,11 +120,11 @@ def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor
 
 
 def norm_rope_launch(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch | None = None
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """What it launches."""
     q, k, _ = split_qkv(qkv, rope)
-    return launch_norm_rope(q, k, q_weight, k_weight, rope, EPS, launch=launch)
+    return launch_rms_norm_rope(q, k, q_weight, k_weight, rope, EPS, config=config)
 
 
 def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
@@ -135,9 +136,9 @@ def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: T
 def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
     """A fused projection, two weights, rotations."""
     return (
-        draw(d["tokens"], 3 * d["heads"] * d["channels"]),
-        *(1 + draw(d["heads"] * d["channels"], scale=0.1) for _ in range(2)),
-        rotations(draw, d["tokens"], d["channels"] // 2),
+        draw(d["tokens"], 3 * d["heads"] * d["head_dim"]),
+        *(1 + draw(d["heads"] * d["head_dim"], scale=0.1) for _ in range(2)),
+        rotations(draw, d["tokens"], d["head_dim"] // 2),
     )
 
 
@@ -151,8 +152,8 @@ RMS_NORM_ROPE = Operation(
     "rms_norm_rope",
     norm_rope_inputs,
     norm_rope_reference,
-    lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
-    lambda d, item: d["tokens"] * d["channels"] * (4.0 * d["heads"] * item + 4),
+    lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
+    lambda d, item: d["tokens"] * d["head_dim"] * (4.0 * d["heads"] * item + 4),
     {
         dtype: (
             Backend("eager", once(norm_rope_ours), ours=True, devices=("cpu",)),
@@ -209,12 +210,12 @@ def multiplied_out(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return attention.dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
 
 
-QUANTIZE_QKV = Operation(
-    "quantize_qkv",
+RMS_NORM_ROPE_FP8 = Operation(
+    "rms_norm_rope_fp8",
     norm_rope_inputs,
     norm_rope_smoothed,
-    lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["channels"],
-    lambda d, item: d["tokens"] * d["channels"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
+    lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
+    lambda d, item: d["tokens"] * d["head_dim"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
     {
         "fp8": (
             Backend("ours", prepare_norm_rope_fp8, True, ANYWHERE, None, launch_norm_rope_fp8),
@@ -268,8 +269,8 @@ NORM_ATTENTION = Operation(
     "norm_attention",
     norm_rope_inputs,
     norm_attention_reference,
-    lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["channels"],
-    lambda d, item: d["tokens"] * d["channels"] * d["heads"] * 5.0 * max(item, 2.0),
+    lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["head_dim"],
+    lambda d, item: d["tokens"] * d["head_dim"] * d["heads"] * 5.0 * max(item, 2.0),
     {
         "fp32": (Backend("ours", once(norm_attention), ours=True), Backend("sdpa", once(norm_attention_sdpa))),
         "bf16": (
@@ -282,11 +283,11 @@ NORM_ATTENTION = Operation(
             Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
         ),
     },
-    tolerances={"fp8": 6e-2},  # as self_attention's
+    tolerances={"fp8": 6e-2},  # as chunk_attention's
 )
 
 
-def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+def rms_norm_silu_library(x: Tensor, gamma: Tensor) -> Tensor:
     """The VAE's norm and SiLU by torch: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
     return pixel_norm_reference(x, gamma, silu=True)
 
@@ -296,9 +297,9 @@ def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> T
     return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
 
 
-def norm_silu_launch(x: Tensor, gamma: Tensor, launch: Launch | None = None) -> Tensor:
+def norm_silu_launch(x: Tensor, gamma: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """Our kernel."""
-    return launch_pixel_norm(x, gamma, True, launch=launch)
+    return launch_rms_norm_silu(x, gamma, True, config=config)
 
 
 def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
@@ -307,21 +308,21 @@ def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
         yield {"PIXELS": pixels, "num_warps": warps}
 
 
-NORM_SILU = Operation(
-    "norm_silu",
+RMS_NORM_SILU = Operation(
+    "rms_norm_silu",
     lambda d, draw: (
         pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
         1 + draw(d["channels"], scale=0.1),
     ),
-    norm_silu,
+    rms_norm_silu_library,
     lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     {
         dtype: (
-            Backend("eager", once(partial(pixel_norm, silu=True)), ours=True, devices=("cpu",)),
+            Backend("eager", once(partial(rms_norm_silu, silu=True)), ours=True, devices=("cpu",)),
             triton(dtype, norm_silu_launch, norm_silu_space),
-            Backend("torch", once(norm_silu)),
-            Backend("torch-compiled", compiled(norm_silu), devices=ANYWHERE),
+            Backend("torch", once(rms_norm_silu_library)),
+            Backend("torch-compiled", compiled(rms_norm_silu_library), devices=ANYWHERE),
         )
         for dtype in ("fp32", "bf16")
     },
@@ -329,14 +330,14 @@ NORM_SILU = Operation(
 )
 
 
-def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Output:
+def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Output:
     """Our kernels; pixels and bytes."""
-    return launch_transfer(pixels, mean, std, 1.0, launch)
+    return launch_transfer(pixels, mean, std, 1.0, config)
 
 
-def prepare_transfer(pixels: Tensor, mean: Tensor, std: Tensor, launch: Launch | None = None) -> Call:
+def prepare_transfer(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Call:
     """Nothing is prepared."""
-    return partial(launch_lab, pixels, mean, std, launch)
+    return partial(launch_lab, pixels, mean, std, config)
 
 
 def lab_space(_dims: Dims) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from kernels.conv_hopper import WIDEST
+from kernels.conv_sm90 import WIDEST
 from model.config import Config
 from model.vae import TOGETHER, decode_groups
 from profiling.cases.attention import (
@@ -11,21 +11,25 @@ from profiling.cases.attention import (
     FRAME_ATTENTION,
     SELF_ATTENTION,
     TEXT_IMAGE_ATTENTION,
-    WIDE_ATTENTION,
+    VAE_ATTENTION,
 )
 from profiling.cases.case import Operation, Shape
-from profiling.cases.convolution import CAUSAL_CONV3D, CONV_NORM, DOWNSAMPLE_CONV, TIME_CONV, UPSAMPLE_CONV
+from profiling.cases.convolution import CAUSAL_CONV3D, CAUSAL_CONV3D_NORM, DOWNSAMPLE_CONV2D, TIME_CONV, UPSAMPLE_CONV2D
 from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
 from profiling.cases.passes import (
     LAB_TRANSFER,
     LAYER_NORM_MODULATE,
     NORM_ATTENTION,
-    NORM_SILU,
-    QUANTIZE_QKV,
     QUANTIZE_ROWS,
     RMS_NORM_ROPE,
+    RMS_NORM_ROPE_FP8,
+    RMS_NORM_SILU,
 )
 from profiling.cases.vae import whole_vae
+
+# The stages of a chunk that calls are counted in; the VAE's shapes count decoding and encoding together.
+DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
+SPACE_TIME, TIME = {"kt": 3, "k": 3}, {"kt": 3, "k": 1}  # kernel sizes of causal convolutions
 
 
 def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
@@ -45,13 +49,13 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     rows, layers = tokens // world, dit.num_layers * config.chunk.sample_steps
 
     def shape(calls: int, suffix: str = "", /, **dims: int) -> Shape:
-        return Shape(tag + suffix, dims, world, calls * layers)
+        return Shape(tag + suffix, dims, world, calls * layers, DENOISE)
 
-    heads = {"heads": dit.num_heads, "channels": dit.head_dim}
-    yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, channels=dit.head_dim)
+    heads = {"heads": dit.num_heads, "head_dim": dit.head_dim}
+    yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, head_dim=dit.head_dim)
     text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
-    yield TEXT_IMAGE_ATTENTION, shape(1, collapsed=0, **text_image)
-    yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", collapsed=1, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(1, dedup_padding=0, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", dedup_padding=1, **text_image)
     audio = {"queries": rows, "per_frame": per_frame, "keys": dit.context_tokens, **heads}
     yield FRAME_ATTENTION, shape(1, **audio)
     yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and attention are counted as such
@@ -68,7 +72,7 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
         yield LINEAR_RESIDUAL, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=narrow, quantised=quantised)
     yield LAYER_NORM_MODULATE, shape(4, rows=rows, columns=narrow)  # two modulated, two affine ones
     yield RMS_NORM_ROPE, shape(1, tokens=rows, **heads)
-    yield QUANTIZE_QKV, shape(0, tokens=rows, **heads)
+    yield RMS_NORM_ROPE_FP8, shape(0, tokens=rows, **heads)
     if world == 1:
         yield NORM_ATTENTION, shape(0, tokens=rows, **heads)
     yield QUANTIZE_ROWS, shape(0, "-narrow", rows=rows, columns=narrow)
@@ -102,31 +106,32 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
         convolutions = convolutions * (decoded - TOGETHER * together) + (2 * vae.num_res_blocks + middle) * encoded
         name = f"{tag}-level{level}"
         dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
-        yield CAUSAL_CONV3D, Shape(name, dims | {"outputs": width}, world, convolutions)
+        yield CAUSAL_CONV3D, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, convolutions, DECODE)
         if in_pairs:
-            pair = dims | {"frames": TOGETHER * frames, "outputs": width}
-            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
-        yield NORM_SILU, Shape(name, dims, world, convolutions)
+            pair = dims | SPACE_TIME | {"frames": TOGETHER * frames, "outputs": width}
+            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs, DECODE)
+        yield RMS_NORM_SILU, Shape(name, dims, world, convolutions, DECODE)
         if width <= WIDEST:  # half of the two above, together: no calls of its own
-            yield CONV_NORM, Shape(name, dims | {"outputs": width}, world)
+            yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, stage=DECODE)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
-            one = {"queries": tokens, "keys": tokens, "heads": 1, "channels": width}
-            yield WIDE_ATTENTION, Shape(name, one, world, decoded + encoded)
+            one = {"queries": tokens, "keys": tokens, "heads": 1, "head_dim": width}
+            yield VAE_ATTENTION, Shape(name, one, world, decoded + encoded, DECODE)
         if level + 1 < len(widths):
             frames *= 2 if doubles else 1
             if doubles:
-                yield TIME_CONV, Shape(name, dims | {"outputs": 2 * width}, world, latents - 1)
+                time = dims | TIME | {"outputs": 2 * width}
+                yield TIME_CONV, Shape(f"{name}-time", time, world, latents - 1, DECODE)
             up = dims | {"frames": frames, "outputs": width // 2}
-            yield UPSAMPLE_CONV, Shape(name, up, world, 1 / frames + latents - 1)
+            yield UPSAMPLE_CONV2D, Shape(name, up, world, 1 / frames + latents - 1, DECODE)
             scale *= 2
             large = {"frames": frames, "rows": 2 * dims["rows"], "columns": 2 * dims["columns"]}
             own = {"channels": widths[level + 1], "outputs": widths[level + 1]}
-            yield DOWNSAMPLE_CONV, Shape(name, large | own, world, 1 / frames + motion)
+            yield DOWNSAMPLE_CONV2D, Shape(name, large | own, world, 1 / frames + motion, DECODE)
         else:
             ends = {k: v for k, v in dims.items() if k not in ("frames", "channels")}
-            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | {"outputs": 3}, world, decoded)
-            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames)
+            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | SPACE_TIME | {"outputs": 3}, world, decoded, DECODE)
+            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames, COLOR)
             yield LAB_TRANSFER, shown
     if world == 1:
         # Three latents: a clip's first, its second, and one like all that follow.

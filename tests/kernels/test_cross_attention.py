@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import cross_attention
-from kernels.attention import reference as attention
+from kernels.chunk_attention import reference as attention
 from kernels.cross_attention import (
-    fold_audio,
-    folded_attention,
+    absorb_audio_projections,
+    absorbed_audio_attention,
     frame_attention,
+    frame_kv_ranges,
     frame_reference,
-    frame_spans,
-    launch_fold,
+    launch_absorb,
     text_image_attention,
     text_image_reference,
 )
@@ -66,9 +66,9 @@ def test_two_softmaxes_are_not_one():
 
 
 def test_frame_spans():
-    assert frame_spans(10, 32, 4, 0) == ((0, 4, 0, 32), (4, 8, 32, 64), (8, 10, 64, 96))
-    assert frame_spans(5, 32, 4, 6) == ((0, 2, 32, 64), (2, 5, 64, 96))
-    assert frame_spans(2, 32, 4, 5) == ((0, 2, 32, 64),)
+    assert frame_kv_ranges(10, 32, 4, 0) == ((0, 4, 0, 32), (4, 8, 32, 64), (8, 10, 64, 96))
+    assert frame_kv_ranges(5, 32, 4, 6) == ((0, 2, 32, 64), (2, 5, 64, 96))
+    assert frame_kv_ranges(2, 32, 4, 5) == ((0, 2, 32, 64),)
 
 
 @settings(deadline=None, max_examples=20)
@@ -95,16 +95,16 @@ def test_folded_is_the_layer(tokens, per_frame, first, keys):
     q_weight, q_bias, weight = draw((heads * d, width), (heads * d,), (width, heads * d))
     q = (z.double() @ q_weight.double().T + q_bias.double()).unflatten(1, (heads, d))
     expected = frame_reference(q, k.double(), v.double(), per_frame, first).flatten(1) @ weight.double().T
-    folded = fold_audio(k, v, q_weight, q_bias, weight)
-    assert error(folded_attention(z, *folded, keys, per_frame, first), expected) < 1e-5
+    folded = absorb_audio_projections(k, v, q_weight, q_bias, weight)
+    assert error(absorbed_audio_attention(z, *folded, keys, per_frame, first), expected) < 1e-5
 
 
 def test_folds_quantised_weights():
     layer = audio_layer()
     k, v, q_weight, q_bias, weight = (layer[name] for name in ("k", "v", "q_weight", "q_bias", "weight"))
     (q8, q_scale), (w8, scale) = quantize_rows(q_weight), quantize_rows(weight)
-    folded = fold_audio(k, v, q8, q_bias, w8, q_scale, scale)
-    expected = fold_audio(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
+    folded = absorb_audio_projections(k, v, q8, q_bias, w8, q_scale, scale)
+    expected = absorb_audio_projections(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
     for x, y in zip(folded, expected, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -126,7 +126,7 @@ def test_opcheck():
     layer = audio_layer()
     weights = [layer[name] for name in ("k", "v", "q_weight", "q_bias", "weight")]
     torch.library.opcheck(cross_attention._fold_audio, (*weights, None, None))
-    folded = fold_audio(*weights)
+    folded = absorb_audio_projections(*weights)
     torch.library.opcheck(cross_attention._folded_attention, (layer["z"], *folded, 16, 4, 0))
 
 
@@ -138,7 +138,7 @@ def test_compiles_without_a_break():
 
     def run(z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor) -> Tensor:
         q = (z @ q_weight.T + q_bias).view(len(z), 2, 16)
-        folded = folded_attention(z, *fold_audio(k, v, q_weight, q_bias, weight), 16, 4)
+        folded = absorbed_audio_attention(z, *absorb_audio_projections(k, v, q_weight, q_bias, weight), 16, 4)
         return folded + frame_attention(q, k, v, 4).flatten(1) @ weight.T
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True)(**layer), run(**layer), rtol=1e-4, atol=1e-4)
@@ -169,16 +169,16 @@ ONE = torch.tensor([1])
         (frame_attention, (Q, KF, KF, 0), "per_frame: 0"),
         (frame_attention, (Q, KF, KF, 2, -1), "first: -1"),
         (frame_attention, (Q, APART, KF, 2), "k: strides (640, 32, 16, 1), wanted frames 512"),
-        (fold_audio, (K, K, Q[0], Q, Q), "k: shape [4, 2, 16], wanted [frames, keys, heads, channels]"),
-        (launch_fold, (KF[:, :3], KF[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
-        (fold_audio, (KF, KF, torch.zeros(30, 5), torch.zeros(32), Q), "q_weight: shape [30, 5], wanted [32, 5]"),
+        (absorb_audio_projections, (K, K, Q[0], Q, Q), "k: shape [4, 2, 16], wanted [frames, keys, heads, channels]"),
+        (launch_absorb, (KF[:, :3], KF[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
+        (absorb_audio_projections, (KF, KF, torch.zeros(30, 5), torch.zeros(32), Q), "q_weight: shape [30, 5], wanted [32, 5]"),
         (
-            fold_audio,
+            absorb_audio_projections,
             (KF, KF, torch.zeros(32, 5), torch.zeros(32), torch.zeros(5, 32), torch.zeros(32)),
             "q_weight: torch.float32 on cpu, wanted torch.float8_e4m3fn on cpu",
         ),
-        (folded_attention, (Z, torch.zeros(3, 32, 4), Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
-        (folded_attention, (Z, torch.zeros(3, 30, 5), Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
+        (absorbed_audio_attention, (Z, torch.zeros(3, 32, 4), Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
+        (absorbed_audio_attention, (Z, torch.zeros(3, 30, 5), Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
     ],
 )  # fmt: skip
 def test_bad_arguments(function: Any, arguments: Any, words: str):
@@ -218,7 +218,9 @@ def test_gpu_audio(tokens, per_frame, first, dtype, bound):
     rounded = q.to(dtype).unflatten(1, (heads, d))
     with poisoned_memory():
         direct = frame_attention(rounded, k, v, per_frame, first)
-        folded = folded_attention(z, *fold_audio(k, v, q_weight, q_bias, weight), keys, per_frame, first)
+        folded = absorbed_audio_attention(
+            z, *absorb_audio_projections(k, v, q_weight, q_bias, weight), keys, per_frame, first
+        )
     assert error(direct, frame_reference(rounded.double(), k.double(), v.double(), per_frame, first)) < bound
     exact = frame_reference(q.unflatten(1, (heads, d)), k.double(), v.double(), per_frame, first).flatten(1)
     assert error(folded, exact @ weight.double().T) < 2 * bound

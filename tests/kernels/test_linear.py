@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import linear as module
-from kernels.attention import FP8
-from kernels.launch import GPU, Choice, assuming
+from kernels.chunk_attention import FP8
 from kernels.linear import (
-    FORMS,
+    BACKENDS,
     Epilogue,
     dequantize,
     launch,
@@ -30,7 +29,8 @@ from kernels.linear import (
     quantize_rows,
     reference,
 )
-from kernels.linear_hopper import suits
+from kernels.linear_sm90 import supports
+from kernels.tuning import GPU, TunedConfig, assume_gpu
 from profiling.bench import poisoned_memory
 
 
@@ -211,12 +211,12 @@ def test_bad_arguments(function, change, words):
 def test_what_the_form_for_hopper_takes():
     x, w = torch.zeros(4, 32).to(FP8), torch.zeros(16, 32).to(FP8)
     residual = torch.zeros(4, 16, dtype=torch.bfloat16)
-    assert suits(x, w, torch.bfloat16, residual)
-    assert suits(x, w, FP8, None)
-    assert not suits(x[:, 1:17], w[:, 1:17], torch.bfloat16, None)  # begins anywhere
-    assert not suits(x, w[:12], FP8, None)  # rows of the output 12 bytes apart
-    assert not suits(x, w, torch.float32, None)
-    assert not suits(x, w, torch.bfloat16, residual.float())
+    assert supports(x, w, torch.bfloat16, residual)
+    assert supports(x, w, FP8, None)
+    assert not supports(x[:, 1:17], w[:, 1:17], torch.bfloat16, None)  # begins anywhere
+    assert not supports(x, w[:12], FP8, None)  # rows of the output 12 bytes apart
+    assert not supports(x, w, torch.float32, None)
+    assert not supports(x, w, torch.bfloat16, residual.float())
 
 
 def test_the_form_is_the_tables(monkeypatch):
@@ -226,22 +226,22 @@ def test_the_form_is_the_tables(monkeypatch):
     def take(name: str, *arguments: object) -> None:
         taken.append((name, arguments[-1]))
 
-    monkeypatch.setattr(module, "FORMS", {name: partial(take, name) for name in FORMS})
+    monkeypatch.setattr(module, "BACKENDS", {name: partial(take, name) for name in BACKENDS})
     x, w = torch.zeros(4, 32), torch.zeros(16, 32)
     x8, w8, scales = x.to(FP8), w.to(FP8), (torch.ones(4), torch.ones(16))
-    tables: dict[str, Choice | None] = {"bf16": None, "fp8": None}
-    monkeypatch.setattr(module, "lookup", lambda _operation, _dims, dtype, _device, **_: tables[dtype])
+    tables: dict[str, TunedConfig | None] = {"bf16": None, "fp8": None}
+    monkeypatch.setattr(module, "tuned_config", lambda _operation, _dims, dtype, _device, **_: tables[dtype])
     for capability, found, expected in (
         ("9.0", None, ("triton", None)),
-        ("9.0", Choice("gluon", {"STAGES": 3}), ("gluon", {"STAGES": 3})),
-        ("8.9", Choice("gluon", {"STAGES": 3}), ("triton", None)),
-        ("9.0", Choice("library", {}), ("library", None)),
+        ("9.0", TunedConfig("gluon", {"STAGES": 3}), ("gluon", {"STAGES": 3})),
+        ("8.9", TunedConfig("gluon", {"STAGES": 3}), ("triton", None)),
+        ("9.0", TunedConfig("library", {}), ("library", None)),
     ):
         tables["fp8"] = found
-        with assuming(GPU("any", capability, 132)):
+        with assume_gpu(GPU("any", capability, 132)):
             launch(x8, w8, scales, Epilogue(), torch.bfloat16)
         assert taken.pop() == expected
-    with assuming(GPU("any", "9.0", 132)):
+    with assume_gpu(GPU("any", "9.0", 132)):
         launch(x.bfloat16(), w.bfloat16(), None, Epilogue(), torch.bfloat16)
     assert taken.pop() == ("library", None)
 
@@ -251,9 +251,9 @@ def test_the_form_is_the_tables(monkeypatch):
 SHAPES = [(1, 64, 128), (17, 208, 272), (300, 4096, 512), (1000, 8208, 1040)]
 HOPPER = [
     {},
-    {"PROMOTED": 1},
-    {"PROMOTED": 0, "SPLIT": 1},
-    {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4, "PROMOTED": 1, "SPLIT": 1, "GROUP_N": 3},
+    {"FP32_ACCUM": 1},
+    {"FP32_ACCUM": 0, "SPLIT_K": 1},
+    {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4, "FP32_ACCUM": 1, "SPLIT_K": 1, "GROUP_N": 3},
 ]
 WAYS = [("gluon", parameters) for parameters in HOPPER] + [("triton", {}), ("library", {})]
 
@@ -282,7 +282,7 @@ def test_gpu_fp8(shape, form, parameters, what):
     }[what]
     dtype = FP8 if what == "round" else torch.bfloat16
     with poisoned_memory():
-        y, y_scale = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice(form, parameters))
+        y, y_scale = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(form, parameters))
     wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
     expected = reference(x8, w8, (x_scale.double(), w_scale.double()), wide, torch.float64)
     assert y.dtype == dtype
@@ -290,7 +290,7 @@ def test_gpu_fp8(shape, form, parameters, what):
     # Numbers just above a power of two are rounded to e4m3 with an error of up to 2^-4, 3.6 % in the mean square; a
     # single row of outputs, dominated by a few, was seen at 3.56 %.
     assert error(got, expected) < (4e-2 if what == "round" else 1e-2)
-    again = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, Choice(form, parameters))[0]
+    again = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(form, parameters))[0]
     assert torch.equal(y.view(torch.uint8), again.view(torch.uint8))
 
 
@@ -303,10 +303,10 @@ def test_gpu_16_bits(shape, form, parameters, dtype):
     m, k, n = shape
     x, w, bias = (t.to(dtype) for t in operands(m, k, n, 1.0, "cuda"))
     gate, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda").to(dtype)
-    parameters = {**parameters, "PROMOTED": 0} if parameters else parameters
+    parameters = {**parameters, "FP32_ACCUM": 0} if parameters else parameters
     for epilogue in (Epilogue(bias, True), Epilogue(bias, False, gate, residual)):
         with poisoned_memory():
-            y, _ = launch(x, w, None, epilogue, dtype, Choice(form, parameters))
+            y, _ = launch(x, w, None, epilogue, dtype, TunedConfig(form, parameters))
         wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
         assert error(y, reference(x.double(), w.double(), None, wide, torch.float64)) < 6e-3
 
@@ -318,8 +318,8 @@ def test_gpu_sums_of_many_terms(form, promoted, bound):
     skip_unless_hopper(form)
     x8, w8 = (torch.rand(s, 13824, device="cuda").to(FP8) for s in (256, 512))
     scales = (torch.ones(256, device="cuda"), torch.ones(512, device="cuda"))
-    parameters = {"PROMOTED": promoted} if form == "gluon" else module.EXACT
-    y, _ = launch(x8, w8, scales, Epilogue(), torch.bfloat16, Choice(form, parameters))
+    parameters = {"FP32_ACCUM": promoted} if form == "gluon" else module.EXACT
+    y, _ = launch(x8, w8, scales, Epilogue(), torch.bfloat16, TunedConfig(form, parameters))
     assert error(y, x8.double() @ w8.double().T) < bound + 2e-3  # and the output's rounding
 
 
@@ -328,10 +328,10 @@ def test_the_library_is_chosen_only_where_it_takes_one_pass(more, monkeypatch):
     """The tables have it faster for some products, and its passes over the output are not in them."""
     x, w = torch.ones(4, 32), torch.ones(8, 32)
     epilogue = module.Epilogue(**{k: v if v is True else torch.ones(8) for k, v in more.items()})
-    asked = Mock(return_value=Choice("triton", {}))
-    forms = {name: Mock(return_value=name) for name in module.FORMS}
-    monkeypatch.setattr(module, "lookup", asked)
-    monkeypatch.setattr(module, "FORMS", forms)
+    asked = Mock(return_value=TunedConfig("triton", {}))
+    forms = {name: Mock(return_value=name) for name in module.BACKENDS}
+    monkeypatch.setattr(module, "tuned_config", asked)
+    monkeypatch.setattr(module, "BACKENDS", forms)
     assert module.launch(x, w, None, epilogue, torch.float32) == "triton"
-    assert ("library" in asked.call_args.kwargs["among"]) == (not more)
-    assert {"gluon", "triton"} <= set(asked.call_args.kwargs["among"])
+    assert ("library" in asked.call_args.kwargs["backends"]) == (not more)
+    assert {"gluon", "triton"} <= set(asked.call_args.kwargs["backends"])

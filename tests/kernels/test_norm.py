@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import norm
-from kernels.attention import FP8, chunk_attention_fp8, dequantize
-from kernels.attention import reference as attention_reference
+from kernels.chunk_attention import FP8, chunk_attention_fp8, dequantize
+from kernels.chunk_attention import reference as attention_reference
 from kernels.norm import (
     SAMPLE,
     key_scale,

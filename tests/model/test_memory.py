@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import conv
-from kernels.pixel_norm import pixel_norm
+from kernels import causal_conv3d as conv
+from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
@@ -54,7 +54,7 @@ def conv_then_norm(
     x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None
 ) -> Tensor:
     """What runs inside the operation unless a table says "fused"; outside of it, it is counted."""
-    return pixel_norm(conv._conv3d(x, past, weight, bias, None, scale), gamma, True, factor)
+    return rms_norm_silu(conv._conv3d(x, past, weight, bias, None, scale), gamma, True, factor)
 
 
 def parameters(*modules: nn.Module) -> int:

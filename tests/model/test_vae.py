@@ -323,7 +323,7 @@ def test_memory_format_and_dtype(dtype, monkeypatch):
     for module in vae.modules():
         if not isinstance(module, VAE):
             module.register_forward_hook(check)
-    for name in ("pixel_norm", "conv3d", "causal_conv3d"):
+    for name in ("rms_norm_silu", "conv3d", "causal_conv3d"):
         monkeypatch.setattr(f"model.vae.{name}", checked(getattr(model.vae, name)))
     state = None
     for latent in torch.randn(3, 16, 2, 3).to(dtype).split(1):

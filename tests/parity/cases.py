@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kernels.color import lab_statistics, lab_transfer
+from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.audio import SpeechEncoder, normalize_loudness, official_once_chunks, stream_window, windows
 from model.checkpoint import Models
 from model.config import (

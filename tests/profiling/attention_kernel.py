@@ -55,11 +55,11 @@ def attention_forward(
     tl.store(places, (acc / total[:, None]).to(o.dtype.element_ty), mask=(rows < queries)[:, None])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, launch: Mapping[str, int] | None = None) -> Tensor:
-    """q [queries, head, d], k and v [keys, head, d], contiguous -> [queries, head, d]; `launch` replaces LAUNCH."""
+def attention(q: Tensor, k: Tensor, v: Tensor, config: Mapping[str, int] | None = None) -> Tensor:
+    """q [queries, head, d], k and v [keys, head, d], contiguous -> [queries, head, d]; `config` replaces LAUNCH."""
     queries, heads, d = q.shape
     default = LAUNCH[torch.float32 if q.dtype == torch.float32 else torch.bfloat16]
-    parameters: dict[str, Any] = {"D": d, **default, **(launch or {})}
+    parameters: dict[str, Any] = {"D": d, **default, **(config or {})}
     block_m, block_n = parameters["BLOCK_M"], parameters["BLOCK_N"]
     q_rows, k_rows, v_rows = (
         TensorDescriptor.from_tensor(x.flatten(1), [rows, d]) for x, rows in ((q, block_m), (k, block_n), (v, block_n))
@@ -71,9 +71,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, launch: Mapping[str, int] | None 
     return o
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, launch: Mapping[str, int] | None = None) -> Call:
+def prepare(q: Tensor, k: Tensor, v: Tensor, config: Mapping[str, int] | None = None) -> Call:
     """There is nothing to do beforehand."""
-    return lambda: attention(q, k, v, launch)
+    return lambda: attention(q, k, v, config)
 
 
 def space(dims: Dims) -> Iterator[dict[str, Any]]:
@@ -93,6 +93,6 @@ OPERATION = dataclasses.replace(
         for dtype in ("fp32", "bf16")
     },
 )
-TINY = Shape("tiny", {"queries": 84, "keys": 84, "heads": 2, "channels": 64})
-PRODUCTION = Shape("14b-w1", {"queries": 12096, "keys": 12096, "heads": 40, "channels": 128}, calls=160)
+TINY = Shape("tiny", {"queries": 84, "keys": 84, "heads": 2, "head_dim": 64})
+PRODUCTION = Shape("14b-w1", {"queries": 12096, "keys": 12096, "heads": 40, "head_dim": 128}, calls=160)
 CASES = [Case(OPERATION, shape, dtype, TOLERANCES[dtype]) for shape, dtype in ((TINY, "fp32"), (PRODUCTION, "bf16"))]

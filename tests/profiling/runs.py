@@ -46,11 +46,11 @@ _EFFICIENCY = {
     "eager": 0.45,
     "compiled": 0.78,
     "torch-compiled": 0.78,
-    "self_attention gluon": 0.71,
-    "self_attention triton": 0.52,
-    "self_attention sdpa-cudnn": 0.74,
-    "self_attention sdpa-flash": 0.52,
-    "self_attention sdpa-efficient": 0.34,
+    "chunk_attention gluon": 0.71,
+    "chunk_attention triton": 0.52,
+    "chunk_attention sdpa-cudnn": 0.74,
+    "chunk_attention sdpa-flash": 0.52,
+    "chunk_attention sdpa-efficient": 0.34,
     "linear eager": 0.93,
     "norm_linear eager": 0.82,
     "causal_conv3d eager": 0.47,
@@ -173,7 +173,7 @@ def variants(rng: np.random.Generator, chunks: int = 3) -> tuple[VariantResult, 
 def audit() -> tuple[AuditResult, ...]:
     """Three kernels: one that fits its budget, one that spills, one that does not compile."""
     fine = AuditResult(
-        case="self_attention/14b-w1/bf16",
+        case="chunk_attention/14b-w1/bf16",
         kernel="attention_kernel",
         target="sm_90",
         grid=(248, 40),
@@ -196,7 +196,7 @@ def audit() -> tuple[AuditResult, ...]:
     )
     spilling = dataclasses.replace(
         fine,
-        case="self_attention/14b-w1/fp8",
+        case="chunk_attention/14b-w1/fp8",
         registers=255,
         spills=312,
         local=344,

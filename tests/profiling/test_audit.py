@@ -113,7 +113,7 @@ def test_bounds_are_seconds_of_the_whole_launch(production: AuditResult) -> None
 
 def test_fp8_takes_half_the_tensor_cycles_and_bytes_but_as_many_exponentials() -> None:
     def launcher(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)), launch=None)
+        return attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)), config=None)
 
     (result,) = audited(launcher)
     assert result.instructions["QGMMA"] == 2 * 128 // 32
@@ -136,7 +136,7 @@ def test_float32_products_run_on_the_ordinary_units() -> None:
 
 @pytest.mark.parametrize(("target", "instruction"), [("sm_89", "HMMA"), ("sm_100", "UTCHMMA")])
 def test_other_targets_have_their_own_instructions_and_rates(target: str, instruction: str) -> None:
-    launcher = partial(attention, launch={"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4})
+    launcher = partial(attention, config={"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4})
     (result,) = audited(launcher, shape=TINY, target=target)
     assert result.target == target
     assert instruction in result.instructions
@@ -282,7 +282,7 @@ from profiling.cases import Backend, Case
 from tests.profiling.attention_kernel import OPERATION, TINY, attention, prepare
 
 launch = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "maxnreg": 80}
-starved = Backend("starved", prepare, ours=True, launcher=partial(attention, launch=launch))
+starved = Backend("starved", prepare, ours=True, launcher=partial(attention, config=launch))
 CASES = [Case(replace(OPERATION, backends={"bf16": (starved,)}), TINY, "bf16", 5e-3)]
 """
 
@@ -306,7 +306,7 @@ def test_a_kernel_that_spills_fails_the_command(
 
 def test_lost_wgmma_is_a_fault_unless_the_budget_allows_it(tmp_path: Path) -> None:
     """Two warps are no warp group, so the products fall back to the instruction of the generation before."""
-    launcher = partial(attention, launch={"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2})
+    launcher = partial(attention, config={"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2})
     (result,) = audited(launcher, shape=TINY)
     assert result.instructions["HMMA"] > 0
     assert result.faults == ("matrix products by HMMA, wanted HGMMA or QGMMA or IGMMA",)
@@ -405,7 +405,7 @@ def test_what_does_not_compile_is_a_result_with_a_fault_and_the_others_go_on(
         scale_rows(q)
         raise ValueError("q: no good\nwanted better")
 
-    starved, nothing = partial(attention, launch={"maxnreg": 64}), lambda *_: None
+    starved, nothing = partial(attention, config={"maxnreg": 64}), lambda *_: None
     before = JITFunction.run, driver._active
     scale, raised, refused, undefined, empty, good = audited(
         raises, starved, lambda q, *_: mistaken[(1,)](q), nothing, attention

@@ -14,7 +14,7 @@ from profiling.cases.shapes import tile_grid
 
 CASES = registry()
 TINY = [case for case in CASES.values() if "tiny-w1" in case.name]
-COUNTED = ("self_attention", "text_image_attention", "linear", "norm_linear", "linear_residual", "causal_conv3d")
+COUNTED = ("chunk_attention", "text_image_attention", "linear", "norm_linear", "linear_residual", "causal_conv3d")
 
 
 def test_both_presets_at_every_world_size() -> None:
@@ -36,7 +36,7 @@ def test_flops_are_those_that_torch_counts(case: Case) -> None:
 
 def test_flops_are_the_published_ones() -> None:
     published = {  # GFLOP of one layer, at 768 x 448 and 33 frames
-        "self_attention/14b-w1/bf16": 2996.5,
+        "chunk_attention/14b-w1/bf16": 2996.5,
         "text_image_attention/14b-w1/bf16": 126.8 + 63.7,
         "frame_attention/14b-w1/bf16": 7.9,
         "linear/14b-w1-out/bf16": 634.2,
@@ -60,7 +60,7 @@ def test_a_chunk_of_calls_makes_up_the_published_total() -> None:
 def test_ranks_share_the_work_of_one_gpu(world: int) -> None:
     for case in CASES.values():
         # In norm_attention an exchange comes in between; the whole VAE is one GPU's; its tiles attend to themselves.
-        if "14b-w1" in case.name and not case.operation.name.startswith(("norm_attention", "vae_", "wide_attention")):
+        if "14b-w1" in case.name and not case.operation.name.startswith(("norm_attention", "vae_", "chunk_attention")):
             name = case.name.replace("w1", f"w{world}")
             rank = CASES[name]
             assert rank.flops * world == pytest.approx(case.flops, rel=1e-9), name
@@ -71,7 +71,7 @@ def test_bytes_by_hand() -> None:
     rows, inputs, outputs = 12096, 5120, 13824
     assert CASES["linear/14b-w1-up/bf16"].bytes == 2 * (rows * inputs + inputs * outputs + rows * outputs)
     assert CASES["linear/14b-w1-up/fp8"].bytes == rows * inputs + inputs * outputs + 2 * rows * outputs
-    assert CASES["self_attention/14b-w1/bf16"].bytes == 2 * 4 * rows * inputs
+    assert CASES["chunk_attention/14b-w1/bf16"].bytes == 2 * 4 * rows * inputs
     assert CASES["causal_conv3d/14b-w1-level3/bf16"].bytes == 2 * (768 * 448 * 96 * (6 + 4) + 27 * 96 * 96)
     latents, frames = 96 * 56 * 16, 768 * 448 * 3
     assert CASES["vae_decode/14b-w1/bf16"].bytes == 2 * (73295603 + 3 * latents + 9 * frames)
@@ -101,8 +101,8 @@ def test_inputs_are_random_finite_and_repeatable(case: Case) -> None:
 
 
 def test_selection_by_pattern_and_part() -> None:
-    names = [case.name for case in select(CASES, ["self_attention/14b-w[18]/bf16", "rms_norm_rope/tiny-w1"])]
-    assert names == ["self_attention/14b-w1/bf16", "self_attention/14b-w8/bf16", "rms_norm_rope/tiny-w1/fp32"]
+    names = [case.name for case in select(CASES, ["chunk_attention/14b-w[18]/bf16", "rms_norm_rope/tiny-w1"])]
+    assert names == ["chunk_attention/14b-w1/bf16", "chunk_attention/14b-w8/bf16", "rms_norm_rope/tiny-w1/fp32"]
 
 
 def test_a_part_of_a_name_means_the_devices_cases_and_a_whole_name_itself() -> None:
@@ -111,12 +111,12 @@ def test_a_part_of_a_name_means_the_devices_cases_and_a_whole_name_itself() -> N
 
     assert named("rms_norm_rope") == {"rms_norm_rope/tiny-w1/fp32"}
     assert named("rms_norm_rope/14b-w8/bf16") == {"rms_norm_rope/14b-w8/bf16"}
-    assert named("14b-w8-ring") == {"self_attention/14b-w8-ring/bf16", "self_attention/14b-w8-ring/fp8"}
+    assert named("14b-w8-ring") == {"chunk_attention/14b-w8-ring/bf16", "chunk_attention/14b-w8-ring/fp8"}
     assert len(named("rms_norm_rope/*")) == 6
 
 
 def test_an_unknown_case_is_met_with_near_ones() -> None:
-    with pytest.raises(UserError, match=r"self_atention.*nearest: self_attention"):
+    with pytest.raises(UserError, match=r"chunk_atention.*nearest: chunk_attention"):
         select(CASES, ["self_atention/14b-w1/bf16"])
 
 
@@ -146,6 +146,6 @@ def test_names_that_come_twice_are_refused(tmp_path: Path, text: str, words: str
 
 def test_shapes_come_from_the_configuration() -> None:
     tokens = math.prod(FLASHTALK_14B.grid)
-    assert CASES["self_attention/14b-w8/bf16"].shape.dims["keys"] == tokens
-    assert CASES["self_attention/14b-w8-ring/bf16"].shape.dims["queries"] == tokens // 8
+    assert CASES["chunk_attention/14b-w8/bf16"].shape.dims["keys"] == tokens
+    assert CASES["chunk_attention/14b-w8-ring/bf16"].shape.dims["queries"] == tokens // 8
     assert CASES["frame_attention/14b-w8/bf16"].shape.dims["queries"] == 1512

@@ -99,10 +99,10 @@ def test_the_published_form_is_the_same_model() -> None:
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
     with published():
         assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.published"
-        assert vae.conv3d.__module__ == vae.pixel_norm.__module__ == "profiling.published"
+        assert vae.conv3d.__module__ == vae.rms_norm_silu.__module__ == "profiling.published"
         assert vae.Upsample._double.__module__ == "profiling.published"
     assert vae.Upsample._double.__module__ == "model.vae"
-    assert dit.chunk_attention.__module__ == "kernels.attention"
+    assert dit.chunk_attention.__module__ == "kernels.chunk_attention"
 
 
 @torch.inference_mode()
@@ -113,7 +113,7 @@ def test_the_published_vae_is_the_same() -> None:
     coder.lay_out()
     latents, frames = (torch.randn(*n, generator=random, dtype=torch.float64) for n in ((3, 16, 2, 3), (9, 3, 16, 24)))
     ours = coded("decode", coder, latents), coded("encode", coder, frames)
-    forms = ((vae, "pixel_norm"), (vae, "conv3d"), (vae, "causal_conv3d"), (vae.Upsample, "_double"))
+    forms = ((vae, "rms_norm_silu"), (vae, "conv3d"), (vae, "causal_conv3d"), (vae.Upsample, "_double"))
     with published(), ExitStack() as stack:
         spies = [
             stack.enter_context(patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))

@@ -141,14 +141,14 @@ def places(run: Run) -> dict[str, dict[str, str]]:
 
 def test_the_probe_is_mapped_to_cases_that_measure_the_same() -> None:
     found = places(from_json(PROBE, "file"))
-    assert found["self_attention/14b-w1/bf16"] == {"sdpa-cudnn head-major": OK, "sdpa-cudnn": OK}
-    assert found["self_attention/14b-w8/bf16"] == {"sdpa-flash head-major": OK}
+    assert found["chunk_attention/14b-w1/bf16"] == {"sdpa-cudnn head-major": OK, "sdpa-cudnn": OK}
+    assert found["chunk_attention/14b-w8/bf16"] == {"sdpa-flash head-major": OK}
     assert found["linear/14b-w1-qkv/bf16"] == {"eager": OK}
     assert found["linear/14b-w8-down/fp8"] == {"scaled-mm-row": OK}
     assert found["quantize_rows/14b-w1-narrow/fp8"] == {"eager": OK}
     assert found["quantize_rows/14b-w1-wide/fp8"] == {"compiled": OK}
     assert found["layer_norm_modulate/14b-w1/bf16"] == {"compiled": OK}
-    assert found["norm_silu/14b-w1-level3/bf16"] == {"compiled": OK}
+    assert found["rms_norm_silu/14b-w1-level3/bf16"] == {"compiled": OK}
     assert found["gpu_first/rms+silu compiled 1x96x4x768x448"] == {"gpu_first": OK}
     assert found["causal_conv3d/gpu_first-C384-4x192x112/bf16"] == {
         "triton ws 128x128": WRONG,
@@ -160,7 +160,7 @@ def test_the_probe_is_mapped_to_cases_that_measure_the_same() -> None:
 
 def test_what_the_probe_found_wrong_is_wrong() -> None:
     run = from_json(PROBE, "file")
-    gemm, attention = run.case("linear/14b-w1-up/fp8"), run.case("self_attention/gpu_first/bf16")
+    gemm, attention = run.case("linear/14b-w1-up/fp8"), run.case("chunk_attention/gpu_first/bf16")
     assert gemm is not None
     assert attention is not None
     assert [(m.backend, m.status, m.ours) for m in gemm.measurements] == [

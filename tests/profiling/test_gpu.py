@@ -139,7 +139,7 @@ def test_tuning_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_one_gpu_comes_first_then_the_largest_world() -> None:
-    tasks = plan(CPU, ["self_attention/14b-w?/bf16"], None)
+    tasks = plan(CPU, ["chunk_attention/14b-w?/bf16"], None)
     assert [c.shape.world for c in tasks.cases["bench"]] == [1, 8, 4, 2]
     assert tasks.variants == []
     assert plan(CPU, ["fp32-eager"], None).names("bench") == []

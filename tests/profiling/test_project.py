@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,29 @@ from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
 from profiling.cases import Case, registry
-from profiling.project import BEST, OURS, STAGES, Link, communication, project, read_link
+from profiling.project import BEST, OURS, Link, communication, project, read_link
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
 CONFIG = PRESETS["flashtalk-14b"]
 LINK = Link("test", 2e11)  # 100 GB/s one way
 H100 = Machine("cuda", "NVIDIA H100", 132, 80)
-# Seconds of a chunk at one GPU, by operation: all its cases together.
+# Seconds of a chunk at one GPU, by stage and operation: all its cases together.
 WHOLE = {
-    "self_attention": 0.8,
-    "linear": 2.0,
-    "text_image_attention": 0.16,
-    "frame_attention": 0.04,
-    "layer_norm_modulate": 0.2,
-    "rms_norm_rope": 0.1,
-    "causal_conv3d": 0.3,
-    "norm_silu": 0.06,
-    "upsample_conv": 0.02,
-    "downsample_conv": 0.01,
-    "time_conv": 0.005,
-    "wide_attention": 0.005,
-    "lab_transfer": 0.02,
+    ("denoise", "chunk_attention"): 0.8,
+    ("denoise", "linear"): 2.0,
+    ("denoise", "text_image_attention"): 0.16,
+    ("denoise", "frame_attention"): 0.04,
+    ("denoise", "layer_norm_modulate"): 0.2,
+    ("denoise", "rms_norm_rope"): 0.1,
+    ("decode and motion", "causal_conv3d"): 0.305,
+    ("decode and motion", "rms_norm_silu"): 0.06,
+    ("decode and motion", "upsample_conv2d"): 0.02,
+    ("decode and motion", "downsample_conv2d"): 0.01,
+    ("decode and motion", "chunk_attention"): 0.005,
+    ("color", "lab_transfer"): 0.02,
 }
 DENOISE, DECODE, COLOR = 3.3, 0.4, 0.02
+Counts = dict[tuple[str, str, int, str], int]  # cases of a stage, operation, world size and dtype
 
 
 def made_up(without: str = "") -> Run:
@@ -42,19 +41,19 @@ def made_up(without: str = "") -> Run:
     everything = registry()
     names = [name for name in everything if "/14b-" in name and name != without]
     cases = [case for name in names if (case := everything[name]).shape.world in (1, 2, 8)]
-    counts: dict[tuple[str, int, str], int] = {}
+    counts: Counts = {}
     for case in cases:
         if case.shape.calls:
-            key = (case.operation.name, case.shape.world, case.dtype)
+            key = (case.shape.stage, case.operation.name, case.shape.world, case.dtype)
             counts[key] = counts.get(key, 0) + 1
     return Run("bench", "2026-01-01", H100, cases=tuple(result(case, counts) for case in cases))
 
 
-def result(case: Case, counts: Mapping[tuple[str, int, str], int]) -> CaseResult:
-    name, world, calls = case.operation.name, case.shape.world, case.shape.calls
+def result(case: Case, counts: Counts) -> CaseResult:
+    name, stage, world, calls = case.operation.name, case.shape.stage, case.shape.world, case.shape.calls
     seconds = 99.0  # of what has no calls
     if calls:
-        share = WHOLE[name] / world / counts[name, world, case.dtype]
+        share = WHOLE[stage, name] / world / counts[stage, name, world, case.dtype]
         seconds = share / calls * (0.5 if case.dtype == "fp8" else 1)
     measurements = (
         Measurement("peer", OK, samples=(seconds, 0.9 * seconds, 7 * seconds)),
@@ -95,7 +94,7 @@ def test_bytes_are_those_of_the_published_layout(
 
 
 def test_every_operation_of_a_chunk_has_a_stage() -> None:
-    assert {case.operation.name for case in registry().values() if case.shape.calls} == set(STAGES)
+    assert {(c.shape.stage, c.operation.name) for c in registry().values() if c.shape.calls} == WHOLE.keys()
 
 
 def test_kernels_and_communication_add_up(run: Run) -> None:
@@ -220,7 +219,9 @@ def test_if_nothing_can_be_projected_the_answer_is_no(
 ) -> None:
     save(run, tmp_path / "run.json")
     assert call(monkeypatch, tmp_path / "run.json", "--gpus", "4") == 1
-    assert "4 GPUs: incomplete, lacks times for self_attention/14b-w4/bf16" in " ".join(capsys.readouterr().out.split())
+    assert "4 GPUs: incomplete, lacks times for chunk_attention/14b-w4/bf16" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_mistakes_are_told_in_one_line(

@@ -42,7 +42,7 @@ from profiling.results import (
 from profiling.roofline import LABELS, roofline
 from tests.profiling import runs
 
-SOME = ("self_attention/14b-w1/*", "rms_norm_rope/14b-w1/*", "lab_transfer/14b-w1/*")
+SOME = ("chunk_attention/14b-w1/*", "rms_norm_rope/14b-w1/*", "lab_transfer/14b-w1/*")
 HOSTILE = "<script>alert('x')</script> & \"y\" {{ 7 * 7 }} $\\frac$ [red]z[/]"
 CASE = CaseResult(
     "op/shape/bf16",
@@ -301,9 +301,9 @@ def test_history_holds_the_runs_of_this_device_in_order(whole: Run, earlier: lis
     undated = replace(earlier[1], started="yesterday")
     figure = figures.history(whole, [*reversed(earlier), elsewhere, undated])
     assert isinstance(figure, Figure)
-    panel = next(a for a in figure.axes if any(t.get_text() == "self_attention bf16" for t in a.texts))
+    panel = next(a for a in figure.axes if any(t.get_text() == "chunk_attention bf16" for t in a.texts))
     line = next(line for line in panel.lines if len(ys(line)) > 1)
-    best = [run.case("self_attention/14b-w1/bf16").best(True).seconds for run in (*earlier, whole)]  # type: ignore[union-attr]
+    best = [run.case("chunk_attention/14b-w1/bf16").best(True).seconds for run in (*earlier, whole)]  # type: ignore[union-attr]
     assert ys(line) == best
     assert "fewer than two runs" in str(figures.history(whole, [elsewhere]))
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import launch
-from kernels.launch import Choice, Entry, choose, read, slug, to_json
+from kernels import tuning
+from kernels.tuning import TunedConfig, TunedEntry, device_slug, nearest_config, read_table, to_json
 from profiling import tune
 from profiling.__main__ import main
 from profiling.cases import Backend, Call, Case, Operation, Shape, once
@@ -30,9 +30,9 @@ from tests.profiling import attention_kernel
 CPU = torch.device("cpu")
 
 
-def doubling(x: Tensor, launch: Mapping[str, int] | None = None) -> Call:
+def doubling(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
     """Doubles x in `wait` milliseconds; what is negative is a mistake of some kind."""
-    wait = (launch or {})["wait"]
+    wait = (config or {})["wait"]
     if wait == -1:
         raise RuntimeError("out of resource: shared memory\nand a long story")
 
@@ -77,7 +77,7 @@ CASES = [
     case("tune_nothing", EAGER, peer(2)),
     Case(
         dataclasses.replace(attention_kernel.OPERATION, name="tune_attention"),
-        Shape("small", {"queries": 20, "keys": 84, "heads": 1, "channels": 16}),
+        Shape("small", {"queries": 20, "keys": 84, "heads": 1, "head_dim": 16}),
         "fp32",
         1e-5,
     ),
@@ -88,7 +88,7 @@ def soon(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def entry_of(outcome: Outcome) -> Entry:
+def entry_of(outcome: Outcome) -> TunedEntry:
     assert outcome.entry is not None
     return outcome.entry
 
@@ -100,13 +100,13 @@ def test_the_fastest_right_parameters_win_and_every_wrong_one_is_out_with_its_re
     outcome = tune_case(case("toy", waiting(6, -1, 1, -2, -3, 3), peer(4), peer(-3, "wrong")), CPU, soon(60), 0)
     entry = entry_of(outcome)
     assert (entry.operation, entry.dtype, entry.dims) == ("toy", "fp32", {"n": 100})
-    assert (entry.backend, entry.launch) == ("ours", {"ours": {"wait": 1}})
+    assert (entry.backend, entry.configs) == ("ours", {"ours": {"wait": 1}})
     assert entry.seconds.keys() == {"ours", "peer"}
     assert 0.001 < entry.seconds["ours"] < entry.seconds["peer"]
     assert (outcome.kernel, outcome.peer, outcome.tried, outcome.untried) == ("ours", "peer", 6, 0)
     assert outcome.ratio == pytest.approx(entry.seconds["peer"] / entry.seconds["ours"])
     assert not outcome.broken
-    reasons = {(f.backend, (f.launch or {}).get("wait")): f.why for f in outcome.failed}
+    reasons = {(f.backend, (f.config or {}).get("wait")): f.why for f in outcome.failed}
     assert reasons.keys() == {("ours", -1), ("ours", -2), ("ours", -3), ("wrong", None)}
     assert reasons["ours", -1] == "RuntimeError: out of resource: shared memory"
     assert "NaN" in reasons["ours", -2]
@@ -120,7 +120,7 @@ def test_a_faster_peer_wins_and_our_best_parameters_are_kept() -> None:
     outcome = tune_case(case("toy", *two, peer(1)), CPU, soon(60), 0)
     entry = entry_of(outcome)
     assert entry.backend == "peer"
-    assert entry.launch == {"ours": {"wait": 5}, "gluon": {"wait": 7}}
+    assert entry.configs == {"ours": {"wait": 5}, "gluon": {"wait": 7}}
     assert (outcome.kernel, outcome.peer) == ("ours", "peer")
     assert outcome.ratio is not None
     assert outcome.ratio < 0.5
@@ -141,14 +141,14 @@ def test_only_what_runs_on_the_device_is_a_candidate() -> None:
     absent = dataclasses.replace(ours, needs="no_such_module")
     not_ours = dataclasses.replace(ours, ours=False)
     found = candidates(case("toy", ours, elsewhere, absent, not_ours, EAGER), CPU)
-    assert [(c.backend.name, c.launch) for c in found] == [("ours", {"wait": 1}), ("ours", {"wait": 2})]
+    assert [(c.backend.name, c.config) for c in found] == [("ours", {"wait": 1}), ("ours", {"wait": 2})]
     assert found[0].backend is ours
 
 
 def test_inputs_are_those_of_the_seed() -> None:
     seen: list[Tensor] = []
 
-    def prepare(x: Tensor, launch: Mapping[str, int] | None = None) -> Call:
+    def prepare(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
         seen.append(x.clone())
         return lambda: x * 2
 
@@ -164,8 +164,8 @@ def test_compiling_ahead_calls_every_candidate_in_inference_mode_and_leaves_erro
     """On a GPU this fills Triton's cache; nothing is begun once its time is over."""
     called: list[int] = []
 
-    def prepare(x: Tensor, launch: Mapping[str, int] | None = None) -> Call:
-        wait = (launch or {})["wait"]
+    def prepare(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
+        wait = (config or {})["wait"]
         if wait == 3:
             raise RuntimeError("does not compile")
         if torch.is_inference_mode_enabled():
@@ -193,8 +193,8 @@ def heats(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         def __init__(self, calls: Sequence[Callable[[], Tensor]], _: torch.device) -> None:
             self.wait = int(calls[0]()[0])
 
-    def prepare(x: Tensor, launch: Mapping[str, int] | None = None) -> Call:
-        wait = (launch or {"wait": 1})["wait"]
+    def prepare(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
+        wait = (config or {"wait": 1})["wait"]
         if wait % 10 == 7:
             raise RuntimeError("no more memory")
         return lambda: torch.full_like(x, wait)
@@ -215,10 +215,10 @@ def test_the_best_survives_every_heat_and_few_are_in_memory_at_a_time(heats: lis
     trial = tune._Trial(toy, CPU, 0)
     alive = trial.halve(candidates(toy, CPU), soon(60))
     assert len(alive) <= tune.FINALISTS
-    assert 10 in [(c.launch or {})["wait"] for c in alive]
+    assert 10 in [(c.config or {})["wait"] for c in alive]
     assert all(len(heat) <= tune.HEAT for heat in heats)
     memory = [wait for wait in range(10, 10 + count) if wait % 10 == 7]
-    assert sorted((f.launch or {})["wait"] for f in trial.failed) == memory
+    assert sorted((f.config or {})["wait"] for f in trial.failed) == memory
     assert all(f.why == "RuntimeError: no more memory" for f in trial.failed)
 
 
@@ -230,7 +230,7 @@ def test_when_time_runs_out_those_fastest_so_far_go_to_the_final(
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(len(heats)))
     alive = tune._Trial(toy, CPU, 0).halve(candidates(toy, CPU), until=tune.HEAT_ROUNDS)
     assert len(heats) == tune.HEAT_ROUNDS
-    assert [(c.launch or {})["wait"] for c in alive] == sorted(heats[0])[: tune.FINALISTS]
+    assert [(c.config or {})["wait"] for c in alive] == sorted(heats[0])[: tune.FINALISTS]
 
 
 # --- Time -----------------------------------------------------------------------------------------------------------
@@ -240,11 +240,11 @@ def test_a_case_ends_by_its_deadline_with_what_could_be_tried() -> None:
     """Of thirty candidates that take 0.2 s to compile there is time for some, and the best of these is in the table."""
     compiled = set()
 
-    def prepare(x: Tensor, launch: Mapping[str, int] | None = None) -> Call:
-        if (number := (launch or {})["number"]) not in compiled:
+    def prepare(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
+        if (number := (config or {})["number"]) not in compiled:
             time.sleep(0.2)
             compiled.add(number)
-        return doubling(x, launch)
+        return doubling(x, config)
 
     space = [{"number": i, "wait": 1 + i % 3} for i in range(30)]
     slow = dataclasses.replace(waiting(), prepare=prepare, space=lambda _: space)
@@ -254,7 +254,7 @@ def test_a_case_ends_by_its_deadline_with_what_could_be_tried() -> None:
     assert outcome.tried == len(compiled)
     assert 3 <= outcome.tried < 30
     assert outcome.untried == 30 - outcome.tried
-    assert entry_of(outcome).launch["ours"]["wait"] == 1
+    assert entry_of(outcome).configs["ours"]["wait"] == 1
 
 
 def test_no_time_is_no_entry_and_nothing_runs() -> None:
@@ -281,24 +281,26 @@ def test_heavy_cases_come_first_and_get_their_part_of_the_time(monkeypatch: pyte
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def entry(n: int, wait: int) -> Entry:
-    return Entry("toy", "fp32", {"n": n}, "ours", {"ours": {"wait": wait}}, {"ours": 1.0}, "2026-01-31", {"torch": "2"})
+def entry(n: int, wait: int) -> TunedEntry:
+    return TunedEntry(
+        "toy", "fp32", {"n": n}, "ours", {"ours": {"wait": wait}}, {"ours": 1.0}, "2026-01-31", {"torch": "2"}
+    )
 
 
 @pytest.fixture(autouse=True)
 def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of kernels/tuned."""
-    monkeypatch.setattr(launch, "FOLDER", tmp_path / "tuned")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
     return tmp_path / "tuned"
 
 
 def test_entries_replace_those_of_their_shape_and_leave_the_others(tmp_path: Path) -> None:
     path = write_table([entry(100, 1), entry(200, 2)], CPU, tmp_path / "a")
-    assert path == tmp_path / "a" / f"{slug(describe(CPU).device)}.json"
+    assert path == tmp_path / "a" / f"{device_slug(describe(CPU).device)}.json"
     assert write_table([entry(200, 3)], CPU, tmp_path / "a") == path
-    table = read(path)
-    assert [(e.dims["n"], e.launch["ours"]["wait"]) for e in table.entries] == [(100, 1), (200, 3)]
-    assert choose(table, "toy", {"n": 180}, "fp32") == Choice("ours", {"wait": 3})
+    table = read_table(path)
+    assert [(e.dims["n"], e.configs["ours"]["wait"]) for e in table.entries] == [(100, 1), (200, 3)]
+    assert nearest_config(table, "toy", {"n": 180}, "fp32") == TunedConfig("ours", {"wait": 3})
     assert table.capability == "cpu"
     assert [p.name for p in (tmp_path / "a").iterdir()] == [path.name]
 
@@ -306,8 +308,8 @@ def test_entries_replace_those_of_their_shape_and_leave_the_others(tmp_path: Pat
 def test_a_new_table_begins_with_what_is_known_of_the_device(tmp_path: Path, tuned: Path) -> None:
     known = write_table([entry(100, 1), entry(200, 2)], CPU, tuned)
     path = write_table([entry(200, 3)], CPU, tmp_path / "out")
-    assert [(e.dims["n"], e.launch["ours"]["wait"]) for e in read(path).entries] == [(100, 1), (200, 3)]
-    assert [e.launch["ours"]["wait"] for e in read(known).entries] == [1, 2]
+    assert [(e.dims["n"], e.configs["ours"]["wait"]) for e in read_table(path).entries] == [(100, 1), (200, 3)]
+    assert [e.configs["ours"]["wait"] for e in read_table(known).entries] == [1, 2]
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def test_tuning_writes_a_table_and_says_what_it_found(
     assert "ours (fastest) wait=1" in printed
     assert "nothing to tune: tune_nothing/toy/fp32" in printed
     (path,) = tmp_path.glob("*.json")
-    assert choose(read(path), "tune_good", {"n": 100}, "fp32") == Choice("ours", {"wait": 1})
+    assert nearest_config(read_table(path), "tune_good", {"n": 100}, "fp32") == TunedConfig("ours", {"wait": 1})
     assert path.name in printed.replace(" ", "")
 
 
@@ -341,10 +343,10 @@ def test_json_is_all_there_is_on_standard_output(
     assert (values["device"], values["table"], values["nothing_to_tune"]) == (describe(CPU).device, None, [])
     by_name = {c["case"]: c for c in values["cases"]}
     good, broken = by_name["tune_good/toy/fp32"], by_name["tune_broken/toy/fp32"]
-    assert good["entry"]["launch"] == {"ours": {"wait": 1}}
+    assert good["entry"]["configs"] == {"ours": {"wait": 1}}
     assert good["ratio"] > 1
     assert broken["entry"] is None
-    assert [f["launch"] for f in broken["failed"]] == [{"wait": -1}, {"wait": -2}]
+    assert [f["config"] for f in broken["failed"]] == [{"wait": -1}, {"wait": -2}]
     assert not list(tmp_path.iterdir())
 
 
@@ -372,7 +374,7 @@ def test_mistakes_are_told_in_one_line_before_anything_runs(
 def test_a_damaged_table_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    path = tmp_path / f"{slug(describe(CPU).device)}.json"
+    path = tmp_path / f"{device_slug(describe(CPU).device)}.json"
     path.write_text("{")
     assert call(monkeypatch, "tune_good", "--out", tmp_path) == 2
     assert "is not JSON" in capsys.readouterr().err
@@ -392,9 +394,9 @@ def test_a_triton_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
     assert (outcome["tried"], outcome["untried"], outcome["failed"]) == (4, 0, [])
     assert outcome["kernel"] == "triton"
     (path,) = tmp_path.glob("*.json")
-    table = read(path)
+    table = read_table(path)
     assert to_json(table) == path.read_text()
-    dims = {"queries": 21, "keys": 84, "heads": 1, "channels": 16}
-    tuned = choose(table, "tune_attention", dims, "fp32", ["triton"], equal=["channels"])
+    dims = {"queries": 21, "keys": 84, "heads": 1, "head_dim": 16}
+    tuned = nearest_config(table, "tune_attention", dims, "fp32", ["triton"], match_exactly=["head_dim"])
     assert tuned is not None
-    assert dict(tuned.launch) in list(attention_kernel.space(dims))
+    assert dict(tuned.config) in list(attention_kernel.space(dims))

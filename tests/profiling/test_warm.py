@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from kernels.launch import GPU
+from kernels.tuning import GPU
 from model.errors import UserError
 from profiling import warm
 from profiling.cases import registry
 from profiling.warm import Job, compile_job, jobs
 
 H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
-NORM = "norm_silu/14b-w1-level3/bf16"
+NORM = "rms_norm_silu/14b-w1-level3/bf16"
 
 
 def test_jobs_are_what_is_launched_and_what_tuning_would_try() -> None:

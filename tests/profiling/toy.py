@@ -61,9 +61,9 @@ def ours(function: Callable[[Tensor], Tensor], name: str = "ours") -> Backend:
     return Backend(name, once(function), ours=True)
 
 
-def launched(x: Tensor, launch: dict[str, int] | None = None) -> Call:
+def launched(x: Tensor, config: dict[str, int] | None = None) -> Call:
     """A back-end with launch parameters: `wait` milliseconds."""
-    wait = (launch or {"wait": 4})["wait"]
+    wait = (config or {"wait": 4})["wait"]
 
     def call() -> Tensor:
         if wait < 0:

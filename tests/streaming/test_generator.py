@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.color import to_bytes
+from kernels.lab_transfer import to_bytes
 from model.checkpoint import Models, random_models
 from model.compiled import compile_models, warm
 from model.config import PRECISIONS, TINY, ChunkConfig, Config

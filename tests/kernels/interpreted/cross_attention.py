@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cross_attention import (
-    fold_reference,
-    folded_reference,
+    absorb_reference,
+    absorbed_reference,
     frame_reference,
-    launch_fold,
-    launch_folded,
+    launch_absorb,
+    launch_absorbed,
     launch_frame,
     launch_text_image,
     text_image_reference,
@@ -91,8 +91,8 @@ def test_fold(frames, keys, heads, seed):
     kv = draw((frames, keys, 2, heads, d), seed=seed)[0]
     k, v = kv.unbind(2)
     weights = draw((heads * d, width), (heads * d,), (out, heads * d), seed=seed + 1)
-    folded = launch_fold(k, v, *weights)
-    expected = fold_reference(*(x.double() for x in (k, v, *weights)))
+    folded = launch_absorb(k, v, *weights)
+    expected = absorb_reference(*(x.double() for x in (k, v, *weights)))
     for x, y in zip(folded, expected, strict=True):
         assert x.shape == y.shape
         assert error(x, y) < 1e-5
@@ -102,8 +102,8 @@ def test_fold_of_scaled_weights():
     """e4m3 weights stand for themselves times the scales of their rows."""
     k, v, q_weight, q_bias, weight = draw((2, 16, 3, 16), (2, 16, 3, 16), (48, 40), (48,), (24, 48), seed=0)
     q_scale, scale = torch.rand(48) + 0.5, torch.rand(24) + 0.5
-    folded = launch_fold(k, v, q_weight, q_bias, weight, q_scale, scale)
-    expected = fold_reference(
+    folded = launch_absorb(k, v, q_weight, q_bias, weight, q_scale, scale)
+    expected = absorb_reference(
         *(x.double() for x in (k, v, q_weight * q_scale[:, None], q_bias, weight * scale[:, None]))
     )
     for x, y in zip(folded, expected, strict=True):
@@ -117,5 +117,5 @@ def test_folded(tokens, per_frame, first, heads, seed):
     frames = -(-(first + tokens) // per_frame)
     keys = frames, heads * group
     operands = draw((tokens, width), (*keys, width), keys, (*keys, out), seed=seed)
-    expected = folded_reference(*(x.double() for x in operands), group, per_frame, first)
-    assert error(launch_folded(*operands, group, per_frame, first), expected) < 1e-5
+    expected = absorbed_reference(*(x.double() for x in operands), group, per_frame, first)
+    assert error(launch_absorbed(*operands, group, per_frame, first), expected) < 1e-5

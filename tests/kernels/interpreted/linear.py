@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.linear import Epilogue, _arguments, launch_triton, merge_linear, output_bound, reference
-from kernels.norm import LARGEST, launch_rows
+from kernels.norm import FP8_MAX, launch_rows
 from profiling.bench import poisoned_memory
 
 EXAMPLES = settings(deadline=None, max_examples=25)
@@ -55,7 +55,7 @@ def test_products_and_epilogues(m, groups, n, scaled, biased, what, promoted, se
         torch.randn(n) if "gate" in what else None,
         torch.randn(m, n) if "residual" in what else None,
     )
-    y, scale = launch_triton(x, w, scales, epilogue, torch.float32, SMALL | {"PROMOTED": int(promoted)})
+    y, scale = launch_triton(x, w, scales, epilogue, torch.float32, SMALL | {"FP32_ACCUM": int(promoted)})
     assert error(y, exact(x, w, scales, epilogue)) < 1e-5
     assert len(scale) == 0
 
@@ -95,10 +95,10 @@ def test_quantised_rows(kind):
     q, scale = launch_rows(x, None, fp8=True)
     assert q.isfinite().all()
     assert (scale > 0).all()
-    assert (q.abs() <= LARGEST).all()
+    assert (q.abs() <= FP8_MAX).all()
     largest = x.double().abs().amax(1)
     loud = largest > 1e-9
-    torch.testing.assert_close(q.abs().amax(1)[loud], torch.full((int(loud.sum()),), LARGEST))
+    torch.testing.assert_close(q.abs().amax(1)[loud], torch.full((int(loud.sum()),), FP8_MAX))
     torch.testing.assert_close(q.double() * scale.double()[:, None], x.double(), rtol=1e-5, atol=1e-30)
 
 
@@ -114,7 +114,7 @@ def test_rounded_outputs_never_saturate(kind, gelu):
     epilogue = Epilogue(bias, gelu, bound=output_bound(w8, w_scale, bias))
     y, y_scale = launch_triton(q, w8, (x_scale, w_scale), epilogue, torch.float8_e4m3fn, SMALL)
     assert y.isfinite().all()
-    assert (y.abs() < LARGEST).all()
+    assert (y.abs() < FP8_MAX).all()
     expected = exact(q, w8, (x_scale, w_scale), epilogue)
     assert error(y.double() * y_scale.double()[:, None], expected) < 1e-5
 
@@ -135,8 +135,8 @@ def test_what_a_wrong_bound_lets_through_is_clamped(form):
             x @ w.T, merges, *pointers, 16, 32, *strides, **flags, TILE=16, BLOCK_N=32, BLOCK_M=16, num_warps=4
         )
     assert y.isfinite().all()
-    expected = (exact(x, w, scales, Epilogue()) / y_scale.double()[:, None]).clamp(-LARGEST, LARGEST)
-    assert (expected.abs() == LARGEST).float().mean() > 0.5
+    expected = (exact(x, w, scales, Epilogue()) / y_scale.double()[:, None]).clamp(-FP8_MAX, FP8_MAX)
+    assert (expected.abs() == FP8_MAX).float().mean() > 0.5
     assert error(y, expected) < 1e-5
 
 
@@ -147,7 +147,7 @@ def test_the_bound_is_reached():
     (x8, x_scale), (w8, w_scale) = launch_rows(x, None, fp8=True), launch_rows(w, None, fp8=True)
     bound = output_bound(w8, w_scale, None)
     _, y_scale = launch_triton(x8, w8, (x_scale, w_scale), Epilogue(bound=bound), torch.float8_e4m3fn, SMALL)
-    assert y_scale.item() * LARGEST == pytest.approx(w.abs().sum(1).max().item(), rel=1e-5)
+    assert y_scale.item() * FP8_MAX == pytest.approx(w.abs().sum(1).max().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("what", ["plain", "round"])
@@ -182,7 +182,7 @@ def test_parts_are_merged(what):
         if bound is not None:
             scale = scales[0][rows] * bound[0] + bound[1]
             torch.testing.assert_close(y_scale[rows], scale)
-            expected = (expected / scale[:, None]).clamp(-LARGEST, LARGEST)
+            expected = (expected / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
         assert error(y[rows, columns], expected) < 1e-6
     assert (y[:32, :64] == 7).all()
     assert (y[32:, 64:] == 7).all()

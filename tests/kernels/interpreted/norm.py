@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import norm
-from kernels.attention import interleave
+from kernels.chunk_attention import interleave
 from kernels.norm import (
+    FP8_MAX,
     HEADROOM,
-    LARGEST,
     key_scale,
     launch_fp8,
-    launch_norm_rope,
+    launch_rms_norm_rope,
     launch_rows,
     layer_norm_reference,
     reference,
@@ -55,7 +55,7 @@ SHAPES = st.integers(1, 9), st.sampled_from([1, 2, 5, 9]), st.sampled_from([16, 
 @given(*SHAPES)
 def test_norm_and_rotation(tokens, heads, d, fused, seed):
     (q, k, _), weights, rope = inputs(tokens, heads, d, fused, seed)
-    turned = launch_norm_rope(q, k, *weights, rope, EPS)
+    turned = launch_rms_norm_rope(q, k, *weights, rope, EPS)
     wide = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
     assert error(turned[0], wide[0]) < 1e-6
     assert error(turned[1], wide[1]) < 1e-6
@@ -64,7 +64,7 @@ def test_norm_and_rotation(tokens, heads, d, fused, seed):
 def test_half_precision_is_rounded_once():
     (q, k, _), weights, rope = inputs(5, 2, 64, True, 0)
     q, k = q.half(), k.half()
-    turned = launch_norm_rope(q, k, *weights, rope, EPS)
+    turned = launch_rms_norm_rope(q, k, *weights, rope, EPS)
     wide = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
     for x, expected in zip(turned, wide, strict=True):
         torch.testing.assert_close(x, expected.half(), rtol=1e-3, atol=1e-3)
@@ -78,13 +78,13 @@ def test_quantised(tokens, heads, d, fused, seed):
     k_scale = key_scale(weights[1], heads)
     q8, q_scale, k8, v8, v_scale = launch_fp8(q, k, v, *weights, k_scale, rope, EPS)
     turned = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)
-    assert q8.abs().amax() <= LARGEST
+    assert q8.abs().amax() <= FP8_MAX
     assert error(q8.double() * q_scale.double()[..., None], turned[0]) < 1e-6
-    torch.testing.assert_close(q8.abs().amax(2), torch.full_like(q_scale, LARGEST))
+    torch.testing.assert_close(q8.abs().amax(2), torch.full_like(q_scale, FP8_MAX))
     centre = turned[1][sample(tokens)].mean(0)
     torch.testing.assert_close(k8.double() * k_scale.double()[:, None] + centre, turned[1], rtol=1e-5, atol=1e-5)
     largest = v[sample(tokens)].abs().amax(0)
-    torch.testing.assert_close(v_scale, largest * HEADROOM / LARGEST)
+    torch.testing.assert_close(v_scale, largest * HEADROOM / FP8_MAX)
     assert v8.shape == (heads, d, -(-tokens // 16) * 16)
     order = torch.from_numpy(interleave(tokens))
     assert (v8[..., order >= tokens] == 0).all()
@@ -102,8 +102,8 @@ def test_a_sample_of_many_tokens(monkeypatch):
     turned = reference(q.double(), k.double(), *(w.double() for w in weights), rope.double(), EPS)[1]
     centre = turned[sample(11)].mean(0)
     torch.testing.assert_close(k8.double() * k_scale.double()[:, None] + centre, turned, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(v_scale, v[sample(11)].abs().amax(0) * HEADROOM / LARGEST)
-    assert v8.abs().amax() == LARGEST  # saturated
+    torch.testing.assert_close(v_scale, v[sample(11)].abs().amax(0) * HEADROOM / FP8_MAX)
+    assert v8.abs().amax() == FP8_MAX  # saturated
 
 
 def test_zeros_stay_zeros():
@@ -130,7 +130,7 @@ def test_layer_norm(rows, columns, modulated, strided, seed):
     assert len(none) == 0
     out, scale = launch_rows(x, (weight, bias, EPS, one), fp8=True)
     torch.testing.assert_close(out.double() * scale.double()[:, None], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(out.abs().amax(1), torch.full((rows,), LARGEST))
+    torch.testing.assert_close(out.abs().amax(1), torch.full((rows,), FP8_MAX))
 
 
 def test_layer_norm_of_rows_without_variance():

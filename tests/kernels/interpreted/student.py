@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import launch_triton
-from kernels.cross_attention import launch_fold, launch_folded, launch_frame, launch_text_image
-from kernels.norm import launch_norm_rope, launch_rows
-from kernels.schedule import spans
+from kernels.chunk_attention import launch_triton
+from kernels.cross_attention import launch_absorb, launch_absorbed, launch_frame, launch_text_image
+from kernels.norm import launch_rms_norm_rope, launch_rows
+from kernels.scheduler import kv_ranges
 from model import dit, linear
 from model.config import DiTConfig
 from tests.parity import cases, test_golden
@@ -22,7 +22,7 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    seen = spans(len(q), len(k))
+    seen = kv_ranges(len(q), len(k))
     return launch_triton(q[None], k[None], v[None], None, seen, q.shape[2] ** -0.5, q.dtype, SMALL)[0][0]
 
 
@@ -47,11 +47,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operations' launchers instead of what the CPU runs."""
     launchers = {
         "chunk_attention": attend,
-        "rms_norm_rope": launch_norm_rope,
+        "rms_norm_rope": launch_rms_norm_rope,
         "text_image_attention": launch_text_image,
         "frame_attention": launch_frame,
-        "fold_audio": launch_fold,
-        "folded_attention": launch_folded,
+        "absorb_audio_projections": launch_absorb,
+        "absorbed_audio_attention": launch_absorbed,
     }
     for name, launcher in launchers.items():
         monkeypatch.setattr(dit, name, launcher)
@@ -63,8 +63,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["dit_forward", "dit_forward_two_people"])
 def test_golden_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dit, "fold_audio", unfolded)  # the golden student has 6 audio tokens a frame
-    monkeypatch.setattr(dit, "folded_attention", audio_layer)
+    monkeypatch.setattr(dit, "absorb_audio_projections", unfolded)  # the golden student has 6 audio tokens a frame
+    monkeypatch.setattr(dit, "absorbed_audio_attention", audio_layer)
     assert name in cases.RUN
     test_golden.test_case(GOLDEN / f"{name}.json")
 

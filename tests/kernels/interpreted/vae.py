@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import conv, pixel_norm
+from kernels import causal_conv3d as conv
+from kernels import rms_norm_silu
 from profiling.bench import poisoned_memory
 from tests.parity.cases import Case, frames_first
 from tests.parity.test_golden import pass_mark
@@ -35,10 +36,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]
 
     def norm(x: Tensor, gamma: Tensor, silu: bool, *more: Any) -> Tensor:
         normed.append(silu)
-        return pixel_norm.launch_pixel_norm(x, gamma, silu, *more, launch={"PIXELS": 4096})
+        return rms_norm_silu.launch_rms_norm_silu(x, gamma, silu, *more, config={"PIXELS": 4096})
 
     monkeypatch.setattr(conv, "launch_library", convolve)
-    monkeypatch.setattr(pixel_norm, "reference", norm)
+    monkeypatch.setattr(rms_norm_silu, "reference", norm)
     monkeypatch.setattr(conv, "pixel_norm_reference", norm)
     with poisoned_memory():
         yield convolved, normed

@@ -1,4 +1,4 @@
-"""Convolutions of the VAE that double or halve rows and columns, on Hopper by the kernel of kernels/conv_hopper.py.
+"""Convolutions of the VAE that double or halve rows and columns, on Hopper by the kernel of kernels/conv_sm90.py.
 
     upsample_conv2d      y = conv2d(nearest doubling of x, 3 x 3, padding 1), on the small image
     downsample_conv2d    y = conv2d(x with a row of zeros below and a column to the right, 3 x 3, stride 2)
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import conv_hopper
-from kernels.conv import tuned
-from kernels.conv_hopper import WHOLE, suits
-from kernels.launch import Choice, Launch, gpu
+from kernels import conv_sm90
+from kernels.causal_conv3d import tuned
+from kernels.conv_sm90 import WHOLE, supports
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
 # --- Forms ----------------------------------------------------------------------------------------------------------
 
 
-def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """As `upsample_conv2d`, by PyTorch."""
     frames, _, rows, columns = x.shape
     y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
@@ -79,51 +79,51 @@ def upsample_library(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | N
     return y
 
 
-def downsample_library(x: Tensor, weight: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
+def downsample_library(x: Tensor, weight: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """As `downsample_conv2d`, by PyTorch."""
     y = F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride=2)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-    """As `upsample_conv2d`, by the kernel of kernels/conv_hopper.py: every phase into its pixels."""
+def upsample_hopper(x: Tensor, phases: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
+    """As `upsample_conv2d`, by the kernel of kernels/conv_sm90.py: every phase into its pixels."""
     frames, _, rows, columns = x.shape
     y = x.new_empty(frames, 2 * rows, 2 * columns, phases.shape[2]).permute(0, 3, 1, 2)
     for i, of_row in enumerate(phases):
         for j, weight in enumerate(of_row):
             part, reach = y[:, :, i::2, j::2], (i - 1, j - 1)
-            conv_hopper.launch_hopper(x, x[:0], weight[:, :, None], None, bias, None, part, reach, launch=launch)
+            conv_sm90.launch_sm90(x, x[:0], weight[:, :, None], None, bias, None, part, reach, config=config)
     return y
 
 
-def downsample_hopper(x: Tensor, weight: Tensor, bias: Tensor, launch: Launch | None = None) -> Tensor:
-    """As `downsample_conv2d`, by the kernel of kernels/conv_hopper.py, where rows, columns and channels suit it."""
+def downsample_hopper(x: Tensor, weight: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
+    """As `downsample_conv2d`, by the kernel of kernels/conv_sm90.py, where rows, columns and channels suit it."""
     frames, channels, rows, columns = x.shape
-    parameters = {**conv_hopper.default(x.dtype, len(weight), 3), **(launch or {}), "TALL": 0}
+    parameters = {**conv_sm90.default(x.dtype, len(weight), 3), **(config or {}), "REUSE_ROWS": 0}
     if rows % 2 or columns % 2 or channels % parameters["BLOCK_K"]:  # a block would reach into the next pixel
         return downsample_library(x, weight, bias)
     y = x.new_empty(frames, rows // 2, columns // 2, len(weight)).permute(0, 3, 1, 2)
-    conv_hopper.launch_hopper(x, x[:0], weight[:, :, None], None, bias, None, y, (0, 0), 2, parameters)
+    conv_sm90.launch_sm90(x, x[:0], weight[:, :, None], None, bias, None, y, (0, 0), 2, parameters)
     return y
 
 
-FORMS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
-    "upsample_conv": {"gluon": upsample_hopper, "library": upsample_library},
-    "downsample_conv": {"gluon": downsample_hopper, "library": downsample_library},
+BACKENDS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
+    "upsample_conv2d": {"gluon": upsample_hopper, "library": upsample_library},
+    "downsample_conv2d": {"gluon": downsample_hopper, "library": downsample_library},
 }
 
 
-def launch(operation: str, x: Tensor, weight: Tensor, bias: Tensor, choice: Choice | None = None) -> Tensor:
+def launch(operation: str, x: Tensor, weight: Tensor, bias: Tensor, choice: TunedConfig | None = None) -> Tensor:
     """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library.
 
     The weight is that of the one operation or the phases of the other.
     """
-    forms, one = FORMS[operation], weight[0, 0] if weight.ndim == 6 else weight
+    forms, one = BACKENDS[operation], weight[0, 0] if weight.ndim == 6 else weight
     choice = choice or tuned(operation, x, len(one), forms)
-    suited = gpu(x.device).capability == "9.0" and suits(x, x, one) and len(one) % WHOLE == 0
+    suited = gpu_of(x.device).capability == "9.0" and supports(x, x, one) and len(one) % WHOLE == 0
     if choice is None or not suited:
         return forms["library"](x, weight, bias)
-    return forms[choice.backend](x, weight, bias, choice.launch)
+    return forms[choice.backend](x, weight, bias, choice.config)
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _upsample_conv2d(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
 
 @_upsample_conv2d.register_kernel("cuda")
 def _(x: Tensor, phases: Tensor, bias: Tensor) -> Tensor:
-    return launch("upsample_conv", x, phases, bias)
+    return launch("upsample_conv2d", x, phases, bias)
 
 
 @_upsample_conv2d.register_fake
@@ -152,7 +152,7 @@ def _downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @_downsample_conv2d.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return launch("downsample_conv", x, weight, bias)
+    return launch("downsample_conv2d", x, weight, bias)
 
 
 @_downsample_conv2d.register_fake

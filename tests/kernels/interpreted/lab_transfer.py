@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.color import lab_statistics, launch_transfer, reference, to_bytes
+from kernels.lab_transfer import lab_statistics, launch_transfer, reference, to_bytes
 from profiling.bench import poisoned_memory
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import attention
-from kernels.attention import (
+from kernels import chunk_attention as attention
+from kernels.chunk_attention import (
     FP8,
     chunk_attention,
     chunk_attention_fp8,
@@ -25,9 +25,9 @@ from kernels.attention import (
     parts_of,
     reference,
 )
-from kernels.attention_hopper import suits
-from kernels.launch import GPU, Choice
-from kernels.schedule import Spans, spans
+from kernels.chunk_attention_sm90 import supports
+from kernels.scheduler import KVRanges, kv_ranges
+from kernels.tuning import GPU, TunedConfig
 from profiling.bench import poisoned_memory
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
@@ -71,7 +71,7 @@ def test_reference_is_the_formula(past, back):
     q, k, v = draw(*[(9, 2, 4)] * 3, dtype=torch.float64)
     chunk = [0, 0, 1, 1, 1, 2, 3, 3, 3]
     expected = by_hand(q, k, v, lambda i, j: chunk[i] - back <= chunk[j] <= chunk[i], 0.5)
-    torch.testing.assert_close(reference(q, k, v, spans(9, 9, (2, 3, 1, 3), past))[0], expected)
+    torch.testing.assert_close(reference(q, k, v, kv_ranges(9, 9, (2, 3, 1, 3), past))[0], expected)
 
 
 @settings(deadline=None, max_examples=40)
@@ -87,7 +87,7 @@ def test_cpu_equals_reference(chunks, past, chunked, with_sums, heads, dtype):
     o, lse = result if isinstance(result, tuple) else (result, None)
     assert o.dtype == dtype
     for i in range(2):
-        seen = spans(n, n, lengths and tuple(lengths), -1 if past == "all" else past or 0)
+        seen = kv_ranges(n, n, lengths and tuple(lengths), -1 if past == "all" else past or 0)
         wanted = reference(q[i].double(), k[i].double(), v[i].double(), seen)
         assert error(o[i], wanted[0]) < TOLERANCES[dtype]
         if lse is not None:
@@ -111,8 +111,8 @@ def test_chunks_without_a_past_are_independent():
 @given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=4))
 def test_merge_of_parts_is_the_whole(queries, parts):
     q, k, v = draw((queries, 2, 64), (sum(parts), 2, 64), (sum(parts), 2, 64), dtype=torch.float64)
-    pieces = [reference(q, a, b) for a, b in zip(k.split(parts), v.split(parts), strict=True)]
-    o, lse = merge_attention([o for o, _ in pieces], [lse for _, lse in pieces])
+    parts_of_keys = [reference(q, a, b) for a, b in zip(k.split(parts), v.split(parts), strict=True)]
+    o, lse = merge_attention([o for o, _ in parts_of_keys], [lse for _, lse in parts_of_keys])
     expected = reference(q, k, v)
     assert error(o, expected[0]) < 1e-6  # it adds in float32
     torch.testing.assert_close(lse, expected[1])
@@ -158,28 +158,30 @@ def test_extreme_logits_stay_finite(size):
         ("9.0", None, 128, "gluon", None),
         ("8.0", None, 128, "triton", None),
         ("9.0", None, 32, "triton", None),
-        ("9.0", Choice("gluon", {"STAGES": 3}), 128, "gluon", {"STAGES": 3}),
-        ("8.0", Choice("gluon", {"STAGES": 3}), 128, "triton", None),
-        ("9.0", Choice("triton", {"BLOCK_M": 64}), 128, "triton", {"BLOCK_M": 64}),
-        ("9.0", Choice("sdpa-cudnn", {}), 128, "gluon", None),
+        ("9.0", TunedConfig("gluon", {"STAGES": 3}), 128, "gluon", {"STAGES": 3}),
+        ("8.0", TunedConfig("gluon", {"STAGES": 3}), 128, "triton", None),
+        ("9.0", TunedConfig("triton", {"BLOCK_M": 64}), 128, "triton", {"BLOCK_M": 64}),
+        ("9.0", TunedConfig("sdpa-cudnn", {}), 128, "gluon", None),
     ],
 )
 def test_the_form_is_the_one_that_was_tuned_or_is_made_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: str, tuned: Choice | None, d: int, form: str, parameters: Any
+    monkeypatch: pytest.MonkeyPatch, capability: str, tuned: TunedConfig | None, d: int, form: str, parameters: Any
 ) -> None:
-    monkeypatch.setattr(attention, "gpu", lambda _: GPU("any", capability, 132))
-    monkeypatch.setattr(attention, "lookup", lambda *_, **__: tuned)
-    monkeypatch.setattr(attention, "FORMS", {name: lambda *a, name=name: (name, a[-1]) for name in attention.FORMS})
+    monkeypatch.setattr(attention, "gpu_of", lambda _: GPU("any", capability, 132))
+    monkeypatch.setattr(attention, "tuned_config", lambda *_, **__: tuned)
+    monkeypatch.setattr(
+        attention, "BACKENDS", {name: lambda *a, name=name: (name, a[-1]) for name in attention.BACKENDS}
+    )
     x = torch.zeros(1, 20, 2, d, dtype=torch.bfloat16)
-    assert launch(x, x, x, None, spans(20, 20), 0.1, x.dtype) == (form, parameters)
+    assert launch(x, x, x, None, kv_ranges(20, 20), 0.1, x.dtype) == (form, parameters)
 
 
 def test_what_suits_the_form_for_hopper():
     """The copy engine's alignment, offsets of 31 bits, and whole groups of 16 FP8 keys."""
-    whole = spans(32, 32)
+    whole = kv_ranges(32, 32)
 
-    def fits(x: Tensor, seen: Spans = whole) -> bool:
-        return suits(x, x, x.transpose(1, 3).contiguous() if x.dtype == FP8 else x, seen)
+    def fits(x: Tensor, seen: KVRanges = whole) -> bool:
+        return supports(x, x, x.transpose(1, 3).contiguous() if x.dtype == FP8 else x, seen)
 
     x = torch.zeros(1, 32, 2, 128, dtype=torch.bfloat16)
     assert fits(x)
@@ -194,9 +196,9 @@ def test_what_suits_the_form_for_hopper():
     assert not fits(far)
     e4m3 = x.to(FP8)
     assert fits(e4m3)
-    assert fits(e4m3, spans(32, 32, (16, 16)))
-    assert not fits(e4m3, spans(32, 32, (8, 24)))
-    assert fits(x, spans(32, 32, (8, 24)))
+    assert fits(e4m3, kv_ranges(32, 32, (16, 16)))
+    assert not fits(e4m3, kv_ranges(32, 32, (8, 24)))
+    assert fits(x, kv_ranges(32, 32, (8, 24)))
 
 
 # --- As torch sees them ---------------------------------------------------------------------------------------------
@@ -286,15 +288,15 @@ def test_bad_fp8_arguments(position, change, words):
 
 # Of log-sum-exps: the tensor cores' own sums of FP8 products, 64 or 128 of them in a logit, have fewer bits.
 SUMS = {torch.float32: 1e-4, torch.float16: 1e-4, torch.bfloat16: 1e-4, FP8: 1e-3}
-FORMS = [("gluon", torch.bfloat16), ("gluon", torch.float16), ("gluon", FP8), ("triton", torch.float32),
+BACKENDS = [("gluon", torch.bfloat16), ("gluon", torch.float16), ("gluon", FP8), ("triton", torch.float32),
          ("triton", torch.bfloat16), ("triton", FP8)]  # fmt: skip
 
 
-def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, seen: Spans, parameters: Any = None):
+def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, parameters: Any = None):
     """One form on float32 [batch, token, head, d], poisoned; its o and lse, and what they should be, in float64."""
     if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    choice = Choice(form, parameters or {})
+    choice = TunedConfig(form, parameters or {})
     scale = q.shape[3] ** -0.5
     with poisoned_memory():
         if dtype == FP8:
@@ -319,22 +321,22 @@ def check_on_gpu(form: str, dtype: torch.dtype, *arguments: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 65), (193, 640), (64, 129), (300, 1000), (1512, 3024)])
-@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
 def test_gpu_sizes(form, dtype, queries, keys, d):
     batch = 1 if dtype == FP8 else 2
     q, k, v = draw(*((batch, n, 3, d) for n in (queries, keys, keys)), device="cuda")
-    check_on_gpu(form, dtype, q, k, v + 0.5, spans(queries, keys))
+    check_on_gpu(form, dtype, q, k, v + 0.5, kv_ranges(queries, keys))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("past", [0, 1, -1])
 @pytest.mark.parametrize("chunks", [(200, 7, 500), (1,) * 9, (128, 192, 1344), (48, 16, 304)])
-@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
 def test_gpu_chunks(form, dtype, chunks, past):
     """Of FP8's, the last two go to the form for Hopper: their chunks begin at whole groups of 16."""
     n = sum(chunks)
     q, k, v = draw(*[(1, n, 2, 128)] * 3, device="cuda")
-    check_on_gpu(form, dtype, q, k, v, spans(n, n, chunks, past))
+    check_on_gpu(form, dtype, q, k, v, kv_ranges(n, n, chunks, past))
 
 
 @pytest.mark.gpu
@@ -342,7 +344,7 @@ def test_gpu_chunks(form, dtype, chunks, past):
 def test_gpu_views_are_read_where_they_are(form):
     qkv = torch.randn(1, 333, 3, 2, 128, device="cuda")
     heads_first = torch.randn(1, 2, 333, 128, device="cuda").to(torch.bfloat16).transpose(1, 2)
-    seen, choice = spans(333, 333), Choice(form, {})
+    seen, choice = kv_ranges(333, 333), TunedConfig(form, {})
     q, k, _ = qkv.to(torch.bfloat16).unbind(2)
     o, _ = launch(q, k, heads_first, None, seen, 0.1, torch.bfloat16, choice)
     expected = reference(q[0].double(), k[0].double(), heads_first[0].double(), scale=0.1)[0]
@@ -350,23 +352,23 @@ def test_gpu_views_are_read_where_they_are(form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
 @pytest.mark.parametrize("size", [30.0, 1e-3])
 def test_gpu_extreme_logits_stay_finite(form, dtype, size):
     """Logits up to about +-1e4."""
     q, k, v = draw(*[(1, 400, 2, 128)] * 3, device="cuda")
-    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, spans(400, 400))
+    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, kv_ranges(400, 400))
     assert o.isfinite().all()
     assert lse.isfinite().all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "dtype"), FORMS[:3])
+@pytest.mark.parametrize(("form", "dtype"), BACKENDS[:3])
 @pytest.mark.parametrize("heads", [2, 5])
 def test_gpu_production_length(form, dtype, heads):
     """Values of one sign add up to what the tensor cores' own FP8 sums would lose; and the same bits every time."""
     q, k, v = draw(*[(1, 12096, heads, 128)] * 3, device="cuda")
-    seen = spans(12096, 12096)
+    seen = kv_ranges(12096, 12096)
     o, lse, wanted, sums = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
     assert error(o, wanted) < (1e-2 if dtype == FP8 else 5e-3)
     torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
@@ -411,5 +413,5 @@ def test_gpu_operation_in_a_graph():
         o = run(q, k, v)
     q.normal_()
     graph.replay()
-    expected = reference(q.double(), k.double(), v.double(), spans(500, 500, (200, 300), 1))[0] * 2
+    expected = reference(q.double(), k.double(), v.double(), kv_ranges(500, 500, (200, 300), 1))[0] * 2
     assert error(o, expected) < 5e-3

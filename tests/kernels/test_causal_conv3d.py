@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import conv
-from kernels.conv import causal_conv3d, conv3d, reference
-from kernels.conv_hopper import THIN, suits
-from kernels.hopper import FP8
-from kernels.launch import GPU, Choice, assuming
-from kernels.pixel_norm import fp8_factor
-from kernels.pixel_norm import reference as pixel_norm_reference
+from kernels import causal_conv3d as conv
+from kernels.causal_conv3d import causal_conv3d, conv3d, reference
+from kernels.conv_sm90 import THIN, supports
+from kernels.rms_norm_silu import fp8_factor
+from kernels.rms_norm_silu import reference as pixel_norm_reference
+from kernels.sm90 import FP8
+from kernels.tuning import GPU, TunedConfig, assume_gpu
 from profiling.bench import poisoned_memory
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
@@ -276,11 +276,11 @@ def test_opcheck_and_compilation():
 
 def test_what_the_form_for_hopper_takes():
     x, weight = torch.zeros(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
-    assert suits(x, x[:0], weight)
-    assert not suits(x.float(), x[:0].float(), weight.float())
-    assert suits(x, x[:1], weight[:3])
-    assert not suits(x[:, :12], x[:0], weight[:, :12])  # pixels of 24 bytes
-    assert not suits(x, torch.zeros(1000).bfloat16()[1:513].view(2, 16, 4, 4), weight)
+    assert supports(x, x[:0], weight)
+    assert not supports(x.float(), x[:0].float(), weight.float())
+    assert supports(x, x[:1], weight[:3])
+    assert not supports(x[:, :12], x[:0], weight[:, :12])  # pixels of 24 bytes
+    assert not supports(x, torch.zeros(1000).bfloat16()[1:513].view(2, 16, 4, 4), weight)
 
 
 def test_the_form_is_the_tables(monkeypatch):
@@ -290,34 +290,41 @@ def test_the_form_is_the_tables(monkeypatch):
     def take(name: str, *arguments: object) -> None:
         taken.append((name, arguments[-1]))
 
-    monkeypatch.setattr(conv, "FORMS", {name: partial(take, name) for name in conv.FORMS})
-    tables: dict[torch.dtype, Choice | None] = {}
-    monkeypatch.setattr(conv, "tuned", lambda _operation, x, _outputs, _forms: tables.get(x.dtype))
+    monkeypatch.setattr(conv, "BACKENDS", {name: partial(take, name) for name in conv.BACKENDS})
+    tables: dict[torch.dtype, TunedConfig | None] = {}
+    monkeypatch.setattr(conv, "tuned", lambda _operation, x, *_: tables.get(x.dtype))
     x, weight = channels_last(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
     x8, weight8, scale = x.to(FP8), weight.to(FP8), torch.ones(8)
-    gluon = Choice("gluon", {"STAGES": 3})
+    gluon = TunedConfig("gluon", {"STAGES": 3})
     for capability, found, expected, expected_fp8 in (
         ("9.0", None, ("library", None), ("gluon", None)),
-        ("9.0", gluon, ("gluon", gluon.launch), ("gluon", gluon.launch)),
-        ("9.0", Choice("library", {}), ("library", {}), ("library", {})),
+        ("9.0", gluon, ("gluon", gluon.config), ("gluon", gluon.config)),
+        ("9.0", TunedConfig("library", {}), ("library", {}), ("library", {})),
         ("8.9", None, ("library", None), ("library", None)),
         ("8.9", gluon, ("library", None), ("library", None)),
     ):
         tables = {} if found is None else {torch.bfloat16: found, FP8: found}
-        with assuming(GPU("any", capability, 132)):
+        with assume_gpu(GPU("any", capability, 132)):
             conv.launch(x, x[:0], weight, None, None)
             conv.launch(x8, x8[:0], weight8, scale, None, scale)
         assert taken == [expected, expected_fp8]
         taken.clear()
     tables.clear()
     odd, weight = x8[:, :12].contiguous(memory_format=torch.channels_last), weight8[:, :12]  # pixels of 12 bytes
-    with assuming(GPU("any", "9.0", 132)):
+    with assume_gpu(GPU("any", "9.0", 132)):
         conv.launch(odd, odd[:0], weight, scale, None, scale)
     assert taken == [("library", None)]
 
 
 def hopper(left: int, right: int, block_k: int, stages: int, tall: int, lines: int = 8) -> dict[str, int]:
-    return {"LEFT": left, "RIGHT": right, "BLOCK_K": block_k, "STAGES": stages, "TALL": tall, "LINES": lines}
+    return {
+        "BLOCK_N0": left,
+        "BLOCK_N1": right,
+        "BLOCK_K": block_k,
+        "STAGES": stages,
+        "REUSE_ROWS": tall,
+        "TILE_H": lines,
+    }
 
 
 @pytest.mark.gpu
@@ -363,14 +370,14 @@ def test_gpu_form_for_hopper(inputs, outputs, kernel, before, added, fp8, launch
         filters = weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
     given = (x, past, weight, bias, residual, scale, launch)
     with poisoned_memory():
-        y = conv.launch_hopper(*given)
+        y = conv.launch_sm90(*given)
     zeros = wide.new_zeros(kt - 1 - before, *wide.shape[1:])
     expected = reference(wide[before:], filters, bias.double(), torch.cat([zeros, wide[:before]]))
     expected = expected if residual is None else expected + residual.double()
     assert torch.linalg.vector_norm(y - expected) < 5e-3 * torch.linalg.vector_norm(expected)
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, conv.launch_hopper(*given))
+    assert torch.equal(y, conv.launch_sm90(*given))
 
 
 @pytest.mark.gpu
@@ -411,7 +418,7 @@ def test_gpu_norm_on_the_way_out(channels, launch, before, narrow, fp8):
     factor = fp8_factor(gamma) if narrow else None
     given = (x, past, weight, bias, None, scale, launch, gamma, factor)
     with poisoned_memory():
-        y = conv.launch_hopper(*given)
+        y = conv.launch_sm90(*given)
     zeros = wide.new_zeros(2 - before, *wide.shape[1:])
     expected = reference(wide[before:], filters, bias.double(), torch.cat([zeros, wide[:before]]))
     expected = pixel_norm_reference(expected, gamma.double(), True) * (factor or 1)
@@ -419,7 +426,7 @@ def test_gpu_norm_on_the_way_out(channels, launch, before, narrow, fp8):
     assert error.max() < (6e-2 if narrow else 1e-2)
     assert y.dtype == (FP8 if narrow else torch.bfloat16)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y.view(torch.uint8), conv.launch_hopper(*given).view(torch.uint8))
+    assert torch.equal(y.view(torch.uint8), conv.launch_sm90(*given).view(torch.uint8))
 
 
 @settings(deadline=None, max_examples=40)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import resample_conv
-from kernels.resample_conv import downsample_conv2d, fold_upsampling, upsample_conv2d
+from kernels import resample_conv2d as resample_conv
+from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
 from profiling.bench import poisoned_memory
 
 SIZES, CHANNELS = st.integers(1, 6), st.integers(2, 6)
@@ -80,7 +80,7 @@ def test_opcheck():
 
 
 def hopper(block_k: int, tall: int) -> dict[str, int]:
-    return {"LEFT": 64, "RIGHT": 32, "BLOCK_K": block_k, "STAGES": 5, "TALL": tall}
+    return {"BLOCK_N0": 64, "BLOCK_N1": 32, "BLOCK_K": block_k, "STAGES": 5, "REUSE_ROWS": tall}
 
 
 @pytest.fixture

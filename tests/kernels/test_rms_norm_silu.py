@@ -1,4 +1,4 @@
-"""The VAE's norm and SiLU: on the CPU, as torch sees them, and on a GPU. The kernel: `interpreted/pixel_norm.py`."""
+"""The VAE's norm and SiLU: on the CPU, as torch sees them, and on a GPU. The kernel: `interpreted/rms_norm_silu.py`."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import pixel_norm as module
-from kernels.hopper import FP8
-from kernels.pixel_norm import fp8_factor, pixel_norm, reference
+from kernels import rms_norm_silu as module
+from kernels.rms_norm_silu import fp8_factor, reference, rms_norm_silu
+from kernels.sm90 import FP8
 from profiling.bench import poisoned_memory
 
 
@@ -23,7 +23,7 @@ def pixels(*shape: int, device: str = "cpu") -> Tensor:
 @pytest.mark.parametrize("silu", [False, True])
 def test_is_the_definition(dtype, silu):
     x, gamma = pixels(3, 6, 4, 5).to(dtype), torch.randn(6, 1, 1, 1).to(dtype)
-    y = pixel_norm(x, gamma, silu)
+    y = rms_norm_silu(x, gamma, silu)
     expected = F.normalize(x.double(), dim=1) * 6**0.5 * gamma.double().view(-1, 1, 1)
     expected = F.silu(expected) if silu else expected
     close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -39,8 +39,8 @@ def test_opcheck():
 
 def test_compiles_without_a_break():
     x, gamma = pixels(2, 6, 4, 5), torch.randn(6)
-    whole = torch.compile(pixel_norm, fullgraph=True)
-    torch.testing.assert_close(whole(x, gamma, True), pixel_norm(x, gamma, True))
+    whole = torch.compile(rms_norm_silu, fullgraph=True)
+    torch.testing.assert_close(whole(x, gamma, True), rms_norm_silu(x, gamma, True))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_compiles_without_a_break():
 def test_bad_arguments(name, value, words):
     given: dict[str, Any] = {"x": pixels(2, 6, 4, 5), "gamma": torch.ones(6)}
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
-        pixel_norm(**given | {name: value})
+        rms_norm_silu(**given | {name: value})
     assert words in str(raised.value)
 
 
@@ -66,7 +66,7 @@ def test_bad_arguments(name, value, words):
 def test_gpu(channels, dtype):
     x, gamma = pixels(4, channels, 33, 21, device="cuda").to(dtype), torch.randn(channels, device="cuda").to(dtype)
     with poisoned_memory():
-        y = pixel_norm(x, gamma, True)
+        y = rms_norm_silu(x, gamma, True)
     expected = reference(x.double(), gamma.double(), True)
     assert (y.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
@@ -79,7 +79,7 @@ def test_fp8_never_saturates_and_keeps_its_digits(channels, silu, seed):
     x[0, :, 0, 0] = 0
     x[0, gamma.abs().argmax(), 0, 0] = 1e15 * gamma[gamma.abs().argmax()].sign()  # all of the norm in one channel
     factor = fp8_factor(gamma)
-    y = pixel_norm(x, gamma, silu, factor)
+    y = rms_norm_silu(x, gamma, silu, factor)
     assert y.dtype == FP8
     expected = reference(x.double(), gamma.double(), silu) * factor
     assert expected.abs().max() < 448 * (1 + 1e-6)
@@ -92,6 +92,6 @@ def test_gpu_fp8(channels):
     x, gamma = pixels(4, channels, 33, 21, device="cuda").bfloat16(), torch.randn(channels, device="cuda").bfloat16()
     factor = fp8_factor(gamma)
     with poisoned_memory():
-        y = pixel_norm(x, gamma, True, factor)
+        y = rms_norm_silu(x, gamma, True, factor)
     expected = reference(x.double(), gamma.double(), True, factor)
     assert (y.double() - expected.double()).norm() < 4e-3 * expected.double().norm()  # where rounding was on the edge

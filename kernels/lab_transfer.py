@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import NAMES
-from kernels.launch import Launch, lookup
+from kernels.chunk_attention import DTYPE_NAMES
+from kernels.tuning import LaunchConfig, tuned_config
 
 _RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
@@ -208,17 +208,17 @@ def frame_transfer(pixels, moments, mean, std, out, rgb, strength, size, blocks,
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
-DEFAULT: Launch = {"BLOCK": 2048, "num_warps": 8}  # pixels of a program
+DEFAULT: LaunchConfig = {"BLOCK": 2048, "num_warps": 8}  # pixels of a program
 
 
 def launch_transfer(
-    pixels: Tensor, mean: Tensor, std: Tensor, strength: float, launch: Launch | None = None
+    pixels: Tensor, mean: Tensor, std: Tensor, strength: float, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """`lab_transfer` by its kernels."""
     frames, _, height, width = pixels.shape
     size, dims = height * width, {"rows": height, "columns": width, "frames": frames}
-    tuned = lookup("lab_transfer", dims, NAMES[pixels.dtype], pixels.device, ("triton",))
-    parameters = {**DEFAULT, **(launch or (tuned.launch if tuned else {}))}
+    tuned = tuned_config("lab_transfer", dims, DTYPE_NAMES[pixels.dtype], pixels.device, ("triton",))
+    parameters = {**DEFAULT, **(config or (tuned.config if tuned else {}))}
     blocks = triton.cdiv(size, parameters["BLOCK"])
     moments = pixels.new_empty(frames, blocks, 3, 2, dtype=torch.float32)
     strides = pixels.stride(0), pixels.stride(1), pixels.stride(3)
@@ -272,7 +272,7 @@ def lab_transfer(pixels: Tensor, mean: Tensor, std: Tensor, strength: float = 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: got {strength}, want 0..1")
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel() or pixels.dtype not in NAMES:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel() or pixels.dtype not in DTYPE_NAMES:
         raise ValueError(f"pixels: {pixels.dtype} {list(pixels.shape)}, wanted float32 [frame, 3, height, width]")
     if pixels.stride(2) != pixels.shape[3] * pixels.stride(3) and pixels.shape[2] > 1:
         raise ValueError(f"pixels: strides {pixels.stride()}, wanted rows one behind the other")

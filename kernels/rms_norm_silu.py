@@ -20,19 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import NAMES
-from kernels.hopper import FP8
-from kernels.launch import Launch, lookup
-from kernels.norm import LARGEST
+from kernels.chunk_attention import DTYPE_NAMES
+from kernels.norm import FP8_MAX
+from kernels.sm90 import FP8
+from kernels.tuning import LaunchConfig, tuned_config
 
-DEFAULT: Launch = {"PIXELS": 8, "num_warps": 4}
+DEFAULT: LaunchConfig = {"PIXELS": 8, "num_warps": 4}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
 
 
 def reference(x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None) -> Tensor:
-    """Arguments as in `pixel_norm`."""
+    """Arguments as in `rms_norm_silu`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
     y = (x / norm).mul_(gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5)
@@ -40,7 +40,7 @@ def reference(x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None)
         y = y.to(x.dtype)
     y = F.silu(y, inplace=True) if silu else y
     if factor is not None:
-        y = y.mul_(factor).clamp_(-LARGEST, LARGEST).to(FP8)
+        y = y.mul_(factor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
     return y
 
 
@@ -48,7 +48,7 @@ def reference(x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None)
 
 
 @triton.jit
-def pixel_norm_forward(x, gamma, out, root, factor, pixels, channels, SILU: tl.constexpr, PIXELS: tl.constexpr,
+def rms_norm_silu_forward(x, gamma, out, root, factor, pixels, channels, SILU: tl.constexpr, PIXELS: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """PIXELS pixels of [pixels, channels]. root: sqrt(C)."""
     row = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
@@ -68,17 +68,17 @@ def pixel_norm_forward(x, gamma, out, root, factor, pixels, channels, SILU: tl.c
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
 
-def launch_pixel_norm(
-    x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None, launch: Launch | None = None
+def launch_rms_norm_silu(
+    x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None, config: LaunchConfig | None = None
 ) -> Tensor:
-    """`pixel_norm` by its kernel."""
+    """`rms_norm_silu` by its kernel."""
     frames, channels, rows, columns = x.shape
     dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns}
-    tuned = lookup("norm_silu", dims, NAMES[x.dtype], x.device, ("triton",))
-    parameters: dict[str, Any] = {**DEFAULT, **(launch or (tuned.launch if tuned else {}))}
+    tuned = tuned_config("rms_norm_silu", dims, DTYPE_NAMES[x.dtype], x.device, ("triton",))
+    parameters: dict[str, Any] = {**DEFAULT, **(config or (tuned.config if tuned else {}))}
     out = torch.empty_like(x, dtype=x.dtype if factor is None else FP8)
     pixels = frames * rows * columns
-    pixel_norm_forward[(triton.cdiv(pixels, parameters["PIXELS"]),)](
+    rms_norm_silu_forward[(triton.cdiv(pixels, parameters["PIXELS"]),)](
         x, gamma, out, channels**0.5, factor or 1.0, pixels, channels, SILU=silu,
         BLOCK=triton.next_power_of_2(channels), **parameters,
     )  # fmt: skip
@@ -88,14 +88,14 @@ def launch_pixel_norm(
 # --- Operation ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashtalk::pixel_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("flashtalk::rms_norm_silu", mutates_args=(), device_types="cpu")
 def _pixel_norm(x: Tensor, gamma: Tensor, silu: bool, factor: float | None) -> Tensor:
     return reference(x, gamma, silu, factor)
 
 
 @_pixel_norm.register_kernel("cuda")
 def _(x: Tensor, gamma: Tensor, silu: bool, factor: float | None) -> Tensor:
-    return launch_pixel_norm(x, gamma, silu, factor)
+    return launch_rms_norm_silu(x, gamma, silu, factor)
 
 
 @_pixel_norm.register_fake
@@ -104,8 +104,8 @@ def _(x: Tensor, _gamma: Tensor, _silu: bool, factor: float | None) -> Tensor:
 
 
 def fp8_factor(gamma: Tensor) -> float:
-    """The largest factor with which no `pixel_norm` of any x saturates."""
-    return LARGEST / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
+    """The largest factor with which no `rms_norm_silu` of any x saturates."""
+    return FP8_MAX / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
 
 
 def check_gamma(gamma: Tensor, channels: int, device: torch.device) -> None:
@@ -116,7 +116,7 @@ def check_gamma(gamma: Tensor, channels: int, device: torch.device) -> None:
         raise ValueError(f"gamma: on {gamma.device}, wanted {device}, where x is")
 
 
-def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
+def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
     """The norm of every pixel, SiLU of it if asked for; see the module's first lines.
 
     Args:
@@ -134,7 +134,7 @@ def pixel_norm(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | Non
     """
     if x.ndim != 4 or not x.numel():
         raise ValueError(f"x: shape {list(x.shape)}, wanted [frames, channels, rows, columns], at least 1 of each")
-    if x.is_cuda and x.dtype not in NAMES:
+    if x.is_cuda and x.dtype not in DTYPE_NAMES:
         raise ValueError(f"x: {x.dtype}, wanted float32, float16 or bfloat16")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")

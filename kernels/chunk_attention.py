@@ -24,7 +24,7 @@ in that order spares shuffling the weights. The weights are rounded to e4m3 as 2
 before rounding; their products are accumulated in float32.
 
 Forms: `reference` is the definition; on CPUs PyTorch's attention, chunk by chunk; on GPUs the Triton kernel below, and
-on Hopper the one of kernels/attention_hopper.py, whichever kernels/tuned/ names for the shape; beyond 128 channels
+on Hopper the one of kernels/chunk_attention_sm90.py, whichever kernels/tuned/ names for the shape; beyond 128 channels
 PyTorch's, until the kernel below is measured to be faster.
 """
 
@@ -42,15 +42,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_hopper import launch_hopper, suits
-from kernels.hopper import FP8
-from kernels.launch import Choice, Launch, gpu, lookup
-from kernels.schedule import Spans, spans, tiles_on
+from kernels.chunk_attention_sm90 import launch_sm90, supports
+from kernels.scheduler import KVRanges, kv_ranges, query_tiles_on
+from kernels.sm90 import FP8
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
 LOG2_E = math.log2(math.e)
 
 # Of the Triton kernel, where nothing was tuned. Float32 products run out of registers in large tiles.
-DEFAULT: Mapping[torch.dtype, Launch] = {
+DEFAULT: Mapping[torch.dtype, LaunchConfig] = {
     torch.float32: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     torch.float16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
@@ -59,14 +59,14 @@ DEFAULT: Mapping[torch.dtype, Launch] = {
 
 
 WIDE = 128  # channels from which on tiles are smaller
-BESIDE: Launch = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+BESIDE: LaunchConfig = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 # --- Definition -----------------------------------------------------------------------------------------------------
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, seen: Spans | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, seen: KVRanges | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """o and lse by the definition, in q's precision; `seen`: which queries see which keys, all if None.
 
@@ -74,7 +74,7 @@ def reference(
     """
     factor = q.shape[2] ** -0.5 if scale is None else scale
     outputs, sums = [], []
-    for start, end, first, last in seen or spans(len(q), len(k)):
+    for start, end, first, last in seen or kv_ranges(len(q), len(k)):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[first:last]) * factor
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first:last]))
         sums.append(scores.logsumexp(-1).T)
@@ -229,10 +229,10 @@ def launch_triton(
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    seen: Spans,
+    seen: KVRanges,
     scale: float,
     dtype: torch.dtype,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o in `dtype` and lse of [batch, token, head, d] operands, FP8 v [batch, head, d, token] and its `scales`."""
     batch, queries, heads, d = q.shape
@@ -240,9 +240,9 @@ def launch_triton(
     assert parts is not None
     own = DEFAULT[q.dtype] if d <= WIDE else BESIDE
     parameters: dict[str, Any] = {
-        "SCALED": scales is not None, "D": parts[0], "MORE": parts[1], **own, **(launch or {})
+        "SCALED": scales is not None, "D": parts[0], "MORE": parts[1], **own, **(config or {})
     }  # fmt: skip
-    table = tiles_on(q.device, type(q), seen, parameters["BLOCK_M"])
+    table = query_tiles_on(q.device, type(q), seen, parameters["BLOCK_M"])
     o = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     v_strides = (v.stride(0), v.stride(2), v.stride(1)) if scales else v.stride()[:3]
@@ -261,29 +261,28 @@ def launch(
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    seen: Spans,
+    seen: KVRanges,
     scale: float,
     dtype: torch.dtype,
-    choice: Choice | None = None,
+    choice: TunedConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the form that kernels/tuned/ names for the shape, or `choice`; else by the one made for the GPU."""
-    choice = choice or _tuned(q, k, "fp8" if scales else NAMES[q.dtype])
-    hopper = gpu(q.device).capability == "9.0" and suits(q, k, v, seen)
-    wanted = choice.backend if choice is not None and choice.backend in FORMS else "gluon"
-    form = FORMS[wanted if hopper else "triton"]
-    parameters = choice.launch if choice is not None and FORMS.get(choice.backend) is form else None
+    choice = choice or _tuned(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype])
+    hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, seen)
+    wanted = choice.backend if choice is not None and choice.backend in BACKENDS else "gluon"
+    form = BACKENDS[wanted if hopper else "triton"]
+    parameters = choice.config if choice is not None and BACKENDS.get(choice.backend) is form else None
     return form(q, k, v, scales, seen, scale, dtype, parameters)
 
 
-def _tuned(q: Tensor, k: Tensor, dtype: str) -> Choice | None:
+def _tuned(q: Tensor, k: Tensor, dtype: str) -> TunedConfig | None:
     """What kernels/tuned/ names for these tokens and heads, and as many channels."""
-    operation = "self_attention" if q.shape[3] <= WIDE else "wide_attention"
-    dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "channels": q.shape[3]}
-    return lookup(operation, dims, dtype, q.device, equal=("channels",))
+    dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "head_dim": q.shape[3]}
+    return tuned_config("chunk_attention", dims, dtype, q.device, match_exactly=("head_dim",))
 
 
-FORMS = {"gluon": launch_hopper, "triton": launch_triton}
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+BACKENDS = {"gluon": launch_sm90, "triton": launch_triton}
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @torch.library.custom_op("flashtalk::chunk_attention", mutates_args=(), device_types="cpu")
@@ -291,7 +290,7 @@ def _chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """[batch, token, head, d] -> o, lse (empty unless `with_sums`)."""
-    seen = spans(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
+    seen = kv_ranges(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
     if with_sums:
         wide = (x.float() for x in (q, k, v))
         outputs = [reference(a, b, c, seen, scale) for a, b, c in zip(*wide, strict=True)]
@@ -299,7 +298,7 @@ def _chunk_attention(
     return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
 
 
-def library(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float) -> Tensor:
+def library(q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, scale: float) -> Tensor:
     """o [batch, token, head, d] by PyTorch, part by part."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads in front
     parts = [
@@ -312,7 +311,7 @@ def library(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float) -> Tenso
 def _(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    seen = spans(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
+    seen = kv_ranges(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
     if not with_sums and not _ours(q, k):
         return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
     o, lse = launch(q, k, v, None, seen, scale, q.dtype)
@@ -323,8 +322,8 @@ def _ours(q: Tensor, k: Tensor) -> bool:
     """Whether our kernels take so many channels, and where these are many, were measured to be the fastest."""
     if parts_of(q.shape[3]) is None or q.shape[3] <= WIDE:
         return parts_of(q.shape[3]) is not None
-    choice = _tuned(q, k, NAMES[q.dtype])
-    return choice is not None and choice.backend in FORMS
+    choice = _tuned(q, k, DTYPE_NAMES[q.dtype])
+    return choice is not None and choice.backend in BACKENDS
 
 
 @_chunk_attention.register_fake
@@ -383,7 +382,7 @@ def chunk_attention(
         raise ValueError(f"q: shape {list(q.shape)}, wanted [queries, heads, channels], or with a batch in front")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check(name, x, q, q.dtype)
-    if q.dtype not in NAMES and (q.is_cuda or q.dtype != torch.float64):
+    if q.dtype not in DTYPE_NAMES and (q.is_cuda or q.dtype != torch.float64):
         raise ValueError(f"q: {q.dtype}, wanted float32, float16 or bfloat16; chunk_attention_fp8 takes e4m3")
     if q.is_cuda and return_lse and parts_of(q.shape[-1]) is None:
         raise ValueError(f"q: {q.shape[-1]} channels, wanted a power of two or two of them, each 16 or more, for lse")
@@ -405,7 +404,7 @@ def _chunk_attention_fp8(
     past: int, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """No batch -> o, lse."""
-    seen = spans(len(q), len(k), chunks and tuple(chunks), past)
+    seen = kv_ranges(len(q), len(k), chunks and tuple(chunks), past)
     o, lse = reference(*dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32), seen, scale)
     return o.to(dtype), lse
 
@@ -415,7 +414,7 @@ def _(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
     past: int, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    seen = spans(len(q), len(k), chunks and tuple(chunks), past)
+    seen = kv_ranges(len(q), len(k), chunks and tuple(chunks), past)
     o, lse = launch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), seen, scale, dtype)
     return o[0], lse[0]
 

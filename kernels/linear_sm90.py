@@ -1,7 +1,7 @@
 """The linear layer of kernels/linear.py on Hopper: three kinds of warps, in Gluon, Triton's language for what is below.
 
-A program stays on its multiprocessor and works off a list of *pieces*: a tile of 64 rows for each of its consumers by
-BLOCK_N columns of the output, over a range of the summed axis. kernels/hopper.py says what roles its warps have.
+A program stays on its multiprocessor and works off a list of *work_tiles*: a tile of 64 rows for each of its consumers by
+BLOCK_N columns of the output, over a range of the summed axis. kernels/sm90.py says what roles its warps have.
 
     producer     one warp: copies tiles of x and w (TMA, 128 bytes of the summed axis) into the ring, and of a residual
                  the tile that the epilogue will read, while the last stages are multiplied
@@ -9,11 +9,11 @@ BLOCK_N columns of the output, over a range of the summed axis. kernels/hopper.p
                  shared memory, where the residual lay, and out by TMA while the next tile is multiplied
 
 FP8 products are summed by the tensor cores with 13 bits behind the point of the largest term, cut off, not rounded: the
-sum of many terms comes out too small. PROMOTED adds the products of every 128 terms to a float32 outside of them; it
+sum of many terms comes out too small. FP32_ACCUM adds the products of every 128 terms to a float32 outside of them; it
 needs registers for both, so that a consumer's columns are multiplied in two halves, one after the other.
 
-The order of pieces keeps what programs read at one time in the L2 cache: GROUP_N columns of tiles, row by row. With
-SPLIT, the tiles left over for a last round that would not be full are cut along the summed axis, and leave parts, which
+The order of work_tiles keeps what programs read at one time in the L2 cache: GROUP_N columns of tiles, row by row. With
+SPLIT_K, the tiles left over for a last round that would not be full are cut along the summed axis, and leave parts, which
 `merge_linear` of kernels/linear.py adds up.
 
 Source of the roles and of promotion: CUTLASS, DeepGEMM, DeepSeek-V3 (arXiv 2412.19437, 3.3.2).
@@ -38,14 +38,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import ELEMENTS, FP8, GROUP, advance, layout_of, new_barriers, read_piece, to_e4m3
-from kernels.launch import Launch, gpu
-from kernels.schedule import Plan, plan_on, spans
+from kernels.scheduler import StreamKSchedule, kv_ranges, stream_k_schedule_on
+from kernels.sm90 import (
+    FP8,
+    GL_DTYPES,
+    WGMMA_M,
+    alloc_barriers,
+    next_stage,
+    read_work_tile,
+    smem_layout,
+    split_columns,
+    to_e4m3_x4,
+)
+from kernels.tuning import LaunchConfig, gpu_of
 
 BYTES_K = 128  # of the summed axis in a stage: a row of the widest swizzle
 
 # Where nothing was tuned.
-DEFAULT: Launch = {"BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "PROMOTED": 0, "SPLIT": 0}
+DEFAULT: LaunchConfig = {"BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "FP32_ACCUM": 0, "SPLIT_K": 0}
 LONG = 8192  # FP8 terms from which sums are promoted where nothing was tuned
 
 
@@ -59,24 +69,11 @@ def tanh(x):
 
 
 @gluon.jit
-def halves(x):
-    """Left and right half of x's columns, in the registers in which they are."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    K: gl.constexpr = x.type.layout.instr_shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, K])
-    left, right = x.reshape([M, 2, N // 2]).permute(0, 2, 1).split()
-    left = gl.convert_layout(left, layout, assert_trivial=True)
-    right = gl.convert_layout(right, layout, assert_trivial=True)
-    return left, right
-
-
-@gluon.jit
 def produce(work, rows, buffers, stage_bars, residual_bars,
             RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
             STAGES: gl.constexpr):  # fmt: skip
-    """Copies the tiles of all pieces, in the order in which the consumers take them."""
-    pieces, firsts = work
+    """Copies the tiles of all work_tiles, in the order in which the consumers take them."""
+    work_tiles, work_indptr = work
     x_rows, w_rows, _y_rows, residual_rows = rows
     x_smem, w_smem, y_smem = buffers
     full, empty = stage_bars
@@ -84,17 +81,17 @@ def produce(work, rows, buffers, stage_bars, residual_bars,
     slot = 0
     phase = 0
     turn = 0
-    for i in range(gl.load(firsts + gl.program_id(0)), gl.load(firsts + gl.program_id(0) + 1)):
-        column, row, _end, first, last, part = read_piece(pieces, i)
+    for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
+        column, row, _end, first, last, part = read_work_tile(work_tiles, i)
         for k in range(first, last, BLOCK_K):
             mbarrier.wait(empty.index(slot), phase ^ 1)
             bar = full.index(slot)
             mbarrier.expect(bar, CONSUMERS * x_rows.block_type.nbytes + w_rows.block_type.nbytes)
             for group in gl.static_range(CONSUMERS):
                 x = x_smem.index(slot * CONSUMERS + group)
-                tma.async_copy_global_to_shared(x_rows, [row + group * GROUP, k], bar, x)
+                tma.async_copy_global_to_shared(x_rows, [row + group * WGMMA_M, k], bar, x)
             tma.async_copy_global_to_shared(w_rows, [column * BLOCK_N, k], bar, w_smem.index(slot))
-            slot, phase = advance(slot, phase, STAGES)
+            slot, phase = next_stage(slot, phase, STAGES)
         if RESIDUAL:  # now, as consumers still have all stages to read: earlier it would wait for the output before
             if part < 0:
                 for group in gl.static_range(CONSUMERS):
@@ -102,7 +99,7 @@ def produce(work, rows, buffers, stage_bars, residual_bars,
                     mbarrier.expect(residual_full.index(group), 4 * residual_rows.block_type.nbytes)
                     for quarter in gl.static_range(4):
                         tma.async_copy_global_to_shared(
-                            residual_rows, [row + group * GROUP, column * BLOCK_N + quarter * (BLOCK_N // 4)],
+                            residual_rows, [row + group * WGMMA_M, column * BLOCK_N + quarter * (BLOCK_N // 4)],
                             residual_full.index(group), y_smem.index(4 * group + quarter),
                         )  # fmt: skip
                 turn ^= 1
@@ -138,32 +135,32 @@ def epilogue(y, column, row, scales, vectors, sizes, out, SCALED: gl.constexpr, 
         y = y + out.load(layout).to(gl.float32)
     if ROUND:
         scale = factor * gl.load(bound) + gl.load(bound + 1)
-        out.store(to_e4m3(y * (1.0 / scale)[:, None]))
+        out.store(to_e4m3_x4(y * (1.0 / scale)[:, None]))
     else:
         out.store(y.to(out.dtype))
 
 
 @gluon.jit
 def finish(left, right, part, column, row, end, rows, scales, vectors, sizes, parts, y_smem, residual_full, turn,
-           GROUP_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SCALED: gl.constexpr,
+           CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SCALED: gl.constexpr,
            BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
            ROUND: gl.constexpr):  # fmt: skip
     """Stores a piece: the output's tile by TMA, or a part's sums, float32, into the workspace."""
     HALF: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = left.type.layout
-    own = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    own = gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
     if part < 0:
         if RESIDUAL:
-            mbarrier.wait(residual_full.index(GROUP_ID), turn)
+            mbarrier.wait(residual_full.index(CONSUMER_ID), turn)
         else:
             tma.store_wait(0)  # of the tile before: its bytes have left
-        first = row + GROUP_ID * GROUP
+        first = row + CONSUMER_ID * WGMMA_M
         column = column * BLOCK_N
-        quarters = halves(left) + halves(right)
+        quarters = split_columns(left) + split_columns(right)
         for i in gl.static_range(4):
             gl.thread_barrier()  # or ptxas loads all quarters' vectors first, and runs out of registers
             epilogue(quarters[i], column + i * (BLOCK_N // 4), first, scales, vectors, sizes,
-                     y_smem.index(4 * GROUP_ID + i), SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
+                     y_smem.index(4 * CONSUMER_ID + i), SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
         if ROUND:
             if column == 0:
                 x_scale, _w_scale, bound, y_scale = scales
@@ -172,9 +169,11 @@ def finish(left, right, part, column, row, end, rows, scales, vectors, sizes, pa
                 gl.store(y_scale + first + own, scale, mask=inside)
         fence_async_shared()
         for i in gl.static_range(4):
-            tma.async_copy_shared_to_global(rows, [first, column + i * (BLOCK_N // 4)], y_smem.index(4 * GROUP_ID + i))
+            tma.async_copy_shared_to_global(
+                rows, [first, column + i * (BLOCK_N // 4)], y_smem.index(4 * CONSUMER_ID + i)
+            )
     else:
-        places = (part.to(gl.int64) * CONSUMERS + GROUP_ID) * (GROUP * BLOCK_N)
+        places = (part.to(gl.int64) * CONSUMERS + CONSUMER_ID) * (WGMMA_M * BLOCK_N)
         places = parts + places + (own * BLOCK_N)[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, layout))[None, :]
         gl.store(places, left)
         gl.store(places + HALF, right)
@@ -182,11 +181,11 @@ def finish(left, right, part, column, row, end, rows, scales, vectors, sizes, pa
 
 @gluon.jit
 def multiply(work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts,
-             GROUP_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-             STAGES: gl.constexpr, PROMOTED: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
+             CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+             STAGES: gl.constexpr, FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
              GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
     """A consumer."""
-    pieces, firsts = work
+    work_tiles, work_indptr = work
     x_smem, w_smem, y_smem = buffers
     full, empty = stage_bars
     residual_full, residual_empty = residual_bars
@@ -197,72 +196,74 @@ def multiply(work, rows, buffers, stage_bars, residual_bars, scales, vectors, si
     slot = 0
     phase = 0
     turn = 0
-    for i in range(gl.load(firsts + gl.program_id(0)), gl.load(firsts + gl.program_id(0) + 1)):
-        _column, _row, _end, first, last, _part = read_piece(pieces, i)
+    for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
+        _column, _row, _end, first, last, _part = read_work_tile(work_tiles, i)
         blocks = gl.cdiv(last - first, BLOCK_K)
-        if PROMOTED:
-            left = gl.zeros([GROUP, HALF], gl.float32, layout)
-            right = gl.zeros([GROUP, HALF], gl.float32, layout)
+        if FP32_ACCUM:
+            left = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
+            right = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
             for _ in range(blocks):
                 mbarrier.wait(full.index(slot), phase)
-                x = x_smem.index(slot * CONSUMERS + GROUP_ID)
+                x = x_smem.index(slot * CONSUMERS + CONSUMER_ID)
                 w = w_smem.index(slot)
-                none = gl.zeros([GROUP, HALF], gl.float32, layout)
+                none = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
                 y = warpgroup_mma(x, w.slice(0, HALF).permute((1, 0)), none, use_acc=False, is_async=True)
                 left += warpgroup_mma_wait(0, deps=[y])
                 y = warpgroup_mma(x, w.slice(HALF, HALF).permute((1, 0)), none, use_acc=False, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[y])
                 mbarrier.arrive(empty.index(slot))
                 right += y
-                slot, phase = advance(slot, phase, STAGES)
+                slot, phase = next_stage(slot, phase, STAGES)
         else:
             mbarrier.wait(full.index(slot), phase)
             y = warpgroup_mma(
-                x_smem.index(slot * CONSUMERS + GROUP_ID), w_smem.index(slot).permute((1, 0)),
-                gl.zeros([GROUP, BLOCK_N], gl.float32, whole), use_acc=False, is_async=True,
+                x_smem.index(slot * CONSUMERS + CONSUMER_ID), w_smem.index(slot).permute((1, 0)),
+                gl.zeros([WGMMA_M, BLOCK_N], gl.float32, whole), use_acc=False, is_async=True,
             )  # fmt: skip
             y = warpgroup_mma_wait(1, deps=[y])
             before = slot
-            slot, phase = advance(slot, phase, STAGES)
+            slot, phase = next_stage(slot, phase, STAGES)
             for _ in range(1, blocks):
                 mbarrier.wait(full.index(slot), phase)
                 y = warpgroup_mma(
-                    x_smem.index(slot * CONSUMERS + GROUP_ID), w_smem.index(slot).permute((1, 0)), y, is_async=True
+                    x_smem.index(slot * CONSUMERS + CONSUMER_ID), w_smem.index(slot).permute((1, 0)), y, is_async=True
                 )
                 y = warpgroup_mma_wait(1, deps=[y])
                 mbarrier.arrive(empty.index(before))
                 before = slot
-                slot, phase = advance(slot, phase, STAGES)
+                slot, phase = next_stage(slot, phase, STAGES)
             y = warpgroup_mma_wait(0, deps=[y])
             mbarrier.arrive(empty.index(before))
-            left, right = halves(y)
-        column, row, end, _first, _last, part = read_piece(pieces, i)  # again, so as not to hold registers in between
+            left, right = split_columns(y)
+        column, row, end, _first, _last, part = read_work_tile(
+            work_tiles, i
+        )  # again, so as not to hold registers in between
         finish(left, right, part, column, row, end, rows[2], scales, vectors, sizes, parts, y_smem, residual_full, turn,
-               GROUP_ID, CONSUMERS, BLOCK_N, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
+               CONSUMER_ID, CONSUMERS, BLOCK_N, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
         if RESIDUAL:
             if part < 0:
                 turn ^= 1
                 tma.store_wait(0)
-                mbarrier.arrive(residual_empty.index(GROUP_ID))
+                mbarrier.arrive(residual_empty.index(CONSUMER_ID))
     tma.store_wait(0)
 
 
 # What is not specialised is not compiled anew: 1 row, lengths that 16 divides.
 @gluon.jit(do_not_specialize=["m", "n"])
 def linear_hopper(
-    x_rows, w_rows, y_rows, residual_rows, pieces, firsts, parts, x_scale, w_scale, bound, y_scale, bias, gate, m, n,
+    x_rows, w_rows, y_rows, residual_rows, work_tiles, work_indptr, parts, x_scale, w_scale, bound, y_scale, bias, gate, m, n,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PROMOTED: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
+    FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
     GATED: gl.constexpr, ROUND: gl.constexpr,
 ):  # fmt: skip
-    """Works off the pieces from firsts[program] to firsts[program + 1]; the launcher says what the rest is."""
-    x_smem = gl.allocate_shared_memory(x_rows.dtype, [STAGES * CONSUMERS, GROUP, BLOCK_K], x_rows.layout)
+    """Works off the work_tiles from work_indptr[program] to work_indptr[program + 1]; the launcher says what the rest is."""
+    x_smem = gl.allocate_shared_memory(x_rows.dtype, [STAGES * CONSUMERS, WGMMA_M, BLOCK_K], x_rows.layout)
     w_smem = gl.allocate_shared_memory(w_rows.dtype, [STAGES, BLOCK_N, BLOCK_K], w_rows.layout)
-    y_smem = gl.allocate_shared_memory(y_rows.dtype, [CONSUMERS * 4, GROUP, BLOCK_N // 4], y_rows.layout)
-    stage_bars = new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)  # full, empty
-    residual_bars = new_barriers(CONSUMERS, 1), new_barriers(CONSUMERS, 1)
+    y_smem = gl.allocate_shared_memory(y_rows.dtype, [CONSUMERS * 4, WGMMA_M, BLOCK_N // 4], y_rows.layout)
+    stage_bars = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)  # full, empty
+    residual_bars = alloc_barriers(CONSUMERS, 1), alloc_barriers(CONSUMERS, 1)
     fence_async_shared()
-    work = pieces, firsts
+    work = work_tiles, work_indptr
     rows = x_rows, w_rows, y_rows, residual_rows
     buffers = x_smem, w_smem, y_smem
     scales = x_scale, w_scale, bound, y_scale
@@ -272,19 +273,19 @@ def linear_hopper(
     if CONSUMERS == 3:
         gl.warp_specialize([
             (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 0, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, PROMOTED, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
+                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
             (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 1, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, PROMOTED, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
+                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
             (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 2, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, PROMOTED, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
+                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
             (produce, (work, rows, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 0, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, PROMOTED, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
+                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
             (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 1, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, PROMOTED, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
+                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
             (produce, (work, rows, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -294,20 +295,20 @@ def linear_hopper(
 
 def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Boxes of x [rows, columns], whose rows may lie apart; what is beyond the end is zero, and is not stored."""
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, layout_of(tuple(block), x.dtype))
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, smem_layout(tuple(block), x.dtype))
 
 
-def suits(x: Tensor, w: Tensor, dtype: torch.dtype, residual: Tensor | None) -> bool:
+def supports(x: Tensor, w: Tensor, dtype: torch.dtype, residual: Tensor | None) -> bool:
     """Whether the kernel takes these operands: copies start at whole 16 bytes, rows lie whole 16 bytes apart."""
     others = () if residual is None else (residual,)
     aligned = all(
         y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 and max(y.shape) < 2**31 for y in (x, w, *others)
     )
-    typed = all(y in ELEMENTS for y in (x.dtype, dtype)) and all(y.dtype == dtype for y in others)
+    typed = all(y in GL_DTYPES for y in (x.dtype, dtype)) and all(y.dtype == dtype for y in others)
     return aligned and typed and x.dtype == w.dtype and len(w) * dtype.itemsize % 16 == 0
 
 
-def launch_hopper(
+def launch_sm90(
     x: Tensor,
     w: Tensor,
     scales: tuple[Tensor, Tensor] | None,
@@ -317,32 +318,32 @@ def launch_hopper(
     residual: Tensor | None,
     bound: Tensor | None,
     dtype: torch.dtype,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Plan, Tensor]:
-    """y [m, n] in `dtype` of operands that `suits` approves, its scale [m] if `bound` asks for one, and what is split:
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor, StreamKSchedule, Tensor]:
+    """y [m, n] in `dtype` of operands that `supports` approves, its scale [m] if `bound` asks for one, and what is split:
 
     the plan, and the sums of its parts, float32 [part x rows of a tile, BLOCK_N], that have yet to be merged into y.
     """
     (m, k), n = x.shape, len(w)
-    parameters: dict[str, Any] = {**DEFAULT, **(launch or {"PROMOTED": int(x.dtype == FP8 and k >= LONG)})}
-    block_k, group = BYTES_K // x.itemsize, GROUP.value
+    parameters: dict[str, Any] = {**DEFAULT, **(config or {"FP32_ACCUM": int(x.dtype == FP8 and k >= LONG)})}
+    block_k, group = BYTES_K // x.itemsize, WGMMA_M.value
     block_n, consumers = parameters["BLOCK_N"], parameters["CONSUMERS"]
-    programs = gpu(x.device).multiprocessors
-    plan = plan_on(
-        x.device, type(x), spans(m, k), consumers * group, block_k, -(-n // block_n), programs,
-        parameters.pop("GROUP_N"), bool(parameters.pop("SPLIT")),
+    programs = gpu_of(x.device).multiprocessors
+    schedule = stream_k_schedule_on(
+        x.device, type(x), kv_ranges(m, k), consumers * group, block_k, -(-n // block_n), programs,
+        parameters.pop("GROUP_N"), bool(parameters.pop("SPLIT_K")),
     )  # fmt: skip
     y = x.new_empty(m, n, dtype=dtype)
     y_scale = x.new_empty(m if bound is not None else 0, dtype=torch.float32)
-    parts = x.new_empty(plan.parts * consumers * group, block_n, dtype=torch.float32)
+    parts = x.new_empty(schedule.num_partials * consumers * group, block_n, dtype=torch.float32)
     y_rows = describe(y, [group, block_n // 4])
     x_scale, w_scale = scales or (y_scale, y_scale)
     linear_hopper[(programs,)](
         describe(x, [group, block_k]), describe(w, [block_n, block_k]), y_rows,
-        y_rows if residual is None else describe(residual, [group, block_n // 4]), plan.pieces, plan.firsts, parts,
+        y_rows if residual is None else describe(residual, [group, block_n // 4]), schedule.work_tiles, schedule.work_indptr, parts,
         x_scale, w_scale, y_scale if bound is None else bound, y_scale, y_scale if bias is None else bias,
         y_scale if gate is None else gate, m, n, BLOCK_K=block_k, SCALED=scales is not None, BIAS=bias is not None,
         GELU=gelu, RESIDUAL=residual is not None, GATED=gate is not None, ROUND=bound is not None, num_warps=4,
         **parameters,
     )  # fmt: skip
-    return y, y_scale, plan, parts
+    return y, y_scale, schedule, parts

@@ -7,14 +7,14 @@ the start of a clip. So a clip goes through in pieces of any length, each with t
 
 Tensors are frames first, [frame, channel, row, column], in channels-last memory: the same bytes as channels_last_3d of
 [1, channel, frame, row, column]. Weights are best in channels-last memory too: elsewhere they are copied in each call.
-In FP8 (e4m3) x is that of `pixel_norm(..., factor)`, `scale` [O] undoes the factor and the weights' own scales, and y
+In FP8 (e4m3) x is that of `rms_norm_silu(..., factor)`, `scale` [O] undoes the factor and the weights' own scales, and y
 has the dtype of the bias.
 
-With `gamma` [O] the result is SiLU of y's norm instead, as of kernels/pixel_norm.py, for the convolution behind it: in
+With `gamma` [O] the result is SiLU of y's norm instead, as of kernels/rms_norm_silu.py, for the convolution behind it: in
 e4m3, `factor` times larger, if there is a factor.
 
 Forms: `reference` is the definition; on CPUs a 2-D convolution of stacked frames; on GPUs the library's (cuDNN). On
-Hopper the kernel of kernels/conv_hopper.py computes FP8, and 16 bits where kernels/tuned/ names it. On other GPUs the
+Hopper the kernel of kernels/conv_sm90.py computes FP8, and 16 bits where kernels/tuned/ names it. On other GPUs the
 library computes FP8 too: operands are widened, which is exact but saves no time.
 """
 
@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import conv_hopper
-from kernels.attention import NAMES
-from kernels.conv_hopper import WHOLE, suits
-from kernels.hopper import FP8
-from kernels.launch import Choice, Launch, gpu, lookup
-from kernels.norm import LARGEST, TINY
-from kernels.pixel_norm import check_gamma, launch_pixel_norm
-from kernels.pixel_norm import reference as pixel_norm_reference
+from kernels import conv_sm90
+from kernels.chunk_attention import DTYPE_NAMES
+from kernels.conv_sm90 import WHOLE, supports
+from kernels.norm import FP8_MAX, MIN_SCALE
+from kernels.rms_norm_silu import check_gamma, launch_rms_norm_silu
+from kernels.rms_norm_silu import reference as pixel_norm_reference
+from kernels.sm90 import FP8
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def causal_conv3d(
     a clip or where kt = 1. At the start the taps on zero frames are skipped, kt (kt - 1) / 2 of the clip's tap-frames.
     `residual`, like the result, is added to it. In FP8, x, `past` and the weight are e4m3, the sums are multiplied by
     `scale`, float32 [O], and the result has the bias's dtype. With `gamma` [O] and, for a result in e4m3, `factor`, the
-    result y, which then takes no residual, is replaced by `pixel_norm(y, gamma, True, factor)`.
+    result y, which then takes no residual, is replaced by `rms_norm_silu(y, gamma, True, factor)`.
 
     Raises ValueError if an argument has another shape, dtype or memory format than that.
     """
@@ -113,8 +113,8 @@ def quantize_conv(weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     The scale undoes the weights' own and that of inputs which are `factor` too large.
     """
     wide = weight.float()
-    largest = (wide.abs().amax((1, 2, 3, 4)) / LARGEST).clamp_min(TINY)
-    narrow = (wide / largest.view(-1, 1, 1, 1, 1)).clamp(-LARGEST, LARGEST).to(FP8)
+    largest = (wide.abs().amax((1, 2, 3, 4)) / FP8_MAX).clamp_min(MIN_SCALE)
+    narrow = (wide / largest.view(-1, 1, 1, 1, 1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return narrow.contiguous(memory_format=torch.channels_last_3d), largest / factor
 
 
@@ -165,7 +165,7 @@ def launch_library(
     bias: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """As `launch`, by PyTorch: cuDNN on a GPU. FP8 is widened first, exactly."""
     form, kt = (_volume if x.is_cuda else _stacked), weight.shape[2]
@@ -213,18 +213,18 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def launch_hopper(
+def launch_sm90(
     x: Tensor,
     past: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
-    launch: Launch | None = None,
+    config: LaunchConfig | None = None,
     gamma: Tensor | None = None,
     factor: float | None = None,
 ) -> Tensor:
-    """As `launch`, by the kernel of kernels/conv_hopper.py; output channels that it cannot store alone get company.
+    """As `launch`, by the kernel of kernels/conv_sm90.py; output channels that it cannot store alone get company.
 
     With gamma, as `launch_normed`: a tile of the launch parameters must have room for all output channels.
     """
@@ -237,7 +237,7 @@ def launch_hopper(
             residual = F.pad(residual, (0, 0, 0, 0, 0, spare)).contiguous(memory_format=torch.channels_last)
     y, reach = _empty(x, weight, bias, factor), -(weight.shape[3] // 2)
     norm = None if gamma is None else (gamma, outputs**0.5, factor or 1.0)
-    conv_hopper.launch_hopper(x, past, weight, scale, bias, residual, y, (reach, reach), launch=launch, norm=norm)
+    conv_sm90.launch_sm90(x, past, weight, scale, bias, residual, y, (reach, reach), config=config, norm=norm)
     return y[:, :outputs].contiguous(memory_format=torch.channels_last)
 
 
@@ -248,9 +248,7 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float | None 
     return x.new_empty(frames, rows, columns, len(weight), dtype=dtype).permute(0, 3, 1, 2)
 
 
-FORMS: Mapping[str, Callable[..., Tensor]] = {"gluon": launch_hopper, "library": launch_library}
-# By the size of the kernel, what kernels/tuned/ calls the operation.
-OPERATIONS: Mapping[tuple[int, ...], str] = {(3, 3, 3): "causal_conv3d", (3, 1, 1): "time_conv"}
+BACKENDS: Mapping[str, Callable[..., Tensor]] = {"gluon": launch_sm90, "library": launch_library}
 
 
 def launch(
@@ -260,20 +258,19 @@ def launch(
     bias: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
-    choice: Choice | None = None,
+    choice: TunedConfig | None = None,
 ) -> Tensor:
     """By the form that kernels/tuned/ names for the shape, or `choice`; without one by the library, FP8 by the kernel.
 
     The kernel needs a Hopper GPU and operands that suit it; without these the library takes over, in FP8 too.
     Up to kt - 1 frames `past` [before, C, H, W] lie before x [T, C, H, W]; what lies before these is zero.
     """
-    if choice is None and (operation := OPERATIONS.get(tuple(weight.shape[2:]))) is not None:
-        choice = tuned(operation, x, len(weight), FORMS)
+    choice = choice or tuned("causal_conv3d", x, len(weight), BACKENDS, kernel_size(weight))
     wanted = choice.backend if choice is not None else "gluon" if x.dtype == FP8 else "library"
-    if wanted == "gluon" and not (gpu(x.device).capability == "9.0" and suits(x, past, weight)):
+    if wanted == "gluon" and not (gpu_of(x.device).capability == "9.0" and supports(x, past, weight)):
         wanted = "library"
-    parameters = choice.launch if choice is not None and choice.backend == wanted else None
-    return FORMS[wanted](x, past, weight, bias, residual, scale, parameters)
+    parameters = choice.config if choice is not None and choice.backend == wanted else None
+    return BACKENDS[wanted](x, past, weight, bias, residual, scale, parameters)
 
 
 def launch_normed(
@@ -284,23 +281,34 @@ def launch_normed(
     scale: Tensor | None,
     gamma: Tensor,
     factor: float | None,
-    choice: Choice | None = None,
+    choice: TunedConfig | None = None,
 ) -> Tensor:
     """`launch`, then norm and SiLU: on the way out of its kernel where kernels/tuned/ or `choice` says "fused"."""
-    choice = choice or tuned("conv_norm", x, len(weight), ("fused", "apart"))
+    choice = choice or tuned("causal_conv3d_norm", x, len(weight), ("fused", "apart"), kernel_size(weight))
     fused = choice is not None and choice.backend == "fused"
-    if choice is None or not (fused and gpu(x.device).capability == "9.0" and suits(x, past, weight)):
-        return launch_pixel_norm(launch(x, past, weight, bias, None, scale), gamma, True, factor)
-    return launch_hopper(x, past, weight, bias, None, scale, choice.launch, gamma, factor)
+    if choice is None or not (fused and gpu_of(x.device).capability == "9.0" and supports(x, past, weight)):
+        return launch_rms_norm_silu(launch(x, past, weight, bias, None, scale), gamma, True, factor)
+    return launch_sm90(x, past, weight, bias, None, scale, choice.config, gamma, factor)
 
 
-def tuned(operation: str, x: Tensor, outputs: int, forms: Collection[str]) -> Choice | None:
-    """What kernels/tuned/ names for as many output channels, at the nearest of the sizes measured."""
-    if (dtype := {**NAMES, FP8: "fp8"}.get(x.dtype)) is None:
+def kernel_size(weight: Tensor) -> dict[str, int]:
+    """The kernel's length in time and width in space, as dimensions of a tuned entry; weight [O, C, kt, k, k]."""
+    return {"kt": weight.shape[2], "k": weight.shape[3]}
+
+
+def tuned(
+    operation: str, x: Tensor, outputs: int, backends: Collection[str], kernel: Mapping[str, int] | None = None
+) -> TunedConfig | None:
+    """The tuned back-end of a convolution of x [T, C, H, W] to `outputs` channels, at the nearest measured size.
+
+    The output channels, and the kernel's size where the operation has several, are those of the entry.
+    """
+    if (dtype := {**DTYPE_NAMES, FP8: "fp8"}.get(x.dtype)) is None:
         return None
     frames, channels, rows, columns = x.shape
     dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns, "outputs": outputs}
-    return lookup(operation, dims, dtype, x.device, forms, ("outputs",))
+    kernel = kernel or {}
+    return tuned_config(operation, {**dims, **kernel}, dtype, x.device, backends, ("outputs", *kernel))
 
 
 # --- Operation ------------------------------------------------------------------------------------------------------
@@ -327,7 +335,7 @@ def _(
     return _empty(x, weight, bias)
 
 
-@torch.library.custom_op("flashtalk::conv3d_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("flashtalk::causal_conv3d_norm", mutates_args=(), device_types="cpu")
 def _conv3d_norm(
     x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None
 ) -> Tensor:

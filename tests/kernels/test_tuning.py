@@ -1,4 +1,4 @@
-"""Tuned launch parameters: which entry answers for which shape and device, and what a damaged table says."""
+"""Tuned tuning parameters: which entry answers for which shape and device, and what a damaged table says."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,39 +12,39 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import launch
-from kernels.launch import (
+from kernels import tuning
+from kernels.tuning import (
     GPU,
-    Choice,
-    Entry,
-    Table,
-    assuming,
-    choose,
+    TunedConfig,
+    TunedEntry,
+    TunedTable,
+    assume_gpu,
+    device_slug,
     distance,
-    gpu,
-    lookup,
-    read,
-    slug,
+    gpu_of,
+    nearest_config,
+    read_table,
     table_for,
     to_json,
+    tuned_config,
 )
 
 H100 = "NVIDIA H100 80GB HBM3"
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
 
 
-def entry(dims: Mapping[str, int], block: int, operation: str = "attention", dtype: str = "bf16") -> Entry:
+def entry(dims: Mapping[str, int], block: int, operation: str = "attention", dtype: str = "bf16") -> TunedEntry:
     """Ours is the faster one up to 1000 tokens."""
     seconds = {"triton": 1.0, "cudnn": 0.5 if dims["tokens"] > 1000 else 2.0}
     fastest = min(seconds, key=lambda name: seconds[name])
-    return Entry(operation, dtype, dims, fastest, {"triton": {"BLOCK": block}}, seconds, "2026-01-31", VERSIONS)
+    return TunedEntry(operation, dtype, dims, fastest, {"triton": {"BLOCK": block}}, seconds, "2026-01-31", VERSIONS)
 
 
 def dims(tokens: int, size: int = 128) -> dict[str, int]:
     return {"tokens": tokens, "size": size}
 
 
-TABLE = Table(
+TABLE = TunedTable(
     H100,
     "9.0",
     (
@@ -61,32 +61,34 @@ TABLE = Table(
 @pytest.mark.parametrize(
     ("tokens", "size", "wanted"),
     [
-        (100, 128, Choice("triton", {"BLOCK": 16})),
-        (1000, 128, Choice("triton", {"BLOCK": 32})),
-        (300, 128, Choice("triton", {"BLOCK": 16})),  # the middle of 100 and 1000 is 316
-        (330, 128, Choice("triton", {"BLOCK": 32})),
-        (1, 128, Choice("triton", {"BLOCK": 16})),
-        (10**7, 128, Choice("cudnn", {})),
+        (100, 128, TunedConfig("triton", {"BLOCK": 16})),
+        (1000, 128, TunedConfig("triton", {"BLOCK": 32})),
+        (300, 128, TunedConfig("triton", {"BLOCK": 16})),  # the middle of 100 and 1000 is 316
+        (330, 128, TunedConfig("triton", {"BLOCK": 32})),
+        (1, 128, TunedConfig("triton", {"BLOCK": 16})),
+        (10**7, 128, TunedConfig("cudnn", {})),
     ],
 )
-def test_the_nearest_shape_answers(tokens: int, size: int, wanted: Choice) -> None:
-    assert choose(TABLE, "attention", dims(tokens, size), "bf16") == wanted
+def test_the_nearest_shape_answers(tokens: int, size: int, wanted: TunedConfig) -> None:
+    assert nearest_config(TABLE, "attention", dims(tokens, size), "bf16") == wanted
 
 
 def test_dimensions_may_be_held_equal() -> None:
     """The nearest shape has another head size: it answers unless the size must be equal."""
-    assert choose(TABLE, "attention", dims(990, 65), "bf16") == Choice("triton", {"BLOCK": 96})
-    assert choose(TABLE, "attention", dims(990, 128), "bf16", equal=["size"]) == Choice("triton", {"BLOCK": 32})
-    assert choose(TABLE, "attention", dims(990, 65), "bf16", equal=["size"]) is None
+    assert nearest_config(TABLE, "attention", dims(990, 65), "bf16") == TunedConfig("triton", {"BLOCK": 96})
+    assert nearest_config(TABLE, "attention", dims(990, 128), "bf16", match_exactly=["size"]) == TunedConfig(
+        "triton", {"BLOCK": 32}
+    )
+    assert nearest_config(TABLE, "attention", dims(990, 65), "bf16", match_exactly=["size"]) is None
 
 
 def test_the_parameters_of_a_slower_back_end_can_be_asked_for() -> None:
-    assert choose(TABLE, "attention", dims(10000), "bf16", ["triton"]) == Choice("triton", {"BLOCK": 64})
-    assert choose(TABLE, "attention", dims(100), "bf16", ["cudnn"]) == Choice("cudnn", {})
-    assert choose(TABLE, "attention", dims(100), "bf16", ["gluon"]) is None
-    fastest = choose(TABLE, "attention", dims(100), "bf16", ["gluon", "cudnn", "triton"])
-    assert fastest == choose(TABLE, "attention", dims(100), "bf16")
-    assert choose(TABLE, "attention", dims(100), "bf16", ["gluon", "cudnn"]) == Choice("cudnn", {})
+    assert nearest_config(TABLE, "attention", dims(10000), "bf16", ["triton"]) == TunedConfig("triton", {"BLOCK": 64})
+    assert nearest_config(TABLE, "attention", dims(100), "bf16", ["cudnn"]) == TunedConfig("cudnn", {})
+    assert nearest_config(TABLE, "attention", dims(100), "bf16", ["gluon"]) is None
+    fastest = nearest_config(TABLE, "attention", dims(100), "bf16", ["gluon", "cudnn", "triton"])
+    assert fastest == nearest_config(TABLE, "attention", dims(100), "bf16")
+    assert nearest_config(TABLE, "attention", dims(100), "bf16", ["gluon", "cudnn"]) == TunedConfig("cudnn", {})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_the_parameters_of_a_slower_back_end_can_be_asked_for() -> None:
     [("attention", dims(100), "fp32"), ("conv", dims(100), "bf16"), ("attention", {"rows": 100}, "bf16")],
 )
 def test_other_operations_dtypes_and_dimensions_have_no_answer(operation: str, shape: dict, dtype: str) -> None:
-    assert choose(TABLE, operation, shape, dtype) is None
+    assert nearest_config(TABLE, operation, shape, dtype) is None
 
 
 sizes = st.fixed_dictionaries({"tokens": st.integers(0, 10**6), "size": st.integers(0, 256)})
@@ -110,9 +112,9 @@ def test_the_distance_is_a_metric(a: dict, b: dict, c: dict) -> None:
 @given(sizes)
 def test_a_measured_shape_answers_for_itself(shape: dict) -> None:
     exact = entry(shape, 256)
-    assert choose(replace(TABLE, entries=(*TABLE.entries, exact)), "attention", shape, "bf16", ["triton"]) in (
-        Choice("triton", {"BLOCK": 256}),
-        *(Choice("triton", e.launch["triton"]) for e in TABLE.entries if e.dims == shape),
+    assert nearest_config(replace(TABLE, entries=(*TABLE.entries, exact)), "attention", shape, "bf16", ["triton"]) in (
+        TunedConfig("triton", {"BLOCK": 256}),
+        *(TunedConfig("triton", e.configs["triton"]) for e in TABLE.entries if e.dims == shape),
     )
 
 
@@ -120,13 +122,13 @@ def test_a_measured_shape_answers_for_itself(shape: dict) -> None:
 
 
 def save(folder: Path, device: str, capability: str, block: int) -> None:
-    table = Table(device, capability, (entry(dims(100), block),))
-    (folder / f"{slug(device)}.json").write_text(to_json(table))
+    table = TunedTable(device, capability, (entry(dims(100), block),))
+    (folder / f"{device_slug(device)}.json").write_text(to_json(table))
 
 
 def test_slugs_are_file_names() -> None:
-    assert slug(H100) == "nvidia-h100-80gb-hbm3"
-    assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-r-xeon-r-cpu-2-20ghz"
+    assert device_slug(H100) == "nvidia-h100-80gb-hbm3"
+    assert device_slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-r-xeon-r-cpu-2-20ghz"
 
 
 def test_a_device_takes_its_own_table_or_that_of_its_capability(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_device_takes_its_own_table_or_that_of_its_capability(tmp_path: Path) 
     assert table_for("NVIDIA H200", "9.0", tmp_path) is None
     save(tmp_path, H100, "9.0", 2)
     save(tmp_path, "NVIDIA A", "9.0", 3)
-    assert table_for(H100, "9.0", tmp_path) == Table(H100, "9.0", (entry(dims(100), 2),))
+    assert table_for(H100, "9.0", tmp_path) == TunedTable(H100, "9.0", (entry(dims(100), 2),))
     other = table_for("NVIDIA H200", "9.0", tmp_path)
     assert other is not None
     assert other.device == "NVIDIA A"
@@ -151,56 +153,56 @@ def test_text_is_the_same_whatever_the_order_of_entries(tmp_path: Path) -> None:
     text = to_json(TABLE)
     assert to_json(replace(TABLE, entries=TABLE.entries[::-1])) == text
     (tmp_path / "t.json").write_text(text)
-    again = read(tmp_path / "t.json")
+    again = read_table(tmp_path / "t.json")
     assert set(map(repr, again.entries)) == set(map(repr, TABLE.entries))
     assert to_json(again) == text
 
 
 @pytest.fixture
 def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """A machine with two H100; gives the list of tables that were read."""
+    """A machine with two H100; gives the list of tables that were read_table."""
     opened: list[Path] = []
 
-    def counted(path: Path) -> Table:
+    def counted(path: Path) -> TunedTable:
         opened.append(path)
-        return read(path)
+        return read_table(path)
 
-    monkeypatch.setattr(launch, "FOLDER", tmp_path)
-    monkeypatch.setattr(launch, "read", counted)
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "read_table", counted)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     properties = SimpleNamespace(name=H100, major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    for cached in (launch._lookup, launch._table_of, launch._gpu):
+    for cached in (tuning._tuned_config, tuning._table_of, tuning._gpu):
         cached.cache_clear()
     yield opened
-    for cached in (launch._lookup, launch._table_of, launch._gpu):
+    for cached in (tuning._tuned_config, tuning._table_of, tuning._gpu):
         cached.cache_clear()
 
 
 def test_lookups_read_a_table_once_a_kind_of_device(tmp_path: Path, h100: list[Path]) -> None:
     save(tmp_path, H100, "9.0", 48)
-    wanted = Choice("triton", {"BLOCK": 48})
-    assert lookup("attention", dims(100), "bf16", "cuda") == wanted
-    assert lookup("attention", dims(200), "bf16", torch.device("cuda:1"), equal=["size"]) == wanted
-    assert lookup("attention", dims(300), "bf16", "cuda", among=["cudnn"]) == Choice("cudnn", {})
+    wanted = TunedConfig("triton", {"BLOCK": 48})
+    assert tuned_config("attention", dims(100), "bf16", "cuda") == wanted
+    assert tuned_config("attention", dims(200), "bf16", torch.device("cuda:1"), match_exactly=["size"]) == wanted
+    assert tuned_config("attention", dims(300), "bf16", "cuda", backends=["cudnn"]) == TunedConfig("cudnn", {})
     assert len(h100) == 1
-    assert lookup("attention", dims(100), "bf16", "cuda:0") == wanted
+    assert tuned_config("attention", dims(100), "bf16", "cuda:0") == wanted
     assert len(h100) == 1
 
 
 def test_a_gpu_that_is_not_there_can_be_launched_for(tmp_path: Path, h100: list[Path]) -> None:
     save(tmp_path, "NVIDIA B200", "10.0", 48)
-    assert gpu(torch.device("cuda")) == GPU(H100, "9.0", 132)
-    with assuming(GPU("B200", "10.0", 148)):
-        assert gpu(torch.device("cuda")).multiprocessors == 148
-        assert lookup("attention", dims(100), "bf16", "cuda") == Choice("triton", {"BLOCK": 48})
-    assert lookup("attention", dims(100), "bf16", "cuda") is None
+    assert gpu_of(torch.device("cuda")) == GPU(H100, "9.0", 132)
+    with assume_gpu(GPU("B200", "10.0", 148)):
+        assert gpu_of(torch.device("cuda")).multiprocessors == 148
+        assert tuned_config("attention", dims(100), "bf16", "cuda") == TunedConfig("triton", {"BLOCK": 48})
+    assert tuned_config("attention", dims(100), "bf16", "cuda") is None
     assert h100
 
 
 def test_a_cpu_and_an_unmeasured_gpu_have_no_choice(h100: list[Path]) -> None:
-    assert lookup("attention", dims(100), "bf16", "cpu") is None
-    assert lookup("attention", dims(100), "bf16", "cuda") is None
+    assert tuned_config("attention", dims(100), "bf16", "cpu") is None
+    assert tuned_config("attention", dims(100), "bf16", "cuda") is None
     assert h100 == []
 
 
@@ -219,21 +221,21 @@ def damaged(change: Mapping[str, Any], where: str | None = "entries") -> str:
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a flashtalk-launch file of version 1"),
-        (damaged({"version": 2}, None), "is not a flashtalk-launch file of version 1"),
+        ("[]", "is not a flashtalk-tuning file of version 1"),
+        (damaged({"version": 2}, None), "is not a flashtalk-tuning file of version 1"),
         (damaged({"device": 3}, None), "table.device is 3, wanted str"),
         (damaged({"entries": {}}, None), "table.entries is {}, wanted list"),
         (damaged({"capability": ...}, None), "table lacks capability"),
         (damaged({"note": "by hand"}), r"table.entries[2] has the unknown field note"),
         (damaged({"dtype": ...}), r"table.entries[2] lacks dtype"),
         (damaged({"dims": {"tokens": "many"}}), r"table.entries[2].dims.tokens is 'many', wanted int"),
-        (damaged({"launch": {"triton": {"BLOCK": None}}}), r"table.entries[2].launch.triton.BLOCK is None"),
-        (damaged({"launch": {"triton": 3}}), r"table.entries[2].launch.triton is 3, wanted dict"),
+        (damaged({"tuning": {"triton": {"BLOCK": None}}}), r"table.entries[2].tuning.triton.BLOCK is None"),
+        (damaged({"tuning": {"triton": 3}}), r"table.entries[2].tuning.triton is 3, wanted dict"),
         (damaged({"backend": "gluon"}), r"table.entries[2].seconds lacks gluon"),
     ],
 )
 def test_a_damaged_table_names_file_and_entry(tmp_path: Path, text: str, said: str) -> None:
-    path = tmp_path / f"{slug(H100)}.json"
+    path = tmp_path / f"{device_slug(H100)}.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"nvidia-h100-80gb-hbm3\.json") as caught:
         table_for(H100, "9.0", tmp_path)

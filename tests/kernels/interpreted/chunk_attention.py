@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import attention
-from kernels.attention import interleave, launch_triton, merge_attention, reference
-from kernels.attention_hopper import merge_parts
-from kernels.schedule import Spans, spans
+from kernels import chunk_attention as attention
+from kernels.chunk_attention import interleave, launch_triton, merge_attention, reference
+from kernels.chunk_attention_sm90 import merge_parts
+from kernels.scheduler import KVRanges, kv_ranges
 from profiling.bench import poisoned_memory
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -36,7 +36,7 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float, bound: float = 1e-5) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, scale: float, bound: float = 1e-5) -> None:
     """[batch, token, head, d]."""
     o, lse = launch_triton(q, k, v, None, seen, scale, q.dtype, SMALL)
     for i in range(len(q)):
@@ -49,7 +49,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float, bound: flo
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 48, 64]), st.integers(0, 99))
 def test_full(queries, keys, heads, d, seed):
     q, k, v = (draw(2, n, heads, d, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
-    check(q, k, v, spans(queries, keys), 0.3)
+    check(q, k, v, kv_ranges(queries, keys), 0.3)
 
 
 @EXAMPLES
@@ -57,30 +57,30 @@ def test_full(queries, keys, heads, d, seed):
 def test_chunks(chunks, past, seed):
     n = sum(chunks)
     q, k, v = (draw(1, n, 2, 16, seed=seed + i) for i in range(3))
-    check(q, k, v, spans(n, n, tuple(chunks), past), 0.25)
+    check(q, k, v, kv_ranges(n, n, tuple(chunks), past), 0.25)
 
 
 @pytest.mark.parametrize("n", [15, 16, 17, 12096 % 128])
 def test_around_a_tile(n):
     q, k, v = (draw(1, n, 1, 64, seed=i) for i in range(3))
-    check(q, k, v, spans(n, n), 0.125)
+    check(q, k, v, kv_ranges(n, n), 0.125)
 
 
 def test_half_precision():
     q, k, v = (draw(1, 50, 2, 64, seed=i).half() for i in range(3))
-    check(q, k, v, spans(50, 50), 0.125, bound=2e-3)
+    check(q, k, v, kv_ranges(50, 50), 0.125, bound=2e-3)
 
 
 def test_views_are_read_where_they_are():
     qkv = draw(1, 37, 3, 2, 16, seed=0)
     heads_first = draw(2, 37, 16, seed=1).transpose(0, 1)[None]
-    check(qkv[:, :, 0], qkv[:, :, 1], heads_first, spans(37, 37), 0.25)
+    check(qkv[:, :, 0], qkv[:, :, 1], heads_first, kv_ranges(37, 37), 0.25)
 
 
 def test_a_later_chunk_is_not_even_read():
     q, k, v = (draw(1, 48, 1, 16, seed=i) for i in range(3))
     k[:, 16:] = v[:, 16:] = math.nan
-    o, lse = launch_triton(q, k, v, None, spans(48, 48, (16, 32), 0), 0.25, q.dtype, SMALL)
+    o, lse = launch_triton(q, k, v, None, kv_ranges(48, 48, (16, 32), 0), 0.25, q.dtype, SMALL)
     assert o[:, :16].isfinite().all()
     assert lse[:, :16].isfinite().all()
 
@@ -89,12 +89,12 @@ def test_a_later_chunk_is_not_even_read():
 def test_extreme_logits_stay_finite(size):
     """Logits up to +-1e4 and more."""
     q, k, v = (draw(1, 33, 1, 16, seed=i) for i in range(3))
-    check(q * size, k * size, v, spans(33, 33), 0.25, bound=2e-4)
+    check(q * size, k * size, v, kv_ranges(33, 33), 0.25, bound=2e-4)
 
 
 def test_equal_keys_give_the_mean():
     v = draw(1, 20, 1, 16, seed=0)
-    o, lse = launch_triton(torch.zeros(1, 3, 1, 16), torch.ones(1, 20, 1, 16), v, None, spans(3, 20), 1.0,
+    o, lse = launch_triton(torch.zeros(1, 3, 1, 16), torch.ones(1, 20, 1, 16), v, None, kv_ranges(3, 20), 1.0,
                            torch.float32, SMALL)  # fmt: skip
     torch.testing.assert_close(o[0, 0], v[0].mean(0))
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(20)))
@@ -111,7 +111,7 @@ def test_scaled_operands(queries, keys, seed):
     order = torch.from_numpy(interleave(keys))
     padded = torch.cat((v, torch.zeros(len(order) - keys, heads, d)))
     values = padded[order].permute(1, 2, 0).contiguous()
-    seen = spans(queries, keys)
+    seen = kv_ranges(queries, keys)
     o, lse = launch_triton(q[None], k[None], values[None], (q_scale, k_scale, v_scale), seen, 0.25, q.dtype, SMALL)
     wide = attention.dequantize(q, q_scale, k, k_scale, values, v_scale, torch.float64)
     torch.testing.assert_close(wide[2], v.double() * v_scale.double())
@@ -124,7 +124,7 @@ def test_scaled_operands_in_chunks_of_any_length():
     q, k, v = (draw(41, 1, 16, seed=i) for i in range(3))
     values = torch.cat((v, torch.zeros(7, 1, 16)))[torch.from_numpy(interleave(41))].permute(1, 2, 0).contiguous()
     ones = torch.ones(41, 1), torch.ones(1), torch.ones(1, 16)
-    seen = spans(41, 41, (5, 18, 18), 1)
+    seen = kv_ranges(41, 41, (5, 18, 18), 1)
     o, _ = launch_triton(q[None], k[None], values[None], ones, seen, 0.25, q.dtype, SMALL)
     assert error(o[0], reference(q.double(), k.double(), v.double(), seen, 0.25)[0]) < 1e-5
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.pixel_norm import launch_pixel_norm, reference
+from kernels.rms_norm_silu import launch_rms_norm_silu, reference
 from profiling.bench import poisoned_memory
 
 
@@ -30,7 +30,7 @@ def test_norm_and_silu(frames, channels, rows, columns, silu, block, seed):
     """Frames that no tile divides, sizes of one pixel, channels that are no power of two."""
     torch.manual_seed(seed)
     x, gamma = pixels(frames, channels, rows, columns), 1 + torch.randn(channels) / 4
-    y = launch_pixel_norm(x, gamma, silu, launch={"PIXELS": block, "num_warps": 4})
+    y = launch_rms_norm_silu(x, gamma, silu, config={"PIXELS": block, "num_warps": 4})
     expected = reference(x.double(), gamma.double(), silu)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
@@ -40,7 +40,7 @@ def test_norm_and_silu(frames, channels, rows, columns, silu, block, seed):
 def test_pixels_of_any_size(scale):
     """A pixel of zeros stays one; one whose squares a float32 does not hold is divided by the least norm there is."""
     x, gamma = scale * pixels(1, 8, 2, 3), torch.ones(8)
-    y = launch_pixel_norm(x, gamma, True)
+    y = launch_rms_norm_silu(x, gamma, True)
     assert y.isfinite().all()
     if scale == 1e15:
         torch.testing.assert_close(y.double(), reference(x.double(), gamma.double(), True), rtol=1e-5, atol=1e-6)
@@ -50,6 +50,6 @@ def test_pixels_of_any_size(scale):
 
 def test_half_precision():
     x, gamma = pixels(2, 12, 3, 4).half(), torch.randn(12).half()
-    y = launch_pixel_norm(x, gamma, True)
+    y = launch_rms_norm_silu(x, gamma, True)
     expected = reference(x.double(), gamma.double(), True)
     torch.testing.assert_close(y, expected.half(), rtol=2e-3, atol=1e-3)

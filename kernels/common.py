@@ -1,0 +1,111 @@
+"""What every operation of kernels/ is built from: dtypes, argument checks, and the definition of a `torch.library` op.
+
+An operation's file has this order: reference (the definition, in PyTorch), kernel, launcher, op, public function. The
+op is what `torch.compile` sees as one node; `define_op` makes it from a CPU form and a CUDA form of one signature. The
+public function checks its arguments with `check` and calls the op.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest finite e4m3 value
+MIN_SCALE = 1e-12  # the least quantisation scale, so that rows of zeros can be divided by theirs
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as cases and tuned tables say
+
+Layout = Literal["rows", "contiguous", "channels_last"]
+
+OPS: dict[str, "Op"] = {}  # every operation that `define_op` has made, by name
+
+
+class Op:
+    """A `torch.library` operation `flashtalk::NAME`: callable, differentiable by nobody, one node to `torch.compile`."""
+
+    def __init__(
+        self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
+    ) -> None:
+        self.name, self.cpu, self.cuda, self.fake = name, cpu, cuda, fake or cpu
+        self.library_op = torch.library.custom_op(f"flashtalk::{name}", cpu, mutates_args=(), device_types="cpu")
+        self.library_op.register_kernel("cuda")(cuda)
+        self.library_op.register_fake(self.fake)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the form made for the device that the tensors are on."""
+        return self.library_op(*args)
+
+
+def define_op(
+    name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> Op:
+    """Registers `flashtalk::NAME`, whose schema is that of `cpu`'s annotations.
+
+    Args:
+        name: the public function's name.
+        cpu: the form for CPU tensors. Its results must not alias its arguments.
+        cuda: the form for CUDA tensors; same arguments, and results of the same shapes, dtypes and strides.
+        fake: gives results without values under `FakeTensorMode`. None takes `cpu`, whose own operations then say
+            what comes out; name one where `cpu` reads values, makes tensors from host data, or costs too much to trace.
+
+    Returns:
+        The operation, to be called with positional arguments.
+    """
+    OPS[name] = Op(name, cpu, cuda, fake)
+    return OPS[name]
+
+
+def check(
+    name: str,
+    x: Tensor,
+    *,
+    shape: Sequence[int | str] | None = None,
+    dtype: torch.dtype | Collection[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    layout: Layout | None = None,
+) -> None:
+    """Raises ValueError, in one line that begins with `name`, unless x is such a tensor and wants no gradient.
+
+    Args:
+        name: what the caller knows the argument by.
+        x: the tensor.
+        shape: a number fixes the length of an axis; a word stands for any length of at least 1, as in
+            `("tokens", heads, head_dim)`.
+        dtype: the one, or those, allowed.
+        device: where x must be.
+        layout: "rows" is stride 1 along the last axis; "contiguous" is row-major; "channels_last" is
+            `torch.channels_last` of [frame, channel, row, column].
+    """
+    if shape is not None and not _fits(x.shape, shape):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: shape {list(x.shape)}, wanted [{wanted}]")
+    if dtype is not None:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if x.dtype not in allowed:
+            raise ValueError(f"{name}: {x.dtype}, wanted {' or '.join(map(str, allowed))}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: on {x.device}, wanted {device}")
+    if layout is not None and not _laid_out(x, layout):
+        raise ValueError(f"{name}: strides {x.stride()} for shape {list(x.shape)}, wanted {_LAYOUTS[layout]}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")
+
+
+def _fits(actual: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    return len(actual) == len(wanted) and all(
+        length >= 1 if isinstance(want, str) else length == want for length, want in zip(actual, wanted, strict=True)
+    )
+
+
+_LAYOUTS = {
+    "rows": "stride 1 along the last axis",
+    "contiguous": "contiguous memory",
+    "channels_last": "channels-last memory",
+}
+
+
+def _laid_out(x: Tensor, layout: Layout) -> bool:
+    if layout == "rows":
+        return not x.ndim or x.shape[-1] <= 1 or x.stride(-1) == 1
+    return x.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)

@@ -1,0 +1,269 @@
+"""Tuned launch parameters: which back-end computes an operation fastest on a GPU, and with which parameters.
+
+Everything that was measured lies in `tuned/`, one JSON file per device. `python -m profiling tune` writes these files;
+nobody edits them by hand:
+
+    {"schema": "flashtalk-tuned", "version": 2, "device": "NVIDIA H100 80GB HBM3", "capability": "9.0", "entries": [
+      {"operation": "chunk_attention", "dtype": "bf16", "dims": {"queries": 12096, ...},
+       "backend": "gluon",                                   the fastest of all that were measured
+       "configs": {"gluon": {"BLOCK_N": 128, ...}},          the best parameters of every back-end that has some
+       "seconds": {"gluon": 0.004, "sdpa-cudnn": 0.005},     of one call, all measured in the same interleaved rounds
+       "measured": "2026-01-31T09:30:00+00:00", "versions": {"torch": "2.11.0", ...}}]}
+
+A shape that was not measured takes the entry of the nearest measured shape of the same operation and dtype, nearest in
+the logarithm of its dimensions. A device without a file takes the file of another device of the same compute
+capability, as an H200 does from an H100, and never one of another capability. Where nothing was measured, an operation
+has a default of its own.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA, VERSION = "flashtalk-tuned", 2
+FOLDER = Path(__file__).parent / "tuned"
+
+LaunchConfig = Mapping[str, int | float | str]  # launch parameters: tile sizes, warps, stages
+
+
+@dataclass(frozen=True)
+class TunedConfig:
+    """A back-end, and the launch parameters to run it with."""
+
+    backend: str  # may be one that the operation does not have: then the operation takes its own default
+    config: LaunchConfig  # empty for a back-end without parameters
+
+
+@dataclass(frozen=True)
+class TunedEntry:
+    """The measurements of one operation at one shape; the fields are those of the file."""
+
+    operation: str
+    dtype: str
+    dims: Mapping[str, int]
+    backend: str
+    configs: Mapping[str, LaunchConfig]
+    seconds: Mapping[str, float]
+    measured: str
+    versions: Mapping[str, str]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identifies the entry in its table, and orders entries."""
+        return self.operation, self.dtype, tuple(sorted(self.dims.items()))
+
+
+@dataclass(frozen=True)
+class TunedTable:
+    """The entries of one device."""
+
+    device: str
+    capability: str
+    entries: tuple[TunedEntry, ...]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """The properties of a GPU that decide how a kernel is launched."""
+
+    name: str
+    capability: str  # "9.0"
+    multiprocessors: int
+
+
+_assumed: ContextVar[GPU | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assume_gpu(gpu: GPU) -> Iterator[None]:
+    """While the body runs, launchers launch for that GPU, whatever is installed: to compile for it elsewhere."""
+    token = _assumed.set(gpu)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def gpu_of(device: torch.device) -> GPU:
+    """The GPU that a tensor on `device`, a CUDA device, is launched on."""
+    return _assumed.get() or _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _gpu(index: int) -> GPU:
+    properties = torch.cuda.get_device_properties(index)
+    return GPU(properties.name, f"{properties.major}.{properties.minor}", properties.multi_processor_count)
+
+
+def launch_config(
+    operation: str,
+    dims: Mapping[str, int],
+    dtype: str,
+    device: torch.device,
+    *,
+    default: LaunchConfig,
+    given: LaunchConfig | None = None,
+    match_exactly: Collection[str] = (),
+) -> dict[str, Any]:
+    """The launch parameters of an operation's only kernel: `default`, updated by `given` or by the tuned ones."""
+    if given:
+        return {**default, **given}
+    tuned = tuned_config(operation, dims, dtype, device, ("triton",), match_exactly)
+    return {**default, **(tuned.config if tuned else {})}
+
+
+def tuned_config(
+    operation: str,
+    dims: Mapping[str, int],
+    dtype: str,
+    device: str | torch.device,
+    backends: Collection[str] = (),
+    match_exactly: Collection[str] = (),
+) -> TunedConfig | None:
+    """The fastest back-end for a shape on a device, with its launch parameters; None if nothing suitable was measured.
+
+    Args:
+        operation: its public name.
+        dims: the shape, under the names that the operation's cases use.
+        dtype: as cases say: "bf16", "fp8".
+        device: where it runs. A CPU has no entries: references run there.
+        backends: leaves only these to choose from.
+        match_exactly: dimensions that must be equal to the entry's, such as a head_dim that a kernel is compiled for;
+            the others may differ.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    return _tuned_config(gpu_of(device), operation, tuple(dims.items()), dtype, tuple(backends), tuple(match_exactly))
+
+
+@cache  # a launch must not wait for a search
+def _tuned_config(
+    gpu: GPU,
+    operation: str,
+    dims: tuple[tuple[str, int], ...],
+    dtype: str,
+    backends: tuple[str, ...],
+    match_exactly: tuple[str, ...],
+) -> TunedConfig | None:
+    table = _table_of(gpu)
+    return None if table is None else nearest_config(table, operation, dict(dims), dtype, backends, match_exactly)
+
+
+@cache
+def _table_of(gpu: GPU) -> TunedTable | None:
+    return table_for(gpu.name, gpu.capability, FOLDER)
+
+
+def nearest_config(
+    table: TunedTable,
+    operation: str,
+    dims: Mapping[str, int],
+    dtype: str,
+    backends: Collection[str] = (),
+    match_exactly: Collection[str] = (),
+) -> TunedConfig | None:
+    """`tuned_config` in a given table. Of several entries that are equally near, the first one counts."""
+    candidates = [
+        entry
+        for entry in table.entries
+        if (entry.operation, entry.dtype, entry.dims.keys()) == (operation, dtype, dims.keys())
+        and all(entry.dims[name] == dims[name] for name in match_exactly)
+        and (not backends or any(name in entry.seconds for name in backends))
+    ]
+    if not candidates:
+        return None
+    nearest = min(candidates, key=lambda entry: distance(entry.dims, dims))
+    measured = [name for name in backends if name in nearest.seconds]
+    backend = min(measured, key=lambda name: nearest.seconds[name]) if backends else nearest.backend
+    return TunedConfig(backend, nearest.configs.get(backend, {}))
+
+
+def distance(a: Mapping[str, int], b: Mapping[str, int]) -> float:
+    """Euclidean distance of log(1 + size): twice as long is as far as half as long, and flags 0 and 1 lie apart."""
+    return math.hypot(*(math.log1p(a[name]) - math.log1p(b[name]) for name in a))
+
+
+def table_for(name: str, capability: str, folder: Path) -> TunedTable | None:
+    """The table of the device of that name, or else the first table of the same compute capability.
+
+    Raises ValueError, naming file and entry, for a table that is damaged.
+    """
+    own = folder / f"{device_slug(name)}.json"
+    others = (path for path in sorted(folder.glob("*.json")) if path != own)
+    for path in (own, *others) if own.is_file() else others:
+        if (table := read_table(path)).capability == capability:
+            return table
+    return None
+
+
+def device_slug(name: str) -> str:
+    """A device's name as part of a file name: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# --- The file -------------------------------------------------------------------------------------------------------
+
+
+def to_json(table: TunedTable) -> str:
+    """The text of a table's file. Equal tables give equal texts: entries and keys are in order."""
+    fields = {"schema": SCHEMA, "version": VERSION, "device": table.device, "capability": table.capability}
+    entries = [
+        {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(entry).items()}
+        for entry in sorted(table.entries, key=lambda entry: entry.key)
+    ]
+    return json.dumps(fields | {"entries": entries}, indent=1) + "\n"
+
+
+def read_table(path: Path) -> TunedTable:
+    """Reads a table's file. Raises ValueError, naming file and entry, if it is damaged or of another version."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict) or (values.get("schema"), values.get("version")) != (SCHEMA, VERSION):
+        raise ValueError(f"{path} is not a {SCHEMA} file of version {VERSION}")
+    _check_json(values, _FILE, f"{path}: table")
+    for i, entry in enumerate(values["entries"]):
+        if entry["backend"] not in entry["seconds"]:
+            raise ValueError(f"{path}: table.entries[{i}].seconds lacks {entry['backend']}, the fastest one")
+    return TunedTable(values["device"], values["capability"], tuple(TunedEntry(**entry) for entry in values["entries"]))
+
+
+_SCALAR = int | float | str
+_ENTRY = {
+    "operation": str,
+    "dtype": str,
+    "dims": {...: int},  # any names
+    "backend": str,
+    "configs": {...: {...: _SCALAR}},
+    "seconds": {...: int | float},
+    "measured": str,
+    "versions": {...: str},
+}
+_FILE = {"schema": str, "version": int, "device": str, "capability": str, "entries": [_ENTRY]}
+
+
+def _check_json(value: Any, wanted: Any, where: str) -> None:
+    """Raises ValueError, naming the place, unless a JSON value has the wanted form."""
+    kind = type(wanted) if isinstance(wanted, dict | list) else wanted
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is {value!r:.40}, wanted {getattr(kind, '__name__', kind)}")
+    if isinstance(wanted, list):
+        for i, item in enumerate(value):
+            _check_json(item, wanted[0], f"{where}[{i}]")
+    elif isinstance(wanted, dict):
+        fields = dict.fromkeys(value, wanted[...]) if ... in wanted else wanted
+        for name in sorted(fields.keys() ^ value.keys()):
+            raise ValueError(f"{where} {'lacks' if name in fields else 'has the unknown field'} {name}")
+        for name, form in fields.items():
+            _check_json(value[name], form, f"{where}.{name}")
