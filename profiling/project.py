@@ -28,7 +28,8 @@ from model.config import PRESETS, Config
 from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
 from profiling.devices import devices
-from profiling.results import OK, Run, VariantResult, load
+from profiling.formats import load
+from profiling.results import OK, Run, VariantResult
 from profiling.tables import duration, terminal
 
 DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
