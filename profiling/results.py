@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model.errors import UserError
+from model.files import replacing
 
 SCHEMA = "flashtalk-profile"
 VERSION = 1
@@ -227,14 +228,11 @@ def to_json(run: Run) -> dict[str, Any]:
 
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Raises `UserError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
 
 
