@@ -1,7 +1,7 @@
 """Features of prompts, kept on the disk: umT5 is 11 GB, and a start that finds its prompt answered does not read it."""
 
 import hashlib
-import tempfile
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.files import replacing
 from model.machine import cache_folder
 from model.tensors import visiting
 from model.text import TextEncoder
@@ -63,7 +64,6 @@ def kept_for(file: Path, device: torch.device, dtype: torch.dtype) -> Path:
 def _keep(features: Tensor, path: Path) -> None:
     """Writes the file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        save_file({NAME: features.cpu().contiguous()}, whole)
-        whole.replace(path)
+    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several processes may write the file at once
+    with replacing(path, own) as temporary:
+        save_file({NAME: features.cpu().contiguous()}, temporary)

@@ -21,7 +21,6 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from model import command
 from model.config import PRECISIONS, DiTConfig, FP8Policy, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
+from model.files import replacing
 from model.linear import Linear, Rows
 from model.slots import own_slots
 from model.tensors import fill, place, read_json, safetensors_of, shards
@@ -282,17 +282,14 @@ def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes the file beside its place and moves it there: it is whole, on the disk, or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes a file whole or not at all; its bytes are on the disk before it takes its place."""
     try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors lets nobody else read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors lets nobody else read
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error}") from error
 
 

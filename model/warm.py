@@ -21,6 +21,7 @@ from model.command import choice
 from model.compiled import compile_models, stand_in, use_cache, warm
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
+from model.files import replacing
 from model.machine import cache_key
 
 MANIFEST = "manifest.json"
@@ -37,15 +38,12 @@ def run(preset: str, precision: str, device: torch.device) -> float:
 
 def pack(folder: Path, key: str, file: Path) -> None:
     """Puts a folder of compiled code into a file, whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps({"key": key}) + "\n")
-        with tarfile.open(temporary, "w") as archive:
+        with replacing(file) as temporary, tarfile.open(temporary, "w") as archive:
             archive.add(folder, arcname=".")
-        temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--pack {file} cannot be written ({error.strerror}); name another place") from error
 
 

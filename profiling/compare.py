@@ -46,7 +46,8 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from model.errors import UserError
-from profiling.results import ERROR, OK, WRONG, Machine, Run, from_json, load
+from profiling.formats import from_json, load
+from profiling.results import ERROR, OK, WRONG, Machine, Run
 from profiling.tables import duration, number, share, terminal
 
 NORMAL_99 = 2.5758  # the normal distribution has 99 % within so many standard deviations

@@ -38,6 +38,7 @@ from model.errors import UserError
 from profiling.bench import bench_case, case_result, check_case, measure_ceilings, reason, settle, survive
 from profiling.cases import Case, chosen
 from profiling.e2e import VARIANTS, Variant, generating_models, run_variant, traced
+from profiling.formats import load
 from profiling.machine import Monitor, describe, joined, pick
 from profiling.results import (
     ERROR,
@@ -47,7 +48,6 @@ from profiling.results import (
     Measurement,
     Run,
     VariantResult,
-    load,
     now,
     save,
     to_json,

@@ -29,7 +29,8 @@ from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
 from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
-from profiling.results import OK, Run, VariantResult, load
+from profiling.formats import load
+from profiling.results import OK, Run, VariantResult
 from profiling.tables import duration, terminal
 
 BEST, OURS = "best", "ours"  # sets of kernels

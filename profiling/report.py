@@ -18,7 +18,8 @@ from rich.console import Console
 from model.errors import UserError
 from profiling import figures
 from profiling.figures import Drawn
-from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, load, write
+from profiling.formats import load
+from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
 from profiling.roofline import roofline
 from profiling.tables import (
     Row,

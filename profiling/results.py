@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model.errors import UserError
+from model.files import replacing
 
 SCHEMA = "flashtalk-profile"
 VERSION = 1
@@ -227,14 +228,11 @@ def to_json(run: Run) -> dict[str, Any]:
 
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Raises `UserError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
 
 
@@ -243,38 +241,19 @@ def save(run: Run, path: Path) -> None:
     write(path, json.dumps(to_json(run), indent=1) + "\n")
 
 
-def load(path: Path) -> Run:
-    """Reads a results file, a pytest-benchmark JSON file, or the JSON of the first GPU probe.
+def from_own_json(values: Any, source: str) -> Run | None:
+    """The run that JSON values in this project's schema describe, None if they are in another one.
 
-    Raises `UserError` for a file that is none of these, is damaged, or has another schema version.
+    Raises `UserError`, which calls the values by `source`, if they are damaged or have another schema version.
     """
+    if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
+        return None
+    if values.get("version") != VERSION:
+        raise UserError(f"{source} has schema version {values.get('version')!r}, this is version {VERSION}")
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return from_json(values, str(path))
-
-
-def from_json(values: Any, source: str) -> Run:
-    """The run that JSON values describe, see `load`; `source` is what errors call them by."""
-    from profiling import foreign
-
-    if isinstance(values, dict) and values.get("schema") == SCHEMA:
-        if values.get("version") != VERSION:
-            raise UserError(f"{source} has schema version {values.get('version')!r}, this is version {VERSION}")
-        try:
-            return build(Run, {k: v for k, v in values.items() if k not in ("schema", "version")}, "run")
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source} is damaged: {error}") from error
-    for read in (foreign.from_pytest_benchmark, foreign.from_gpu_first):
-        try:
-            if (run := read(values)) is not None:
-                return run
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
-    raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
+        return build(Run, {k: v for k, v in values.items() if k not in ("schema", "version")}, "run")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source} is damaged: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
-from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult, load
+from profiling.formats import load
+from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult
 from profiling.tables import duration, number, share, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"

@@ -33,6 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
+from model.files import replacing
 from profiling.results import Stretch, write
 from profiling.tables import duration, share, terminal
 
@@ -321,21 +322,18 @@ def export(profiler: torch.profiler.profile, out: Path) -> list[Event]:
     `out` ends in .json, or in .json.gz to be compressed; its folder must be there. Raises `UserError` if it cannot be
     written.
     """
-    temporary = _temporary(out)
     try:
-        profiler.export_chrome_trace(str(temporary))
-        with gzip.open(temporary, "rt") if out.suffix == ".gz" else temporary.open() as file:
-            events = json.load(file)["traceEvents"]
-        temporary.replace(out)
+        with replacing(out, _temporary(out)) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+            with gzip.open(temporary, "rt") if out.suffix == ".gz" else temporary.open() as file:
+                events = json.load(file)["traceEvents"]
     except (OSError, ValueError, KeyError) as error:  # a full disk shows in what was written
         raise UserError(f"{out} could not be written whole ({error}); name another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return events
 
 
 def _temporary(out: Path) -> Path:
+    """Where a trace is until it is whole; the profiler compresses what ends in .gz."""
     return out.with_name(f".part-{out.name}")
 
 

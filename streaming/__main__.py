@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ import typer
 try:
     from model.command import choice
     from model.errors import UserError
+    from model.files import replacing
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -179,15 +181,15 @@ def run(
 
 def _write_whole(path: Path, text: str | None) -> None:
     """Writes the report, whole or not at all; without a text, only tries whether that would be possible."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        temporary.write_text(text or "")
-        temporary.unlink() if text is None else temporary.replace(path)
+        if text is None:
+            with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+                return
+        with replacing(path) as temporary:
+            temporary.write_text(text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"--report {path} cannot be written ({error.strerror}); name another place") from error
 
 

@@ -8,7 +8,6 @@ import io
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from contextlib import suppress
 from fractions import Fraction
 from io import FileIO, RawIOBase
 from pathlib import Path
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import UserError
+from model.files import replacing
 
 _FORMS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
 
@@ -150,14 +150,11 @@ class Mp4Sink(Sink):
         if not self.frames:
             self._part.unlink()
         elif not self._full:
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
             try:
-                _remux(self._part, temporary)
-                temporary.replace(self._path)
+                with replacing(self._path) as temporary:
+                    _remux(self._part, temporary)
             except OSError as error:
                 raise self._failure(error) from error
-            finally:
-                temporary.unlink(missing_ok=True)
             self._part.unlink()
 
     def _muxed(self, packets: Iterable[Packet]) -> bytes:
@@ -216,7 +213,6 @@ class FolderSink(Sink):
             raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); name another place") from error
 
     def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
-        temporary = self._path / ".frame.tmp"
         samples = np.rint(np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes()
         size = self._size + len(samples)
         try:
@@ -226,15 +222,12 @@ class FolderSink(Sink):
             _write_all(self._file, _wav_header(self._rate, self._channels, size))
             self._size = size
             for index, pixels in enumerate(frames, self.frames):
-                Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
-                temporary.replace(self._path / f"{index:06d}.png")
+                with replacing(self._path / f"{index:06d}.png") as temporary:
+                    Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
         except OSError as error:
             raise UserError(
                 f"{str(self._path)!r} takes no more ({error.strerror}); it keeps the frames so far"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes sound.wav; without a frame, removes it, and the folder if it was made here."""

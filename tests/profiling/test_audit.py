@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from profiling import results, sass
+from profiling import formats, sass
 from profiling.__main__ import BUDGETS, main
 from profiling.audit import Budgets, Shapes, audit_case, bounds, faults, recording
 from profiling.cases import Backend, Case, Shape, registry
@@ -295,7 +295,7 @@ def test_a_kernel_that_spills_fails_the_command(
     out = tmp_path / "audit.json"
     assert call(monkeypatch, "--cases", tmp_path / "cases.py", "--out", out) == 1
     shown = capsys.readouterr().out
-    (result,) = results.load(out).audit
+    (result,) = formats.load(out).audit
     assert result.registers <= 80
     assert result.spills > 0
     assert result.local > 0
@@ -453,7 +453,7 @@ def test_the_command_shows_and_writes_what_it_found(
     budget.write_text("[a_kernel_that_is_gone]\nregisters = 100\n")
     assert call(monkeypatch, "--cases", KERNELS, "--out", out, "--budget", budget) == 0
     shown = capsys.readouterr().out
-    run = results.load(out)
+    run = formats.load(out)
     assert run.command == "audit"
     assert [result.case for result in run.audit] == [case.name for case in CASES]
     assert run.audit[1] == production
@@ -461,7 +461,7 @@ def test_the_command_shows_and_writes_what_it_found(
         assert word in shown
     assert "budget [a_kernel_that_is_gone] matches no kernel and no case" in shown
     assert call(monkeypatch, "test_attention/14b-w1/bf16", "--cases", KERNELS, "--budget", budget, "--json") == 0
-    again = results.from_json(json.loads(capsys.readouterr().out), "output")
+    again = formats.from_json(json.loads(capsys.readouterr().out), "output")
     assert (again.audit, again.notes) == ((production,), ())  # some cases only: the budget may be for others
 
 

@@ -33,7 +33,8 @@ from profiling.cases import (
     registry,
 )
 from profiling.cases.linear import prepare_norm_scaled_mm, prepare_residual_scaled_mm, prepare_scaled_mm
-from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult, load
+from profiling.formats import load
+from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult
 from tests.profiling import toy
 
 CPU = torch.device("cpu")

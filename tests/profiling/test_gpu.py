@@ -14,8 +14,9 @@ from model.errors import UserError
 from profiling import gpu
 from profiling.__main__ import main
 from profiling.e2e import VARIANTS
+from profiling.formats import load
 from profiling.gpu import Progress, plan
-from profiling.results import ERROR, OK, WRONG, Run, load, save
+from profiling.results import ERROR, OK, WRONG, Run, save
 from tests.profiling import toy
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
+from profiling.formats import from_json, load
 from profiling.results import (
     VERSION,
     CaseResult,
@@ -21,8 +22,6 @@ from profiling.results import (
     Measurement,
     Run,
     VariantResult,
-    from_json,
-    load,
     save,
     to_json,
 )

@@ -1,0 +1,95 @@
+"""Reads results files in every format that is accepted: this project's own schema, and pytest-benchmark's JSON.
+
+pytest-benchmark keeps every round if told to, so nothing is lost. What a benchmark measures stands in its `extra_info`
+(case, backend, ours, operation, shape, dtype, flops, bytes, world, calls, dims).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from profiling.results import OK, CaseResult, Machine, Measurement, Run, from_own_json
+
+
+def load(path: Path) -> Run:
+    """Reads a results file or a pytest-benchmark JSON file.
+
+    Raises `UserError` for a file that is neither, is damaged, or has another schema version.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return from_json(values, str(path))
+
+
+def from_json(values: Any, source: str) -> Run:
+    """The run that JSON values describe, see `load`; `source` is what errors call them by."""
+    if (run := from_own_json(values, source)) is not None:
+        return run
+    try:
+        run = from_pytest_benchmark(values)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
+    if run is None:
+        raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
+    return run
+
+
+def from_pytest_benchmark(values: Any) -> Run | None:
+    """The run in pytest-benchmark's JSON, None if it is something else.
+
+    A benchmark without `extra_info` of ours becomes a case of its full name with the back-end "pytest".
+    """
+    if not (isinstance(values, dict) and "benchmarks" in values and "machine_info" in values):
+        return None
+    cases: dict[str, CaseResult] = {}
+    for benchmark in values["benchmarks"]:
+        _add(cases, *_benchmark_result(benchmark))
+    return Run(
+        "pytest --benchmark-only",
+        datetime.fromisoformat(values["datetime"]).astimezone(UTC).isoformat(timespec="seconds"),
+        _benchmark_machine(values["machine_info"], values.get("commit_info") or {}),
+        cases=tuple(cases.values()),
+    )
+
+
+def _add(cases: dict[str, CaseResult], case: CaseResult, measurement: Measurement) -> None:
+    """Puts a measurement with the others of its case; the first one that knows FLOPs or bytes says what the case is."""
+    before = cases.get(case.case, case)
+    known = before if before.flops or before.bytes else case
+    cases[case.case] = replace(known, measurements=(*before.measurements, measurement))
+
+
+def _benchmark_result(benchmark: Mapping[str, Any]) -> tuple[CaseResult, Measurement]:
+    info, stats = benchmark.get("extra_info") or {}, benchmark["stats"]
+    # Rounds are kept by --benchmark-json and --benchmark-save-data; a file without them still has quartiles.
+    samples = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
+    case = CaseResult(
+        case=str(info.get("case", benchmark["fullname"])),
+        operation=str(info.get("operation", benchmark["name"])),
+        shape=str(info.get("shape", "")),
+        dtype=str(info.get("dtype", "")),
+        flops=float(info.get("flops", 0)),
+        bytes=float(info.get("bytes", 0)),
+        world=int(info.get("world", 1)),
+        calls=float(info.get("calls", 0)),
+        dims={str(name): int(size) for name, size in info.get("dims", {}).items()},
+    )
+    backend, ours = str(info.get("backend", "pytest")), bool(info.get("ours", False))
+    return case, Measurement(backend, OK, ours, samples=tuple(map(float, samples)))
+
+
+def _benchmark_machine(info: Mapping[str, Any], commit: Mapping[str, Any]) -> Machine:
+    cpu = info.get("cpu") or {}
+    device = cpu.get("brand_raw") or info.get("processor") or info.get("machine") or "unknown CPU"
+    dirty = "-dirty" if commit.get("dirty") else ""
+    revision = f"{commit['id']}{dirty}" if commit.get("id") else None
+    versions = {"python": str(info["python_version"])} if "python_version" in info else {}
+    return Machine("cpu", str(device), int(cpu.get("count", 0)), 0, versions=versions, revision=revision)

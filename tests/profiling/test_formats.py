@@ -1,0 +1,87 @@
+"""Results files in the format of another tool: one that pytest-benchmark itself wrote, read as a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from profiling.compare import rows
+from profiling.formats import from_json, load
+from profiling.results import OK
+
+BENCHMARKS = """
+import pytest
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_case(benchmark, backend):
+    about = dict(case="norm/tiny/fp32", operation="norm", shape="tiny", dtype="fp32", flops=8e3, bytes=4e3)
+    benchmark.extra_info.update(about, backend=backend, ours=backend == "eager", world=2, calls=3.5, dims={"rows": 4})
+    benchmark.pedantic(sum, args=(range(100),), rounds=7)
+
+def test_plain(benchmark):
+    benchmark.pedantic(sum, args=(range(100),), rounds=6)
+"""
+
+
+@pytest.fixture(scope="module")
+def benchmark_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pytest-benchmark itself writes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "test_it.py").write_text(BENCHMARKS)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-json=out.json",
+        "test_it.py",
+    ]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "out.json"
+
+
+def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None:
+    values, run = json.loads(benchmark_file.read_text()), load(benchmark_file)
+    case = run.case("norm/tiny/fp32")
+    assert case is not None
+    assert (case.operation, case.shape, case.dtype, case.flops, case.bytes) == ("norm", "tiny", "fp32", 8e3, 4e3)
+    assert (case.world, case.calls, case.dims) == (2, 3.5, {"rows": 4})
+    assert [(m.backend, m.ours, m.status, len(m.samples)) for m in case.measurements] == [
+        ("eager", True, OK, 7),
+        ("compiled", False, OK, 7),
+    ]
+    assert case.measurements[0].samples == tuple(values["benchmarks"][0]["stats"]["data"])
+    plain = run.case("test_it.py::test_plain")
+    assert plain is not None
+    assert [(m.backend, m.ours) for m in plain.measurements] == [("pytest", False)]
+    assert run.machine.kind == "cpu"
+    assert run.machine.versions["python"].startswith("3.")
+    assert run.machine.device == values["machine_info"]["cpu"]["brand_raw"]
+
+
+def test_a_pytest_benchmark_file_compares_with_itself(benchmark_file: Path) -> None:
+    run = load(benchmark_file)
+    assert {row.change.verdict for row in rows(run, run)} == {"same"}
+
+
+def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file: Path) -> None:
+    values = json.loads(benchmark_file.read_text())
+    values["commit_info"] = {"id": "abc", "dirty": True}
+    for benchmark in values["benchmarks"]:
+        del benchmark["stats"]["data"]
+    stats, run = values["benchmarks"][0]["stats"], from_json(values, "file")
+    assert run.cases[0].measurements[0].samples == (stats["q1"], stats["median"], stats["q3"])
+    assert run.machine.revision == "abc-dirty"
+
+
+@pytest.mark.parametrize("spoil", ["stats", "fullname"])
+def test_a_damaged_pytest_benchmark_file_is_refused(benchmark_file: Path, spoil: str) -> None:
+    values = json.loads(benchmark_file.read_text())
+    del values["benchmarks"][2][spoil]
+    with pytest.raises(UserError, match=f"file is damaged: KeyError '{spoil}'"):
+        from_json(values, "file")
