@@ -27,7 +27,7 @@ from model.config import PRECISIONS, TINY, Config
 from profiling.published import published
 from profiling.results import OK, WRONG, VariantResult
 from profiling.trace import export, summarise
-from streaming.spans import Spans
+from streaming.timers import StageTimer
 
 if TYPE_CHECKING:
     from model.checkpoint import Models
@@ -102,16 +102,16 @@ class Runner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
     def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
+        from streaming.cuda_graphs import CudaGraphs
         from streaming.generator import ChunkGenerator
-        from streaming.stages import CudaGraphs
 
         config, device = models.config, models.device
         self._ours = ours
-        self.models, self.spans = models, Spans(device)
-        record = partial(CudaGraphs, device) if graphs else None
-        self._generator = ChunkGenerator(models, self.spans, record=record)
+        self.models, self.timer = models, StageTimer(device)
+        new_capture = partial(CudaGraphs, device) if graphs else None
+        self._generator = ChunkGenerator(models, self.timer, new_capture=new_capture)
         random = torch.Generator(device).manual_seed(seed)
-        self._conditions = self._generator.parked(random_conditions(models, random))
+        self._conditions = self._generator.offload(random_conditions(models, random))
         for module in models.dit.visitors().values():
             module.to("meta")
         self._state = self._generator.start(self._conditions, seed)
@@ -192,14 +192,14 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
+    warm = {name: len(samples) for name, samples in runner.timer.samples().items()}
     times: list[float] = []
     while len(times) < MOST_CHUNKS:
         longest = max(times, default=0.0)
         if len(times) >= FEWEST_CHUNKS and time.monotonic() + longest > deadline:
             break
         times.append(runner.chunk())
-    stages = {name: samples[warm.get(name, 0) :] for name, samples in runner.spans.samples().items()}
+    stages = {name: samples[warm.get(name, 0) :] for name, samples in runner.timer.samples().items()}
     result = VariantResult(
         variant.name,
         OK if runner.finite else WRONG,

@@ -100,15 +100,16 @@ def run(
     from model.quantize import is_quantised
     from model.sampler import NUM_TIMESTEPS
     from model.text import tokenize
+    from streaming.audio_features import on_stream, once_featurizer, stream_featurizer
+    from streaming.cuda_graphs import CudaGraphs
     from streaming.generator import ChunkGenerator
     from streaming.progress import show, stage
-    from streaming.session import Session, beside, once_listener, stream_listener
+    from streaming.session import Session
     from streaming.session import report as report_of
     from streaming.session import run as perform
     from streaming.sinks import open_sink
     from streaming.sources import open_source
-    from streaming.spans import Spans
-    from streaming.stages import CudaGraphs
+    from streaming.timers import StageTimer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,24 +160,24 @@ def run(
                 models = load_models(config, checkpoint, where, PRECISIONS[precision])
             else:
                 models = random_models(config, where, PRECISIONS[precision])
-        spans = Spans(where)
+        timer = StageTimer(where)
         with stage("preparing portrait and prompt"):
             ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
             graphs = partial(CudaGraphs, where) if compiled and where.type == "cuda" else None
-            generator = ChunkGenerator(models, spans, record=graphs)
+            generator = ChunkGenerator(models, timer, new_capture=graphs)
             session = Session(generator, generator.prepare(portrait, ids), seed)
         if audio_mode == "once":
             with stage("hearing the whole track"):
                 slices = list(source)
-                listener = once_listener(models.audio, chunk, slices)
+                featurizer = once_featurizer(models.audio, chunk, slices)
         else:
-            slices, listener = source, stream_listener(models.audio, chunk)
-        played = perform(session, slices, beside(listener, generator.early), sink, chunk, spans)
-        progress = show(played, spans, chunk.tgt_fps, source.duration)
+            slices, featurizer = source, stream_featurizer(models.audio, chunk)
+        played = perform(session, slices, on_stream(featurizer, generator.audio_stream), sink, chunk, timer)
+        progress = show(played, timer, chunk.tgt_fps, source.duration)
     if checkpoint is None:
         print(f"{preset} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
     if report is not None:
-        _write_whole(report, json.dumps(report_of(progress, spans, where, settings), indent=2) + "\n")
+        _write_whole(report, json.dumps(report_of(progress, timer, where, settings), indent=2) + "\n")
 
 
 def _write_whole(path: Path, text: str | None) -> None:

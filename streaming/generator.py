@@ -1,22 +1,21 @@
-"""The chunk loop: a known state and a window of audio in, frames out as they are decoded, the next state at the end.
+"""The chunk loop: a state and a window of audio features in, frames out as they are decoded, the next state at the end.
 
-    window -> audio K/V, beside the last chunk's decoding
-           -> 4 steps of the student over noise, the motion latents written back each time
-              meanwhile, VAE decode of the motion latents, which are known
-           -> VAE decode of the others, the first new one alone, then two by two -> colour -> frames
-           -> the last motion frames, encoded again -> next state
+    window -> audio keys and values, computed beside the decoding of the last chunk
+           -> 4 denoising steps; the motion latents are written back after each
+              beside them, on a second stream: VAE decode of the motion latents, whose frames nobody sees
+           -> VAE decode of the other latents -> color correction -> frames
+           -> VAE encode of the last frames -> motion latents of the next state
 
-Everything that varies is in `State`, everything that is constant for a portrait and a prompt in `Conditions`: the same
-two and the same window give the same frames, on any machine count and after any restart.
+`State` is everything that changes from chunk to chunk; `Conditions` is everything that is constant for a portrait and a
+prompt. The same state, conditions and window give the same frames, whatever ran before, and after a restart too.
 
-A chunk's work does not depend on its values, so on a GPU each of its stages may be recorded as a CUDA graph: from the
-third chunk on nothing is allocated or compiled any more, and the GPU waits for no launch.
+What a chunk computes does not depend on values, so on a GPU its stages are CUDA graphs (streaming/cuda_graphs.py). From
+the third chunk on nothing is compiled or allocated any more, and the host waits for the GPU nowhere.
 """
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +27,11 @@ from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.tensors import visiting
-from model.vae import Group, decode_groups
-from model.vae import State as VAEState
-from streaming.spans import Spans
-from streaming.stages import Lane, Record, Stages
+from model.vae import State as VAECache
+from model.vae import decode_groups
+from streaming.cuda_graphs import Capture, GraphPool, StaticInput
+from streaming.streams import SideStream
+from streaming.timers import StageTimer
 
 Noise = Callable[[int | Tensor, int | Tensor, int], Tensor]  # (seed, chunk, draw) -> standard normal [F, 16, h, w]
 T = TypeVar("T")
@@ -48,32 +48,22 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """All that one chunk hands to the next."""
+    """Everything that one chunk hands to the next."""
 
     seed: int
-    chunk: int  # index of the chunk to come
-    motion: Tensor  # motion latents it begins with [n, 16, h, w]
-
-
-def first_frame_mask(latents: Tensor, channels: int) -> Tensor:
-    """The mask [F, channels, h, w] of latents [F, 16, h, w]: 1 where the condition is a picture, in latent frame 0.
-
-    It stays so in every chunk, also when several motion latents are given.
-    """
-    mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1)
-    mask[0] = 1
-    return mask
+    chunk: int  # index of the next chunk
+    motion: Tensor  # motion latents that the next chunk begins with [n, 16, h, w]
 
 
 class Frames(NamedTuple):
-    """Frames of a video, on the device; there until the next group is asked for."""
+    """Consecutive frames of the video, on the device; valid until the next group is asked for."""
 
     pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
     rgb: Tensor  # the same, uint8 [n, height, width, 3]
 
 
-class Given(NamedTuple):
-    """What a chunk's steps read."""
+class StepInputs(NamedTuple):
+    """What a chunk's denoising steps read."""
 
     seed: int | Tensor
     chunk: int | Tensor
@@ -82,35 +72,58 @@ class Given(NamedTuple):
     audio: AudioKV
 
 
+def first_frame_mask(latents: Tensor, channels: int) -> Tensor:
+    """The mask [F, channels, h, w] of latents [F, 16, h, w]: 1 in latent frame 0, where the condition is a picture.
+
+    It is the same in every chunk, also where a chunk begins with several motion latents.
+    """
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, channels, 1, 1)
+    mask[0] = 1
+    return mask
+
+
 class ChunkGenerator:
-    """Generates chunks with the models and geometry of `models.config`, one after the other."""
+    """Generates chunks with the networks and the geometry of `models.config`."""
 
     def __init__(
         self,
         models: Models,
-        spans: Spans,
+        timer: StageTimer,
         noise: Noise | None = None,
-        record: Callable[[], Record] | None = None,
+        new_capture: Callable[[], Capture] | None = None,
     ) -> None:
-        """`noise` replaces the counter-based noise, to follow a recorded run.
+        """Prepares what does not depend on a session.
 
-        `record` makes what records stages, see `streaming.stages`, once for each network, as the two of them may run at
-        the same time; None: none is recorded.
+        Args:
+            models: the networks, on one device.
+            timer: times the stages.
+            noise: replaces the counter-based noise, to follow a recorded run.
+            new_capture: makes what captures graphs of one memory pool, such as `CudaGraphs`. It is called for the
+                student and for the VAE, which may run at the same time. None: nothing is captured.
         """
-        config = models.config
-        self.models, self.config, self._spans = models, config, spans
+        config, device = models.config, models.device
+        self.models, self.config, self._noise = models, config, noise
         with torch.inference_mode():
             self._times = timesteps(config.chunk.sample_steps, config.chunk.sample_shift)
             self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
-            self._rope = rope_table(config.grid, config.dit.head_dim, models.device)
+            self._rope = rope_table(config.grid, config.dit.head_dim, device)
         latents, stride = config.latent_shape[0], config.vae.temporal_stride
-        self._groups = tuple(decode_groups(latents, config.chunk.unseen_frames, stride))
-        self._noise = noise or partial(normal_noise, config.latent_shape, device=models.device)
-        self.early = Lane(models.device)  # for what a chunk needs that does not depend on the chunk before
-        self._aside = Lane(models.device)
-        self._stepped: torch.cuda.Event | None = None  # the last chunk's last step is done
-        self._conditions: Conditions | None = None  # of the last chunk
-        self._student, self._coder = (Stages(record() if record else None) for _ in range(2))
+        self._decode_steps = tuple(decode_groups(latents, config.chunk.unseen_frames, stride))
+
+        student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
+        self._encode_audio = student.graphed(models.dit.embed_audio, timer="audio")
+        self._denoise_step = student.graphed(self._denoise, timer="denoise/step")
+        self._decode_step = vae.graphed(self._decode, timer="decode")
+        self._correct_color = vae.graphed(self._correct, timer="color")
+        self._encode_motion = vae.graphed(self._encode, timer="motion")
+        self._captured = new_capture is not None
+        self._static_conditions = self._input(constant=True)
+        self._static_counters, self._static_window, self._static_motion, self._static_latents = (
+            self._input() for _ in range(4)
+        )
+
+        self.audio_stream, self._decode_stream = SideStream(device), SideStream(device)
+        self._last_step: torch.cuda.Event | None = None  # of the last chunk; its audio K/V may then be overwritten
 
     @torch.inference_mode()
     def prepare(self, image: Tensor, ids: Tensor) -> Conditions:
@@ -123,17 +136,17 @@ class ChunkGenerator:
         with visiting(models.device, models.image):
             features = models.image(portrait)
         context = models.dit.embed_context(text, features)
-        # The clip that the condition latents describe: the portrait, then mid grey.
+        # The clip that the condition latents describe: the portrait, then mid gray.
         clip = torch.zeros(chunk.frame_num, *portrait.shape, dtype=self._vae_dtype, device=models.device)
         clip[0] = portrait
         latents = torch.cat(list(models.vae.encode(clip)))
         condition = torch.cat((first_frame_mask(latents, self.config.dit.vae_scale), latents), dim=1)
         # The encoder is causal, so the clip's first latent is that of the portrait alone.
-        return self.parked(Conditions(context, condition, lab_statistics(portrait[None]), latents[:1]))
+        return self.offload(Conditions(context, condition, lab_statistics(portrait[None]), latents[:1]))
 
-    def parked(self, conditions: Conditions) -> Conditions:
-        """The conditions in the host's memory, if recorded stages have a place of their own for them on the device."""
-        if not self._student.recording or self.models.device.type == "cpu":
+    def offload(self, conditions: Conditions) -> Conditions:
+        """The conditions in pinned host memory, if graphs have a copy of their own on the device."""
+        if not self._captured or self.models.device.type == "cpu":
             return conditions
         return tree_map(lambda x: x.cpu().pin_memory(), conditions)
 
@@ -143,106 +156,110 @@ class ChunkGenerator:
 
     @torch.inference_mode()
     def chunk(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Frames, None, State]:
-        """Yields a chunk's new frames; returns the next state.
+        """Yields a chunk's new frames and returns the next state: `state = yield from generator.chunk(...)`.
 
-        window [frame_num, window, layer, channel]: the speech features around each of the chunk's frames. Use as
-        `state = yield from generator.chunk(...)`. Frames come in groups, each as soon as decoded: those of one latent,
-        then of two at a time.
+        Args:
+            conditions: from `prepare`.
+            state: from `start`, or what the last chunk returned.
+            window: speech features around each of the chunk's frames [frame_num, window, layer, channel].
+
+        Frames come in groups, each as soon as it is decoded: the frames of one latent first, then of two at a time.
         """
-        given = self._given(conditions, state, window)
-        student = partial(self._stage, self._student, len(given.motion))
-        x = student("denoise/step", 0, partial(self._first_step, given))
-        # Once the student is at work, so that it need not wait for these launches.
-        known, past = self._decode_known(given.motion)
+        self._decode_stream.join()  # a chunk that was abandoned may have left work there
+        conditions, motion = self._static_conditions(conditions), self._static_motion(state.motion)
+        audio = self._encode_audio_early(window)
+        inputs = StepInputs(*self._counters(state), motion, conditions, audio)
+
+        latents = self._denoise_step(0, None, inputs)
+        decoded, cache = self._decode_motion(motion)  # once the student is busy, so that it need not wait for launches
         for i in range(1, len(self._modulations)):
-            x = student("denoise/step", i, partial(self._step, i, x, given))
-        x = self._placed(self._coder, "latents", x)  # the student may begin another chunk while they are read
-        self._stepped = self.early.mark()
-        self._aside.join()
-        motion = yield from self._frames(known, x, past, given)
-        return State(state.seed, state.chunk + 1, motion)
+            latents = self._denoise_step(i, latents, inputs)
+        latents = self._static_latents(latents)  # a copy, as the next chunk's audio takes the student's memory
+        self._last_step = self.audio_stream.record_event()
+        self._decode_stream.join()
 
-    def _given(self, conditions: Conditions, state: State, window: Tensor) -> Given:
-        """What the chunk's steps read, where they may read it.
-
-        What does not depend on the motion latents is made beside the decoding of the chunk before.
-        """
-        known, student = len(state.motion), self._student
-        if conditions is not self._conditions:
-            self._aside.join()  # the last frames may not have been drawn yet, and be the former portrait's
-            self._conditions, self._stepped = conditions, None
-        conditions = self._placed(student, "conditions", conditions, constant=True)
-        with self.early.turn(self._stepped):
-            seed, chunk = state.seed, state.chunk
-            if student.recording:
-                signed = (seed + 2**63) % 2**64 - 2**63
-                seed, chunk = self._placed(student, "counters", (torch.tensor(signed), torch.tensor(chunk)))
-            window = self._placed(student, "window", window)
-            audio = self._stage(student, known, "audio", 0, lambda: self.models.dit.embed_audio(window[None]))
-        self.early.join(audio)  # what is heard next does not wait until the steps have read them
-        motion = self._placed(student, ("motion", known), state.motion)
-        return Given(seed, chunk, motion, conditions, audio)
-
-    def _placed(self, stages: Stages, key: Hashable, inputs: T, constant: bool = False) -> T:
-        """Inputs of stages where these may read them in every chunk, on the device."""
-        if stages.recording:
-            return stages.hold(key, inputs, self.models.device, constant)
-        return tree_map(lambda x: x.to(self.models.device), inputs)
-
-    def _stage(self, stages: Stages, known: int, name: str, number: Hashable, work: Callable[[], T]) -> T:
-        """Runs a stage of a chunk that begins with so many known latents; what the number is of, the name says."""
-        with self._spans.span(name):
-            return stages.run((known, name, number), work)
-
-    def _first_step(self, given: Given) -> Tensor:
-        return self._step(0, first_latents(partial(self._noise, given.seed, given.chunk), given.motion), given)
-
-    def _step(self, i: int, x: Tensor, given: Given) -> Tensor:
-        """The latents after step i from those before it."""
-        dit, (context, condition, *_) = self.models.dit, given.conditions
-
-        def velocity(x: Tensor) -> Tensor:
-            return dit(x, condition, self._modulations[i], self._rope, context, given.audio, known=len(given.motion))
-
-        return denoise_step(i, x, velocity, partial(self._noise, given.seed, given.chunk), self._times, given.motion)
-
-    def _decode_known(self, motion: Tensor) -> tuple[int, VAEState | None]:
-        """Decodes the groups of unseen frames that these latents make; how many, and the VAE's state after them.
-
-        On a GPU beside what has been launched, and to be waited for.
-        """
-        known = sum(group.latents.stop <= len(motion) and not group.shown for group in self._groups)
-        past = None
-        with self._aside.turn():
-            for group in self._groups[:known]:
-                work = partial(self._decode, group, motion[group.latents], past)
-                _, past = self._stage(self._coder, len(motion), "decode", group.latents.start, work)
-        return known, past
-
-    def _frames(self, known: int, x: Tensor, past: VAEState | None, given: Given) -> Generator[Frames, None, Tensor]:
-        """The frames of latents x behind the known groups as they are shown; the next motion latents at the end."""
-        chunk, coder = self.config.chunk, partial(self._stage, self._coder, len(given.motion))
-        fed_back: list[Tensor] = []
-        for group in self._groups[known:]:
-            frames, past = coder("decode", group.latents.start, partial(self._decode, group, x[group.latents], past))
+        overlap, last_frames = self.config.chunk.motion_frames_num, []
+        for step, group in enumerate(self._decode_steps[decoded:], decoded):
+            frames, cache = self._decode_step(step, latents[group.latents], cache)
             if not group.shown:
                 continue
-            frames, rgb = coder("color", group.latents.start, partial(self._correct, frames, given))
-            fed_back.append(frames[max(chunk.new_frames - group.frames.start, 0) :])
-            if group.frames.stop > chunk.motion_frames_num:
-                shown = max(chunk.motion_frames_num - group.frames.start, 0)
-                yield Frames(frames[shown:], rgb[shown:])
-        motion = coder("motion", 0, partial(self._encode, fed_back))
-        return motion.clone()  # a recorded stage's results do not stay
+            frames, rgb = self._correct_color(step, frames, conditions.lab)
+            last_frames.append(frames[max(self.config.chunk.new_frames - group.frames.start, 0) :])
+            if group.frames.stop > overlap:
+                new = max(overlap - group.frames.start, 0)
+                yield Frames(frames[new:], rgb[new:])
+        return State(state.seed, state.chunk + 1, self._encode_motion(last_frames).clone())
 
-    def _decode(self, group: Group, latents: Tensor, past: VAEState | None) -> tuple[Tensor, VAEState]:
-        return self.models.vae.decode_step(latents.to(self._vae_dtype), past, group.shown)
+    # --- Stages, as functions of their arguments ---------------------------------------------------------------------
 
-    def _correct(self, frames: Tensor, given: Given) -> tuple[Tensor, Tensor]:
-        return lab_transfer(frames, *given.conditions.lab, self.config.chunk.color_correction_strength)
+    def _denoise(self, i: int, latents: Tensor | None, inputs: StepInputs) -> Tensor:
+        """The latents after denoising step i. Step 0 takes None, and begins with motion latents followed by noise."""
+        seed, chunk, motion, (context, condition, *_), audio = inputs
 
-    def _encode(self, frames: list[Tensor]) -> Tensor:
-        return torch.cat(list(self.models.vae.encode(torch.cat(frames).to(self._vae_dtype))))
+        def noise(draw: int) -> Tensor:
+            if self._noise is not None:
+                return self._noise(seed, chunk, draw)
+            return normal_noise(self.config.latent_shape, seed, chunk, draw, device=self.models.device)
+
+        def velocity(x: Tensor) -> Tensor:
+            dit = self.models.dit
+            return dit(x, condition, self._modulations[i], self._rope, context, audio, known=len(motion))
+
+        x = first_latents(noise, motion) if latents is None else latents
+        return denoise_step(i, x, velocity, noise, self._times, motion)
+
+    def _decode(self, step: int, latents: Tensor, cache: VAECache | None) -> tuple[Tensor, VAECache]:
+        """The frames of one decode step, and the VAE's cache after it."""
+        return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].shown)
+
+    def _correct(self, step: int, frames: Tensor, lab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """The frames of one decode step in the portrait's colors, as pixels and as bytes."""
+        return lab_transfer(frames, *lab, self.config.chunk.color_correction_strength)
+
+    def _encode(self, frames: Sequence[Tensor]) -> Tensor:
+        """The motion latents of a chunk's last frames."""
+        return torch.cat(list(self.models.vae.encode(torch.cat(list(frames)).to(self._vae_dtype))))
+
+    # --- What runs beside the current stream -------------------------------------------------------------------------
+
+    def _encode_audio_early(self, window: Tensor) -> AudioKV:
+        """The chunk's audio keys and values, as soon as the last chunk's steps have read theirs.
+
+        If the last chunk was abandoned before its steps were launched, after everything that the current stream has.
+        """
+        after, self._last_step = self._last_step, None
+        with self.audio_stream.fork(after):
+            audio = self._encode_audio(self._static_window(window)[None])
+        self.audio_stream.join(audio)
+        return audio
+
+    def _decode_motion(self, motion: Tensor) -> tuple[int, VAECache | None]:
+        """Decodes the motion latents that make whole decode steps, whose frames nobody sees, beside the current stream.
+
+        Returns how many decode steps that were and the VAE's cache after them, for use after `_decode_stream.join()`.
+        """
+        steps = [g for g in self._decode_steps if g.latents.stop <= len(motion) and not g.shown]
+        cache = None
+        with self._decode_stream.fork():
+            for step, group in enumerate(steps):
+                _, cache = self._decode_step(step, motion[group.latents], cache)
+        return len(steps), cache
+
+    # --- Inputs of graphs --------------------------------------------------------------------------------------------
+
+    def _input(self, constant: bool = False) -> Callable[[T], T]:
+        """What moves inputs to the device: into static memory where stages are captured."""
+        device = self.models.device
+        if self._captured:
+            return StaticInput(device, constant)
+        return lambda inputs: tree_map(lambda x: x.to(device), inputs)
+
+    def _counters(self, state: State) -> tuple[Any, Any]:
+        """Seed and index of the chunk: numbers, or int64 tensors [] where the noise is part of a graph."""
+        if not self._captured:
+            return state.seed, state.chunk
+        signed = (state.seed + 2**63) % 2**64 - 2**63
+        return self._static_counters((torch.tensor(signed), torch.tensor(state.chunk)))
 
     @property
     def _vae_dtype(self) -> torch.dtype:

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from streaming.session import Progress
-from streaming.spans import Spans
+from streaming.timers import StageTimer
+from streaming.writer import Progress
 
 
 def stage(name: str) -> AbstractContextManager[object]:
@@ -28,11 +28,11 @@ def line(progress: Progress, stage: str, fps: int, duration: float | None) -> st
     return "  ".join([*parts, stage])
 
 
-def show(steps: Iterator[Progress], spans: Spans, fps: int, duration: float | None) -> Progress:
+def show(steps: Iterator[Progress], timer: StageTimer, fps: int, duration: float | None) -> Progress:
     """Runs through `steps` and keeps the line up to date: in place on a terminal, else a line a chunk."""
     console, progress = Console(stderr=True, highlight=False, soft_wrap=True), Progress()
     if console.is_terminal:
-        with Live(get_renderable=lambda: Text(line(progress, spans.current, fps, duration)), console=console):
+        with Live(get_renderable=lambda: Text(line(progress, timer.current, fps, duration)), console=console):
             for progress in steps:  # noqa: B007  (shown by the line above, in its own thread)
                 pass
     else:
@@ -40,5 +40,5 @@ def show(steps: Iterator[Progress], spans: Spans, fps: int, duration: float | No
         for progress in steps:
             if progress.chunks > printed:
                 printed = progress.chunks
-                console.print(line(progress, spans.current, fps, duration))
+                console.print(line(progress, timer.current, fps, duration))
     return progress

@@ -1,7 +1,7 @@
-"""Where the frames go: an MP4 file, a folder of PNGs, or raw pixels on stdout.
+"""Sinks, which frames and sound are written to: an MP4 file, a folder of PNG files, or raw pixels on stdout.
 
-When `write` returns, its frames are the operating system's: no later death of this process, not even SIGKILL, loses
-them. Frame k is shown at k / fps seconds and sample j is heard at j / rate, whatever the sizes of the writes.
+When `write` returns, the operating system has the frames: they survive if the process is killed, even by SIGKILL. Frame
+k is shown at k / fps seconds and sample j is heard at j / rate, whatever the sizes of the writes.
 """
 
 import io
@@ -27,7 +27,7 @@ from PIL import Image
 from model.errors import UserError
 from model.files import replacing
 
-_FORMS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
+_KINDS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
 
 _DELAY = 1024  # samples by which the AAC encoder's first packet comes before the first sample
 _LAYOUTS = {1: "mono", 2: "stereo"}
@@ -77,10 +77,10 @@ class Sink(ABC):
 class Mp4Sink(Sink):
     """H.264 (BT.709, limited range, 4:2:0) and AAC in an MP4 that can be played while it loads.
 
-    Until closed, the frames are in `NAME.part.mp4` beside the target: a fragmented MP4 to which every `write` adds one
-    complete fragment, so that it can be played at any time and after any death; its sound then lacks up to the last
-    3071 samples (64 ms at 48 kHz), which are on their way through the encoder. Closing copies the packets into an
-    ordinary MP4 under a temporary name, which then takes the target's.
+    Until the sink is closed, the frames are in `NAME.part.mp4` beside the target, a fragmented MP4. Every `write` adds
+    one complete fragment, so the file is playable at any time, even if the process is killed. Its sound then lacks up
+    to the last 3071 samples (64 ms at 48 kHz), which the encoder still holds. Closing copies the packets into an
+    ordinary MP4 under a temporary name and renames that to the target.
 
     The AAC encoder's first packet holds 1024 samples of silence, which an edit list of the finished file skips. A
     fragmented file has none, so there both streams begin that much later instead.
@@ -100,8 +100,8 @@ class Mp4Sink(Sink):
         self._rate, self._tick = rate, Fraction(1, rate)  # the unit of all times is one sample
         self._period = rate // fps  # ticks from frame to frame
         self._samples = self._fragments = self._size = 0
-        self._torn = False  # a write was broken off: what the encoders hold does not follow what the file holds
-        self._full = False  # the part file can grow no more
+        self._torn = False  # a write was interrupted, so that the encoders are ahead of the file
+        self._full = False  # the part file cannot grow any more
         self._to_yuv = VideoReformatter()
         self._encoder, self._video, self._audio = _encoders(width, height, fps, rate, channels)
         self._header = self._muxed([])
@@ -241,7 +241,7 @@ class FolderSink(Sink):
 
 
 class StdoutSink(Sink):
-    """Raw RGB24 pixels, frame after frame, on a binary stream; the sound has no place there and is dropped."""
+    """Raw RGB24 pixels, frame after frame, on a binary stream. The sound is dropped."""
 
     def __init__(self, file: RawIOBase, width: int, height: int, channels: int) -> None:
         super().__init__(width, height, channels)
@@ -255,15 +255,16 @@ class StdoutSink(Sink):
             raise UserError(f"{reason}; keep its reader running") from error
 
     def close(self) -> None:
-        """Does nothing: stdout was open before and stays so."""
+        """Does nothing: the sink did not open stdout."""
 
 
 def open_sink(out: str, width: int, height: int, fps: int, rate: int, channels: int) -> Sink:
-    """The sink that the user means by `out`.
+    """Opens the sink that the command-line value `out` names.
 
-    NAME.mp4 is a video (`Mp4Sink`), a path that ends in / or has no suffix a folder of PNG files (`FolderSink`), "-"
-    raw pixels on stdout (`StdoutSink`). Frames are `width` x `height` pixels, `fps` a second; the sound has `rate`
-    samples a second and 1 or 2 `channels`. Raises `UserError` for another suffix and a place that cannot be written.
+    NAME.mp4 is a video (`Mp4Sink`). A path that ends in / or has no suffix is a folder of PNG files (`FolderSink`). "-"
+    is raw pixels on stdout (`StdoutSink`). Frames are `width` x `height` pixels at `fps` frames a second; the sound has
+    `rate` samples a second and 1 or 2 `channels`. Raises `UserError` for another suffix, or a place that cannot be
+    written.
     """
     path = Path(out)
     if out == "-":
@@ -272,7 +273,7 @@ def open_sink(out: str, width: int, height: int, fps: int, rate: int, channels: 
         return FolderSink(path, width, height, rate, channels)
     if path.suffix.lower() == ".mp4":
         return Mp4Sink(path, width, height, fps, rate, channels)
-    raise UserError(f"{out!r} is no known kind of output; give {_FORMS}")
+    raise UserError(f"{out!r} is no known kind of output; give {_KINDS}")
 
 
 def _wav_header(rate: int, channels: int, size: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Where the voice comes from: a file or raw samples on stdin, cut into one slice of sound per chunk of video.
+"""Sources of the voice: an audio file, or raw samples on stdin, cut into one slice of sound per chunk of video.
 
-A slice holds the same stretch of time twice: as the speech encoder hears it (mono, 16 kHz) and as the viewer does (one
-or two channels, at the source's `rate`). The viewer's sample `rate / sample_rate * j` is the encoder's sample `j`.
+A slice holds the same stretch of time twice: for the speech encoder (mono, 16 kHz), and for the viewer (one or two
+channels, at the source's `rate`). The viewer's sample `rate / sample_rate * j` is the encoder's sample `j`.
 """
 
 import stat
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from model.config import ChunkConfig
 from model.errors import UserError
 
-SOUND_RATE = 48_000  # of what the viewer of a file hears, Hz
-LOUDEST = 100  # of a file's samples, in units of full scale: beyond that they are not meant as sound
-FILE_RATES = range(1_000, 768_001)  # of a file, Hz
+SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
+LOUDEST = 100  # in units of full scale; a file with larger samples does not hold sound in [-1, 1]
+FILE_RATES = range(1_000, 768_001)  # Hz, that files may have
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 
 
@@ -65,13 +65,13 @@ class Source(ABC):
 class FileSource(Source):
     """An audio file: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), 1 to 768 kHz, any number of channels.
 
-    The speech is the mean of all channels. The sound keeps one or two channels as they are; more become that mean.
-    n samples at r Hz become max(1, floor(n * sample_rate / r + 1/2)) of speech, and of sound as many times 3: what the
-    resamplers give beyond that at the very end is cut, what is missing there is zero.
+    The speech is the mean of all channels. The sound keeps one or two channels as they are; more than two become their
+    mean. n samples at r Hz become max(1, floor(n * sample_rate / r + 1/2)) samples of speech, and three times that
+    number of sound. At the very end, resampled samples beyond these numbers are cut, and missing ones are zero.
 
-    Construction reads the file once, so that what is wrong with it is known before anything is generated. Raises
-    `UserError` if the file is missing, is no readable audio, is empty, or holds samples that are not finite; and in
-    the course of an iteration, after the slices of all that could be read, if it has become unreadable since.
+    Construction reads the whole file once, so that its faults are known before anything is generated. Raises
+    `UserError` if the file is missing, is not readable audio, is empty, or holds samples that are not finite. Iteration
+    raises it too, after the slices that could be read, if the file has become unreadable since.
     """
 
     def __init__(self, audio: str, chunk: ChunkConfig) -> None:
@@ -158,8 +158,8 @@ class FileSource(Source):
 class StdinSource(Source):
     """Raw PCM, signed 16-bit little-endian, mono, at `chunk.sample_rate`, on a pipe that ends whenever it likes.
 
-    A slice is given as soon as its last sample has come; the viewer hears the samples as they are. An odd byte at the
-    end is ignored. Raises `UserError` if the pipe ends before the first sample.
+    A slice is yielded as soon as its last sample has arrived; the viewer hears the samples as they are. An odd byte at
+    the end is ignored. Raises `UserError` if the pipe ends before the first sample.
     """
 
     channels = 1
@@ -179,7 +179,7 @@ class StdinSource(Source):
             raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
 
     def close(self) -> None:
-        """Does nothing: stdin was open before and stays so."""
+        """Does nothing: the source did not open stdin."""
 
     def _read(self, size: int) -> bytes:
         """The next `size` bytes, waiting for these but for no more; fewer at the end, whole samples only."""
@@ -190,7 +190,7 @@ class StdinSource(Source):
 
 
 def open_source(audio: str, chunk: ChunkConfig) -> Source:
-    """The source that the user means by `audio`: "-" for raw PCM on stdin (`StdinSource`), else a file (`FileSource`).
+    """Opens the source that the command-line value `audio` names: "-" is raw PCM on stdin, anything else is a file.
 
     Raises `UserError` for a file that cannot be used.
     """
@@ -202,7 +202,7 @@ def open_source(audio: str, chunk: ChunkConfig) -> Source:
 
 
 class _SequentialFile(soundfile.SoundFile):
-    """Read from front to back: soundfile would seek after every read, and as seeks in MP3 are inexact, garble it."""
+    """A file that is read from front to back. soundfile would seek after every read, and seeks in MP3 are inexact."""
 
     def seekable(self) -> bool:
         return False
@@ -223,6 +223,6 @@ def _open_audio(audio: str) -> soundfile.SoundFile:
 
 
 def _fitted(signal: NDArray[np.float32], length: int) -> NDArray[np.float32]:
-    """`signal` cut or zero-padded at its end to `length` samples; axis 0 is time."""
+    """`signal`, cut or zero-padded at its end to `length` samples; axis 0 is time."""
     missing = max(0, length - len(signal))
     return np.pad(signal[:length], [(0, missing)] + [(0, 0)] * (signal.ndim - 1))

@@ -37,7 +37,7 @@ from model.tensors import fill
 from model.text import TextEncoder
 from model.vae import VAE
 from streaming.generator import ChunkGenerator, first_frame_mask
-from streaming.spans import Spans
+from streaming.timers import StageTimer
 
 CPU = torch.device("cpu")
 M = TypeVar("M", DiT, VAE, TextEncoder, ImageEncoder, SpeechEncoder, AudioProjector)
@@ -238,7 +238,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
     def noise(_seed: int | Tensor, c: int | Tensor, draw: int) -> Tensor:
         return case[f"in.noise.chunk{c}"][draw].transpose(0, 1)
 
-    generator = ChunkGenerator(models, Spans(CPU), noise)
+    generator = ChunkGenerator(models, StageTimer(CPU), noise)
     portrait = resize_center_crop(Image.fromarray(case["in.image"].numpy()), config.chunk.height, config.chunk.width)
     ids = case["in.ids"][0][case["in.mask"][0].bool()]
     conditions = generator.prepare(portrait, ids)

@@ -18,13 +18,13 @@ from kernels.lab_transfer import to_bytes
 from model.checkpoint import Models, random_models
 from model.compiled import compile_models, warm
 from model.config import PRECISIONS, TINY, ChunkConfig, Config
+from streaming.audio_features import on_stream
+from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
-from streaming.session import beside
 from streaming.sources import Slice
-from streaming.spans import Spans
-from streaming.stages import CudaGraphs
-from tests.lanes import Lane, Memory, Orders
-from tests.tape import Pool
+from streaming.timers import StageTimer
+from tests.fake_graphs import FakeGraphs
+from tests.fake_streams import EveryOrder, FakeStream, MemoryReuse
 
 CPU = torch.device("cpu")
 CHUNK = ChunkConfig(height=32, width=48, frame_num=17, motion_frames_num=5, sample_steps=2)
@@ -40,7 +40,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def generator(models: Models) -> ChunkGenerator:
-    return ChunkGenerator(models, Spans(CPU))
+    return ChunkGenerator(models, StageTimer(CPU))
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_a_chunk_is_a_function_of_its_state(generator: ChunkGenerator, condition
 
 def test_recorded_chunks_are_those_that_are_not(models: Models, conditions: Conditions) -> None:
     """Bit for bit, whatever changes between chunks: state, sound, portrait and prompt, seed, session."""
-    eager = ChunkGenerator(models, Spans(CPU))
-    recorded = ChunkGenerator(models, Spans(CPU), record=Pool)
+    eager = ChunkGenerator(models, StageTimer(CPU))
+    recorded = ChunkGenerator(models, StageTimer(CPU), new_capture=FakeGraphs)
     other = eager.prepare(IMAGE.flip(2), IDS[1:])
     state = eager.start(conditions, seed=2**63 + 5)
     states, kept = [state], []
@@ -115,10 +115,10 @@ def drawn_in(chunk: Generator[Frames, None, State]) -> tuple[list[Tensor], State
 
 @torch.inference_mode()
 def test_any_order_that_waits_allow_gives_the_same(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what recorded chunks give to lanes, also where the portrait, the seed or the session changes."""
-    orders = Orders()
-    monkeypatch.setattr("streaming.generator.Lane", orders.lane)
-    generator = ChunkGenerator(models, Spans(CPU), record=Pool)
+    """Of what recorded chunks give to streams, also where the portrait, the seed or the session changes."""
+    orders = EveryOrder()
+    monkeypatch.setattr("streaming.generator.SideStream", orders.new_stream)
+    generator = ChunkGenerator(models, StageTimer(CPU), new_capture=FakeGraphs)
     portraits = [generator.prepare(IMAGE, IDS), generator.prepare(IMAGE // 2, IDS[1:])]
     state, voices, drawn = generator.start(portraits[0], 5), [window(c) for c in range(9)], []
     with orders:
@@ -139,12 +139,12 @@ def test_no_memory_is_given_away_while_another_lane_may_read_it(
     models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stages are launched, not recorded, and sound is heard beside them."""
-    lanes = Memory()
-    monkeypatch.setattr("streaming.generator.Lane", lanes.lane)
-    generator = ChunkGenerator(models, Spans(CPU))
+    streams = MemoryReuse()
+    monkeypatch.setattr("streaming.generator.SideStream", streams.new_stream)
+    generator = ChunkGenerator(models, StageTimer(CPU))
     voices = iter([window(c) for c in range(4)])
-    with lanes:
-        hear = beside(lambda _: next(voices) * 2, generator.early)
+    with streams:
+        hear = on_stream(lambda _: next(voices) * 2, generator.audio_stream)
         state = generator.start(conditions, 0)
         for _ in range(4):
             _, state = drawn_in(generator.chunk(conditions, state, hear(cast(Slice, None))))
@@ -154,21 +154,21 @@ def test_no_memory_is_given_away_while_another_lane_may_read_it(
 def test_a_chunks_audio_waits_for_the_last_chunks_steps_only(
     models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    orders, shown = Orders(), []
+    orders, shown = EveryOrder(), []
     decode_step = models.vae.decode_step
 
     def step(latent: Tensor, past: Any, wanted: bool) -> Any:
         if wanted:
-            shown.append(orders.mark())
+            shown.append(orders.event())
         return decode_step(latent, past, wanted)
 
-    monkeypatch.setattr("streaming.generator.Lane", orders.lane)
+    monkeypatch.setattr("streaming.generator.SideStream", orders.new_stream)
     monkeypatch.setattr(models.vae, "decode_step", step)
-    generator = ChunkGenerator(models, Spans(CPU))
+    generator = ChunkGenerator(models, StageTimer(CPU))
     with orders:
         _, state = drawn_in(generator.chunk(conditions, generator.start(conditions, 0), window(0)))
         next(generator.chunk(conditions, state, window(1)))
-    waits = [entry for entry in orders.given[cast(Lane, generator.early).number] if len(entry) == 2]
+    waits = [entry for entry in orders.given[cast(FakeStream, generator.audio_stream).number] if len(entry) == 2]
     assert waits[0] < waits[1] <= shown[0]
 
 
@@ -188,7 +188,7 @@ def test_the_detector_of_waits_detects() -> None:
 
 
 def test_nothing_in_a_chunk_waits_for_its_values(models: Models, conditions: Conditions) -> None:
-    generator = ChunkGenerator(models, Spans(CPU))
+    generator = ChunkGenerator(models, StageTimer(CPU))
     state = generator.start(conditions, 0)
     for c in range(2):
         with Waits():
@@ -211,7 +211,7 @@ def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest
     # The student's block: in general, and as the last one, which drops one known latent in the first chunk and two in
     # later ones. Encoder and decoder at a clip's start and behind it; the decoder with frames, and of two latents, too.
     assert len(compiled) == 9
-    generator = ChunkGenerator(small, Spans(CPU))
+    generator = ChunkGenerator(small, StageTimer(CPU))
     portraits = [generator.prepare(IMAGE, IDS), generator.prepare(IMAGE.flip(1), IDS[2:])]
     for seed in (1, 2):
         state = generator.start(portraits[0], seed)
@@ -231,13 +231,13 @@ def test_an_error_inside_a_chunk_leaves_the_generator_usable(
     models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of memory, say, wherever it occurs, and also while stages are recorded."""
-    eager = ChunkGenerator(models, Spans(CPU))
+    eager = ChunkGenerator(models, StageTimer(CPU))
     state = eager.start(conditions, 1)
     want, after = collect(eager.chunk(conditions, state, window(0)))
     following, _ = collect(eager.chunk(conditions, after, window(1)))
     names = {models.dit: ("forward",), models.vae: ("decode_step", "encode_step")}
     for owner, name in ((owner, name) for owner, names in names.items() for name in names):
-        recorded = ChunkGenerator(models, Spans(CPU), record=Pool)
+        recorded = ChunkGenerator(models, StageTimer(CPU), new_capture=FakeGraphs)
         for generator in (eager, recorded, recorded, recorded):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, Mock(side_effect=torch.OutOfMemoryError("too little")))
@@ -249,7 +249,7 @@ def test_an_error_inside_a_chunk_leaves_the_generator_usable(
 
 
 def test_another_generator_of_the_same_models_agrees(models: Models, conditions: Conditions) -> None:
-    one, two = (ChunkGenerator(models, Spans(CPU)) for _ in range(2))
+    one, two = (ChunkGenerator(models, StageTimer(CPU)) for _ in range(2))
     state = one.start(conditions, seed=1)
     first = collect(one.chunk(conditions, state, window(1)))[0]
     assert torch.equal(first, collect(two.chunk(conditions, state, window(1)))[0])
@@ -299,7 +299,7 @@ def test_colours_follow_the_portrait(generator: ChunkGenerator, conditions: Cond
 def test_other_geometries(models: Models, frame_num: int, motion: int) -> None:
     """Also with more motion frames than new ones, when some are fed back without being shown."""
     config = replace(CONFIG, chunk=replace(CHUNK, frame_num=frame_num, motion_frames_num=motion))
-    generator = ChunkGenerator(replace(models, config=config), Spans(CPU))
+    generator = ChunkGenerator(replace(models, config=config), StageTimer(CPU))
     conditions = generator.prepare(IMAGE, IDS)
     state = generator.start(conditions, 0)
     for c in range(2):
@@ -315,13 +315,13 @@ def test_bytes_are_the_pixels(generator: ChunkGenerator, conditions: Conditions)
 
 
 def test_spans_carry_the_agreed_names(models: Models) -> None:
-    spans = Spans(CPU)
-    generator = ChunkGenerator(models, spans)
+    timer = StageTimer(CPU)
+    generator = ChunkGenerator(models, timer)
     conditions = generator.prepare(IMAGE, IDS)
     collect(generator.chunk(conditions, generator.start(conditions, 0), window(1)))
-    counts = {name: stage["count"] for name, stage in spans.summary().items()}
+    counts = {name: stage["count"] for name, stage in timer.summary().items()}
     assert counts == {"audio": 1, "denoise/step": 2, "decode": 4, "color": 2, "motion": 1}
-    assert all(stage["total_s"] >= stage["max_s"] >= stage["median_s"] > 0 for stage in spans.summary().values())
+    assert all(stage["total_s"] >= stage["max_s"] >= stage["median_s"] > 0 for stage in timer.summary().values())
 
 
 @pytest.mark.gpu
@@ -340,7 +340,7 @@ def test_gpu_draws_what_the_cpu_draws(
         models.dit.quantize(policy)
     if PRECISIONS[precision].fp8_attention:
         models.dit.attend_in_fp8()
-    there = ChunkGenerator(replace(models, device=cuda), Spans(cuda))
+    there = ChunkGenerator(replace(models, device=cuda), StageTimer(cuda))
     same = there.prepare(IMAGE, IDS)
     got, _ = collect(there.chunk(same, there.start(same, 3), window(1)))
     assert torch.linalg.norm(got.cpu() - want) < bound * torch.linalg.norm(want)
@@ -355,7 +355,7 @@ def test_gpu_graphs_draw_what_launches_draw(precision: str) -> None:
     models = random_models(CONFIG, cuda, PRECISIONS[precision])
     compile_models(models)
     recording = partial(CudaGraphs, cuda)
-    generators = [ChunkGenerator(models, Spans(cuda), record=r) for r in (None, recording, recording)]
+    generators = [ChunkGenerator(models, StageTimer(cuda), new_capture=r) for r in (None, recording, recording)]
     portraits = [(g.prepare(IMAGE, IDS), g.prepare(IMAGE.flip(2), IDS[1:])) for g in generators]
     states = [generator.start(both[0], 5) for generator, both in zip(generators, portraits, strict=True)]
     drawn: list[list[Tensor]] = [[], [], []]

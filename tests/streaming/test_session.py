@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from model.audio import SpeechEncoder
 from model.config import ChunkConfig
 from model.errors import UserError
+from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer, stream_featurizer
 from streaming.generator import Frames
-from streaming.session import AHEAD, Listener, Progress, Session, beside, once_listener, report, run, stream_listener
+from streaming.session import Session, report, run
 from streaming.sinks import Sink
 from streaming.sources import Slice
-from streaming.spans import Spans
-from streaming.stages import Lane
+from streaming.streams import SideStream
+from streaming.timers import StageTimer
+from streaming.writer import MAX_QUEUED, Progress
 
 CPU = torch.device("cpu")
 CHUNK = ChunkConfig(height=16, width=16)
@@ -56,12 +58,12 @@ def test_the_frame_that_is_shown_hears_the_sound_that_is_heard(mode: str, burst:
     speech = np.full(67 * 640, 0.01, np.float32)
     speech[burst * 640 : (burst + 1) * 640] = 0.5
     encoder, slices = cast(SpeechEncoder, LoudnessOfEachFrame()), sliced(speech)
-    listeners: dict[str, Callable[[], Listener]] = {
-        "stream": lambda: stream_listener(encoder, CHUNK),
-        "once": lambda: once_listener(encoder, CHUNK, slices),
+    featurizers: dict[str, Callable[[], AudioFeaturizer]] = {
+        "stream": lambda: stream_featurizer(encoder, CHUNK),
+        "once": lambda: once_featurizer(encoder, CHUNK, slices),
     }
-    hear = listeners[mode]()
-    windows = [hear(item) for item in slices]
+    featurize = featurizers[mode]()
+    windows = [featurize(item) for item in slices]
     shown = torch.cat([window[CHUNK.motion_frames_num :, 2, 0, 0] for window in windows])[:67]
     assert shown.argmax() == burst
     # A chunk's motion frames hear what they heard when they were shown.
@@ -79,7 +81,7 @@ def test_no_frame_of_a_track_heard_at_once_is_stretched(frames: int) -> None:
             heard.append(len(wave))
             return super().forward(wave, sample_rate, fps)
 
-    once_listener(cast(SpeechEncoder, Encoder()), CHUNK, sliced(np.full(frames * 640, 0.1, np.float32)))
+    once_featurizer(cast(SpeechEncoder, Encoder()), CHUNK, sliced(np.full(frames * 640, 0.1, np.float32)))
     assert math.trunc(heard[0] / 16000 * 25) * 640 == heard[0]
 
 
@@ -119,18 +121,18 @@ class Kept(Sink):
 @given(st.integers(1, 4 * 17920), st.sampled_from([1, 3]), st.sampled_from([1, 2]))
 def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int, channels: int) -> None:
     speech = np.random.default_rng(samples).uniform(-1, 1, samples).astype(np.float32)
-    slices, sink, spans = sliced(speech, factor, channels), Kept(channels), Spans(CPU)
+    slices, sink, timer = sliced(speech, factor, channels), Kept(channels), StageTimer(CPU)
     sink.factor = factor
     session = cast(Session, GroupsOfFour())
     progress = Progress()
-    for progress in run(session, slices, lambda _: torch.zeros(0), sink, CHUNK, spans):
+    for progress in run(session, slices, lambda _: torch.zeros(0), sink, CHUNK, timer):
         assert progress.frames <= len(sink.pictures)  # what is reported is in the sink
     assert progress.frames == -(-samples // 640)
     assert progress.chunks == len(slices)
     assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(progress.frames)]
     assert np.array_equal(np.concatenate(sink.sounds), np.concatenate([item.sound for item in slices]))
     assert (progress.fps is None) == (progress.frames // 28 < 2)
-    values = report(progress, spans, CPU, {"seed": 1})
+    values = report(progress, timer, CPU, {"seed": 1})
     assert 0 < values["startup_s"] < values["cold_start_s"]
     assert values["spans"]["audio"]["count"] == len(slices)
     assert values["settings"] == {"seed": 1}
@@ -148,7 +150,7 @@ def test_frames_do_not_wait_for_the_next_slice() -> None:
             there.append(sink.frames)
             yield item
 
-    list(run(cast(Session, GroupsOfFour()), source(), lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+    list(run(cast(Session, GroupsOfFour()), source(), lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
     assert there == [0, 28, 56]
 
 
@@ -165,11 +167,11 @@ def test_what_the_sink_raises_ends_the_run() -> None:
     """Within as many groups as may wait for it, and not at the end of an endless sound."""
     sink, endless = Failing(1), itertools.repeat(sliced(np.zeros(17920, np.float32))[0])
     with pytest.raises(UserError, match=r"^the disk is full$"):
-        list(run(cast(Session, GroupsOfFour()), endless, lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+        list(run(cast(Session, GroupsOfFour()), endless, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
     assert len(sink.pictures) == 8
 
 
-def test_the_generator_is_at_most_so_far_ahead_of_the_sink() -> None:
+def test_at_most_max_queued_groups_wait_for_the_sink() -> None:
     gate, made, session = threading.Event(), [], GroupsOfFour()
 
     class Slow(Kept):
@@ -179,16 +181,16 @@ def test_the_generator_is_at_most_so_far_ahead_of_the_sink() -> None:
 
     def play() -> None:
         slices = sliced(np.zeros(4 * 17920, np.float32))
-        made.extend(run(cast(Session, session), slices, lambda _: torch.zeros(0), sink, CHUNK, Spans(CPU)))
+        made.extend(run(cast(Session, session), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
 
     sink = Slow(1)
     thread = threading.Thread(target=play)
     thread.start()
     deadline = time.monotonic() + 30
-    while len(made) < AHEAD and time.monotonic() < deadline:
+    while len(made) < MAX_QUEUED and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.05)  # longer than the rest would take
-    assert len(made) == AHEAD
+    assert len(made) == MAX_QUEUED
     gate.set()
     thread.join(30)
     assert len(sink.pictures) == session.number == 4 * 28
@@ -198,7 +200,7 @@ def test_an_interruption_waits_for_the_write_under_way_only() -> None:
     sink = Kept(1)
     steps = run(
         cast(Session, GroupsOfFour()), sliced(np.zeros(17920, np.float32)), lambda _: torch.zeros(0), sink, CHUNK,
-        Spans(CPU),
+        StageTimer(CPU),
     )  # fmt: skip
     next(steps)
     with pytest.raises(KeyboardInterrupt):
@@ -214,7 +216,7 @@ def test_gpu_hears_beside_what_it_is_doing() -> None:
     cuda = torch.device("cuda")
     encoder = cast(SpeechEncoder, LoudnessOfEachFrame().to(cuda))
     slices = sliced(np.random.default_rng(0).uniform(-1, 1, 4 * 17920).astype(np.float32))
-    there, alone = beside(stream_listener(encoder, CHUNK), Lane(cuda)), stream_listener(encoder, CHUNK)
+    there, alone = on_stream(stream_featurizer(encoder, CHUNK), SideStream(cuda)), stream_featurizer(encoder, CHUNK)
     want = [alone(item) for item in slices]
     torch.cuda.synchronize()
     torch.cuda._sleep(2**30)  # clock cycles
@@ -236,5 +238,7 @@ def test_gpu_frames_reach_the_sink_though_their_memory_is_used_again() -> None:
             for frames in super().frames(window):
                 yield Frames(frames.pixels, place.copy_(frames.rgb))
 
-    list(run(cast(Session, Replayed()), slices, lambda _: torch.zeros(0), sink, CHUNK, Spans(torch.device("cuda"))))
+    list(
+        run(cast(Session, Replayed()), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(torch.device("cuda")))
+    )
     assert [picture[0, 0, 0] for picture in sink.pictures] == [k % 256 for k in range(84)]

@@ -1,7 +1,7 @@
-"""Named stages of the loop and how long they take.
+"""Timers of the loop's stages: wall time on a CPU, time between CUDA events on a GPU.
 
 The names are the same in reports, traces (`torch.profiler`, NVTX) and the progress line: audio, denoise/step, decode,
-color, motion; and emit, in reports only, which another thread does.
+color, motion. Reports also have emit, which runs in the writer's thread.
 """
 
 import statistics
@@ -17,7 +17,7 @@ HISTORY = 4096  # durations kept per name for the median; count, sum and maximum
 
 
 @dataclass
-class _Stage:
+class _Durations:
     count: int = 0
     total: float = 0.0
     longest: float = 0.0
@@ -30,18 +30,18 @@ class _Stage:
         self.recent.append(seconds)
 
 
-class Spans:
-    """Times stages: wall time on the CPU, time between events on a CUDA stream, without synchronising it."""
+class StageTimer:
+    """Times named stages. On a GPU it never synchronises: it reads CUDA events once the GPU has passed them."""
 
     def __init__(self, device: torch.device) -> None:
         self.current = ""  # the stage that is running, or ran last
         self._cuda = device.type == "cuda"
-        self._stages: dict[str, _Stage] = {}
+        self._stages: dict[str, _Durations] = {}
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Times the body under `name`."""
+    def time(self, name: str) -> Iterator[None]:
+        """Times the body as one call of the stage `name`."""
         self.current = name
         nvtx = torch.cuda.nvtx.range(name) if self._cuda else nullcontext()
         with torch.profiler.record_function(name), nvtx:
@@ -51,14 +51,18 @@ class Spans:
                 yield
                 end.record()
                 self._pending.append((name, start, end))
-                self._resolve()
+                self._read_events()
             else:
                 begin = time.perf_counter()
                 yield
                 self.add(name, time.perf_counter() - begin)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Counts a call of a stage that was timed elsewhere, for example in another thread."""
+        self._stages.setdefault(name, _Durations()).add(seconds)
+
     def summary(self) -> dict[str, dict[str, float]]:
-        """Per name: count, and seconds in total, at the median and at most."""
+        """Per stage: number of calls, and seconds in total, at the median and at most."""
         self._finish()
         return {
             name: {
@@ -71,20 +75,16 @@ class Spans:
         }
 
     def samples(self) -> dict[str, tuple[float, ...]]:
-        """Per name, the seconds of its last `HISTORY` calls."""
+        """Per stage, the seconds of its last `HISTORY` calls."""
         self._finish()
         return {name: tuple(stage.recent) for name, stage in self._stages.items()}
 
     def _finish(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
-            self._resolve()
+            self._read_events()
 
-    def add(self, name: str, seconds: float) -> None:
-        """Counts a call of a stage that was timed elsewhere, in another thread for example."""
-        self._stages.setdefault(name, _Stage()).add(seconds)
-
-    def _resolve(self) -> None:
+    def _read_events(self) -> None:
         """Reads the event pairs that the GPU has passed; the others wait for a later call."""
         while self._pending and self._pending[0][2].query():
             name, start, end = self._pending.popleft()
