@@ -26,11 +26,11 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
-from model.slots import Slot
-from model.tensors import pinned
+from model.slots import ParamMapping
+from model.tensors import pin_memory_for
 
-LOUDNESS = -23.0  # LUFS that the speech encoder is given
-BLOCK = 0.4  # seconds of a gating block of ITU-R BS.1770
+TARGET_LUFS = -23.0  # LUFS that the speech encoder is given
+GATING_BLOCK = 0.4  # seconds of a gating block of ITU-R BS.1770
 MAX_GAIN = 30.0  # dB either way, in a `Ring`
 MAX_GAIN_RATE = 6.0  # dB a second, in a `Ring`: slow beside syllables, quick enough to mend a first guess
 
@@ -43,15 +43,17 @@ def _loudness(wave: NDArray[np.floating], sample_rate: int, block: float) -> flo
     return loudness if abs(loudness) <= 100 else None
 
 
-def normalize_loudness(wave: NDArray[np.floating], sample_rate: int, target: float = LOUDNESS) -> NDArray[np.floating]:
+def normalize_loudness(
+    wave: NDArray[np.floating], sample_rate: int, target: float = TARGET_LUFS
+) -> NDArray[np.floating]:
     """`wave` times 10^((target - loudness) / 20), its integrated loudness by ITU-R BS.1770 (gated, mono) in LUFS.
 
     Float32 or float64 [N] -> the same dtype and shape; not clipped. Where the loudness cannot be measured, as in
     silence, the wave comes back unchanged. Raises `ValueError` below 0.4 s, the length of a gating block.
     """
-    if wave.ndim != 1 or len(wave) < BLOCK * sample_rate:
-        raise ValueError(f"wave: got {wave.shape}, wanted [N] of at least {BLOCK} s at {sample_rate} Hz")
-    loudness = _loudness(wave, sample_rate, BLOCK)
+    if wave.ndim != 1 or len(wave) < GATING_BLOCK * sample_rate:
+        raise ValueError(f"wave: got {wave.shape}, wanted [N] of at least {GATING_BLOCK} s at {sample_rate} Hz")
+    loudness = _loudness(wave, sample_rate, GATING_BLOCK)
     return wave if loudness is None else wave * 10 ** ((target - loudness) / 20)
 
 
@@ -92,14 +94,14 @@ class Ring:
 
     def _next_gain(self, raw: NDArray[np.float32]) -> float | None:
         rate = self.chunk.sample_rate
-        loudness = _loudness(raw.astype(np.float64), rate, min(BLOCK, len(raw) / rate))
+        loudness = _loudness(raw.astype(np.float64), rate, min(GATING_BLOCK, len(raw) / rate))
         if loudness is None:
             return self.gain
-        wanted = min(max(LOUDNESS - loudness, -MAX_GAIN), MAX_GAIN)
+        wanted = min(max(TARGET_LUFS - loudness, -MAX_GAIN), MAX_GAIN)
         if self.gain is None:
             return wanted
-        most = MAX_GAIN_RATE * self.chunk.slice_samples / rate
-        return min(max(wanted, self.gain - most), self.gain + most)
+        max_change = MAX_GAIN_RATE * self.chunk.slice_samples / rate
+        return min(max(wanted, self.gain - max_change), self.gain + max_change)
 
 
 def official_name(key: str) -> str | None:
@@ -126,9 +128,9 @@ class SpeechEncoder(nn.Module):
         self.model = Wav2Vec2Model(Wav2Vec2Config(**settings))
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
+    def param_map(self) -> dict[str, ParamMapping]:
         """Where the tensors of the official speech checkpoint go."""
-        return {name: Slot(tuple(t.shape), (f"model.{name}",)) for name, t in self.model.state_dict().items()}
+        return {name: ParamMapping(tuple(t.shape), (f"model.{name}",)) for name, t in self.model.state_dict().items()}
 
     def forward(self, wave: Tensor, sample_rate: int, fps: int) -> Tensor:
         """Speech features of each video frame, float32 [N] samples -> float32 [frames, layers, channels].
@@ -193,6 +195,6 @@ def stream_window(encoder: SpeechEncoder, samples: NDArray[np.float32] | Tensor,
     if tuple(samples.shape) != (chunk.cached_samples,):
         raise ValueError(f"samples: got {tuple(samples.shape)}, wanted [{chunk.cached_samples}]")
     device = next(encoder.parameters()).device
-    wave = pinned(torch.as_tensor(samples), device).to(device, non_blocking=True)
+    wave = pin_memory_for(torch.as_tensor(samples), device).to(device, non_blocking=True)
     embedding = encoder(wave, chunk.sample_rate, chunk.tgt_fps)  # [cached_frames, L, C]
     return windows(embedding, chunk.cached_frames - chunk.frame_num, chunk.cached_frames)

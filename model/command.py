@@ -8,13 +8,13 @@ import typer
 from model.errors import UserError
 
 
-def choice(option: str, value: str, known: Iterable[str]) -> None:
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Raises `UserError` unless the value is one of those known."""
-    if value not in (names := list(known)):
+    if value not in (names := list(choices)):
         raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
 
 
-def run(app: typer.Typer, interrupted: str) -> int:
+def run_app(app: typer.Typer, interrupted: str) -> int:
     """Runs a command line; gives 0, 2 after a mistake of the user's, said in one line, or 130 after Ctrl-C."""
     try:
         app(standalone_mode=False)

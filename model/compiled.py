@@ -19,12 +19,14 @@ from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.checkpoint import Models, load_models, random_models
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
-from model.machine import cache_folder
+from model.machine import device_cache_dir
 from model.vae import VAE, decode_groups
 
-GLANCE = 1.0  # seconds that loading is given to fail
-LAYERS = 2  # of a student that stands in for another
-KEPT = 1024  # compiled forms of a function: three or four for each geometry, where torch gives up at the ninth
+FAIL_FAST_SECONDS = 1.0  # seconds that loading is given to fail
+STAND_IN_LAYERS = 2  # of a student that stands in for another
+RECOMPILE_LIMIT = (
+    1024  # compiled forms of a function: three or four for each geometry, where torch gives up at the ninth
+)
 
 
 def compile_models(models: Models) -> None:
@@ -32,16 +34,16 @@ def compile_models(models: Models) -> None:
 
     Each geometry that a process meets is compiled once, and stays.
     """
-    keep_all_forms()
+    raise_recompile_limit()
     compile_student(models.dit)
     if models.device.type == "cpu":
         compile_vae(models.vae)
 
 
-def keep_all_forms() -> None:
+def raise_recompile_limit() -> None:
     """From now on torch compiles a function for every shape that it meets, and neither gives up nor runs it eagerly."""
     dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = KEPT
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
 
 
 def compile_student(dit: DiT) -> None:
@@ -56,18 +58,18 @@ def compile_vae(vae: VAE) -> None:
     vae.encoder.compile(dynamic=False)
 
 
-def stand_in(config: Config, device: torch.device, precision: Precision) -> Models:
+def stand_in_models(config: Config, device: torch.device, precision: Precision) -> Models:
     """Networks of random weights for which the same is compiled as for those of `config`, at a fraction of their size.
 
     The student's blocks are alike but for the last one. The encoders run before a session, as they are: any will do.
     """
-    dit = replace(config.dit, num_layers=min(LAYERS, config.dit.num_layers))
-    small = replace(config, dit=dit, text=TINY.text, image=TINY.image, audio=TINY.audio)
-    return random_models(small, device, precision)
+    dit = replace(config.dit, num_layers=min(STAND_IN_LAYERS, config.dit.num_layers))
+    stand_in = replace(config, dit=dit, text=TINY.text, image=TINY.image, audio=TINY.audio)
+    return random_models(stand_in, device, precision)
 
 
 @torch.inference_mode()
-def warm(models: Models) -> None:
+def warm_up(models: Models) -> None:
     """Runs everything that a chunk runs once in each of its shapes, on zeros, so that all is compiled and chosen."""
     config, device = models.config, models.device
     dit, chunk, vae = config.dit, config.chunk, models.vae
@@ -76,11 +78,11 @@ def warm(models: Models) -> None:
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def keys(count: int) -> Tensor:
+    def kv(count: int) -> Tensor:
         return zeros(dit.num_layers, count, dit.num_heads, dit.head_dim, dtype=models.dit.dtype)
 
     context = ContextKV(
-        *map(keys, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), real=zeros(1).int() + 1
+        *map(kv, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=zeros(1).int() + 1
     )
     audio = models.dit.embed_audio(zeros(1, chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels))
     modulation = Modulation(zeros(dit.num_layers, 6, dit.dim), zeros(2, dit.dim))
@@ -88,12 +90,12 @@ def warm(models: Models) -> None:
     dtype = next(vae.parameters()).dtype
     latents = zeros(*config.latent_shape)
     condition = zeros(frames, dit.in_dim - latents.shape[1], rows, columns, dtype=dtype)
-    fed_back = zeros(chunk.motion_frames_num, 3, chunk.height, chunk.width, dtype=dtype)
-    known = len(list(vae.encode(fed_back)))
-    for count in {1, known}:
-        models.dit(latents, condition, modulation, rope, context, audio, known=count)
+    motion_frames = zeros(chunk.motion_frames_num, 3, chunk.height, chunk.width, dtype=dtype)
+    num_motion_latents = len(list(vae.encode(motion_frames)))
+    for count in {1, num_motion_latents}:
+        models.dit(latents, condition, modulation, rope, context, audio, num_motion_latents=count)
     state = None
-    for group in decode_groups(frames, chunk.unseen_frames, config.vae.temporal_stride):
+    for group in decode_groups(frames, chunk.warmup_frames, config.vae.temporal_stride):
         pixels, state = vae.decode_step(latents[group.latents].to(dtype), state, group.shown)
         if group.shown:
             lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
@@ -104,29 +106,29 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
 
     The weights come from the disk while the compilers work, on a stand-in.
     """
-    use_cache(device)
+    use_compile_cache(device)
     if folder is None:
         models = random_models(config, device, precision)
         compile_models(models)
-        warm(models)
+        warm_up(models)
         return models
-    small = stand_in(config, device, precision)
-    compile_models(small)
+    stand_in = stand_in_models(config, device, precision)
+    compile_models(stand_in)
     with ThreadPoolExecutor(1) as background:
         loading = background.submit(load_models, config, folder, device, precision)
-        ready = wait([loading], GLANCE).done  # most mistakes show at once
+        ready = wait([loading], FAIL_FAST_SECONDS).done  # most mistakes show at once
         if not ready:
-            warm(small)
+            warm_up(stand_in)
         models = loading.result()
     compile_models(models)
     if ready:
-        warm(models)
+        warm_up(models)
     return models
 
 
-def use_cache(device: torch.device) -> Path:
-    """Makes Inductor and Triton keep what they compile in the device's folder, see `cache_folder`, and gives it."""
-    folder = cache_folder(device)
+def use_compile_cache(device: torch.device) -> Path:
+    """Makes Inductor and Triton keep what they compile in the device's folder, see `device_cache_dir`, and gives it."""
+    folder = device_cache_dir(device)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder

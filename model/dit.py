@@ -12,7 +12,7 @@ A call's inputs that do not change from step to step are values computed beforeh
     once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
 
 Parameter names and shapes are those of the official checkpoint, except that projections of the same input are one
-(`slots`). Numbers: products in the parameters' dtype, or in FP8 (`quantize`, `attend_in_fp8`); norms, rotation,
+(`param_map`). Numbers: products in the parameters' dtype, or in FP8 (`quantize`, `use_fp8_attention`); norms, rotation,
 modulation, gated residuals and the head in float32. Attention, linear layers and what surrounds them are operations of
 kernels/, which run as PyTorch on the CPU and as Triton on a GPU.
 """
@@ -36,22 +36,22 @@ from kernels.cross_attention import (
 )
 from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
 from model.config import DiTConfig, FP8Policy
-from model.linear import Linear, Rows, modulated, normed
-from model.slots import Slot, joined_slots
-from model.tensors import visiting
+from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
+from model.slots import ParamMapping, joined_map
+from model.tensors import on_device
 
 
 class ContextKV(NamedTuple):
     """Keys and values of the text + image attention of all blocks, each [block, key, head, head channel].
 
-    `real` int32 [1]: text keys from that one on are the padding's, all the same, and are attended to as one.
+    `num_text_tokens` int32 [1]: text keys from that one on are the padding's, all the same, and are attended to as one.
     """
 
     text_k: Tensor
     text_v: Tensor
     image_k: Tensor
     image_v: Tensor
-    real: Tensor
+    num_text_tokens: Tensor
 
 
 class AudioKV(NamedTuple):
@@ -105,7 +105,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def in_float32(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+def run_in_float32(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """The layers in turn, linear ones in float32 whatever their parameters are stored in.
 
     For the few rows that modulate every token, and for the head.
@@ -165,23 +165,23 @@ class SelfAttention(nn.Module):
         self.k_scale: Tensor | None = None  # of FP8 keys; None: attention in the parameters' dtype
 
     def forward(
-        self, h: Tensor | Rows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool
+        self, h: Tensor | QuantizedRows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h [S, D], x the last tokens of the stream [n, D] -> x + gate (output), and rotated q and k [S, head, d].
 
         In FP8, q and k are made out only for two speakers.
         """
         q, k, v = self.qkv(h).unflatten(1, (3, self.heads, -1)).unbind(1)
-        skip = len(q) - len(x)
+        kv_only = len(q) - len(x)
         q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
         if self.k_scale is None:
             q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
-            attended = chunk_attention(q[skip:], k, v)
+            attended = chunk_attention(q[kv_only:], k, v)
         else:
             q, q_scale, k, k_scale, v, v_scale = rms_norm_rope_fp8(
                 q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps
             )
-            attended = chunk_attention_fp8(q[skip:], q_scale[skip:], k, k_scale, v, v_scale, dtype=x.dtype)
+            attended = chunk_attention_fp8(q[kv_only:], q_scale[kv_only:], k, k_scale, v, v_scale, dtype=x.dtype)
             if two_speakers:
                 q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
         return self.o(attended.flatten(1), gate=gate, residual=x), q, k
@@ -208,7 +208,7 @@ class CrossAttention(nn.Module):
         text_k, text_v, image_k, image_v = (x.unflatten(-1, (self.heads, -1)) for x in kv)
         return text_k, text_v, image_k, image_v
 
-    def forward(self, h: Tensor | Rows, x: Tensor, context: ContextKV) -> Tensor:
+    def forward(self, h: Tensor | QuantizedRows, x: Tensor, context: ContextKV) -> Tensor:
         """h and x [S, D] -> x + output. All text keys take part, those of the padding too: the model was trained so."""
         q = self.norm_q(self.q(h)).unflatten(-1, (self.heads, -1))
         return self.o(text_image_attention(q, *context).flatten(1), residual=x)
@@ -232,15 +232,15 @@ class AudioAttention(nn.Module):
         tokens = rearrange(tokens, "p f n c -> f (p n) c")
         k, v = self.kv_linear(tokens).unflatten(-1, (2, config.num_heads, -1)).unbind(-3)
         if speakers == 2:
-            middle = config.class_interval / 2
-            places = torch.tensor([middle, config.class_range - middle], device=k.device)
-            k = rotate(k, audio_rope(places.repeat_interleave(per_speaker), config.head_dim))
+            center = config.class_interval / 2
+            centers = torch.tensor([center, config.class_range - center], device=k.device)
+            k = rotate(k, audio_rope(centers.repeat_interleave(per_speaker), config.head_dim))
         return AudioKV(k, v)
 
     def forward(
-        self, h: Tensor, x: Tensor, audio: AudioKV, per_frame: int, first: int, positions: Tensor | None
+        self, h: Tensor, x: Tensor, audio: AudioKV, tokens_per_frame: int, first_token: int, positions: Tensor | None
     ) -> Tensor:
-        """h and x [n, D], the tokens from `first` on in frames of `per_frame` -> x + output.
+        """h and x [n, D], the tokens from `first_token` on in frames of `tokens_per_frame` -> x + output.
 
         `positions` [n] on the audio position axis with two speakers, else None: with one, both projections are folded
         into the keys and values, which is a third of the work and the same but for rounding. Their weights may be e4m3
@@ -251,10 +251,12 @@ class AudioAttention(nn.Module):
         if positions is None:
             scales = (layer.weight_scale if layer.fp8 else None for layer in (before, after))
             keys, bias, values = absorb_audio_projections(k, v, before.weight, before.bias, after.weight, *scales)
-            return x + (absorbed_audio_attention(h, keys, bias, values, k.shape[1], per_frame, first) + after.bias)
+            return x + (
+                absorbed_audio_attention(h, keys, bias, values, k.shape[1], tokens_per_frame, first_token) + after.bias
+            )
         q = before(h).unflatten(-1, (self.config.num_heads, -1))
         q = rotate(q, audio_rope(positions, self.config.head_dim))
-        return after(frame_attention(q, k, v, per_frame, first).flatten(1), residual=x)
+        return after(frame_attention(q, k, v, tokens_per_frame, first_token).flatten(1), residual=x)
 
 
 class FeedForward(nn.Module):
@@ -264,10 +266,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up, self.down = Linear(config.dim, config.ffn_dim), Linear(config.ffn_dim, config.dim)
 
-    def forward(self, h: Tensor | Rows, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, h: Tensor | QuantizedRows, x: Tensor, gate: Tensor) -> Tensor:
         """h and x [S, D] -> x + gate (output)."""
-        inside = self.up.rows(h, gelu=True) if isinstance(h, Rows) and self.down.fp8 else self.up(h, gelu=True)
-        return self.down(inside, gate=gate, residual=x)
+        if isinstance(h, QuantizedRows) and self.down.fp8:
+            hidden = self.up.forward_quantized(h, gelu=True)
+        else:
+            hidden = self.up(h, gelu=True)
+        return self.down(hidden, gate=gate, residual=x)
 
 
 class Block(nn.Module):
@@ -292,21 +297,21 @@ class Block(nn.Module):
         context: ContextKV,
         audio: AudioKV,
         masks: Tensor | None,
-        skip: int = 0,
+        kv_only_tokens: int = 0,
     ) -> Tensor:
-        """x [S, D] -> [S - skip, D]; `modulation` [6, D], `context` and `audio` of this block.
+        """x [S, D] -> [S - kv_only_tokens, D]; `modulation` [6, D], `context` and `audio` of this block.
 
-        The first `skip` tokens are attended to, and then dropped.
+        The first `kv_only_tokens` tokens are attended to, and then dropped.
         """
-        per_frame, eps = len(x) // len(audio.k), self.config.eps
+        tokens_per_frame, eps = len(x) // len(audio.k), self.config.eps
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        h = modulated(x, shift1, scale1, eps, self.self_attn.qkv)
-        x, q, k = self.self_attn(h, x[skip:], gate1, rope, masks is not None)
-        x = self.cross_attn(normed(x, self.norm3, self.cross_attn.q), x, context)
-        positions = None if masks is None else speaker_positions(q, k, masks, self.config)[skip:]
+        h = norm_modulate_for_linear(x, shift1, scale1, eps, self.self_attn.qkv)
+        x, q, k = self.self_attn(h, x[kv_only_tokens:], gate1, rope, masks is not None)
+        x = self.cross_attn(norm_for_linear(x, self.norm3, self.cross_attn.q), x, context)
+        positions = None if masks is None else speaker_positions(q, k, masks, self.config)[kv_only_tokens:]
         h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
-        x = self.audio_cross_attn(h, x, audio, per_frame, skip, positions)
-        return self.ffn(modulated(x, shift2, scale2, eps, self.ffn.up), x, gate2)
+        x = self.audio_cross_attn(h, x, audio, tokens_per_frame, kv_only_tokens, positions)
+        return self.ffn(norm_modulate_for_linear(x, shift2, scale2, eps, self.ffn.up), x, gate2)
 
 
 class Head(nn.Module):
@@ -320,7 +325,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [S, D], modulation [2, D] -> float32 [S, patch rows x patch columns x out_dim], channel fastest."""
-        return in_float32([self.head], layer_norm_modulate(x.float(), modulation[0], modulation[1], self.eps))
+        return run_in_float32([self.head], layer_norm_modulate(x.float(), modulation[0], modulation[1], self.eps))
 
 
 class AudioProjector(nn.Module):
@@ -369,7 +374,7 @@ class ImageEmbedding(nn.Module):
 
 
 # Our layer of a block -> the official ones whose rows it has, in this order.
-JOINED: Mapping[str, tuple[str, ...]] = {
+LAYER_TO_OFFICIAL: Mapping[str, tuple[str, ...]] = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
     "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
     "cross_attn.kv_img": ("cross_attn.k_img", "cross_attn.v_img"),
@@ -410,9 +415,9 @@ class DiT(nn.Module):
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
-    def slots(self) -> dict[str, Slot]:
+    def param_map(self) -> dict[str, ParamMapping]:
         """Where the official checkpoint's tensors go."""
-        return joined_slots(self, JOINED)
+        return joined_map(self, LAYER_TO_OFFICIAL)
 
     def quantize(self, policy: FP8Policy) -> None:
         """From now on, the linear layers that `policy` names multiply in FP8; other layers of that kind are fused."""
@@ -423,7 +428,7 @@ class DiT(nn.Module):
                 else:
                     layer.fuse()
 
-    def visitors(self) -> dict[str, nn.Module]:
+    def offloadable_modules(self) -> dict[str, nn.Module]:
         """What only `embed_context` and `modulate` need, a quarter of the parameters: may be elsewhere, then visits."""
         found = {
             name: getattr(self, name) for name in ("text_embedding", "img_emb", "time_embedding", "time_projection")
@@ -432,7 +437,7 @@ class DiT(nn.Module):
             found |= {f"blocks.{i}.cross_attn.{name}": x for name, x in block.cross_attn.context_modules().items()}
         return found
 
-    def attend_in_fp8(self) -> None:
+    def use_fp8_attention(self) -> None:
         """From now on, self-attention multiplies in FP8: faster, and off by about 5 % of its output."""
         for block in self._blocks:
             attention = block.self_attn
@@ -450,14 +455,14 @@ class DiT(nn.Module):
         if image.shape != (config.img_tokens, config.img_dim):
             raise ValueError(f"image: got {list(image.shape)}, want [{config.img_tokens}, {config.img_dim}]")
         padded = F.pad(text.to(self.dtype), (0, 0, 0, config.text_len - text.shape[0]))
-        with visiting(padded.device, self.text_embedding, self.img_emb):
+        with on_device(padded.device, self.text_embedding, self.img_emb):
             embedded, image = self.text_embedding(padded), self.img_emb(image.to(self.dtype))
         blocks = []
         for attention in (block.cross_attn for block in self._blocks):
-            with visiting(padded.device, *attention.context_modules().values()):
+            with on_device(padded.device, *attention.context_modules().values()):
                 blocks.append(attention.embed(embedded, image))
-        real = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
-        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), real=real)
+        num_text_tokens = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
+        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), num_text_tokens=num_text_tokens)
 
     def embed_audio(self, audio: Tensor) -> AudioKV:
         """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel], all blocks."""
@@ -479,9 +484,9 @@ class DiT(nn.Module):
         device = self.patch_embedding.weight.device
         angles = t * 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
         sinusoid = torch.cat((angles.cos(), angles.sin())).float()
-        with visiting(device, self.time_embedding, self.time_projection):
-            e = in_float32(self.time_embedding, sinusoid)
-            e0 = in_float32(self.time_projection, e).unflatten(0, (6, -1))
+        with on_device(device, self.time_embedding, self.time_projection):
+            e = run_in_float32(self.time_embedding, sinusoid)
+            e0 = run_in_float32(self.time_projection, e).unflatten(0, (6, -1))
         blocks = torch.stack([block.modulation[0].float() + e0 for block in self._blocks])
         return Modulation(blocks, self.head.modulation[0].float() + e)
 
@@ -494,7 +499,7 @@ class DiT(nn.Module):
         context: ContextKV,
         audio: AudioKV,
         masks: Tensor | None = None,
-        known: int = 0,
+        num_motion_latents: int = 0,
     ) -> Tensor:
         """The velocity of a chunk at one timestep, float32 [F, out_dim, h, w].
 
@@ -506,8 +511,8 @@ class DiT(nn.Module):
             context: from `embed_context`.
             audio: of the chunk, from `embed_audio`.
             masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens of one latent frame].
-            known: latent frames at the beginning whose velocity nobody asks for: it is 0. After the last block's keys
-                and values nothing else depends on their tokens.
+            num_motion_latents: clean latent frames at the beginning, whose velocity is returned as 0. Their tokens are
+                needed only as keys and values of the last block.
         """
         _, p, q = self.config.patch_size
         frames, _, rows, columns = latent.shape
@@ -515,16 +520,16 @@ class DiT(nn.Module):
             raise ValueError(f"rope: got {rope.shape[0]} tokens, want those of a latent {list(latent.shape)}")
         if (masks is None) != (audio.k.shape[2] == self.config.context_tokens):
             raise ValueError("masks: wanted with two speakers, and only then")
-        per_frame = len(rope) // frames
+        tokens_per_frame = len(rope) // frames
         x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
         x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        skip = known * per_frame
+        motion_tokens = num_motion_latents * tokens_per_frame
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
-            block_context = ContextKV(*keys_values, real=context.real)
+            block_context = ContextKV(*keys_values, num_text_tokens=context.num_text_tokens)
             block_audio = AudioKV(audio.k[i], audio.v[i])
-            dropped = skip if i == len(self._blocks) - 1 else 0
-            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, dropped)
-        x = F.pad(self.head(x, modulation.head), (0, 0, skip, 0))
+            kv_only_tokens = motion_tokens if i == len(self._blocks) - 1 else 0
+            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, kv_only_tokens)
+        x = F.pad(self.head(x, modulation.head), (0, 0, motion_tokens, 0))
         return rearrange(x, "(f h w) (p q c) -> f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)

@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
-from model.slots import Slot, named_slots
+from model.slots import ParamMapping, pattern_map
 
 # An image far longer than the crop grows far beyond it when its short side is fitted; 32 Mpx are 128 MiB.
 MAX_RESIZED_PIXELS = 2**25
@@ -78,7 +78,7 @@ def to_pixels(image: Tensor) -> Tensor:
 
 
 # Official name: ours.
-NAMES: dict[str, str | tuple[str, ...]] = {
+OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {
     "visual.cls_embedding": "cls_embedding",
     "visual.pos_embedding": "pos_embedding",
     "visual.patch_embedding.weight": "patch_embedding.weight",
@@ -107,13 +107,13 @@ NAMES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def unused(key: str, config: ImageConfig) -> bool:
+def is_unused_key(key: str, config: ImageConfig) -> bool:
     """Whether the official image-text checkpoint holds `key` without `ImageEncoder` needing it.
 
     These are the text tower, the logit scale, the last block and what follows it.
     """
-    last = f"visual.transformer.{config.vision_layers - 1}."
-    return key in ("log_scale", "visual.head") or key.startswith(("textual.", "visual.post_norm.", last))
+    last_block = f"visual.transformer.{config.vision_layers - 1}."
+    return key in ("log_scale", "visual.head") or key.startswith(("textual.", "visual.post_norm.", last_block))
 
 
 class ImageEncoder(nn.Module):
@@ -141,9 +141,9 @@ class ImageEncoder(nn.Module):
         self.encoder = CLIPEncoder(CLIPVisionConfig(**settings))  # pyright: ignore[reportArgumentType]
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
+    def param_map(self) -> dict[str, ParamMapping]:
         """Where the tensors of the official image-text checkpoint go that are used."""
-        return named_slots(self, NAMES, self.config.vision_layers - 1)
+        return pattern_map(self, OFFICIAL_TO_PARAM, self.config.vision_layers - 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Features of an RGB image in [-1, 1], float [3, H, W] -> [1 + patches, vision_dim] in the weights' dtype.

@@ -4,8 +4,8 @@
     fused     the same by `kernels.linear.linear`: layers that a quantised student keeps
     FP8       e4m3 weights, a float32 scale for each output channel; inputs quantised row by row
 
-A layer is plain until `quantize` makes it FP8, or `fuse` fused. Rows that are quantised already come as `Rows`: norms
-make them, and layers whose output the next one takes in e4m3.
+A layer is plain until `quantize` makes it FP8, or `fuse` fused. Inputs that are already quantised are `QuantizedRows`:
+norms make them, and layers whose output the next one takes in e4m3.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.common import FP8
 from kernels.linear import linear, linear_fp8, linear_fp8_quantized, output_bound, quantize_rows
 from kernels.norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
-from kernels.sm90 import FP8
 
 
-class Rows(NamedTuple):
+class QuantizedRows(NamedTuple):
     """Quantised rows: values float8_e4m3fn [rows, columns], and the float32 scale of each."""
 
     values: Tensor
@@ -57,7 +57,7 @@ class Linear(nn.Module):
         self.fused = True
 
     def forward(
-        self, x: Tensor | Rows, gelu: bool = False, gate: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor | QuantizedRows, gelu: bool = False, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """residual + gate (x W^T + b), or gelu(x W^T + b); x [rows, inputs] -> [rows, outputs].
 
@@ -77,28 +77,32 @@ class Linear(nn.Module):
         y = F.gelu(y, approximate="tanh") if gelu else y
         if residual is None:
             return y
-        return residual + y if gate is None else add_gated(residual, y, gate)
+        return residual + y if gate is None else add_gated_residual(residual, y, gate)
 
-    def rows(self, x: Rows, gelu: bool = False) -> Rows:
+    def forward_quantized(self, x: QuantizedRows, gelu: bool = False) -> QuantizedRows:
         """The same in e4m3, for an FP8 layer that follows: x W^T + b, or gelu of it."""
         activation = "gelu_tanh" if gelu else None
-        return Rows(*linear_fp8_quantized(*x, self.weight, self.weight_scale, self.bound, self.bias, activation))
+        return QuantizedRows(
+            *linear_fp8_quantized(*x, self.weight, self.weight_scale, self.bound, self.bias, activation)
+        )
 
 
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def add_gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + branch gate, in float32, rounded once to x's dtype."""
     return (x.float() + branch.float() * gate).to(x.dtype)
 
 
-def normed(x: Tensor, norm: nn.LayerNorm, layer: Linear) -> Tensor | Rows:
+def norm_for_linear(x: Tensor, norm: nn.LayerNorm, layer: Linear) -> Tensor | QuantizedRows:
     """LayerNorm of x as `layer` takes it."""
     if layer.fp8:
-        return Rows(*layer_norm_fp8(x, norm.weight, norm.bias, norm.eps))
+        return QuantizedRows(*layer_norm_fp8(x, norm.weight, norm.bias, norm.eps))
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float, layer: Linear) -> Tensor | Rows:
+def norm_modulate_for_linear(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, layer: Linear
+) -> Tensor | QuantizedRows:
     """LayerNorm(x) (1 + scale) + shift as `layer` takes it."""
     if layer.fp8:
-        return Rows(*layer_norm_modulate_fp8(x, shift, scale, eps))
+        return QuantizedRows(*layer_norm_modulate_fp8(x, shift, scale, eps))
     return layer_norm_modulate(x, shift, scale, eps)

@@ -11,7 +11,7 @@ import triton
 
 from kernels.tuning import device_slug
 
-CACHE = "FLASHTALK_CACHE"  # environment variable: where the folders lie
+CACHE_ENV = "FLASHTALK_CACHE"  # environment variable: where the folders lie
 
 
 def cpu_name() -> str:
@@ -37,7 +37,7 @@ def cache_key(device: torch.device) -> str:
     return f"{device_slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
 
 
-def cache_folder(device: torch.device) -> Path:
+def device_cache_dir(device: torch.device) -> Path:
     """The device's folder below $FLASHTALK_CACHE, or else in the user's cache; not made."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get(CACHE) or users / "flashtalk") / cache_key(device)
+    return Path(os.environ.get(CACHE_ENV) or users / "flashtalk") / cache_key(device)

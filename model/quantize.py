@@ -38,19 +38,22 @@ from model.config import PRECISIONS, DiTConfig, FP8Policy, from_official, is_kno
 from model.dit import DiT
 from model.errors import UserError
 from model.files import replacing
-from model.linear import Linear, Rows
-from model.slots import own_slots
-from model.tensors import fill, place, read_json, safetensors_of, shards
+from model.linear import Linear, QuantizedRows
+from model.slots import identity_map
+from model.tensors import find_student_shards, iter_safetensors, load_parameters, read_json, set_parameter
 
 MANIFEST = "fp8.json"
 SCHEMA, VERSION = "flashtalk-fp8", 1
-SAMPLE, OUTLIER = 64, 30.0  # rows that errors are measured on, and how much larger their large channels are
+ERROR_SAMPLE_ROWS, OUTLIER_SCALE = (
+    64,
+    30.0,
+)  # rows that errors are measured on, and how much larger their large channels are
 
 
 # --- What is quantised ----------------------------------------------------------------------------------------------
 
 
-class Official:
+class ShardReader:
     """The student's tensors in official shards, read by name, one at a time: no file stays mapped."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -63,7 +66,7 @@ class Official:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Rows:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | QuantizedRows:
         """The tensor, or, of torchao's, values and scales."""
         owner, _, leaf = name.rpartition(".")
         values = f"{owner}._{leaf}_qdata"
@@ -72,7 +75,7 @@ class Official:
         scale = self._tensor(f"{owner}._{leaf}_scale", None)
         if scale.numel() not in (1, shape[0]):
             raise UserError(f"{self.shards[0].parent}: {name} has scales {list(scale.shape)}: not one a row, nor one")
-        return Rows(self._tensor(values, shape), scale.float().flatten().expand(shape[0]))
+        return QuantizedRows(self._tensor(values, shape), scale.float().flatten().expand(shape[0]))
 
     def _tensor(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
         if name not in self._files:
@@ -85,7 +88,7 @@ class Official:
         return tensor
 
 
-class Part(NamedTuple):
+class QuantizedModule(NamedTuple):
     """A module's parameters as they are to be, and, of a layer that may be FP8, its error."""
 
     module: str
@@ -93,79 +96,92 @@ class Part(NamedTuple):
     error: float | None
 
 
-def quantised(
-    source: Official,
+def quantize_modules(
+    source: ShardReader,
     dit: DiT,
     policy: FP8Policy,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     prefix: str | None = None,
-) -> Iterator[Part]:
+) -> Iterator[QuantizedModule]:
     """The modules of `dit`, which may be without memory, one after the other; what stays as it is comes in `dtype`.
 
     With a `prefix`, those whose names begin with it; with "", those of no block.
     """
     official: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, slot in dit.slots().items():  # in the order of rows
-        official.setdefault(slot.names[0], []).append((name, slot.shape))
+    for name, mapping in dit.param_map().items():  # in the order of rows
+        official.setdefault(mapping.params[0], []).append((name, mapping.shape))
     for module, owner in dit.named_modules():
         inside = f"{module}.".startswith(prefix or "blocks.")
         if prefix is not None and inside != bool(prefix):
             continue
         names = [f"{module}.{leaf}" for leaf, _ in owner.named_parameters(recurse=False)]
-        whole = {name: _join([source.read(*part) for part in official[name]]) for name in names}
+        whole = {name: _concat_rows([source.read(*part) for part in official[name]]) for name in names}
         if isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in policy.layers):
-            yield _layer(module, whole[f"{module}.weight"], _values(whole[f"{module}.bias"]), policy, dtype, device)
+            yield _quantize_layer(
+                module, whole[f"{module}.weight"], _dequantized(whole[f"{module}.bias"]), policy, dtype, device
+            )
         elif whole:
-            yield Part(module, {name: _values(x).to(dtype).contiguous() for name, x in whole.items()}, None)
+            yield QuantizedModule(
+                module, {name: _dequantized(x).to(dtype).contiguous() for name, x in whole.items()}, None
+            )
 
 
-def _layer(
-    module: str, weight: Tensor | Rows, bias: Tensor, policy: FP8Policy, dtype: torch.dtype, device: torch.device | str
-) -> Part:
+def _quantize_layer(
+    module: str,
+    weight: Tensor | QuantizedRows,
+    bias: Tensor,
+    policy: FP8Policy,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> QuantizedModule:
     """A layer that is FP8 unless its error is too large."""
-    rows = Rows(*(x.to(device) for x in weight)) if isinstance(weight, Rows) else quantize(weight.to(device))
+    rows = (
+        QuantizedRows(*(x.to(device) for x in weight))
+        if isinstance(weight, QuantizedRows)
+        else quantize_weight(weight.to(device))
+    )
     error = layer_error(weight, rows)
     if error > policy.max_error:
-        tensors = {"weight": _values(weight).to(dtype), "bias": bias.to(dtype)}
+        tensors = {"weight": _dequantized(weight).to(dtype), "bias": bias.to(dtype)}
     else:
         bound = output_bound(*rows, bias.to(device))
         tensors = {"weight": rows.values, "weight_scale": rows.scale, "bound": bound, "bias": bias.to(dtype)}
-    return Part(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
+    return QuantizedModule(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
 
 
-def quantize(weight: Tensor) -> Rows:
+def quantize_weight(weight: Tensor) -> QuantizedRows:
     """e4m3 and a scale for each row."""
-    return Rows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
+    return QuantizedRows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
 
 
-def layer_error(weight: Tensor | Rows, rows: Rows) -> float:
+def layer_error(weight: Tensor | QuantizedRows, rows: QuantizedRows) -> float:
     """||y8 - y|| / ||y|| of the products of a weight with rows that have outliers; see the module's first lines."""
     device, k = rows.values.device, rows.values.shape[1]
-    x = torch.randn(SAMPLE, k, generator=torch.Generator().manual_seed(k)).to(device)
-    x[:, ::100] *= OUTLIER
-    exact = x @ (dequantize(*weight) if isinstance(weight, Rows) else weight).to(device, torch.float32).T
+    x = torch.randn(ERROR_SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(k)).to(device)
+    x[:, ::100] *= OUTLIER_SCALE
+    exact = x @ (dequantize(*weight) if isinstance(weight, QuantizedRows) else weight).to(device, torch.float32).T
     got = linear_fp8(*quantize_rows(x), *rows, dtype=torch.float32)
     return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
-def _join(parts: list[Tensor | Rows]) -> Tensor | Rows:
+def _concat_rows(parts: list[Tensor | QuantizedRows]) -> Tensor | QuantizedRows:
     """One tensor of the rows of several; quantised only if all of them are."""
-    if all(isinstance(part, Rows) for part in parts):
-        return Rows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (they are)
-    tensors = [_values(part) for part in parts]
+    if all(isinstance(part, QuantizedRows) for part in parts):
+        return QuantizedRows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (they are)
+    tensors = [_dequantized(part) for part in parts]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _values(x: Tensor | Rows) -> Tensor:
-    return dequantize(*x) if isinstance(x, Rows) else x
+def _dequantized(x: Tensor | QuantizedRows) -> Tensor:
+    return dequantize(*x) if isinstance(x, QuantizedRows) else x
 
 
 # --- Checkpoints on disk --------------------------------------------------------------------------------------------
 
 
-def write(
-    source: Official, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
+def write_fp8_checkpoint(
+    source: ShardReader, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Writes what of the quantised student is missing in `out`, and the manifest, which is returned.
 
@@ -174,27 +190,27 @@ def write(
     dtype = PRECISIONS["fp8"].dit
     with torch.device("meta"):
         dit = DiT(config)
-    head = {
+    header = {
         "schema": SCHEMA,
         "version": VERSION,
         "source": {path.name: digest for path, digest in zip(source.shards, _hashes(source.shards), strict=True)},
         "policy": json.loads(json.dumps(asdict(policy))),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    manifest: dict[str, Any] = head | {"layers": {}, "shards": {}, "complete": False}
+    manifest: dict[str, Any] = header | {"layers": {}, "shards": {}, "complete": False}
     if (out / MANIFEST).is_file():
-        begun = _manifest(out)
-        if {key: begun[key] for key in head} != head:
+        previous = _manifest(out)
+        if {key: previous[key] for key in header} != header:
             raise UserError(f"{out / MANIFEST} is of another source or policy: choose a new --out")
-        manifest = begun
+        manifest = previous
     groups = {"rest": "", **{f"block-{i:02d}": f"blocks.{i}." for i in range(config.num_layers)}}
     for shard, prefix in groups.items():
         file = f"student-{shard}.safetensors"
-        known = manifest["shards"].get(file)
-        if known and (out / file).is_file() and _hash(out / file) == known:
+        digest = manifest["shards"].get(file)
+        if digest and (out / file).is_file() and _hash(out / file) == digest:
             continue
         tensors: dict[str, Tensor] = {}
-        for part in quantised(source, dit, policy, dtype, device, prefix):
+        for part in quantize_modules(source, dit, policy, dtype, device, prefix):
             tensors |= part.tensors
             if part.error is not None:
                 manifest["layers"][part.module] = {"error": part.error, "fp8": part.error <= policy.max_error}
@@ -206,13 +222,13 @@ def write(
     return manifest
 
 
-def is_quantised(folder: Path) -> bool:
+def is_fp8_checkpoint(folder: Path) -> bool:
     """Whether `write` has been there."""
     return (folder / MANIFEST).is_file()
 
 
-def load(dit: DiT, folder: Path, device: torch.device, home: Collection[str] = ()) -> None:
-    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`, or where `home` says.
+def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded: Collection[str] = ()) -> None:
+    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`, or where `offloaded` says.
 
     Raises `UserError`, naming the file, if the folder is not finished, or a shard is missing, damaged or another one.
     """
@@ -227,32 +243,32 @@ def load(dit: DiT, folder: Path, device: torch.device, home: Collection[str] = (
         if digest != manifest["shards"][path.name]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
-    for name, known in manifest["layers"].items():
+    for name, entry in manifest["layers"].items():
         if name not in layers:
             raise UserError(f"{folder / MANIFEST}: layer {name} is not part of this model")
-        if known["fp8"]:
+        if entry["fp8"]:
             layers.pop(name).quantize()
     for layer in layers.values():
         layer.fuse()
-    fill(dit, own_slots(dit), safetensors_of(paths, device), folder, device, None, home)
+    load_parameters(dit, identity_map(dit), iter_safetensors(paths, device), folder, device, None, offloaded)
 
 
-def load_official(
+def load_and_quantize(
     dit: DiT,
     paths: list[Path],
     policy: FP8Policy,
     dtype: torch.dtype,
     device: torch.device,
-    home: Collection[str] = (),
+    offloaded: Collection[str] = (),
 ) -> None:
     """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`.
 
-    Submodules named in `home` go to the host's memory.
+    Submodules named in `offloaded` go to the host's memory.
     """
-    for part in quantised(Official(paths), dit, policy, dtype, device):
+    for part in quantize_modules(ShardReader(paths), dit, policy, dtype, device):
         layer = dit.get_submodule(part.module)
         for name, tensor in part.tensors.items():
-            place(dit, name, tensor if part.module.startswith(tuple(home)) else tensor.to(device))
+            set_parameter(dit, name, tensor if part.module.startswith(tuple(offloaded)) else tensor.to(device))
         if isinstance(layer, Linear) and not layer.fp8:
             layer.fuse()
 
@@ -304,7 +320,7 @@ def _hashes(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(_hash, paths))
 
 
-def copy_rest(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
+def copy_other_files(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
     """All of a checkpoint but its student, into `out`: hard links where the file system has them, else copies."""
     skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
     for path in sorted(checkpoint.rglob("*")):
@@ -334,7 +350,7 @@ def run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: PyTorch sees no such device here; use cpu")
-    paths = shards(checkpoint)
+    paths = find_student_shards(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise UserError(f"--out {out}: that is the checkpoint; name another folder")
     values = read_json(checkpoint / "config.json")
@@ -345,12 +361,12 @@ def run(
         raise UserError(f"{checkpoint / 'config.json'}: {error}") from error
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); name another folder") from error
-    manifest = write(Official(paths), out, config, FP8Policy(), device)
-    copy_rest(checkpoint, out, paths)
-    print(table(manifest))
+    manifest = write_fp8_checkpoint(ShardReader(paths), out, config, FP8Policy(), device)
+    copy_other_files(checkpoint, out, paths)
+    print(error_table(manifest))
 
 
-def table(manifest: Mapping[str, Any]) -> str:
+def error_table(manifest: Mapping[str, Any]) -> str:
     """The errors of a manifest's layers, by kind of layer, over all blocks."""
     kinds: dict[str, list[tuple[float, bool]]] = {}
     for name, layer in manifest["layers"].items():
@@ -367,7 +383,7 @@ def table(manifest: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
-    return command.run(app, "the same command goes on")
+    return command.run_app(app, "the same command goes on")
 
 
 if __name__ == "__main__":

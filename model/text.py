@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from model.config import TextConfig
 from model.errors import UserError
-from model.slots import Slot, named_slots
+from model.slots import ParamMapping, pattern_map
 
 # Official name: ours.
-NAMES: dict[str, str | tuple[str, ...]] = {
+OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {
     "token_embedding.weight": "encoder.embed_tokens.weight",
     "blocks.{i}.norm1.weight": "encoder.block.{i}.layer.0.layer_norm.weight",
     "blocks.{i}.attn.q.weight": "encoder.block.{i}.layer.0.SelfAttention.q.weight",
@@ -85,9 +85,9 @@ class TextEncoder(nn.Module):
         ).encoder
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
+    def param_map(self) -> dict[str, ParamMapping]:
         """Where the tensors of the official text checkpoint go."""
-        return named_slots(self, NAMES, self.config.num_layers)
+        return pattern_map(self, OFFICIAL_TO_PARAM, self.config.num_layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Text features of the token ids, int64 [L] -> [L, dim] in the dtype of the weights.

@@ -17,8 +17,8 @@ import torch
 import typer
 
 from model import command as command_line
-from model.command import choice
-from model.compiled import compile_models, stand_in, use_cache, warm
+from model.command import check_choice
+from model.compiled import compile_models, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
 from model.files import replacing
@@ -30,9 +30,9 @@ MANIFEST = "manifest.json"
 def run(preset: str, precision: str, device: torch.device) -> float:
     """Compiles into the device's folder, and gives the seconds that it took."""
     begin = time.perf_counter()
-    models = stand_in(PRESETS[preset], device, PRECISIONS[precision])
+    models = stand_in_models(PRESETS[preset], device, PRECISIONS[precision])
     compile_models(models)
-    warm(models)
+    warm_up(models)
     return time.perf_counter() - begin
 
 
@@ -73,15 +73,15 @@ def command(
     source: Annotated[Path | None, typer.Option("--unpack", help="Compile nothing: take it from this file.")] = None,
 ) -> None:
     """Compiles all that a chunk runs, so that no session has to."""
-    choice("--device", device, ("auto", "cpu", "cuda"))
+    check_choice("--device", device, ("auto", "cpu", "cuda"))
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     preset = preset or ("flashtalk-14b" if where.type == "cuda" else "tiny")
     precision = precision or ("fp8" if where.type == "cuda" else "fp32")
-    choice("--preset", preset, PRESETS)
-    choice("--precision", precision, PRECISIONS)
+    check_choice("--preset", preset, PRESETS)
+    check_choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
-    folder, key = use_cache(where), cache_key(where)
+    folder, key = use_compile_cache(where), cache_key(where)
     if source is not None:
         unpack(source, folder, key)
         print(f"{folder}: unpacked")
@@ -96,7 +96,7 @@ def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    return command_line.run(app, "what is compiled is kept")
+    return command_line.run_app(app, "what is compiled is kept")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def generating_models(config: Config, device: torch.device, precision: str) -> "
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
     # 9 GB to the host's memory and back take longer than all else: what would visit stays, until `Runner` has used it.
-    return replace(random_models(small, device, PRECISIONS[precision], home=device), config=config)
+    return replace(random_models(small, device, PRECISIONS[precision], offload_device=device), config=config)
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ class Runner:
         self._generator = ChunkGenerator(models, self.spans, record=record)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.parked(random_conditions(models, random))
-        for module in models.dit.visitors().values():
+        for module in models.dit.offloadable_modules().values():
             module.to("meta")
         self._state = self._generator.start(self._conditions, seed)
         dit = config.dit

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.machine import CACHE
+from model.machine import CACHE_ENV
 
 torch.set_num_threads(2)
 
@@ -15,7 +15,7 @@ torch.set_num_threads(2)
 def pytest_configure(config: pytest.Config) -> None:
     """No test finds, or leaves behind, what the user's cache holds."""
     folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
-    os.environ[CACHE] = folder.name
+    os.environ[CACHE_ENV] = folder.name
     config.add_cleanup(folder.cleanup)
 
 

@@ -40,9 +40,9 @@ def encoder() -> SpeechEncoder:
     with torch.device("meta"):
         encoder = SpeechEncoder(from_official(AudioConfig, config))
     tensors = load_file(GOLDEN / "weights_wav2vec.safetensors")
-    slots = encoder.slots()
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: s.shape for n, s in slots.items()}
-    encoder.load_state_dict({slot.names[0]: tensors[name] for name, slot in slots.items()}, assign=True)
+    param_map = encoder.param_map()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: s.shape for n, s in param_map.items()}
+    encoder.load_state_dict({mapping.params[0]: tensors[name] for name, mapping in param_map.items()}, assign=True)
     return encoder
 
 
@@ -295,11 +295,11 @@ def test_slots_are_the_official_keys() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["wav2vec"]["keys"]
     with torch.device("meta"):
         encoder = SpeechEncoder(AudioConfig())
-    slots = encoder.slots()
-    assert {name: slot.shape for name, slot in slots.items()} == {
+    param_map = encoder.param_map()
+    assert {name: mapping.shape for name, mapping in param_map.items()} == {
         name: tuple(shape) for name, shape in official.items()
     }
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
     assert all(official_name(name) == name for name in official)
 
 

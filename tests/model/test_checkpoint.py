@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
 from model.config import PRECISIONS, TINY
 from model.errors import UserError
-from model.tensors import safetensors_of
+from model.tensors import iter_safetensors
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_files_are_read_from_their_beginning_to_their_end(tmp_path: Path) -> Non
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
         save_file(tensors, path)
-    assert [name for name, _ in safetensors_of(paths, CPU)] == list("yzab") * 2
+    assert [name for name, _ in iter_safetensors(paths, CPU)] == list("yzab") * 2
 
 
 def test_every_tensor_arrives(folder: Path) -> None:
@@ -43,16 +43,16 @@ def test_every_tensor_arrives(folder: Path) -> None:
     assert {name: t.shape for name, t in weights("vae").items()} == {n: t.shape for n, t in state.items()}
     assert all(torch.equal(state[name], tensor) for name, tensor in weights("vae").items())
     state, official = models.dit.state_dict(), weights("dit")
-    assert models.dit.slots().keys() == official.keys()
+    assert models.dit.param_map().keys() == official.keys()
     assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in official.values())
-    for name, slot in models.dit.slots().items():
-        rows = state[slot.names[0]]
-        rows = rows if slot.start is None else rows[slot.start :][: slot.shape[0]]
+    for name, mapping in models.dit.param_map().items():
+        rows = state[mapping.params[0]]
+        rows = rows if mapping.start_row is None else rows[mapping.start_row :][: mapping.shape[0]]
         assert torch.equal(rows, official[name]), name
     for component, module in (("t5", models.text.encoder), ("clip", models.image), ("wav2vec", models.audio)):
         official, state = weights(component), module.state_dict()
-        for name, slot in module.slots().items():
-            pieces = torch.cat([state[ours].reshape(-1) for ours in slot.names])
+        for name, mapping in module.param_map().items():
+            pieces = torch.cat([state[ours].reshape(-1) for ours in mapping.params])
             assert torch.equal(pieces, official[name].flatten()), name
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert not module.training
@@ -178,6 +178,6 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
 def test_random_networks_are_where_they_are_wanted() -> None:
     """Whole: transformers makes some parameters on the CPU, whatever device is asked for."""
     meta = torch.device("meta")
-    models = random_models(SMALL, meta, PRECISIONS["fp32"], home=meta)
+    models = random_models(SMALL, meta, PRECISIONS["fp32"], offload_device=meta)
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert {parameter.device for parameter in module.parameters()} == {meta}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from model import compiled, warm
-from model.compiled import load_compiled, stand_in, use_cache
+from model.compiled import load_compiled, stand_in_models, use_compile_cache
 from model.config import PRECISIONS
 from model.dit import DiT, rope_table
 from model.errors import UserError
-from model.machine import CACHE, cache_key
+from model.machine import CACHE_ENV, cache_key
 from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
 
@@ -49,23 +49,23 @@ def test_another_number_of_speakers_is_compiled_once(compilations: list[object])
         torch.randn(4, SMALL.dit.text_dim), torch.randn(SMALL.dit.img_tokens, SMALL.dit.img_dim)
     )
     rope = rope_table((frames, rows // 2, columns // 2), SMALL.dit.head_dim)
-    places = torch.tensor([0, 0, 1, 1, 2, 2])
-    masks = torch.stack([(places == person).float() for person in range(3)])
+    regions = torch.tensor([0, 0, 1, 1, 2, 2])
+    masks = torch.stack([(regions == person).float() for person in range(3)])
     window = SMALL.dit.audio_window, SMALL.dit.audio_blocks, SMALL.dit.audio_channels
 
     def velocity(speakers: int) -> Tensor:
         audio = dit.embed_audio(torch.randn(speakers, 9, *window))
         return dit(latent, condition, dit.modulate(500.0), rope, context, audio, masks if speakers == 2 else None, 1)
 
-    for counts, known in (((1, 1), 2), ((2, 2), 4), ((1, 2, 1, 2, 1), 4)):
+    for counts, expected in (((1, 1), 2), ((2, 2), 4), ((1, 2, 1, 2, 1), 4)):
         for speakers in counts:
             assert velocity(speakers).isfinite().all()
-        assert len(compilations) == known
+        assert len(compilations) == expected
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (CACHE, "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    for name in (CACHE_ENV, "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -74,13 +74,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
     tmp_path: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "GLANCE", 0)
+    monkeypatch.setattr(compiled, "FAIL_FAST_SECONDS", 0)
     folder = write_checkpoint(tmp_path / "checkpoint")
     models = load_compiled(SMALL, folder, CPU, PRECISIONS["fp32"])
     assert models.folder == folder
     seen = len(compilations)
     assert seen
-    compiled.warm(models)
+    compiled.warm_up(models)
     assert len(compilations) == seen
 
 
@@ -92,14 +92,14 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path: Path) -> None:
 
 def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None:
     """The student's blocks by Inductor, in this process but for what it keeps in memory."""
-    models = stand_in(SMALL, CPU, PRECISIONS["fp32"])
-    assert str(cache) in str(use_cache(CPU))
+    models = stand_in_models(SMALL, CPU, PRECISIONS["fp32"])
+    assert str(cache) in str(use_compile_cache(CPU))
     found = []
     for _ in range(2):
         torch.compiler.reset()
         compiled.compile_student(models.dit)
         before = counters["inductor"]["fxgraph_cache_hit"]
-        compiled.warm(models)
+        compiled.warm_up(models)
         found.append(counters["inductor"]["fxgraph_cache_hit"] - before)
     assert found == [0, 3]
     assert any((cache / cache_key(CPU) / "inductor").iterdir())

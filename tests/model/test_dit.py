@@ -25,9 +25,9 @@ SMALL = DiTConfig(
 def test_official_names_and_shapes_at_full_size() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["dit"]["keys"]
     with torch.device("meta"):
-        slots = DiT(DiTConfig()).slots()
-    assert {name: list(slot.shape) for name, slot in slots.items()} == official
-    assert sum(math.prod(slot.shape) for slot in slots.values()) == 18_882_046_784
+        param_map = DiT(DiTConfig()).param_map()
+    assert {name: list(mapping.shape) for name, mapping in param_map.items()} == official
+    assert sum(math.prod(mapping.shape) for mapping in param_map.values()) == 18_882_046_784
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_fp8_attention_stays_near_float32() -> None:
     torch.manual_seed(0)
     dit, x = DiT(SMALL), inputs(SMALL, (3, 4, 5), 9)
     want = forward(dit, x)
-    dit.attend_in_fp8()
+    dit.use_fp8_attention()
     error = torch.linalg.norm(forward(dit, x) - want) / torch.linalg.norm(want)
     assert 1e-5 < error < 5e-2
 
@@ -189,18 +189,19 @@ def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int
     masks = torch.zeros(3, 20)
     masks[0, :7] = masks[1, 7:12] = masks[2, 12:] = 1
 
-    def run(dit: DiT, device: str, known: int) -> torch.Tensor:
+    def run(dit: DiT, device: str, num_motion_latents: int) -> torch.Tensor:
         on = {name: value.to(device) for name, value in x.items()}
         context, audio = dit.embed_context(on["text"], on["image"]), dit.embed_audio(on["audio"])
         rope = rope_table((3, 4, 5), config.head_dim, device)
         people = masks.to(device) if speakers == 2 else None
-        return dit(on["latent"], on["condition"], dit.modulate(625.0), rope, context, audio, people, known)
+        return dit(on["latent"], on["condition"], dit.modulate(625.0), rope, context, audio, people, num_motion_latents)
 
     want = run(dit, "cpu", 0)
     dit = dit.to("cuda", dtype)
-    for known in (0, 1):
-        got = run(dit, "cuda", known).cpu()
-        assert torch.linalg.norm(got[known:] - want[known:]) < bound * torch.linalg.norm(want[known:])
+    for num_motion_latents in (0, 1):
+        got = run(dit, "cuda", num_motion_latents).cpu()
+        new, wanted = got[num_motion_latents:], want[num_motion_latents:]
+        assert torch.linalg.norm(new - wanted) < bound * torch.linalg.norm(wanted)
     eager = run(dit, "cuda", 1)
     for block in dit.blocks:
         block.compile(fullgraph=True)
@@ -224,7 +225,7 @@ def test_gpu_student_in_fp8_is_the_cpus(attention: bool, speakers: int) -> None:
         student = copy.deepcopy(dit).to(device, dtype)
         student.quantize(FP8Policy())
         if attention:
-            student.attend_in_fp8()
+            student.use_fp8_attention()
         on = {name: value.to(device) for name, value in x.items()}
         context, audio = student.embed_context(on["text"], on["image"]), student.embed_audio(on["audio"])
         rope, modulation = rope_table((3, 4, 5), config.head_dim, device), student.modulate(625.0)

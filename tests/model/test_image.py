@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from model.config import TINY, ImageConfig
 from model.errors import UserError
-from model.image import ImageEncoder, load_image, resize_center_crop, to_pixels, unused
+from model.image import ImageEncoder, is_unused_key, load_image, resize_center_crop, to_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -171,12 +171,12 @@ def test_golden_features() -> None:
     case, tensors = load_file(GOLDEN / "clip_visual.safetensors"), load_file(GOLDEN / "weights_clip.safetensors")
     with torch.device("meta"):
         encoder = ImageEncoder(config)
-    slots = encoder.slots()
-    assert slots.keys() == {name for name in tensors if not unused(name, config)}
+    param_map = encoder.param_map()
+    assert param_map.keys() == {name for name in tensors if not is_unused_key(name, config)}
     pieces = {
         ours: piece
-        for name, slot in slots.items()
-        for ours, piece in zip(slot.names, tensors[name].chunk(len(slot.names)), strict=True)
+        for name, mapping in param_map.items()
+        for ours, piece in zip(mapping.params, tensors[name].chunk(len(mapping.params)), strict=True)
     }
     encoder.load_state_dict(pieces, assign=True)
     features = encoder(case["in.image"][0, :, 0])
@@ -188,10 +188,10 @@ def test_slots_are_the_official_keys_that_are_used() -> None:
     keys = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["clip"]["keys"]
     with torch.device("meta"):
         encoder = ImageEncoder(config)
-    slots = encoder.slots()
-    used = {name: tuple(shape) for name, shape in keys.items() if not unused(name, config)}
-    assert {name: slot.shape for name, slot in slots.items()} == used
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    param_map = encoder.param_map()
+    used = {name: tuple(shape) for name, shape in keys.items() if not is_unused_key(name, config)}
+    assert {name: mapping.shape for name, mapping in param_map.items()} == used
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
     assert sum(p.numel() for p in encoder.parameters()) == 611_086_080
 
 

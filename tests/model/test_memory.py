@@ -20,7 +20,7 @@ from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
-from model.tensors import visiting
+from model.tensors import on_device
 from model.vae import VAE, State, decode_groups
 
 GIB = 2**30
@@ -77,17 +77,18 @@ def counted() -> dict[str, int]:
             student, vae = DiT(dit), VAE(CONFIG.vae)
             assert PRECISION.fp8 is not None
             student.quantize(PRECISION.fp8)
-            student.attend_in_fp8()
-            found["visitors"] = parameters(*student.visitors().values())
-            found["student"] = parameters(student) - found["visitors"]
+            student.use_fp8_attention()
+            found["offloaded"] = parameters(*student.offloadable_modules().values())
+            found["student"] = parameters(student) - found["offloaded"]
             found["vae"] = parameters(vae)
 
             def keys(*counts: int) -> Tensor:
                 return torch.empty(dit.num_layers, *counts, dit.num_heads, dit.head_dim)
 
-            real = torch.empty(1, dtype=torch.int32)
+            num_text_tokens = torch.empty(1, dtype=torch.int32)
             context = ContextKV(
-                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), real=real
+                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)),
+                num_text_tokens=num_text_tokens,
             )
             audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
             found["keys and values"] = sum(x.nbytes for x in (*context, *audio))
@@ -98,7 +99,7 @@ def counted() -> dict[str, int]:
             latents = torch.empty(CONFIG.latent_shape).float()
 
             def denoise() -> object:
-                return student(latents, condition, Modulation(*vectors), rope, context, audio, known=2)
+                return student(latents, condition, Modulation(*vectors), rope, context, audio, num_motion_latents=2)
 
             found["denoise"] = peak(denoise) - found["keys and values"]  # they are seen there, too
             latent = torch.empty(frames, channels, rows, columns)
@@ -137,7 +138,7 @@ def test_where_the_memory_is(counted: dict[str, int]) -> None:
     """The numbers the documentation gives, in GiB; a count of operations that are eager, not compiled."""
     assert {name: round(size / GIB, 1) for name, size in counted.items()} == {
         "speech": 0.4,
-        "visitors": 8.3,
+        "offloaded": 8.3,
         "student": 13.8,
         "vae": 0.2,
         "keys and values": 0.8,
@@ -160,7 +161,7 @@ def test_what_visits_goes_home_whatever_happens() -> None:
     home = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
 
     def fail() -> None:
-        with torch.inference_mode(), visiting(torch.device("meta"), layer, norm):
+        with torch.inference_mode(), on_device(torch.device("meta"), layer, norm):
             assert all(x.is_meta for x in (*layer.parameters(), *norm.buffers()))
             assert layer(torch.ones(2, 4, device="meta")).shape == (2, 4)
             raise KeyError
@@ -175,6 +176,6 @@ def test_what_visits_goes_home_whatever_happens() -> None:
 def test_gpu_visitors_leave_no_memory_behind() -> None:
     layer, x = nn.Linear(1024, 1024), torch.randn(2, 1024)
     want, before = layer(x), torch.cuda.memory_allocated()
-    with torch.inference_mode(), visiting(torch.device("cuda"), layer):
+    with torch.inference_mode(), on_device(torch.device("cuda"), layer):
         torch.testing.assert_close(layer(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
     assert torch.cuda.memory_allocated() == before

@@ -1,4 +1,4 @@
-"""Prompts that are kept: the same bits as the encoder's, and no encoder; whatever is wrong with the disk."""
+"""Cached prompts: the same bits as the encoder's, and no encoder; whatever is wrong with the disk."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from model.checkpoint import TEXT_FILE, Models, load_models, random_models
 from model.config import PRECISIONS
-from model.machine import CACHE
-from model.prompts import Prompts
+from model.machine import CACHE_ENV
+from model.prompts import CachedTextEncoder
 from tests.small import SMALL, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ ONE, TWO = torch.tensor([40, 50, 60, 1]), torch.tensor([40, 50, 1])
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_computed_again(cache: Path, folder: Path) -> Non
 @torch.inference_mode()
 def test_what_cannot_be_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file"))
     models = load(folder)
     assert torch.equal(models.text(ONE), models.text.encoder(ONE))
 
@@ -85,6 +85,6 @@ def test_what_cannot_be_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 @torch.inference_mode()
 def test_random_weights_keep_nothing(cache: Path) -> None:
     models = random_models(SMALL, CPU, PRECISIONS["fp32"])
-    assert isinstance(models.text, Prompts)
+    assert isinstance(models.text, CachedTextEncoder)
     assert torch.equal(models.text(ONE), models.text.encoder(ONE))
     assert not cache.exists()

@@ -16,8 +16,16 @@ from model.config import PRECISIONS, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
-from model.quantize import MANIFEST, Official, layer_error, load, main, table, write
-from model.tensors import shards
+from model.quantize import (
+    MANIFEST,
+    ShardReader,
+    error_table,
+    layer_error,
+    load_fp8_checkpoint,
+    main,
+    write_fp8_checkpoint,
+)
+from model.tensors import find_student_shards
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,7 +53,7 @@ def run(*arguments: str) -> int:
 def student(folder: Path) -> DiT:
     with torch.device("meta"):
         dit = DiT(SMALL.dit)
-    load(dit, folder, CPU)
+    load_fp8_checkpoint(dit, folder, CPU)
     return dit
 
 
@@ -56,10 +64,10 @@ def manifest(folder: Path) -> dict:
 def test_what_is_written_is_what_is_read(folder: Path, out: Path) -> None:
     dit = student(out)
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
-    official, slots = weights("dit"), dit.slots()
+    official, param_map = weights("dit"), dit.param_map()
     eight = 0
     for name, layer in layers.items():
-        parts = [official[tensor] for tensor, slot in slots.items() if slot.names == (f"{name}.weight",)]
+        parts = [official[tensor] for tensor, mapping in param_map.items() if mapping.params == (f"{name}.weight",)]
         assert layer.weight.shape == torch.cat(parts).shape, name
         if layer.fp8:
             eight += 1
@@ -81,11 +89,11 @@ def test_the_manifest_says_it_all(folder: Path, out: Path, capsys: pytest.Captur
     values = manifest(out)
     assert values["complete"]
     assert values["policy"] == {"layers": list(POLICY.layers), "max_error": POLICY.max_error}
-    assert values["source"].keys() == {path.name for path in shards(folder)}
+    assert values["source"].keys() == {path.name for path in find_student_shards(folder)}
     assert values["shards"].keys() == {path.name for path in out.glob("student-*.safetensors")}
     assert len(values["layers"]) == 8 * SMALL.dit.num_layers
     assert all(0.02 < layer["error"] < 0.045 and layer["fp8"] for layer in values["layers"].values())
-    text = table(values)
+    text = error_table(values)
     assert [line.split()[:3] for line in text.splitlines()[1:]] == [
         [name, str(SMALL.dit.num_layers), str(SMALL.dit.num_layers)]
         for name in ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "audio_cross_attn.q_linear",
@@ -212,7 +220,7 @@ def test_refusals_in_one_line(
 def test_a_layer_with_too_large_an_error_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     policy = FP8Policy(("blocks.*.ffn.*",), max_error=0.03)
-    values = write(Official(shards(folder)), tmp_path / "out", SMALL.dit, policy)
+    values = write_fp8_checkpoint(ShardReader(find_student_shards(folder)), tmp_path / "out", SMALL.dit, policy)
     assert not any(layer["fp8"] for layer in values["layers"].values())
     dit = student(tmp_path / "out")
     assert all(layer.fused and not layer.fp8 for layer in dit.modules() if isinstance(layer, Linear))
@@ -231,7 +239,7 @@ def test_errors_of_layers_with_outliers(kind: str) -> None:
         weight = torch.distributions.StudentT(2.5).sample(weight.shape) / 20
     elif kind == "a row of zeros":
         weight[3] = 0
-    assert 0.01 < layer_error(weight, quantize.quantize(weight)) < 0.042
+    assert 0.01 < layer_error(weight, quantize.quantize_weight(weight)) < 0.042
 
 
 # --- torchao --------------------------------------------------------------------------------------------------------
@@ -239,7 +247,7 @@ def test_errors_of_layers_with_outliers(kind: str) -> None:
 
 def as_torchao(folder: Path, per_row: bool) -> None:
     """Makes the student what torchao's safetensors of it are: two tensors for a weight of blocks."""
-    for path in shards(folder):
+    for path in find_student_shards(folder):
         tensors = {}
         for name, tensor in load_file(path).items():
             owner, _, leaf = name.rpartition(".")
@@ -258,13 +266,13 @@ def test_torchaos_tensors_load(folder: Path, per_row: bool) -> None:
     official = weights("dit")
     as_torchao(folder, per_row)
     dit = load_models(SMALL, folder, CPU, PRECISIONS["fp8"]).dit
-    for name, slot in dit.slots().items():
-        layer = dit.get_submodule(slot.names[0].rpartition(".")[0])
+    for name, mapping in dit.param_map().items():
+        layer = dit.get_submodule(mapping.params[0].rpartition(".")[0])
         if isinstance(layer, Linear) and layer.fp8 and name.endswith("weight"):
-            rows = slice(slot.start or 0, (slot.start or 0) + slot.shape[0])
+            rows = slice(mapping.start_row or 0, (mapping.start_row or 0) + mapping.shape[0])
             values, scale = quantize_rows(official[name] if per_row else official[name].reshape(1, -1))
-            assert torch.equal(layer.weight[rows].float(), values.view(slot.shape).float())
-            assert torch.equal(layer.weight_scale[rows], scale.expand(slot.shape[0]))
+            assert torch.equal(layer.weight[rows].float(), values.view(mapping.shape).float())
+            assert torch.equal(layer.weight_scale[rows], scale.expand(mapping.shape[0]))
     kept = dit.get_submodule("blocks.0.cross_attn.kv")
     values, scale = quantize_rows(official["blocks.0.cross_attn.k.weight"])
     if per_row:
@@ -287,7 +295,7 @@ def test_torchaos_own_files_load(folder: Path) -> None:
     tensors, metadata = flatten_tensor_state_dict(
         {name: layer.weight.data} | {other: tensor for other, tensor in official.items() if other != name}
     )
-    for path in shards(folder):
+    for path in find_student_shards(folder):
         path.unlink()
     (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata)

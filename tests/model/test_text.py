@@ -23,9 +23,9 @@ def filled_encoder() -> TextEncoder:
     with torch.device("meta"):
         encoder = TextEncoder(from_official(TextConfig, config))
     tensors = load_file(GOLDEN / "weights_t5.safetensors")
-    slots = encoder.slots()
-    assert slots.keys() == tensors.keys()
-    encoder.load_state_dict({slot.names[0]: tensors[name] for name, slot in slots.items()}, assign=True)
+    param_map = encoder.param_map()
+    assert param_map.keys() == tensors.keys()
+    encoder.load_state_dict({mapping.params[0]: tensors[name] for name, mapping in param_map.items()}, assign=True)
     return encoder
 
 
@@ -121,11 +121,11 @@ def test_slots_are_the_official_keys() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["t5"]["keys"]
     with torch.device("meta"):
         encoder = TextEncoder(TextConfig())
-    slots = encoder.slots()
-    assert {name: slot.shape for name, slot in slots.items()} == {
+    param_map = encoder.param_map()
+    assert {name: mapping.shape for name, mapping in param_map.items()} == {
         name: tuple(shape) for name, shape in official.items()
     }
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
 
 
 def test_evaluation_mode_and_bad_ids() -> None:

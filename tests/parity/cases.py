@@ -29,11 +29,11 @@ from model.config import (
     from_official,
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
-from model.image import ImageEncoder, resize_center_crop, to_pixels, unused
-from model.prompts import Prompts
+from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
+from model.prompts import CachedTextEncoder
 from model.sampler import denoise_step, first_latents, timesteps
-from model.slots import own_slots
-from model.tensors import fill
+from model.slots import identity_map
+from model.tensors import load_parameters
 from model.text import TextEncoder
 from model.vae import VAE
 from streaming.generator import ChunkGenerator, first_frame_mask
@@ -63,9 +63,9 @@ class Case:
         """The module with the component's weights."""
         tensors = self.weights(component)
         if isinstance(module, ImageEncoder):
-            tensors = {name: t for name, t in tensors.items() if not unused(name, module.config)}
-        slots = own_slots(module) if isinstance(module, VAE | AudioProjector) else module.slots()
-        fill(module, slots, tensors.items(), component, CPU, torch.float32)
+            tensors = {name: t for name, t in tensors.items() if not is_unused_key(name, module.config)}
+        param_map = identity_map(module) if isinstance(module, VAE | AudioProjector) else module.param_map()
+        load_parameters(module, param_map, tensors.items(), component, CPU, torch.float32)
         return module.eval()
 
     def dit(self) -> DiT:
@@ -233,7 +233,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
     config = Config(
         "golden", dit.config, vae.config, text.config, image.config, chunk=from_official(ChunkConfig, settings | rates)
     )
-    models = Models(config, dit, vae, Prompts(lambda: text, CPU), image, case.speech(), CPU, None)
+    models = Models(config, dit, vae, CachedTextEncoder(lambda: text, CPU), image, case.speech(), CPU, None)
 
     def noise(_seed: int | Tensor, c: int | Tensor, draw: int) -> Tensor:
         return case[f"in.noise.chunk{c}"][draw].transpose(0, 1)
@@ -298,10 +298,10 @@ class Recorder:
 
     def _student(self, student: nn.Module, args: tuple[Tensor, ...], options: dict[str, int], output: Tensor) -> None:
         """The loop does not ask for the velocity of known frames, the record has it."""
-        known = options.pop("known")
+        num_motion_latents = options.pop("num_motion_latents")
         velocity = student.forward(*args, **options)
-        assert (output[:known] == 0).all()
-        torch.testing.assert_close(output[known:], velocity[known:], rtol=1e-4, atol=1e-4)
+        assert (output[:num_motion_latents] == 0).all()
+        torch.testing.assert_close(output[num_motion_latents:], velocity[num_motion_latents:], rtol=1e-4, atol=1e-4)
         self.latents.append(args[0].clone())
         self.velocities.append(velocity)
 

@@ -54,7 +54,7 @@ def quantised(case: Case, precision: str, change: Callable[[DiT], object] = id) 
     assert policy is not None
     dit.quantize(policy)
     if PRECISIONS[precision].fp8_attention:
-        dit.attend_in_fp8()
+        dit.use_fp8_attention()
     return dit
 
 
