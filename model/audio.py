@@ -26,8 +26,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
-from model.slots import ParamMapping
-from model.tensors import pin_memory_for
+from model.weights.mapping import ParamMapping
+from model.weights.offload import pin_memory_for
 
 TARGET_LUFS = -23.0  # LUFS that the speech encoder is given
 GATING_BLOCK = 0.4  # seconds of a gating block of ITU-R BS.1770

@@ -37,8 +37,8 @@ from kernels.cross_attention import (
 from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
-from model.slots import ParamMapping, joined_map
-from model.tensors import on_device
+from model.weights.mapping import ParamMapping, joined_map
+from model.weights.offload import on_device
 
 
 class ContextKV(NamedTuple):

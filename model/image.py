@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
-from model.slots import ParamMapping, pattern_map
+from model.weights.mapping import ParamMapping, pattern_map
 
 # An image far longer than the crop grows far beyond it when its short side is fitted; 32 Mpx are 128 MiB.
 MAX_RESIZED_PIXELS = 2**25

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from model.config import TextConfig
 from model.errors import UserError
-from model.slots import ParamMapping, pattern_map
+from model.weights.mapping import ParamMapping, pattern_map
 
 # Official name: ours.
 OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {

@@ -3,7 +3,7 @@
     python -m model.warm --preset flashtalk-14b --precision fp8 --pack h100.tar    on one machine
     python -m model.warm --unpack h100.tar                                         on another of the same kind
 
-What is compiled lies in the user's cache (`model.compiled`), where `python -m streaming run` finds it.
+What is compiled lies in the user's cache (`model.compile`), where `python -m streaming run` finds it.
 """
 
 import json
@@ -18,7 +18,7 @@ import typer
 
 from model import command as command_line
 from model.command import check_choice
-from model.compiled import compile_models, stand_in_models, use_compile_cache, warm_up
+from model.compile import compile_models, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
 from model.files import replacing

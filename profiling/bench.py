@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from model.compiled import raise_recompile_limit
+from model.compile import raise_recompile_limit
 from model.errors import UserError
 from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen
 from profiling.cases.linear import prepare_scaled_mm

@@ -30,7 +30,7 @@ from profiling.trace import export, summarise
 from streaming.spans import Spans
 
 if TYPE_CHECKING:
-    from model.checkpoint import Models
+    from model.weights.checkpoint import Models
     from streaming.generator import Conditions
 
 Moment: TypeAlias = float | torch.cuda.Event
@@ -72,7 +72,7 @@ VARIANTS = {
 
 def generating_models(config: Config, device: torch.device, precision: str) -> "Models":
     """Student and VAE of `config` with random weights; the encoders, which no chunk runs, are those of `tiny`."""
-    from model.checkpoint import random_models
+    from model.weights.checkpoint import random_models
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
     # 9 GB to the host's memory and back take longer than all else: what would visit stays, until `Runner` has used it.
@@ -176,7 +176,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
     chunks; the first ones, which try algorithms, take more. The runner can go on, see `traced`.
     """
-    from model.compiled import compile_student, compile_vae
+    from model.compile import compile_student, compile_vae
 
     device, chunk = models.device, models.config.chunk
     torch.compiler.reset()

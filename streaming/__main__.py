@@ -93,13 +93,13 @@ def run(
     # The command line answers at once; what takes seconds to import waits until there is something to do.
     import torch
 
-    from model.checkpoint import load_models, random_models
-    from model.compiled import load_compiled
+    from model.compile import load_compiled
     from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
     from model.image import load_image, resize_center_crop
-    from model.quantize import is_fp8_checkpoint
     from model.sampler import NUM_TIMESTEPS
     from model.text import tokenize
+    from model.weights.checkpoint import load_models, random_models
+    from model.weights.quantize import is_fp8_checkpoint
     from streaming.generator import ChunkGenerator
     from streaming.progress import show, stage
     from streaming.session import Session, beside, once_listener, stream_listener

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE
 from model.config import (
     AudioConfig,
     ChunkConfig,
@@ -17,6 +16,7 @@ from model.config import (
     VAEConfig,
     from_official,
 )
+from model.weights.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
 _WEIGHTS = json.loads((GOLDEN / "manifest.json").read_text())["weights"]

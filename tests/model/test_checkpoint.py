@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
 from model.config import PRECISIONS, TINY
 from model.errors import UserError
-from model.tensors import iter_safetensors
+from model.weights.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
+from model.weights.shards import iter_safetensors
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")

@@ -9,23 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import model.quantize
+import model.weights.quantize
 from kernels.linear import dequantize, quantize_rows
-from model import quantize
-from model.checkpoint import load_models
 from model.config import PRECISIONS, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
-from model.quantize import (
-    MANIFEST,
-    ShardReader,
-    error_table,
-    layer_error,
-    load_fp8_checkpoint,
-    main,
-    write_fp8_checkpoint,
-)
-from model.tensors import find_student_shards
+from model.quantize import error_table, main
+from model.weights.checkpoint import load_models
+from model.weights.quantize import MANIFEST, layer_error, load_fp8_checkpoint, quantize_weight, write_fp8_checkpoint
+from model.weights.shards import ShardReader, find_student_shards
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -148,7 +142,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
             path.write_bytes(path.read_bytes()[:100])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantize, "save_file", full)
+    monkeypatch.setattr(model.weights.quantize, "save_file", full)
     new = tmp_path / "new"
     assert run("--checkpoint", str(folder), "--out", str(new)) == 2
     assert [path.name for path in new.iterdir() if path.name.startswith(("student", ".student"))] == [
@@ -212,7 +206,7 @@ def test_refusals_in_one_line(
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
-    monkeypatch.setattr(quantize, "FP8Policy", lambda: FP8Policy(max_error=0.1))
+    monkeypatch.setattr(model.quantize, "FP8Policy", lambda: FP8Policy(max_error=0.1))
     assert run("--checkpoint", str(folder), "--out", str(out)) == 2
     assert "is of another source or policy: choose a new --out" in capsys.readouterr().err
 
@@ -239,7 +233,7 @@ def test_errors_of_layers_with_outliers(kind: str) -> None:
         weight = torch.distributions.StudentT(2.5).sample(weight.shape) / 20
     elif kind == "a row of zeros":
         weight[3] = 0
-    assert 0.01 < layer_error(weight, quantize.quantize_weight(weight)) < 0.042
+    assert 0.01 < layer_error(weight, quantize_weight(weight)) < 0.042
 
 
 # --- torchao --------------------------------------------------------------------------------------------------------

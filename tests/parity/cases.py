@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.audio import SpeechEncoder, normalize_loudness, official_once_chunks, stream_window, windows
-from model.checkpoint import Models
 from model.config import (
     AudioConfig,
     ChunkConfig,
@@ -30,12 +29,12 @@ from model.config import (
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
-from model.prompts import CachedTextEncoder
 from model.sampler import denoise_step, first_latents, timesteps
-from model.slots import identity_map
-from model.tensors import load_parameters
 from model.text import TextEncoder
+from model.text_cache import CachedTextEncoder
 from model.vae import VAE
+from model.weights.checkpoint import Models
+from model.weights.mapping import identity_map, load_parameters
 from streaming.generator import ChunkGenerator, first_frame_mask
 from streaming.spans import Spans
 

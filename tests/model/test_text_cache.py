@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import TEXT_FILE, Models, load_models, random_models
 from model.config import PRECISIONS
 from model.machine import CACHE_ENV
-from model.prompts import CachedTextEncoder
+from model.text_cache import CachedTextEncoder
+from model.weights.checkpoint import TEXT_FILE, Models, load_models, random_models
 from tests.small import SMALL, write_checkpoint
 
 CPU = torch.device("cpu")

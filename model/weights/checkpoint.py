@@ -20,17 +20,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model import quantize
 from model.audio import SpeechEncoder, official_name
 from model.config import AudioConfig, Config, DiTConfig, Precision, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder, is_unused_key
-from model.prompts import CachedTextEncoder, cache_dir_for
-from model.slots import ParamMapping, identity_map
-from model.tensors import find_student_shards, iter_safetensors, load_parameters, read_json
 from model.text import TextEncoder
+from model.text_cache import CachedTextEncoder, cache_dir_for
 from model.vae import VAE
+from model.weights import quantize
+from model.weights.mapping import ParamMapping, identity_map, load_parameters
+from model.weights.shards import find_student_shards, iter_safetensors, read_json
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

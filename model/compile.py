@@ -16,11 +16,11 @@ import torch._dynamo
 from torch import Tensor
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
-from model.checkpoint import Models, load_models, random_models
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
 from model.machine import device_cache_dir
 from model.vae import VAE, decode_groups
+from model.weights.checkpoint import Models, load_models, random_models
 
 FAIL_FAST_SECONDS = 1.0  # seconds that loading is given to fail
 STAND_IN_LAYERS = 2  # of a student that stands in for another

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from model import compiled, warm
-from model.compiled import load_compiled, stand_in_models, use_compile_cache
+import model.compile
+import model.warm
+from model.compile import compile_student, load_compiled, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS
 from model.dit import DiT, rope_table
 from model.errors import UserError
@@ -42,7 +43,7 @@ def test_another_number_of_speakers_is_compiled_once(compilations: list[object])
     """The student's block in general and as the last one, for one speaker and for two, however often they change."""
     torch.manual_seed(0)
     dit = DiT(SMALL.dit)
-    compiled.compile_student(dit)
+    compile_student(dit)
     frames, rows, columns = 3, 4, 6
     latent, condition = torch.randn(frames, 16, rows, columns), torch.randn(frames, 20, rows, columns)
     context = dit.embed_context(
@@ -74,13 +75,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
     tmp_path: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "FAIL_FAST_SECONDS", 0)
+    monkeypatch.setattr(model.compile, "FAIL_FAST_SECONDS", 0)
     folder = write_checkpoint(tmp_path / "checkpoint")
     models = load_compiled(SMALL, folder, CPU, PRECISIONS["fp32"])
     assert models.folder == folder
     seen = len(compilations)
     assert seen
-    compiled.warm_up(models)
+    warm_up(models)
     assert len(compilations) == seen
 
 
@@ -97,9 +98,9 @@ def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None
     found = []
     for _ in range(2):
         torch.compiler.reset()
-        compiled.compile_student(models.dit)
+        compile_student(models.dit)
         before = counters["inductor"]["fxgraph_cache_hit"]
-        compiled.warm_up(models)
+        warm_up(models)
         found.append(counters["inductor"]["fxgraph_cache_hit"] - before)
     assert found == [0, 3]
     assert any((cache / cache_key(CPU) / "inductor").iterdir())
@@ -139,7 +140,7 @@ def test_the_command_says_where_and_how_long(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "packed.tar"
-    monkeypatch.setitem(warm.PRESETS, "small", SMALL)
+    monkeypatch.setitem(model.warm.PRESETS, "small", SMALL)
     arguments = ["--preset", "small", "--precision", "fp32", "--pack", str(file), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["warm", *arguments])
     assert main() == 0

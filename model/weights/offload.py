@@ -1,0 +1,34 @@
+"""Modules that stay in host memory and are on the GPU only while they are needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """The modules are on `device` while the body runs; where they come from, their memory stays for their return."""
+    offloaded: list[tuple[dict[str, Any], str, Tensor]] = [
+        (table, name, x)
+        for module in modules
+        for owner in module.modules()
+        for table in (owner._parameters, owner._buffers)
+        for name, x in table.items()
+        if x is not None and x.device != device
+    ]
+    for table, name, x in offloaded:
+        there = x.detach().to(device)
+        table[name] = nn.Parameter(there, requires_grad=False) if isinstance(x, nn.Parameter) else there
+    try:
+        yield
+    finally:
+        for table, name, x in offloaded:
+            table[name] = x
+
+
+def pin_memory_for(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor where a copy to that device can be made from without waiting for what the device is doing."""
+    return x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x
