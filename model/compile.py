@@ -1,8 +1,8 @@
-"""torch.compile of the networks, and the folder that keeps what compilers made, for later processes and other machines.
+"""torch.compile of the student and the VAE, and the on-disk cache of what Inductor and Triton compile.
 
-The student is compiled by block: one block's code serves all of them, so that it takes seconds. Inductor and Triton
-find again by content what they have compiled, whatever model or shape it was for; what they keep is good only for the
-same device and the same versions of both, which the folder is named after.
+The student is compiled per block. All blocks share the code of one, so compilation takes seconds. Inductor and Triton
+find earlier results by content, whatever model or shape they were made for. The results are valid for one device and
+one version of PyTorch and Triton, and the cache directory is named after these.
 """
 
 import os
@@ -22,17 +22,15 @@ from model.machine import device_cache_dir
 from model.vae import VAE, decode_groups
 from model.weights.checkpoint import Models, load_models, random_models
 
-FAIL_FAST_SECONDS = 1.0  # seconds that loading is given to fail
-STAND_IN_LAYERS = 2  # of a student that stands in for another
-RECOMPILE_LIMIT = (
-    1024  # compiled forms of a function: three or four for each geometry, where torch gives up at the ninth
-)
+FAIL_FAST_SECONDS = 1.0  # time in which most errors in a checkpoint are found, before compilation starts
+STAND_IN_LAYERS = 2  # layers of the stand-in student: one like all but the last, and the last
+RECOMPILE_LIMIT = 1024  # per function; each geometry needs three or four, and PyTorch's default is eight
 
 
 def compile_models(models: Models) -> None:
-    """Compiles what gains by it: the student, and on a CPU the VAE, whose kernels on a GPU are ours.
+    """Compiles the student and, on a CPU, the VAE. On a GPU the VAE already runs on kernels of this project.
 
-    Each geometry that a process meets is compiled once, and stays.
+    Every input geometry is compiled once per process.
     """
     raise_recompile_limit()
     compile_student(models.dit)
@@ -41,27 +39,28 @@ def compile_models(models: Models) -> None:
 
 
 def raise_recompile_limit() -> None:
-    """From now on torch compiles a function for every shape that it meets, and neither gives up nor runs it eagerly."""
+    """Lets torch.compile specialise a function for up to `RECOMPILE_LIMIT` shapes; beyond that it runs eagerly."""
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
 
 
 def compile_student(dit: DiT) -> None:
-    """Compiles every block for the shapes that it meets; a graph that breaks is an error."""
+    """Compiles every block of the student for static shapes. A graph break is an error."""
     for block in dit.blocks:
         block.compile(fullgraph=True, dynamic=False)
 
 
 def compile_vae(vae: VAE) -> None:
-    """Compiles decoder and encoder, each for a clip's start and its later steps."""
+    """Compiles the VAE's decoder and encoder for static shapes."""
     vae.decoder.compile(dynamic=False)
     vae.encoder.compile(dynamic=False)
 
 
 def stand_in_models(config: Config, device: torch.device, precision: Precision) -> Models:
-    """Networks of random weights for which the same is compiled as for those of `config`, at a fraction of their size.
+    """Small networks of random weights that compile to the same code as the networks of `config`.
 
-    The student's blocks are alike but for the last one. The encoders run before a session, as they are: any will do.
+    All blocks of the student but the last compile to the same code, so two blocks are enough. The encoders are not
+    compiled and are as small as those of the preset `tiny`.
     """
     dit = replace(config.dit, num_layers=min(STAND_IN_LAYERS, config.dit.num_layers))
     stand_in = replace(config, dit=dit, text=TINY.text, image=TINY.image, audio=TINY.audio)
@@ -70,7 +69,7 @@ def stand_in_models(config: Config, device: torch.device, precision: Precision) 
 
 @torch.inference_mode()
 def warm_up(models: Models) -> None:
-    """Runs everything that a chunk runs once in each of its shapes, on zeros, so that all is compiled and chosen."""
+    """Runs every operation of a chunk once in each of its shapes, on zeros, so that all is compiled and autotuned."""
     config, device = models.config, models.device
     dit, chunk, vae = config.dit, config.chunk, models.vae
     frames, _, rows, columns = config.latent_shape
@@ -102,9 +101,9 @@ def warm_up(models: Models) -> None:
 
 
 def load_compiled(config: Config, folder: Path | None, device: torch.device, precision: Precision) -> Models:
-    """`load_models`, or without a folder `random_models`, compiled for all that a chunk runs.
+    """`load_models`, or `random_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
 
-    The weights come from the disk while the compilers work, on a stand-in.
+    While the weights are read from disk, the code is compiled on stand-in networks.
     """
     use_compile_cache(device)
     if folder is None:
@@ -116,7 +115,7 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
     compile_models(stand_in)
     with ThreadPoolExecutor(1) as background:
         loading = background.submit(load_models, config, folder, device, precision)
-        ready = wait([loading], FAIL_FAST_SECONDS).done  # most mistakes show at once
+        ready = wait([loading], FAIL_FAST_SECONDS).done
         if not ready:
             warm_up(stand_in)
         models = loading.result()
@@ -127,7 +126,7 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
 
 
 def use_compile_cache(device: torch.device) -> Path:
-    """Makes Inductor and Triton keep what they compile in the device's folder, see `device_cache_dir`, and gives it."""
+    """Points the caches of Inductor and Triton at `device_cache_dir`, and returns that directory."""
     folder = device_cache_dir(device)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

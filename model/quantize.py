@@ -1,4 +1,7 @@
-"""FP8 checkpoints: `python -m model.quantize --checkpoint DIR --out DIR`. What they hold: `model.weights.quantize`."""
+"""`python -m model.quantize --checkpoint DIR --out DIR`: converts an official checkpoint to FP8.
+
+What the converted checkpoint holds is described in `model.weights.quantize`.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -20,17 +23,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(epilog="Example: python -m model.quantize --checkpoint SoulX-FlashTalk-14B --out SoulX-FlashTalk-14B-FP8")
 def run(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the official weights.")],
-    out: Annotated[Path, typer.Option(help="Folder for the same in FP8; a run that was cut off goes on there.")],
+    out: Annotated[Path, typer.Option(help="Output folder. An interrupted conversion is resumed.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where layers are quantised and measured.")] = "auto",
 ) -> None:
-    """Quantises the student: 12 GB of e4m3 in place of 24, measured layer by layer."""
+    """Quantises the student to FP8: 14 GB of e4m3 weights instead of 28 GB in bf16; prints the layers' errors."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: PyTorch sees no such device here; use cpu")
     paths = find_student_shards(checkpoint)
     if out.resolve() == checkpoint.resolve():
-        raise UserError(f"--out {out}: that is the checkpoint; name another folder")
+        raise UserError(f"--out {out}: this is the checkpoint itself; name another folder")
     values = read_json(checkpoint / "config.json")
     try:
         config = from_official(DiTConfig, {key: x for key, x in values.items() if is_known(DiTConfig, key)})
@@ -38,19 +41,19 @@ def run(
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint / 'config.json'}: {error}") from error
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}); name another folder") from error
+        raise UserError(f"--out {out} cannot be created ({error.strerror}); name another folder") from error
     manifest = write_fp8_checkpoint(ShardReader(paths), out, config, FP8Policy(), device)
     copy_other_files(checkpoint, out, paths)
     print(error_table(manifest))
 
 
 def error_table(manifest: Mapping[str, Any]) -> str:
-    """The errors of a manifest's layers, by kind of layer, over all blocks."""
+    """A text table of a manifest's layer errors: minimum, median and maximum over all blocks, per kind of layer."""
     kinds: dict[str, list[tuple[float, bool]]] = {}
     for name, layer in manifest["layers"].items():
         kinds.setdefault(name.split(".", 2)[-1], []).append((layer["error"], layer["fp8"]))
     width = max(map(len, kinds), default=0)
-    lines = [f"{'layer':{width}}  blocks  in fp8   least  median   worst"]
+    lines = [f"{'layer':{width}}  blocks  in fp8     min  median     max"]
     for kind, found in kinds.items():
         errors = sorted(error for error, _ in found)
         low, middle, high = errors[0], errors[len(errors) // 2], errors[-1]
@@ -60,8 +63,8 @@ def error_table(manifest: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs the command line; a user's mistake ends in one line and exit code 2."""
-    return command.run_app(app, "the same command goes on")
+    """Runs the command line; returns the exit code."""
+    return command.run_app(app, "run the same command again to resume")
 
 
 if __name__ == "__main__":

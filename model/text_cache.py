@@ -1,4 +1,4 @@
-"""Text features of prompts, cached on disk so that a start with a cached prompt need not load the 11 GB of umT5."""
+"""Text features cached on disk, so that a start with a known prompt does not load the 11 GB of umT5."""
 
 import hashlib
 import secrets
@@ -17,16 +17,20 @@ from model.machine import device_cache_dir
 from model.text import TextEncoder
 from model.weights.offload import on_device
 
-FEATURES_KEY = "features"  # of the tensor in a file
+FEATURES_KEY = "features"  # name of the tensor in a cache file
 
 
 class CachedTextEncoder:
-    """Text features of prompts: from the cache on disk if they are there, else by an offloaded encoder."""
+    """Text features of prompts, from the cache on disk or, for a new prompt, from the text encoder.
+
+    The encoder is loaded when it is first needed. It stays in host memory and is on the device only while it runs.
+    """
 
     def __init__(self, encoder: Callable[[], TextEncoder], device: torch.device, cache_dir: Path | None = None) -> None:
-        """`encoder` is called once, when it is needed: at once unless there are prompts in `cache_dir`.
+        """`encoder` loads the text encoder and is called at most once.
 
-        None: nothing is cached.
+        It is called here unless `cache_dir` already holds features, else when a prompt is new. If `cache_dir` is None,
+        nothing is cached.
         """
         self._encoder, self._device, self._cache_dir = encoder, device, cache_dir
         if cache_dir is None or not any(cache_dir.glob("*.safetensors")):
@@ -34,28 +38,28 @@ class CachedTextEncoder:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The encoder, where it is at home."""
+        """The text encoder, in host memory."""
         return self._encoder()
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """The token ids int64 [L] of a prompt -> its features [L, dim] on the device, in the dtype of the encoder."""
+        """Token ids int64 [L] of a prompt -> features [L, dim] on the device, in the encoder's dtype."""
         key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
         path = self._cache_dir and self._cache_dir / f"{key}.safetensors"
         if path is not None:
-            with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # absent, unreadable, damaged
+            with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # missing or damaged
                 return file.get_tensor(FEATURES_KEY).to(self._device)
         with on_device(self._device, self.encoder):
             features = self.encoder(ids.to(self._device))
         if path is not None:
-            with suppress(OSError, SafetensorError):  # full, or not ours: the next start reads the encoder again
+            with suppress(OSError, SafetensorError):  # disk full or not writable
                 _save_features(features, path)
         return features
 
 
 def cache_dir_for(file: Path, device: torch.device, dtype: torch.dtype) -> Path:
-    """The folder of prompts answered by the encoder in that file, on such a device and in that dtype.
+    """The directory that caches the features of one encoder file for a device and a dtype.
 
-    The file counts as the same for as long as its place, size and time of change are.
+    The encoder file is identified by its path, size and modification time.
     """
     state = file.stat()
     identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {dtype}"
@@ -63,8 +67,9 @@ def cache_dir_for(file: Path, device: torch.device, dtype: torch.dtype) -> Path:
 
 
 def _save_features(features: Tensor, path: Path) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the features to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several processes may write the file at once
+    # The temporary name is unique because several processes may write the same file.
+    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with replacing(path, own) as temporary:
         save_file({FEATURES_KEY: features.cpu().contiguous()}, temporary)

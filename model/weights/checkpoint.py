@@ -1,4 +1,4 @@
-"""Loads the official checkpoint folder onto a device, tensor by tensor, or makes a system with random weights.
+"""Loads the official checkpoint folder onto a device, tensor by tensor, or builds models with random weights.
 
     FOLDER/config.json, diffusion_pytorch_model*.safetensors          student
     FOLDER/Wan2.1_VAE.pth                                             video VAE
@@ -6,8 +6,8 @@
     FOLDER/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth    image encoder
     FOLDER/chinese-wav2vec2-base/ (or beside FOLDER)                  speech encoder
 
-Modules are built without storage; each tensor then goes from the mapped file to its device in its final dtype, so host
-memory holds one tensor at a time beside what the target device itself needs.
+Modules are built on the meta device. Each tensor then goes from the memory-mapped file to its device in its final
+dtype, so host memory holds only one tensor at a time, besides the modules that are offloaded to it.
 """
 
 import zipfile
@@ -42,10 +42,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Models:
-    """The five networks of a system, ready for one device, and the config they were built from.
+    """The five networks of a system and the config that they were built from.
 
-    On a GPU, what only the beginning of a session needs stays in the host's memory, and visits: the encoders of text
-    and image, and the part of the student that makes their keys and values, and the modulation.
+    The text and image encoders, and the modules of the student that compute text and image keys and values and the
+    modulation, are needed only at the beginning of a session. They are offloaded to host memory.
     """
 
     config: Config
@@ -55,7 +55,7 @@ class Models:
     image: ImageEncoder
     audio: SpeechEncoder
     device: torch.device
-    folder: Path | None  # the checkpoint, where its tokenizer lies; None for random weights
+    folder: Path | None  # of the checkpoint, which also holds the tokenizer; None for random weights
 
 
 def random_models(
@@ -65,9 +65,9 @@ def random_models(
     seed: int = 0,
     offload_device: str | torch.device = "cpu",
 ) -> Models:
-    """A system of random weights, the same for the same seed, device and precision. What it draws is noise.
+    """Models with random weights, the same for the same seed, device and precision. They generate coloured noise.
 
-    What only visits the device lies at `offload_device`.
+    Modules that are needed only at the beginning of a session go to `offload_device`.
     """
 
     def student() -> DiT:
@@ -84,7 +84,7 @@ def random_models(
         try:
             with device:
                 module = factory()
-            return module.to(device).requires_grad_(False).eval()  # transformers makes a few on the CPU all the same
+            return module.to(device).requires_grad_(False).eval()  # transformers makes some parameters on the CPU
         finally:
             torch.set_default_dtype(default)
 
@@ -108,9 +108,10 @@ def random_models(
 
 
 def load_models(config: Config, folder: Path, device: torch.device, precision: Precision) -> Models:
-    """The system whose weights lie in `folder`.
+    """Models with the weights in `folder`.
 
-    Raises `UserError`, naming the file and tensor, for anything missing, extra, wrongly shaped or unreadable.
+    Raises `UserError`, which names the file and the tensor, for anything that is missing, superfluous, of the wrong
+    shape or unreadable.
     """
     audio_folder = next((p for p in (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if p.is_dir()), None)
     quantised = quantize.is_fp8_checkpoint(folder)
@@ -119,9 +120,9 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     weights = [] if quantised else find_student_shards(folder)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is not a whole checkpoint: {file} is missing")
+            raise UserError(f"{folder} is not a complete checkpoint: {file} is missing")
     if audio_folder is None:
-        raise UserError(f"{folder} is not a whole checkpoint: the folder {AUDIO_FOLDER} is neither in it nor beside it")
+        raise UserError(f"{folder} is not a complete checkpoint: {AUDIO_FOLDER} is neither in it nor beside it")
     _check_matches_preset(config.dit, read_json(folder / "config.json"), folder / "config.json", config.name)
     config = replace(config, audio=_audio_config(config, audio_folder))
 
@@ -168,10 +169,10 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
 
 
 def _pth_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a pickled state dict, mapped from the file (files of the old, unzipped format are read)."""
+    """Yields the named tensors of a pickled state dict, memory-mapped if the file has the zip format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # torch.load raises many kinds of exceptions for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read, it is truncated or damaged: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -190,18 +191,18 @@ def _speech_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _speech_encoder(config: AudioConfig, folder: Path) -> SpeechEncoder:
     try:
         return SpeechEncoder(config)
-    except Exception as error:  # the library checks a configuration in many places
-        raise UserError(f"{folder / 'config.json'} describes no speech encoder: {error}") from error
+    except Exception as error:  # transformers checks a configuration in many places
+        raise UserError(f"{folder / 'config.json'} does not describe a valid speech encoder: {error}") from error
 
 
 def _known_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that are fields of `config`, lists as tuples."""
+    """The items of `values` that are fields of `config`, with lists as tuples."""
     names = {f.name for f in fields(config)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
 
 
 def _check_matches_preset(config: DiTConfig, values: Mapping[str, Any], path: Path, preset: str) -> None:
-    """Holds the settings that a checkpoint states, and that are known here, to those of the preset."""
+    """Raises `UserError` if a setting in the checkpoint's `config.json` differs from the preset's."""
     try:
         stated = from_official(DiTConfig, asdict(config) | {k: v for k, v in values.items() if is_known(DiTConfig, k)})
     except (UserError, ValueError, TypeError) as error:
@@ -212,7 +213,7 @@ def _check_matches_preset(config: DiTConfig, values: Mapping[str, Any], path: Pa
 
 
 def _audio_config(config: Config, folder: Path) -> AudioConfig:
-    """The speech encoder's own configuration, checked against what the student was made for."""
+    """The speech encoder's own configuration, checked against the features that the student expects."""
     values = read_json(folder / "config.json")
     if (folder / "preprocessor_config.json").is_file():
         values |= {"do_normalize": read_json(folder / "preprocessor_config.json").get("do_normalize", True)}
@@ -220,6 +221,6 @@ def _audio_config(config: Config, folder: Path) -> AudioConfig:
     if (audio.num_hidden_layers, audio.hidden_size) != (config.dit.audio_blocks, config.dit.audio_channels):
         raise UserError(
             f"{folder}: {audio.num_hidden_layers} layers of {audio.hidden_size} channels, but preset {config.name} "
-            f"hears {config.dit.audio_blocks} of {config.dit.audio_channels}"
+            f"expects {config.dit.audio_blocks} layers of {config.dit.audio_channels}"
         )
     return audio

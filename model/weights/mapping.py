@@ -1,8 +1,7 @@
-"""Where each tensor of an official checkpoint goes in a module of ours.
+"""Maps the tensors of an official checkpoint to the parameters of a module, and loads them.
 
-The VAE carries the official names, so its table is the identity; the student does but for the layers that are several
-official ones joined. The encoders are transformers' modules, whose parameters are named, and for CLIP cut, differently;
-a table of name patterns describes that.
+The VAE uses the official names. So does the student, except for layers that concatenate several official ones. The
+encoders are modules of transformers, whose parameters have other names, so a table of name patterns describes them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -16,10 +15,10 @@ from model.errors import UserError
 
 
 class ParamMapping(NamedTuple):
-    """A tensor of the official checkpoint: its shape there, and our parameters that it fills.
+    """A tensor of the official checkpoint: its shape there, and the parameters that it fills.
 
-    Several names: the official tensor is their concatenation along dimension 0, in this order. With `start`: it fills
-    the rows from there on of the one parameter, which has more.
+    With several `params`, the official tensor is their concatenation along dimension 0, in this order. With
+    `start_row`, the official tensor fills only the rows of its one parameter that begin there.
     """
 
     shape: tuple[int, ...]
@@ -28,14 +27,14 @@ class ParamMapping(NamedTuple):
 
 
 def identity_map(module: nn.Module) -> dict[str, ParamMapping]:
-    """The param_map of a module that carries the official names itself."""
+    """The map of a module whose parameters have the official names."""
     return {name: ParamMapping(tuple(tensor.shape), (name,)) for name, tensor in module.state_dict().items()}
 
 
 def pattern_map(module: nn.Module, names: Mapping[str, str | tuple[str, ...]], layers: int) -> dict[str, ParamMapping]:
-    """The param_map of `module` by a table {official name: our name or names}.
+    """The map of a module from a table {official name: parameter name or names}.
 
-    `{i}` in a pair of names stands for each of 0 .. layers - 1. The official shape is that of our parameters, joined.
+    `{i}` in the names stands for each of 0 .. layers - 1. Several parameters form one official tensor by concatenation.
     """
     own = module.state_dict()
     param_map = {}
@@ -50,9 +49,10 @@ def pattern_map(module: nn.Module, names: Mapping[str, str | tuple[str, ...]], l
 
 
 def joined_map(module: nn.Module, joined: Mapping[str, tuple[str, ...]]) -> dict[str, ParamMapping]:
-    """The map of a module some of whose layers are several official ones, concatenated by rows.
+    """The map of a module in which some layers concatenate the rows of several official layers.
 
-    `joined` is {end of our layer's name: ends of the official names, in the order of rows}; parts are equally large.
+    `joined` is {end of our layer's name: ends of the official names, in the order of rows}. The parts have equally many
+    rows. All other parameters have the official names.
     """
     param_map = {}
     for name, tensor in module.state_dict().items():
@@ -79,10 +79,18 @@ def load_parameters(
     dtype: torch.dtype | None,
     offloaded: Collection[str] = (),
 ) -> None:
-    """Replaces the parameters of `module` by official tensors, on `device`, in `dtype` or their own.
+    """Replaces the parameters of `module` by official tensors.
 
-    `tensors` yields (official name, tensor); `source` names them in errors. Submodules named in
-    `offloaded` go to the host's memory.
+    Args:
+        module: may be on the meta device.
+        param_map: the mapping of each official tensor, by its name.
+        tensors: yields (official name, tensor).
+        source: names the tensors' origin in error messages.
+        device: where parameters go.
+        dtype: of the parameters; None keeps each tensor's own.
+        offloaded: names of submodules whose parameters go to host memory instead.
+
+    Raises `UserError`, which names the tensor, if one is missing, unknown, repeated or of the wrong shape.
     """
     offloaded_prefixes = tuple(f"{name}." for name in offloaded)
     missing = dict(param_map)
@@ -111,7 +119,7 @@ def load_parameters(
 def _load_rows(
     module: nn.Module, mapping: ParamMapping, tensor: Tensor, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fills the mapping's rows of its parameter, which gets its memory with the first of them."""
+    """Fills the mapping's rows of its parameter, which is allocated with the first of them."""
     target, start = mapping.params[0], mapping.start_row
     parameter = module.get_parameter(target)
     if (parameter.device.type, parameter.dtype) != (device.type, dtype):
@@ -120,7 +128,7 @@ def _load_rows(
 
 
 def set_parameter(module: nn.Module, target: str, tensor: Tensor) -> nn.Parameter:
-    """Makes the tensor the parameter of that name."""
+    """Replaces the parameter of that dotted name by one that holds `tensor`."""
     owner, _, leaf = target.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     setattr(module.get_submodule(owner), leaf, parameter)

@@ -1,4 +1,4 @@
-"""Modules that stay in host memory and are on the GPU only while they are needed."""
+"""Offloading: modules that stay in host memory and are on the GPU only while they are needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """The modules are on `device` while the body runs; where they come from, their memory stays for their return."""
+    """Context manager: the modules are on `device` while the body runs.
+
+    Parameters and buffers are copied to the device, and the original tensors are put back at the end, also after an
+    exception. The original memory is kept, so nothing is copied back.
+    """
     offloaded: list[tuple[dict[str, Any], str, Tensor]] = [
         (table, name, x)
         for module in modules
@@ -30,5 +34,5 @@ def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 
 def pin_memory_for(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor where a copy to that device can be made from without waiting for what the device is doing."""
+    """x in pinned memory if it is on the CPU and `device` is a GPU, so that the copy can be asynchronous; else x."""
     return x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x

@@ -1,16 +1,17 @@
-"""FP8 checkpoints of the student: how `python -m model.quantize` makes them, and how they are read.
+"""FP8 checkpoints of the student: how `python -m model.quantize` writes them, and how they are loaded.
 
-    OUT/fp8.json                    the manifest: source and its hashes, policy, error by layer, hash of every shard
-    OUT/student-*.safetensors       one shard a block, and one for the rest, under our parameters' names
-    OUT/...                         everything else of DIR, as hard links where the file system has them
+    OUT/fp8.json                    the manifest: source hashes, policy, error of each layer, hash of each shard
+    OUT/student-*.safetensors       one shard per block and one for the rest, with our parameter names
+    OUT/...                         all other files of the official checkpoint, as hard links where possible
 
-Layers that `FP8Policy` names become e4m3 with a float32 scale for each output channel, joined as `DiT` joins them,
-unless their measured error is above the policy's. The error of a layer is ||y8 - y|| / ||y|| of its products with rows
-as norms make them: normal, and every hundredth channel of them thirty times as large.
+The layers that `FP8Policy` names become e4m3 with a float32 scale per output channel, concatenated as in `DiT`. A layer
+whose measured error exceeds the policy's limit stays as it is. The error of a layer is ||y8 - y|| / ||y|| of its
+outputs for random inputs like those that norms make: normally distributed, with every hundredth channel 30 times as
+large.
 
-One layer after the other passes through memory. A shard appears whole or not at all, and the manifest with it: a run
-that was cut off goes on where it was. Sources are official checkpoints, in any dtype, and those that torchao made of
-them (Float8Tensor in safetensors, a scale for each row or for all), whose e4m3 values are taken as they are.
+Layers pass through memory one at a time. Each shard and the manifest are written atomically, so an interrupted
+conversion can be resumed. The source may be an official checkpoint in any dtype, or one that torchao has quantised
+(Float8Tensor in safetensors, one scale per row or one for all), whose e4m3 values are taken unchanged.
 """
 
 import fnmatch
@@ -45,11 +46,11 @@ ERROR_SAMPLE_ROWS = 64  # rows that a layer's error is measured on
 OUTLIER_SCALE = 30.0  # factor on every hundredth channel of these rows
 
 
-# --- What is quantised ----------------------------------------------------------------------------------------------
+# --- Quantisation ----------------------------------------------------------------------------------------------------
 
 
 class QuantizedModule(NamedTuple):
-    """A module's parameters as they are to be, and, of a layer that may be FP8, its error."""
+    """The parameters of a module, by full name; and the error of a layer that the policy names, else None."""
 
     module: str
     tensors: dict[str, Tensor]
@@ -64,12 +65,13 @@ def quantize_modules(
     device: torch.device | str = "cpu",
     prefix: str | None = None,
 ) -> Iterator[QuantizedModule]:
-    """The modules of `dit`, which may be without memory, one after the other; what stays as it is comes in `dtype`.
+    """Yields the modules of `dit` that hold parameters, quantised by `policy`; other parameters come in `dtype`.
 
-    With a `prefix`, those whose names begin with it; with "", those of no block.
+    `dit` may be on the meta device. With a `prefix`, only modules whose names begin with it are yielded; with the
+    prefix "", only modules outside of the blocks.
     """
     official: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, mapping in dit.param_map().items():  # in the order of rows
+    for name, mapping in dit.param_map().items():  # in the order of their rows
         official.setdefault(mapping.params[0], []).append((name, mapping.shape))
     for module, owner in dit.named_modules():
         inside = f"{module}.".startswith(prefix or "blocks.")
@@ -95,7 +97,7 @@ def _quantize_layer(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> QuantizedModule:
-    """A layer that is FP8 unless its error is too large."""
+    """The layer in FP8 or, if its error is above the policy's limit, in `dtype`."""
     rows = (
         QuantizedRows(*(x.to(device) for x in weight))
         if isinstance(weight, QuantizedRows)
@@ -111,12 +113,17 @@ def _quantize_layer(
 
 
 def quantize_weight(weight: Tensor) -> QuantizedRows:
-    """e4m3 and a scale for each row."""
+    """Quantises a weight to e4m3 with one float32 scale per row."""
     return QuantizedRows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
 
 
 def layer_error(weight: Tensor | QuantizedRows, rows: QuantizedRows) -> float:
-    """||y8 - y|| / ||y|| of the products of a weight with rows that have outliers; see the module's first lines."""
+    """Relative error ||y8 - y|| / ||y|| of an FP8 layer for random inputs with outlier channels.
+
+    `weight` [outputs, inputs] is the exact weight and `rows` its quantised form. The inputs are `ERROR_SAMPLE_ROWS`
+    rows of standard normal numbers, with every hundredth channel multiplied by `OUTLIER_SCALE`; they are quantised by
+    row.
+    """
     device, k = rows.values.device, rows.values.shape[1]
     x = torch.randn(ERROR_SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(k)).to(device)
     x[:, ::100] *= OUTLIER_SCALE
@@ -126,9 +133,9 @@ def layer_error(weight: Tensor | QuantizedRows, rows: QuantizedRows) -> float:
 
 
 def _concat_rows(parts: list[Tensor | QuantizedRows]) -> Tensor | QuantizedRows:
-    """One tensor of the rows of several; quantised only if all of them are."""
+    """Concatenates tensors along dimension 0; the result is quantised only if all of them are."""
     if all(isinstance(part, QuantizedRows) for part in parts):
-        return QuantizedRows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (they are)
+        return QuantizedRows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (all are QuantizedRows)
     tensors = [_dequantized(part) for part in parts]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
@@ -143,9 +150,9 @@ def _dequantized(x: Tensor | QuantizedRows) -> Tensor:
 def write_fp8_checkpoint(
     source: ShardReader, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Writes what of the quantised student is missing in `out`, and the manifest, which is returned.
+    """Writes the quantised student to `out`, without the shards that are there already, and returns the manifest.
 
-    Raises `UserError` if `out` holds one of another source or policy, or cannot be written.
+    Raises `UserError` if `out` holds a conversion of another source or policy, or cannot be written.
     """
     dtype = PRECISIONS["fp8"].dit
     with torch.device("meta"):
@@ -161,7 +168,7 @@ def write_fp8_checkpoint(
     if (out / MANIFEST).is_file():
         previous = _manifest(out)
         if {key: previous[key] for key in header} != header:
-            raise UserError(f"{out / MANIFEST} is of another source or policy: choose a new --out")
+            raise UserError(f"{out / MANIFEST} was made from another source or with another policy: choose a new --out")
         manifest = previous
     groups = {"rest": "", **{f"block-{i:02d}": f"blocks.{i}." for i in range(config.num_layers)}}
     for shard, prefix in groups.items():
@@ -183,25 +190,26 @@ def write_fp8_checkpoint(
 
 
 def is_fp8_checkpoint(folder: Path) -> bool:
-    """Whether `write` has been there."""
+    """Whether the folder holds an FP8 student, complete or not."""
     return (folder / MANIFEST).is_file()
 
 
 def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded: Collection[str] = ()) -> None:
-    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`, or where `offloaded` says.
+    """Loads the FP8 student in `folder` into `dit`, which may be on the meta device.
 
-    Raises `UserError`, naming the file, if the folder is not finished, or a shard is missing, damaged or another one.
+    Parameters go to `device`; those of the submodules named in `offloaded` go to host memory. Raises `UserError`, which
+    names the file, if the conversion is incomplete or a shard is missing, damaged or not the one in the manifest.
     """
     manifest = _manifest(folder)
     if not manifest["complete"]:
-        raise UserError(f"{folder / MANIFEST} is not complete: go on with python -m model.quantize --out {folder}")
+        raise UserError(f"{folder / MANIFEST} is not complete: resume with python -m model.quantize --out {folder}")
     paths = [folder / name for name in manifest["shards"]]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}, which {MANIFEST} names, is missing")
     for path, digest in zip(paths, _hashes(paths), strict=True):
         if digest != manifest["shards"][path.name]:
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}")
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
     for name, entry in manifest["layers"].items():
         if name not in layers:
@@ -221,9 +229,9 @@ def load_and_quantize(
     device: torch.device,
     offloaded: Collection[str] = (),
 ) -> None:
-    """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`.
+    """Loads the official student into `dit`, which may be on the meta device, and quantises it on the way to `device`.
 
-    Submodules named in `offloaded` go to the host's memory.
+    Parameters of the submodules named in `offloaded` go to host memory.
     """
     for part in quantize_modules(ShardReader(paths), dit, policy, dtype, device):
         layer = dit.get_submodule(part.module)
@@ -248,7 +256,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(values.get(name), kind):
             raise UserError(f"{path}: {name} is {values.get(name)!r:.40}, wanted {kind.__name__}")
     if not all(isinstance(x, dict) and isinstance(x.get("fp8"), bool) for x in values["layers"].values()):
-        raise UserError(f"{path}: layers do not say of each whether it is fp8")
+        raise UserError(f"{path}: every layer must say whether it is fp8")
     return values
 
 
@@ -258,11 +266,11 @@ def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all; its bytes are on the disk before it takes its place."""
+    """Writes a file atomically; its content is on the disk before it replaces the old file."""
     try:
         with replacing(path) as temporary:
             write(temporary)
-            temporary.chmod(0o644)  # safetensors lets nobody else read
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
@@ -275,13 +283,13 @@ def _hash(path: Path) -> str:
 
 
 def _hashes(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of files, several at a time."""
+    """SHA-256 of the files, several of them at a time."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(_hash, paths))
 
 
 def copy_other_files(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
-    """All of a checkpoint but its student, into `out`: hard links where the file system has them, else copies."""
+    """Copies all files of a checkpoint but its student to `out`, as hard links where the file system allows them."""
     skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
     for path in sorted(checkpoint.rglob("*")):
         target = out / path.relative_to(checkpoint)

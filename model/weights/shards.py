@@ -1,4 +1,4 @@
-"""Reading tensors from safetensors files: the shards of the student, and single tensors by name."""
+"""Reading safetensors files: all tensors of several files in order, or single tensors by name."""
 
 import json
 from collections import deque
@@ -15,13 +15,14 @@ from model.errors import UserError
 from model.linear import QuantizedRows
 from model.weights.offload import pin_memory_for
 
-READER_THREADS = 4  # threads, and tensors that are read ahead
+READER_THREADS = 4  # also the number of tensors that are read ahead
 
 
 def iter_safetensors(paths: Iterable[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of these files, as they lie there, on `device`; raises `UserError`, naming it, if one is damaged.
+    """Yields (name, tensor on `device`) for all tensors of the files, in the order in which they lie in each file.
 
-    A few threads read ahead, each tensor into pinned memory and from there to a GPU, so that disk and bus work at once.
+    A few threads read ahead. For a GPU they read each tensor into pinned memory and copy it asynchronously, so that
+    reading and copying overlap. Raises `UserError`, which names the file, if one is damaged.
     """
     with ThreadPoolExecutor(READER_THREADS) as readers:
         reading: deque[Future[tuple[str, Tensor]]] = deque()
@@ -49,7 +50,7 @@ def _read(path: Path, file: Any, name: str, device: torch.device) -> tuple[str, 
 
 
 class ShardReader:
-    """The student's tensors in official shards, read by name, one at a time: no file stays mapped."""
+    """Reads the student's tensors by name from its official shards. A file is open only while a tensor is read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.shards = tuple(paths)
@@ -62,14 +63,16 @@ class ShardReader:
                 raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor | QuantizedRows:
-        """The tensor, or, of torchao's, values and scales."""
+        """The tensor `name`, which must have this shape; as `QuantizedRows` if torchao has quantised it."""
         owner, _, leaf = name.rpartition(".")
         values = f"{owner}._{leaf}_qdata"
         if values not in self._files:
             return self._tensor(name, shape)
         scale = self._tensor(f"{owner}._{leaf}_scale", None)
         if scale.numel() not in (1, shape[0]):
-            raise UserError(f"{self.shards[0].parent}: {name} has scales {list(scale.shape)}: not one a row, nor one")
+            raise UserError(
+                f"{self.shards[0].parent}: {name} has scales {list(scale.shape)}, expected one, or one for each row"
+            )
         return QuantizedRows(self._tensor(values, shape), scale.float().flatten().expand(shape[0]))
 
     def _tensor(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
@@ -84,7 +87,10 @@ class ShardReader:
 
 
 def find_student_shards(folder: Path) -> list[Path]:
-    """The student's weight files: those its index names, or else all of its name pattern."""
+    """Paths of the student's weight files: those in its index or, without an index, all that match their name pattern.
+
+    Raises `UserError` if `folder` is not a checkpoint or a file of the index is missing.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a checkpoint: there is no such folder")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -104,7 +110,7 @@ def find_student_shards(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in that file; raises `UserError`, naming it, if there is none."""
+    """The JSON object in the file. Raises `UserError`, which names the file, if it holds none."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Official checkpoint folders: what is loaded is what is there, and what is wrong is named."""
+"""Official checkpoint folders: every tensor is loaded, and every kind of damage is reported by name."""
 
 import json
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def load(folder: Path, precision: str = "fp32") -> Models:
     return load_models(SMALL, folder, CPU, PRECISIONS[precision])
 
 
-def test_files_are_read_from_their_beginning_to_their_end(tmp_path: Path) -> None:
-    """Not in the order of names: a disk is faster so."""
+def test_tensors_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Not in the order of names, because sequential reading is faster."""
     tensors = {name: torch.zeros(2, dtype=torch.float32 if name in "yz" else torch.int8) for name in "abyz"}
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
@@ -37,7 +37,7 @@ def test_files_are_read_from_their_beginning_to_their_end(tmp_path: Path) -> Non
     assert [name for name, _ in iter_safetensors(paths, CPU)] == list("yzab") * 2
 
 
-def test_every_tensor_arrives(folder: Path) -> None:
+def test_every_tensor_is_loaded(folder: Path) -> None:
     models = load(folder)
     state = models.vae.state_dict()
     assert {name: t.shape for name, t in weights("vae").items()} == {n: t.shape for n, t in state.items()}
@@ -124,11 +124,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "speech of other size": (
         lambda d: set_json(d / AUDIO_FOLDER / "config.json", num_hidden_layers=12),
-        ["12 layers of 48", "hears 3 of 48"],
+        ["12 layers of 48", "expects 3 layers of 48"],
     ),
     "speech that cannot be": (
         lambda d: set_json(d / AUDIO_FOLDER / "config.json", num_attention_heads=5),
-        [AUDIO_FOLDER, "describes no speech encoder"],
+        [AUDIO_FOLDER, "does not describe a valid speech encoder"],
     ),
     "option we do not have": (lambda d: set_json(d / "config.json", qk_norm=False), ["qk_norm", "not supported"]),
     "impossible option": (lambda d: set_json(d / "config.json", num_heads=7), ["config.json", "7 heads"]),
@@ -145,14 +145,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_wrong_is_named_in_one_line(damage: str, folder: Path) -> None:
+def test_damage_is_reported_in_one_line(damage: str, folder: Path) -> None:
     harm, words = DAMAGE[damage]
     harm(folder)
     with pytest.raises(UserError) as caught:
         load(folder)
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert damage == "speech that cannot be" or "\n" not in message  # the library's own reason may take several
+    assert damage == "speech that cannot be" or "\n" not in message  # transformers' own message may have several lines
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
+def test_random_weights_follow_the_seed_and_do_not_touch_the_global_generator() -> None:
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -175,8 +175,8 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_random_networks_are_where_they_are_wanted() -> None:
-    """Whole: transformers makes some parameters on the CPU, whatever device is asked for."""
+def test_random_networks_are_on_the_given_device() -> None:
+    """All parameters, although transformers creates some on the CPU whatever the default device is."""
     meta = torch.device("meta")
     models = random_models(SMALL, meta, PRECISIONS["fp32"], offload_device=meta)
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):

@@ -1,4 +1,4 @@
-"""What is compiled, when, and where it is kept; that chunks then compile nothing is in tests/streaming."""
+"""What is compiled, when, and where it is cached. tests/streaming checks that chunks then compile nothing."""
 
 import tarfile
 from collections.abc import Callable
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What a compiler is given, that leaves it as it is."""
+    """The graphs given to a compiler that runs them unchanged."""
     given: list[object] = []
 
     def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -39,8 +39,8 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @torch.inference_mode()
-def test_another_number_of_speakers_is_compiled_once(compilations: list[object]) -> None:
-    """The student's block in general and as the last one, for one speaker and for two, however often they change."""
+def test_each_number_of_speakers_is_compiled_once(compilations: list[object]) -> None:
+    """A block and the last block, for one speaker and for two, however often the number changes."""
     torch.manual_seed(0)
     dit = DiT(SMALL.dit)
     compile_student(dit)
@@ -72,7 +72,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
+def test_a_stand_in_compiles_everything_while_a_checkpoint_loads(
     tmp_path: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.compile, "FAIL_FAST_SECONDS", 0)
@@ -86,13 +86,13 @@ def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
 
 
 @pytest.mark.usefixtures("cache", "compilations")
-def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path: Path) -> None:
+def test_errors_of_a_checkpoint_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a checkpoint: there is no such folder$"):
         load_compiled(SMALL, tmp_path / "nothing", CPU, PRECISIONS["fp32"])
 
 
-def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None:
-    """The student's blocks by Inductor, in this process but for what it keeps in memory."""
+def test_a_second_process_finds_the_compiled_code(cache: Path) -> None:
+    """Inductor code of the student's blocks; resetting torch.compile stands for a new process."""
     models = stand_in_models(SMALL, CPU, PRECISIONS["fp32"])
     assert str(cache) in str(use_compile_cache(CPU))
     found = []
@@ -106,19 +106,19 @@ def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None
     assert any((cache / cache_key(CPU) / "inductor").iterdir())
 
 
-def test_packed_on_one_machine_unpacked_on_another(tmp_path: Path) -> None:
+def test_pack_and_unpack(tmp_path: Path) -> None:
     folder, other, file = tmp_path / "a", tmp_path / "b", tmp_path / "packed" / "a.tar"
     (folder / "triton").mkdir(parents=True)
     (folder / "triton" / "kernel.cubin").write_bytes(b"code")
     pack(folder, "h100", file)
     unpack(file, other, "h100")
     assert (other / "triton" / "kernel.cubin").read_bytes() == b"code"
-    with pytest.raises(UserError, match=r"it was made on h100, this is h200$"):
+    with pytest.raises(UserError, match=r"it was made on h100, but this machine is h200$"):
         unpack(file, tmp_path / "c", "h200")
     assert not (tmp_path / "c").exists()
 
 
-def test_what_is_no_packed_cache_costs_one_line(
+def test_a_file_that_is_no_packed_cache_is_reported_in_one_line(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").write_text("x")
@@ -136,7 +136,7 @@ def test_what_is_no_packed_cache_costs_one_line(
 
 
 @pytest.mark.usefixtures("compilations")
-def test_the_command_says_where_and_how_long(
+def test_the_command_reports_directory_and_time(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "packed.tar"

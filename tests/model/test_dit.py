@@ -1,4 +1,6 @@
-"""The student: names and shapes at full size, tables, independence of its parts, errors. Numbers: tests/parity."""
+"""The student: names and shapes at full size, rotary tables, which inputs affect which outputs, errors.
+
+Its numbers are compared with the official code in tests/parity."""
 
 import copy
 import json
@@ -59,7 +61,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only(head_dim: int, grid
 
 
 def test_timestep_sinusoid_through_the_embedding() -> None:
-    """`modulate` of a network that lets the sinusoid through: cosines first, float64 angles."""
+    """`modulate` with an identity embedding returns the sinusoid: cosines first, float64 angles."""
     config = DiTConfig(dim=256, num_heads=2, num_layers=1, ffn_dim=8, img_dim=8, text_dim=8, audio_channels=1)
     dit = DiT(config)
     with torch.no_grad():
@@ -102,7 +104,7 @@ def test_any_grid(later: int, rows: int, columns: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def test_every_input_matters_and_audio_is_heard_in_its_own_frame_first() -> None:
+def test_every_input_matters_and_audio_affects_its_own_frame_first() -> None:
     torch.manual_seed(0)
     dit, x = DiT(SMALL), inputs(SMALL, (3, 2, 2), 9)
     out = forward(dit, x)
@@ -180,8 +182,8 @@ def test_fp8_attention_stays_near_float32() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("speakers", [1, 2])
 @torch.inference_mode()
-def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int) -> None:
-    """Through the Triton kernels, compiled as a whole and not, with known frames and without."""
+def test_gpu_student_equals_the_cpu_student(dtype: torch.dtype, bound: float, speakers: int) -> None:
+    """Through the GPU's kernels, compiled and not, with motion latents and without."""
     torch.manual_seed(0)
     config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
     dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
@@ -212,8 +214,8 @@ def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("speakers", [1, 2])
 @torch.inference_mode()
-def test_gpu_student_in_fp8_is_the_cpus(attention: bool, speakers: int) -> None:
-    """The same e4m3 weights through the kernels, the stream in bf16, and as the CPU has it, the stream in float32."""
+def test_gpu_student_in_fp8_equals_the_cpu_student(attention: bool, speakers: int) -> None:
+    """The same e4m3 weights: residual stream in bf16 through the GPU's kernels, in float32 on the CPU."""
     torch.manual_seed(0)
     config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
     dit, x = DiT(config), inputs(config, (3, 4, 5), 9)

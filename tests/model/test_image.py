@@ -53,7 +53,7 @@ def test_orientation(tmp_path: Path) -> None:
     assert loaded(tmp_path / "turned.png") == [[(1, 2, 3)], [(4, 5, 6)]]
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_with_white(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(np.array([[[10, 20, 30, a] for a in (0, 51, 255)]], np.uint8)).save(path)
     assert loaded(path) == [[(255, 255, 255), (206, 208, 210), (10, 20, 30)]]
@@ -67,7 +67,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert loaded(path) == [[(255, 255, 255), (0, 255, 0)]]
 
 
-def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+def test_sixteen_bit_channels_are_scaled(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     values = np.array([0, 400, 32896, 65535], ">u2")
     png(path, (4, 1), 16, 0, b"\0" + values.tobytes())  # grey
@@ -144,7 +144,7 @@ def test_crop_sizes_of_the_definition() -> None:
         assert torch.equal(resize_center_crop(image, 768, 448), wanted)
 
 
-def test_absurdly_long_images_are_refused() -> None:
+def test_elongated_images_are_refused() -> None:
     for size in ((100_000, 1), (1, 100_000)):
         with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels is too long"):
             resize_center_crop(Image.new("RGB", size), 768, 448)
@@ -183,7 +183,7 @@ def test_golden_features() -> None:
     torch.testing.assert_close(features, case["out.features"][0], rtol=0, atol=2e-5)
 
 
-def test_slots_are_the_official_keys_that_are_used() -> None:
+def test_param_map_has_the_official_keys_that_are_used() -> None:
     config = ImageConfig()
     keys = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["clip"]["keys"]
     with torch.device("meta"):

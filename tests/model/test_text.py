@@ -50,7 +50,7 @@ def test_clean_strips_the_space_that_decoding_leaves() -> None:
 
 @settings(deadline=None)
 @given(st.text(max_size=40), st.integers(1, 30))
-def test_bytes_are_shifted_ended_and_cut(text: str, text_len: int) -> None:
+def test_byte_tokens_are_shifted_terminated_and_truncated(text: str, text_len: int) -> None:
     text = text.replace("<", "").replace("&", "")  # neither a special token's name nor an entity
     expected = [*[byte + 3 for byte in clean(text).encode()][: text_len - 1], 1]
     ids = tokenize(text, BYTES, text_len, None)
@@ -109,7 +109,7 @@ def test_golden_context() -> None:
 
 
 @torch.inference_mode()
-def test_real_tokens_alone_equal_padded_and_masked() -> None:
+def test_leaving_out_the_padding_is_exact() -> None:
     encoder = filled_encoder().double()
     ids = torch.randint(1, 97, (23,), generator=torch.Generator().manual_seed(5))
     padded, mask = torch.nn.functional.pad(ids, (0, 40)), torch.arange(63) < 23
@@ -117,7 +117,7 @@ def test_real_tokens_alone_equal_padded_and_masked() -> None:
     torch.testing.assert_close(encoder(ids), official, rtol=0, atol=1e-6)
 
 
-def test_slots_are_the_official_keys() -> None:
+def test_param_map_has_the_official_keys() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["t5"]["keys"]
     with torch.device("meta"):
         encoder = TextEncoder(TextConfig())

@@ -1,7 +1,7 @@
-"""What each golden case computes with our code: {case name: function of the case -> {output name: tensor}}.
+"""Recomputes each golden case with our code: `RUN` is {case name: function from the case to {output name: tensor}}.
 
-A case is its JSON's configuration and its tensors; every width, weight file and count comes from there. Golden layouts
-have a batch axis and channels before frames; ours have neither.
+A case is a configuration in JSON and tensors; every width, weight file and count comes from there. Golden tensors have
+a batch axis and channels before frames; ours have no batch axis and frames first.
 """
 
 import json
@@ -115,7 +115,7 @@ def audio_proj(case: Case) -> dict[str, Tensor]:
 
 def vae_encode(case: Case) -> dict[str, Tensor]:
     vae, video = case.vae(), frames_first(case["in.video"])
-    whole = len(video) - (len(video) - 1) % vae.config.temporal_stride  # the reference drops what fills no latent frame
+    whole = len(video) - (len(video) - 1) % vae.config.temporal_stride  # the official code drops incomplete groups
     latents = torch.cat(list(vae.encode(video[:whole])))
     return {
         "out.latent": frames_first(latents),
@@ -139,7 +139,7 @@ def wav2vec(case: Case) -> dict[str, Tensor]:
 
 
 def official_stream(encoder: SpeechEncoder, wave: np.ndarray, chunk: ChunkConfig) -> Iterator[Tensor]:
-    """The reference's stream mode: every slice is appended to the ring, which is then normalised and encoded anew."""
+    """The official stream mode: each slice is appended to the ring, which is normalised and encoded anew."""
     ring = np.zeros(chunk.cached_samples)
     for c in range(len(wave) // chunk.slice_samples):
         ring = np.concatenate((ring, wave[c * chunk.slice_samples :][: chunk.slice_samples]))[-chunk.cached_samples :]
@@ -224,7 +224,7 @@ def loudness_norm(case: Case) -> dict[str, Tensor]:
 
 
 def chunk_loop(case: Case) -> dict[str, Tensor]:
-    """The product's own generator, with recorded noise; hooks see what passes between its parts."""
+    """The chunk generator with recorded noise. Hooks record the inputs and outputs of student and VAE."""
     settings = dict(case.config["generate"])
     chunks = settings.pop("chunks")
     rates = {k: v for k, v in case.config["infer_params"].items() if k not in settings}
@@ -274,7 +274,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
 
 
 class Recorder:
-    """Keeps copies of what goes in and out of the student and of the VAE's steps."""
+    """Records inputs and outputs of the student and of the VAE's steps."""
 
     def __init__(self, dit: nn.Module, vae: VAE) -> None:
         self.latents, self.velocities = [], []
@@ -283,7 +283,7 @@ class Recorder:
         decode_step, encode_step = vae.decode_step, vae.encode_step
 
         def decode(latent: Tensor, state: Any = None, shown: bool = True) -> Any:
-            """The record has all frames."""
+            """Decodes all frames, as the golden case has them."""
             self.decoder_inputs.append(latent.clone())
             frames, state = decode_step(latent, state)
             self.decoded.append(frames.clone())
@@ -296,7 +296,7 @@ class Recorder:
         vae.__dict__ |= {"decode_step": decode, "encode_step": encode}
 
     def _student(self, student: nn.Module, args: tuple[Tensor, ...], options: dict[str, int], output: Tensor) -> None:
-        """The loop does not ask for the velocity of known frames, the record has it."""
+        """The golden case has the velocity of motion latents, which the chunk loop does not compute."""
         num_motion_latents = options.pop("num_motion_latents")
         velocity = student.forward(*args, **options)
         assert (output[:num_motion_latents] == 0).all()
