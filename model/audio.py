@@ -1,16 +1,16 @@
-"""From samples to the audio windows of a chunk: loudness, the speech encoder, windowing.
+"""From audio samples to the speech features of a chunk: loudness, speech encoder, windows.
 
-Samples are mono float32 in numpy arrays until they enter the speech encoder. A track is heard in one of two ways:
+Samples are mono float32 in numpy arrays until they enter the speech encoder. There are two modes:
 
-*once*: the whole track is at hand; it is brought to -23 LUFS, encoded in one pass, and chunks are cut from the
-embedding. The official loop lets chunk c use frames 28 c .. 28 c + 32 and shows all but the first five, so lips lead
-the sound by five frames, and it drops a last chunk. `once_window` begins five frames earlier, so that shown frame m
-carries audio frame m, and can be asked for a last chunk that the track fills only in part.
+*once*: The whole track is available. It is brought to -23 LUFS and encoded in one pass, and the windows of chunks are
+cut from the embedding. The official loop gives frames 28 c .. 28 c + 32 of the audio to chunk c and shows all of its
+video frames but the first five, so the lips are five frames ahead of the sound; it also drops a partial last chunk.
+`once_window` starts five frames earlier, so that shown frame m gets audio frame m, and it accepts a partial last chunk.
 
-*stream*: the encoder hears the last eight seconds, a slice (what one chunk shows) longer each time. The official loop
-measures and normalises those eight seconds anew for each chunk, so that the gain of one and the same sample jumps from
-chunk to chunk, and it drops a partial last slice. `Ring` fixes a sample's gain once, and fills up a partial slice with
-silence.
+*stream*: The encoder gets the last eight seconds, which move by one slice (the duration of a chunk's new frames) per
+chunk. The official loop measures and normalises the loudness of these eight seconds anew for each chunk, so the gain of
+one sample changes from chunk to chunk; it also drops a partial last slice. `Ring` fixes the gain of a sample when it
+arrives, and pads a partial slice with silence.
 """
 
 import dataclasses
@@ -26,57 +26,60 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
-from model.slots import Slot
-from model.tensors import pinned
+from model.weights.mapping import ParamMapping
+from model.weights.offload import pin_memory_for
 
-LOUDNESS = -23.0  # LUFS that the speech encoder is given
-BLOCK = 0.4  # seconds of a gating block of ITU-R BS.1770
-MAX_GAIN = 30.0  # dB either way, in a `Ring`
-MAX_GAIN_RATE = 6.0  # dB a second, in a `Ring`: slow beside syllables, quick enough to mend a first guess
+TARGET_LUFS = -23.0  # loudness of the speech encoder's input
+GATING_BLOCK = 0.4  # seconds per gating block of ITU-R BS.1770
+MAX_GAIN = 30.0  # dB, up or down, in a `Ring`
+MAX_GAIN_RATE = 6.0  # dB per second in a `Ring`: slower than syllables, fast enough to correct a wrong first estimate
 
 
 def _loudness(wave: NDArray[np.floating], sample_rate: int, block: float) -> float | None:
-    """Integrated loudness by ITU-R BS.1770 in LUFS; None where it cannot be measured, as in silence."""
-    import pyloudnorm  # here, for machines that only generate and do without it
+    """Integrated loudness in LUFS by ITU-R BS.1770, or None where it cannot be measured, as in silence."""
+    import pyloudnorm  # imported here because machines that only generate do not need it
 
     loudness = float(pyloudnorm.Meter(sample_rate, block_size=block).integrated_loudness(wave))
     return loudness if abs(loudness) <= 100 else None
 
 
-def normalize_loudness(wave: NDArray[np.floating], sample_rate: int, target: float = LOUDNESS) -> NDArray[np.floating]:
-    """`wave` times 10^((target - loudness) / 20), its integrated loudness by ITU-R BS.1770 (gated, mono) in LUFS.
+def normalize_loudness(
+    wave: NDArray[np.floating], sample_rate: int, target: float = TARGET_LUFS
+) -> NDArray[np.floating]:
+    """Scales `wave` to the integrated loudness `target` in LUFS: wave * 10^((target - loudness) / 20).
 
-    Float32 or float64 [N] -> the same dtype and shape; not clipped. Where the loudness cannot be measured, as in
-    silence, the wave comes back unchanged. Raises `ValueError` below 0.4 s, the length of a gating block.
+    The loudness is measured by ITU-R BS.1770 (gated, mono). `wave` is float32 or float64 [N]; the result has the same
+    dtype and shape and is not clipped. Where the loudness cannot be measured, as in silence, `wave` is returned
+    unchanged. Raises `ValueError` if `wave` is shorter than a gating block, 0.4 s.
     """
-    if wave.ndim != 1 or len(wave) < BLOCK * sample_rate:
-        raise ValueError(f"wave: got {wave.shape}, wanted [N] of at least {BLOCK} s at {sample_rate} Hz")
-    loudness = _loudness(wave, sample_rate, BLOCK)
+    if wave.ndim != 1 or len(wave) < GATING_BLOCK * sample_rate:
+        raise ValueError(f"wave: got {wave.shape}, wanted [N] of at least {GATING_BLOCK} s at {sample_rate} Hz")
+    loudness = _loudness(wave, sample_rate, GATING_BLOCK)
     return wave if loudness is None else wave * 10 ** ((target - loudness) / 20)
 
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """The last seconds of a stream at one steady loudness, as a value.
+    """The last seconds of an audio stream at a steady loudness. Immutable: `append` returns a new ring.
 
-    `append` measures the loudness of what was heard, at most `cached_samples`, before any gain, and moves the gain
-    towards -23 LUFS by at most `MAX_GAIN_RATE`, along a ramp that is linear in dB over the new slice: no step anywhere,
-    and a sample keeps the gain it entered with. The first slice that can be measured has its gain at once; silence
-    leaves the gain alone; the gain stays within +-`MAX_GAIN`.
+    `append` measures the loudness of the last `cached_samples` samples before any gain, and moves the gain towards -23
+    LUFS by at most `MAX_GAIN_RATE`. The gain is interpolated linearly in dB over the new slice, so it has no steps, and
+    a sample keeps the gain that it got. The first slice that can be measured gets its gain immediately. Silence does
+    not change the gain. The gain is limited to +-`MAX_GAIN`.
     """
 
     chunk: ChunkConfig
-    samples: NDArray[np.float32]  # [cached_samples], gained, the newest last, zeros before the first slice
-    raw: NDArray[np.float32]  # [<= cached_samples], the same as heard, nothing before the first slice
-    gain: float | None  # dB of the newest sample; None until something could be measured
+    samples: NDArray[np.float32]  # [cached_samples] with gain applied, the newest last, zeros before the first slice
+    raw: NDArray[np.float32]  # [<= cached_samples] without gain, empty before the first slice
+    gain: float | None  # of the newest sample in dB; None until a loudness could be measured
 
     @classmethod
     def empty(cls, chunk: ChunkConfig) -> "Ring":
-        """A ring that has heard nothing."""
+        """The ring before the first slice."""
         return cls(chunk, np.zeros(chunk.cached_samples, np.float32), np.zeros(0, np.float32), None)
 
     def append(self, samples: NDArray[np.float32]) -> "Ring":
-        """The ring one slice later: float32 [<= slice_samples], filled up with silence to slice_samples."""
+        """The ring after the next slice, float32 [<= slice_samples], which is padded with silence to slice_samples."""
         size = self.chunk.slice_samples
         if samples.ndim != 1 or samples.dtype != np.float32 or len(samples) > size:
             raise ValueError(f"samples: got {samples.dtype} {samples.shape}, wanted float32 [<= {size}]")
@@ -92,20 +95,21 @@ class Ring:
 
     def _next_gain(self, raw: NDArray[np.float32]) -> float | None:
         rate = self.chunk.sample_rate
-        loudness = _loudness(raw.astype(np.float64), rate, min(BLOCK, len(raw) / rate))
+        loudness = _loudness(raw.astype(np.float64), rate, min(GATING_BLOCK, len(raw) / rate))
         if loudness is None:
             return self.gain
-        wanted = min(max(LOUDNESS - loudness, -MAX_GAIN), MAX_GAIN)
+        wanted = min(max(TARGET_LUFS - loudness, -MAX_GAIN), MAX_GAIN)
         if self.gain is None:
             return wanted
-        most = MAX_GAIN_RATE * self.chunk.slice_samples / rate
-        return min(max(wanted, self.gain - most), self.gain + most)
+        max_change = MAX_GAIN_RATE * self.chunk.slice_samples / rate
+        return min(max(wanted, self.gain - max_change), self.gain + max_change)
 
 
 def official_name(key: str) -> str | None:
-    """The official name of a speech checkpoint's tensor; None for one of a pre-training head, which nothing needs.
+    """The official name of a speech checkpoint's tensor, or None for tensors of pre-training heads, which are not used.
 
-    Older files spell the weight norm `weight_g`, `weight_v`; pre-training checkpoints put `wav2vec2.` in front.
+    Older files call the parameters of the weight norm `weight_g` and `weight_v`; pre-training checkpoints prepend
+    `wav2vec2.`.
     """
     if key.startswith(("quantizer.", "project_q.", "project_hid.")):
         return None
@@ -115,7 +119,7 @@ def official_name(key: str) -> str | None:
 
 
 class SpeechEncoder(nn.Module):
-    """wav2vec 2.0 whose transformer runs at the video's frame rate; the states after each of its layers."""
+    """wav2vec 2.0 with its transformer at the video's frame rate; returns the hidden states after each layer."""
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
@@ -126,23 +130,23 @@ class SpeechEncoder(nn.Module):
         self.model = Wav2Vec2Model(Wav2Vec2Config(**settings))
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
-        """Where the tensors of the official speech checkpoint go."""
-        return {name: Slot(tuple(t.shape), (f"model.{name}",)) for name, t in self.model.state_dict().items()}
+    def param_map(self) -> dict[str, ParamMapping]:
+        """The map of the official speech checkpoint's tensors to the parameters of this module."""
+        return {name: ParamMapping(tuple(t.shape), (f"model.{name}",)) for name, t in self.model.state_dict().items()}
 
     def forward(self, wave: Tensor, sample_rate: int, fps: int) -> Tensor:
-        """Speech features of each video frame, float32 [N] samples -> float32 [frames, layers, channels].
+        """Speech features of each video frame: wave float32 [N] -> float32 [frames, layers, channels].
 
-        frames = trunc(N / sample_rate * fps) in double precision, which for some whole numbers comes out one short.
-        The convolution features are interpolated linearly to the frames, first on first and last on last, before the
-        transformer. Normalisation, the first convolution's group norm and attention span the whole wave. The state
-        before the first layer is left out.
+        The number of frames is trunc(N / sample_rate * fps) in double precision, which rounding makes one too small for
+        some N. The features of the convolutions are interpolated linearly to the frames, with the first and last ones
+        aligned, before they enter the transformer. The normalisation, the group norm of the first convolution and the
+        attention span the whole wave. The state before the first layer is left out.
         """
         if wave.ndim != 1 or wave.dtype != torch.float32:
             raise ValueError(f"wave: got {wave.dtype} {tuple(wave.shape)}, wanted float32 [N]")
         frames = math.trunc(len(wave) / sample_rate * fps)
         if frames < 1:
-            raise ValueError(f"wave: got {len(wave)} samples, wanted at least one frame of {fps} a second")
+            raise ValueError(f"wave: got {len(wave)} samples, wanted enough for one frame at {fps} frames per second")
         if self.config.do_normalize:
             wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + 1e-7)
         features = self.model.feature_extractor(wave[None])  # [1, C, T]
@@ -153,16 +157,16 @@ class SpeechEncoder(nn.Module):
         states = []
         for layer in encoder.layers:
             x = layer(x)
-            x = x[0] if isinstance(x, tuple) else x  # a tuple before transformers 5
+            x = x[0] if isinstance(x, tuple) else x  # transformers before version 5 returns a tuple
             states.append(x[0])
         return torch.stack(states, dim=1)
 
 
 def windows(embedding: Tensor, start: int, end: int, width: int = 5) -> Tensor:
-    """Each of the frames start .. end - 1 with its neighbours, [n, L, C] -> [end - start, width, L, C].
+    """Each of the frames start .. end - 1 with its neighbours, embedding [n, L, C] -> [end - start, width, L, C].
 
-    out[j, w] = embedding[clamp(start + j + w - width // 2, 0, n - 1)]: the first and the last frame repeat, for
-    neighbours as for frames that lie outside themselves.
+    out[j, w] = embedding[clamp(start + j + w - width // 2, 0, n - 1)]. So the first and the last frame repeat beyond
+    the ends of the embedding.
     """
     frame = torch.arange(start, end, device=embedding.device)[:, None]
     neighbour = torch.arange(width, device=embedding.device) - width // 2
@@ -170,29 +174,29 @@ def windows(embedding: Tensor, start: int, end: int, width: int = 5) -> Tensor:
 
 
 def once_window(embedding: Tensor, index: int, chunk: ChunkConfig) -> Tensor:
-    """The window of chunk `index` of a track encoded at once, [n, L, C] -> [frame_num, 5, L, C].
+    """The window of chunk `index` of a track that is encoded at once, embedding [n, L, C] -> [frame_num, 5, L, C].
 
-    The frames shown are new_frames index .. + new_frames - 1, behind the motion frames; what lies before the track
-    or after it repeats its first or last frame.
+    The motion frames come first, then the new frames new_frames * index .. new_frames * (index + 1) - 1. The first and
+    the last frame of the track repeat beyond its ends.
     """
     start = index * chunk.new_frames - chunk.motion_frames_num
     return windows(embedding, start, start + chunk.frame_num)
 
 
 def official_once_chunks(frames: int, chunk: ChunkConfig) -> int:
-    """Chunks of the official loop, floor((frames - frame_num) / new_frames); chunk c begins at frame new_frames c."""
+    """Number of chunks in the official loop, floor((frames - frame_num) / new_frames)."""
     return max(0, (frames - chunk.frame_num) // chunk.new_frames)
 
 
 def stream_window(encoder: SpeechEncoder, samples: NDArray[np.float32] | Tensor, chunk: ChunkConfig) -> Tensor:
-    """The window of the chunk whose sound ends with `samples`, float32 [cached_samples] -> [frame_num, 5, L, C].
+    """The window of the chunk that ends with `samples`, float32 [cached_samples] -> [frame_num, 5, L, C].
 
-    The samples are encoded as they are, on the encoder's device. There is no look-ahead: beyond the last frame it
-    repeats, while before the chunk the real frames are at hand.
+    The samples are encoded on the encoder's device, without further normalisation of loudness. There is no look-ahead:
+    the last frame repeats beyond the end. Before the chunk, the true neighbours are used.
     """
     if tuple(samples.shape) != (chunk.cached_samples,):
         raise ValueError(f"samples: got {tuple(samples.shape)}, wanted [{chunk.cached_samples}]")
     device = next(encoder.parameters()).device
-    wave = pinned(torch.as_tensor(samples), device).to(device, non_blocking=True)
+    wave = pin_memory_for(torch.as_tensor(samples), device).to(device, non_blocking=True)
     embedding = encoder(wave, chunk.sample_rate, chunk.tgt_fps)  # [cached_frames, L, C]
     return windows(embedding, chunk.cached_frames - chunk.frame_num, chunk.cached_frames)

@@ -1,4 +1,4 @@
-"""What the command lines have in common: how choices are refused, and how a command ends."""
+"""What the command lines share: checking an option against its choices, and running an app with one-line errors."""
 
 import sys
 from collections.abc import Iterable
@@ -8,14 +8,18 @@ import typer
 from model.errors import UserError
 
 
-def choice(option: str, value: str, known: Iterable[str]) -> None:
-    """Raises `UserError` unless the value is one of those known."""
-    if value not in (names := list(known)):
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raises `UserError` unless the option's value is one of the choices."""
+    if value not in (names := list(choices)):
         raise UserError(f"{option} {value}: there is no such choice; use {' or '.join(names)}")
 
 
-def run(app: typer.Typer, interrupted: str) -> int:
-    """Runs a command line; gives 0, 2 after a mistake of the user's, said in one line, or 130 after Ctrl-C."""
+def run_app(app: typer.Typer, interrupted: str) -> int:
+    """Runs a typer app and returns its exit code.
+
+    The code is 0 on success, 2 after a user's mistake, which is printed on one line, and 130 after Ctrl-C, which prints
+    `interrupted`.
+    """
     try:
         app(standalone_mode=False)
     except (UserError, typer.TyperException) as error:

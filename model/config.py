@@ -1,7 +1,7 @@
-"""Every number of the model and of the loop, as frozen dataclasses, and the presets built from them.
+"""All settings of the networks and of the chunk loop, as frozen dataclasses, and the presets built from them.
 
-Field names are the official ones (`config.json` of the checkpoint and the reference's constructors), so that an
-official mapping becomes a config by `from_official`. Defaults are the values of SoulX-FlashTalk-14B.
+Fields have the official names, from the checkpoint's `config.json` and the constructors of the official code, so that
+`from_official` can convert an official mapping. Defaults are the values of SoulX-FlashTalk-14B.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The student: a 3-D patch transformer with text, image and audio conditioning."""
+    """The student: a diffusion transformer on 3-D patches, conditioned on text, image and audio."""
 
     in_dim: int = 36  # 16 noisy latent + 4 mask + 16 condition latent channels
     out_dim: int = 16
@@ -24,7 +24,7 @@ class DiTConfig:
     ffn_dim: int = 13824
     num_layers: int = 40
     num_heads: int = 40
-    freq_dim: int = 256  # width of the timestep sinusoid
+    freq_dim: int = 256  # channels of the timestep sinusoid
     text_dim: int = 4096
     text_len: int = 512
     img_dim: int = 1280
@@ -38,8 +38,8 @@ class DiTConfig:
     output_dim: int = 768
     context_tokens: int = 32  # audio tokens per latent frame and speaker
     vae_scale: int = 4  # video frames per latent frame
-    class_range: int = 24  # two speakers: audio position axis, speaker 1 at its start, speaker 2 at its end
-    class_interval: int = 4
+    class_range: int = 24  # length of the audio position axis, which separates two speakers
+    class_interval: int = 4  # length of a speaker's interval on it: speaker 1 at the start, speaker 2 at the end
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -49,19 +49,19 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
+        """Channels per attention head."""
         return self.dim // self.num_heads
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Wan2.1 causal video VAE, stride 4 x 8 x 8 at four levels."""
+    """The causal video VAE of Wan2.1: four levels, 4 x 8 x 8 times smaller latents."""
 
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)  # [sic], the reference's spelling
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # [sic], as the official code spells it
     latent_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -90,7 +90,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """umT5-xxl encoder. `tokenizer` is a folder of the checkpoint, or "bytes" for UTF-8 bytes without a file."""
+    """The umT5-xxl encoder. `tokenizer` is a folder in the checkpoint, or "bytes" for UTF-8 bytes without a file."""
 
     vocab_size: int = 256384
     dim: int = 4096
@@ -106,7 +106,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Visual tower of CLIP ViT-H/14; the last of its `vision_layers` is not needed, and not loaded."""
+    """The vision tower of CLIP ViT-H/14. The last of its `vision_layers` is neither needed nor loaded."""
 
     vision_dim: int = 1280
     vision_heads: int = 16
@@ -121,7 +121,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """wav2vec2-base; the names of transformers' `Wav2Vec2Config`, whose defaults fill in the rest."""
+    """The speech encoder, wav2vec2-base: fields of transformers' `Wav2Vec2Config`, which has defaults for the rest."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -136,20 +136,20 @@ class AudioConfig:
     num_conv_pos_embeddings: int = 128
     num_conv_pos_embedding_groups: int = 16
     layer_norm_eps: float = 1e-5
-    do_normalize: bool = True  # zero mean and unit variance over the whole array handed in
+    do_normalize: bool = True  # normalise the whole input to zero mean and unit variance
 
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """Geometry and timing of one chunk, and how it is sampled."""
+    """Geometry, timing and sampling of one chunk."""
 
     height: int = 768  # pixels
     width: int = 448
     frame_num: int = 33  # video frames generated together
-    motion_frames_num: int = 5  # of these, the known ones it begins with
+    motion_frames_num: int = 5  # of these, the first ones, taken from the previous chunk
     tgt_fps: int = 25
-    sample_rate: int = 16000  # of the audio that the speech encoder hears, Hz
-    cached_audio_duration: int = 8  # seconds of audio the speech encoder sees at once
+    sample_rate: int = 16000  # of the speech encoder's audio, in Hz
+    cached_audio_duration: int = 8  # seconds of audio that the speech encoder sees at once
     sample_steps: int = 4
     sample_shift: float = 5.0
     color_correction_strength: float = 1.0
@@ -170,8 +170,11 @@ class ChunkConfig:
         return self.frame_num - self.motion_frames_num
 
     @property
-    def unseen_frames(self) -> int:
-        """Video frames at the beginning of a chunk that are neither shown nor fed back to the next."""
+    def warmup_frames(self) -> int:
+        """Video frames at the beginning of a chunk that are neither shown nor motion frames of the next chunk.
+
+        They are decoded only for the state of the VAE's decoder.
+        """
         return min(self.motion_frames_num, self.new_frames)
 
     @property
@@ -181,17 +184,17 @@ class ChunkConfig:
 
     @property
     def slice_samples(self) -> int:
-        """Audio samples that one chunk's new frames last."""
+        """Audio samples per chunk, for its new frames."""
         return self.new_frames * self.frame_samples
 
     @property
     def cached_samples(self) -> int:
-        """Samples the speech encoder sees at once."""
+        """Audio samples that the speech encoder sees at once."""
         return self.cached_audio_duration * self.sample_rate
 
     @property
     def cached_frames(self) -> int:
-        """Video frames that the speech encoder's audio lasts."""
+        """Video frames that correspond to `cached_samples`."""
         return self.cached_audio_duration * self.tgt_fps
 
 
@@ -200,7 +203,7 @@ DEFAULT_PROMPT = "A person is talking. Only the foreground characters are moving
 
 @dataclass(frozen=True)
 class Config:
-    """A whole system: five networks and the chunk they generate."""
+    """A whole system: its five networks and the chunk that they generate."""
 
     name: str
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -221,14 +224,14 @@ class Config:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """Latent frames, channels, rows, columns of one chunk's latent."""
+        """Latent frames, channels, rows and columns of one chunk's latents."""
         chunk, stride = self.chunk, self.vae.spatial_stride
         frames = (chunk.frame_num - 1) // self.vae.temporal_stride + 1
         return (frames, self.vae.z_dim, chunk.height // stride, chunk.width // stride)
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Token grid of one chunk: latent frames, rows, columns of patches."""
+        """Token grid of one chunk: latent frames, rows and columns of patches."""
         frames, _, rows, columns = self.latent_shape
         return (frames, rows // self.dit.patch_size[1], columns // self.dit.patch_size[2])
 
@@ -257,10 +260,11 @@ PRESETS = {preset.name: preset for preset in (TINY, FLASHTALK_14B)}
 
 @dataclass(frozen=True)
 class FP8Policy:
-    """Which of the student's layers multiply in FP8, e4m3. The rest keep the student's dtype, or the head float32.
+    """Which linear layers of the student multiply in FP8 (e4m3).
 
-    Kept are embeddings, modulation, and what is computed once a session or a chunk: keys and values of text, image and
-    audio, where FP8 costs accuracy and gains nothing.
+    Embeddings and modulation stay in the student's dtype, and so do the keys and values of text, image and audio: they
+    are computed once per session or per chunk, so FP8 would cost accuracy and save hardly any time. The head stays in
+    float32.
     """
 
     layers: tuple[str, ...] = (  # shell patterns
@@ -273,15 +277,15 @@ class FP8Policy:
         "blocks.*.ffn.up",
         "blocks.*.ffn.down",
     )
-    max_error: float = 0.05  # relative, of a layer's output: one with more is left as it is; rounding alone is 0.037
+    max_error: float = 0.05  # of a layer's output, relative; above it the layer is not quantised. Rounding alone: 0.037
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Storage and matrix-product dtype of each network; norms, modulation and colour are float32 in all of them.
+    """Dtype of each network's parameters and matrix products. Norms, modulation and colour are always float32.
 
-    With `fp8`, the student's layers that the policy names are e4m3 instead; with `fp8_attention`, its self-attention
-    multiplies in e4m3 too; and so do the residual blocks of those levels of the VAE's decoder that `fp8_vae` names.
+    `fp8` names the student's layers that are e4m3 instead. `fp8_attention` makes its self-attention e4m3 as well.
+    `fp8_vae` names the levels of the VAE's decoder whose residual blocks are e4m3; level 0 is that of the latents.
     """
 
     dit: torch.dtype
@@ -301,14 +305,14 @@ PRECISIONS = {
     "bf16": _BF16,
     "fp8": dataclasses.replace(_BF16, fp8=FP8Policy()),
     "fp8-attn": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True),
-    # One level is what 38 dB of peak signal to noise leave room for, and 192 channels gain the most of it: half of the
-    # time of a third of all products. Random weights of full width, three seeds: 39 to 41 dB; two levels 38 to 39, and
-    # 36.5 on a whole frame (tests/model/test_vae.py).
+    # The limit is a PSNR of 38 dB. With one level in FP8 it is 39 to 41 dB (random weights of full width, three seeds);
+    # with two it is 38 to 39 dB, and 36.5 dB on a whole frame (tests/model/test_vae.py). Level 2, with 192 channels,
+    # gains most: it has a third of all products, and FP8 halves their time.
     "fp8-vae": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True, fp8_vae=(2,)),
 }
 
-# What the reference's configurations also name: values that change nothing here, or that only one value of is
-# implemented (and `from_official` refuses the others).
+# Official settings that are no fields here. Of those in `_FIXED` only one value is implemented, and `from_official`
+# refuses the others. Those in `_UNUSED` have no effect.
 _FIXED: dict[str, Any] = {
     "model_type": "i2v",
     "window_size": [-1, -1],
@@ -324,7 +328,7 @@ _UNUSED = {"dropout", "embed_dim", "vocab_size", "max_text_len", "text_dim", "te
 
 
 def is_known(cls: type, key: str) -> bool:
-    """Whether `from_official` looks at an official setting of that name when it makes a `cls`."""
+    """Whether `from_official` uses the official setting `key` for a config of class `cls`."""
     return key in _FIXED or key in {f.name for f in dataclasses.fields(cls)}
 
 
@@ -332,10 +336,10 @@ C = TypeVar("C", DiTConfig, VAEConfig, TextConfig, ImageConfig, AudioConfig, Chu
 
 
 def from_official(cls: type[C], values: Mapping[str, Any]) -> C:
-    """The config that an official mapping (a `config.json`, a constructor's arguments) describes.
+    """Converts an official mapping (a `config.json`, or the arguments of a constructor) to a config.
 
-    Keys beginning with `_` (diffusers' notes) and those that only concern unused parts are dropped. Raises
-    `UserError` for an option this implementation does not have, so that no setting is silently ignored.
+    Keys that begin with `_` (notes by diffusers) and settings of unused parts are dropped. Raises `UserError` for a
+    setting that is not implemented, so none is ignored silently.
     """
     names = {f.name for f in dataclasses.fields(cls)}
     kept = {}

@@ -1,8 +1,8 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; `str(error)` is one line that says what is wrong and what to do.
+    """The user gave something that cannot be used. `str(error)` is one line that says what is wrong and what to do.
 
-    The command line prints that line and exits with code 2. Anything else that is raised is a fault of ours.
+    The command lines print that line and exit with code 2. Any other exception is a bug in this project.
     """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file replacement: a file is written completely or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -7,11 +7,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Gives the path of a temporary file, which takes the place of `path` when the block has written it.
+    """Yields a temporary path that replaces `path` when the block has finished.
 
-    If anything raises, the temporary file is removed and `path` keeps what it held. The temporary file is `.NAME.tmp`
-    beside `path` unless `temporary` names another one on the same file system. A killed process leaves it behind; the
-    next writer of `path` overwrites it.
+    If the block raises, the temporary file is removed and `path` keeps its content. The temporary file is `.NAME.tmp`
+    beside `path`, unless `temporary` names another path on the same file system. A killed process leaves it behind, and
+    the next writer of `path` overwrites it.
     """
     temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:

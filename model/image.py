@@ -1,4 +1,4 @@
-"""From a portrait file to pixels and to image features: reading, cropping, the CLIP vision tower."""
+"""From a portrait file to pixels and image features: reading, cropping, the vision tower of CLIP."""
 
 import math
 import warnings
@@ -14,31 +14,33 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
-from model.slots import Slot, named_slots
+from model.weights.mapping import ParamMapping, pattern_map
 
-# An image far longer than the crop grows far beyond it when its short side is fitted; 32 Mpx are 128 MiB.
+# Limits the memory for an elongated image, which is scaled by its short side: 32 Mpx take 128 MiB.
 MAX_RESIZED_PIXELS = 2**25
 
 
 def load_image(path: Path) -> Image.Image:
-    """The image file at `path` as 8-bit RGB, as a viewer shows it.
+    """The image file at `path` as 8-bit RGB, as an image viewer shows it.
 
-    EXIF orientation is applied, transparency lies over white, 16-bit channels are scaled to 8 bits, the first of
-    several frames is taken. Raises `UserError` if there is no image that can be read, or one too large to be meant.
+    EXIF orientation is applied, transparent pixels are blended with white, 16-bit channels are scaled to 8 bits, and
+    only the first frame of an animation is used. Raises `UserError` if the file cannot be read as an image or is
+    unreasonably large.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as file:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine, twice that is refused
+            # A large image is accepted. Pillow refuses one that is twice as large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UserError(f"no image file {path}") from error
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over in a broken file
+    except Exception as error:  # Pillow's decoders raise many kinds of exceptions for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read the image {path} ({reason}): give an intact PNG or JPEG file") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels")
@@ -49,12 +51,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_center_crop(image: Image.Image, height: int, width: int) -> Tensor:
-    """The 8-bit RGB `image` scaled to cover `height` x `width` pixels, its centre cut out: uint8 [3, height, width].
+    """Scales the 8-bit RGB `image` to cover `height` x `width` pixels and crops its centre; uint8 [3, height, width].
 
-    scale = max(height / h, width / w); new size ceil(scale h) x ceil(scale w), in double precision, where rounding may
-    add a pixel; Pillow's bilinear filter, antialiased when shrinking; the crop begins at round((new - wanted) / 2),
-    halves to even. Raises `UserError` for an image so much longer than the crop that the scaled one would exceed
-    `MAX_RESIZED_PIXELS`.
+    The scale is max(height / h, width / w), and the scaled size is ceil(scale * h) x ceil(scale * w) in double
+    precision, where rounding may add a pixel. The filter is Pillow's bilinear one, which antialiases when it shrinks.
+    The crop begins at round((scaled - wanted) / 2), halves to even. Raises `UserError` for an image so elongated that
+    the scaled one would exceed `MAX_RESIZED_PIXELS`.
     """
     if image.mode != "RGB":
         raise ValueError(f"image: got mode {image.mode}, wanted RGB")
@@ -77,8 +79,8 @@ def to_pixels(image: Tensor) -> Tensor:
     return (image.float() / 255 - 0.5) * 2
 
 
-# Official name: ours.
-NAMES: dict[str, str | tuple[str, ...]] = {
+# {official tensor name: our parameter name or names}
+OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {
     "visual.cls_embedding": "cls_embedding",
     "visual.pos_embedding": "pos_embedding",
     "visual.patch_embedding.weight": "patch_embedding.weight",
@@ -107,17 +109,17 @@ NAMES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def unused(key: str, config: ImageConfig) -> bool:
-    """Whether the official image-text checkpoint holds `key` without `ImageEncoder` needing it.
+def is_unused_key(key: str, config: ImageConfig) -> bool:
+    """Whether the official image-text checkpoint holds `key` but `ImageEncoder` does not need it.
 
-    These are the text tower, the logit scale, the last block and what follows it.
+    These keys are the text tower, the logit scale, the last block of the vision tower and everything after it.
     """
-    last = f"visual.transformer.{config.vision_layers - 1}."
-    return key in ("log_scale", "visual.head") or key.startswith(("textual.", "visual.post_norm.", last))
+    last_block = f"visual.transformer.{config.vision_layers - 1}."
+    return key in ("log_scale", "visual.head") or key.startswith(("textual.", "visual.post_norm.", last_block))
 
 
 class ImageEncoder(nn.Module):
-    """Vision tower of CLIP ViT-H/14 up to the input of its last block: the features of every patch, not one vector."""
+    """Vision tower of CLIP ViT-H/14 without its last block: features of all patches rather than one pooled vector."""
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -137,20 +139,21 @@ class ImageEncoder(nn.Module):
             "layer_norm_eps": config.norm_eps,
             "attn_implementation": "sdpa",
         }
-        # Annotated for the joint configuration; its own library hands it that of the vision tower.
+        # CLIPEncoder is annotated for the joint CLIPConfig, but transformers itself passes a CLIPVisionConfig.
         self.encoder = CLIPEncoder(CLIPVisionConfig(**settings))  # pyright: ignore[reportArgumentType]
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
-        """Where the tensors of the official image-text checkpoint go that are used."""
-        return named_slots(self, NAMES, self.config.vision_layers - 1)
+    def param_map(self) -> dict[str, ParamMapping]:
+        """The map of the official image-text checkpoint's tensors that are used to the parameters of this module."""
+        return pattern_map(self, OFFICIAL_TO_PARAM, self.config.vision_layers - 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Features of an RGB image in [-1, 1], float [3, H, W] -> [1 + patches, vision_dim] in the weights' dtype.
 
-        The image is squeezed to `image_size` squared (bicubic, not antialiased, aspect ratio not kept, not clamped),
-        brought to [0, 1] and normalised by the mean and deviation of each channel, all in float32; then patches row
-        by row behind the class token, positions, norm and all blocks but the last.
+        The image is resized to image_size x image_size (bicubic, without antialiasing or clamping; the aspect ratio is
+        not kept), mapped to [0, 1] and normalised by the mean and standard deviation of each channel, all in float32.
+        The class token and the patches in row-major order then pass through position embedding, norm and all blocks but
+        the last.
         """
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, wanted float [3, H, W]")

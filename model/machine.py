@@ -1,4 +1,4 @@
-"""What machine this is and which versions run on it, as reports state it; and where what depends on both is kept."""
+"""Hardware and software versions of this machine for reports, and the cache directory that depends on them."""
 
 import os
 import platform
@@ -11,11 +11,11 @@ import triton
 
 from kernels.tuning import device_slug
 
-CACHE = "FLASHTALK_CACHE"  # environment variable: where the folders lie
+CACHE_ENV = "FLASHTALK_CACHE"  # environment variable: parent of the cache directories
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it."""
+    """The processor's name as the system reports it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -24,7 +24,7 @@ def cpu_name() -> str:
 
 
 def package_version(name: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of an installed distribution, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -32,12 +32,12 @@ def package_version(name: str) -> str | None:
 
 
 def cache_key(device: torch.device) -> str:
-    """What results and compiled code depend on besides the code: device and versions."""
+    """The device and the versions of PyTorch and Triton that compiled code is valid for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return f"{device_slug(name)}-torch{torch.__version__}-triton{triton.__version__}"
 
 
-def cache_folder(device: torch.device) -> Path:
-    """The device's folder below $FLASHTALK_CACHE, or else in the user's cache; not made."""
+def device_cache_dir(device: torch.device) -> Path:
+    """The device's directory below $FLASHTALK_CACHE or, without it, the user's cache. The directory is not created."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get(CACHE) or users / "flashtalk") / cache_key(device)
+    return Path(os.environ.get(CACHE_ENV) or users / "flashtalk") / cache_key(device)

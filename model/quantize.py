@@ -1,324 +1,21 @@
-"""FP8 checkpoints of the student: `python -m model.quantize --checkpoint DIR --out DIR`, and how they are read.
+"""`python -m model.quantize --checkpoint DIR --out DIR`: converts an official checkpoint to FP8.
 
-    OUT/fp8.json                    the manifest: source and its hashes, policy, error by layer, hash of every shard
-    OUT/student-*.safetensors       one shard a block, and one for the rest, under our parameters' names
-    OUT/...                         everything else of DIR, as hard links where the file system has them
-
-Layers that `FP8Policy` names become e4m3 with a float32 scale for each output channel, joined as `DiT` joins them,
-unless their measured error is above the policy's. The error of a layer is ||y8 - y|| / ||y|| of its products with rows
-as norms make them: normal, and every hundredth channel of them thirty times as large.
-
-One layer after the other passes through memory. A shard appears whole or not at all, and the manifest with it: a run
-that was cut off goes on where it was. Sources are official checkpoints, in any dtype, and those that torchao made of
-them (Float8Tensor in safetensors, a scale for each row or for all), whose e4m3 values are taken as they are.
+What the converted checkpoint holds is described in `model.weights.quantize`.
 """
 
-import fnmatch
-import hashlib
-import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from kernels.linear import dequantize, linear_fp8, output_bound, quantize_rows
 from model import command
-from model.config import PRECISIONS, DiTConfig, FP8Policy, from_official, is_known
-from model.dit import DiT
+from model.config import DiTConfig, FP8Policy, from_official, is_known
 from model.errors import UserError
-from model.files import replacing
-from model.linear import Linear, Rows
-from model.slots import own_slots
-from model.tensors import fill, place, read_json, safetensors_of, shards
-
-MANIFEST = "fp8.json"
-SCHEMA, VERSION = "flashtalk-fp8", 1
-SAMPLE, OUTLIER = 64, 30.0  # rows that errors are measured on, and how much larger their large channels are
-
-
-# --- What is quantised ----------------------------------------------------------------------------------------------
-
-
-class Official:
-    """The student's tensors in official shards, read by name, one at a time: no file stays mapped."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.shards = tuple(paths)
-        self._files: dict[str, Path] = {}
-        for path in paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._files |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read, it is truncated or damaged: {error}") from error
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Rows:
-        """The tensor, or, of torchao's, values and scales."""
-        owner, _, leaf = name.rpartition(".")
-        values = f"{owner}._{leaf}_qdata"
-        if values not in self._files:
-            return self._tensor(name, shape)
-        scale = self._tensor(f"{owner}._{leaf}_scale", None)
-        if scale.numel() not in (1, shape[0]):
-            raise UserError(f"{self.shards[0].parent}: {name} has scales {list(scale.shape)}: not one a row, nor one")
-        return Rows(self._tensor(values, shape), scale.float().flatten().expand(shape[0]))
-
-    def _tensor(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
-        if name not in self._files:
-            raise UserError(f"{self.shards[0].parent}: tensor {name} {list(shape or ())} missing")
-        path = self._files[name]
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        return tensor
-
-
-class Part(NamedTuple):
-    """A module's parameters as they are to be, and, of a layer that may be FP8, its error."""
-
-    module: str
-    tensors: dict[str, Tensor]
-    error: float | None
-
-
-def quantised(
-    source: Official,
-    dit: DiT,
-    policy: FP8Policy,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    prefix: str | None = None,
-) -> Iterator[Part]:
-    """The modules of `dit`, which may be without memory, one after the other; what stays as it is comes in `dtype`.
-
-    With a `prefix`, those whose names begin with it; with "", those of no block.
-    """
-    official: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, slot in dit.slots().items():  # in the order of rows
-        official.setdefault(slot.names[0], []).append((name, slot.shape))
-    for module, owner in dit.named_modules():
-        inside = f"{module}.".startswith(prefix or "blocks.")
-        if prefix is not None and inside != bool(prefix):
-            continue
-        names = [f"{module}.{leaf}" for leaf, _ in owner.named_parameters(recurse=False)]
-        whole = {name: _join([source.read(*part) for part in official[name]]) for name in names}
-        if isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in policy.layers):
-            yield _layer(module, whole[f"{module}.weight"], _values(whole[f"{module}.bias"]), policy, dtype, device)
-        elif whole:
-            yield Part(module, {name: _values(x).to(dtype).contiguous() for name, x in whole.items()}, None)
-
-
-def _layer(
-    module: str, weight: Tensor | Rows, bias: Tensor, policy: FP8Policy, dtype: torch.dtype, device: torch.device | str
-) -> Part:
-    """A layer that is FP8 unless its error is too large."""
-    rows = Rows(*(x.to(device) for x in weight)) if isinstance(weight, Rows) else quantize(weight.to(device))
-    error = layer_error(weight, rows)
-    if error > policy.max_error:
-        tensors = {"weight": _values(weight).to(dtype), "bias": bias.to(dtype)}
-    else:
-        bound = output_bound(*rows, bias.to(device))
-        tensors = {"weight": rows.values, "weight_scale": rows.scale, "bound": bound, "bias": bias.to(dtype)}
-    return Part(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
-
-
-def quantize(weight: Tensor) -> Rows:
-    """e4m3 and a scale for each row."""
-    return Rows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
-
-
-def layer_error(weight: Tensor | Rows, rows: Rows) -> float:
-    """||y8 - y|| / ||y|| of the products of a weight with rows that have outliers; see the module's first lines."""
-    device, k = rows.values.device, rows.values.shape[1]
-    x = torch.randn(SAMPLE, k, generator=torch.Generator().manual_seed(k)).to(device)
-    x[:, ::100] *= OUTLIER
-    exact = x @ (dequantize(*weight) if isinstance(weight, Rows) else weight).to(device, torch.float32).T
-    got = linear_fp8(*quantize_rows(x), *rows, dtype=torch.float32)
-    return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
-
-
-def _join(parts: list[Tensor | Rows]) -> Tensor | Rows:
-    """One tensor of the rows of several; quantised only if all of them are."""
-    if all(isinstance(part, Rows) for part in parts):
-        return Rows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (they are)
-    tensors = [_values(part) for part in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _values(x: Tensor | Rows) -> Tensor:
-    return dequantize(*x) if isinstance(x, Rows) else x
-
-
-# --- Checkpoints on disk --------------------------------------------------------------------------------------------
-
-
-def write(
-    source: Official, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Writes what of the quantised student is missing in `out`, and the manifest, which is returned.
-
-    Raises `UserError` if `out` holds one of another source or policy, or cannot be written.
-    """
-    dtype = PRECISIONS["fp8"].dit
-    with torch.device("meta"):
-        dit = DiT(config)
-    head = {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "source": {path.name: digest for path, digest in zip(source.shards, _hashes(source.shards), strict=True)},
-        "policy": json.loads(json.dumps(asdict(policy))),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    manifest: dict[str, Any] = head | {"layers": {}, "shards": {}, "complete": False}
-    if (out / MANIFEST).is_file():
-        begun = _manifest(out)
-        if {key: begun[key] for key in head} != head:
-            raise UserError(f"{out / MANIFEST} is of another source or policy: choose a new --out")
-        manifest = begun
-    groups = {"rest": "", **{f"block-{i:02d}": f"blocks.{i}." for i in range(config.num_layers)}}
-    for shard, prefix in groups.items():
-        file = f"student-{shard}.safetensors"
-        known = manifest["shards"].get(file)
-        if known and (out / file).is_file() and _hash(out / file) == known:
-            continue
-        tensors: dict[str, Tensor] = {}
-        for part in quantised(source, dit, policy, dtype, device, prefix):
-            tensors |= part.tensors
-            if part.error is not None:
-                manifest["layers"][part.module] = {"error": part.error, "fp8": part.error <= policy.max_error}
-        _replace(out / file, partial(save_file, tensors))
-        manifest["shards"][file] = _hash(out / file)
-        _save(out, manifest)
-    manifest["complete"] = True
-    _save(out, manifest)
-    return manifest
-
-
-def is_quantised(folder: Path) -> bool:
-    """Whether `write` has been there."""
-    return (folder / MANIFEST).is_file()
-
-
-def load(dit: DiT, folder: Path, device: torch.device, home: Collection[str] = ()) -> None:
-    """Makes `dit`, which has no memory yet, the quantised student in `folder`, on `device`, or where `home` says.
-
-    Raises `UserError`, naming the file, if the folder is not finished, or a shard is missing, damaged or another one.
-    """
-    manifest = _manifest(folder)
-    if not manifest["complete"]:
-        raise UserError(f"{folder / MANIFEST} is not complete: go on with python -m model.quantize --out {folder}")
-    paths = [folder / name for name in manifest["shards"]]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}, which {MANIFEST} names, is missing")
-    for path, digest in zip(paths, _hashes(paths), strict=True):
-        if digest != manifest["shards"][path.name]:
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
-    for name, known in manifest["layers"].items():
-        if name not in layers:
-            raise UserError(f"{folder / MANIFEST}: layer {name} is not part of this model")
-        if known["fp8"]:
-            layers.pop(name).quantize()
-    for layer in layers.values():
-        layer.fuse()
-    fill(dit, own_slots(dit), safetensors_of(paths, device), folder, device, None, home)
-
-
-def load_official(
-    dit: DiT,
-    paths: list[Path],
-    policy: FP8Policy,
-    dtype: torch.dtype,
-    device: torch.device,
-    home: Collection[str] = (),
-) -> None:
-    """Makes `dit`, which has no memory yet, the student in these official shards, quantised on the way to `device`.
-
-    Submodules named in `home` go to the host's memory.
-    """
-    for part in quantised(Official(paths), dit, policy, dtype, device):
-        layer = dit.get_submodule(part.module)
-        for name, tensor in part.tensors.items():
-            place(dit, name, tensor if part.module.startswith(tuple(home)) else tensor.to(device))
-        if isinstance(layer, Linear) and not layer.fp8:
-            layer.fuse()
-
-
-# --- Files ----------------------------------------------------------------------------------------------------------
-
-_FIELDS = {"schema": str, "version": int, "source": dict, "policy": dict, "dtype": str, "layers": dict, "shards": dict,
-           "complete": bool}  # fmt: skip
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    values = read_json(path)
-    if (values.get("schema"), values.get("version")) != (SCHEMA, VERSION):
-        raise UserError(f"{path} is not a {SCHEMA} file of version {VERSION}")
-    for name, kind in _FIELDS.items():
-        if not isinstance(values.get(name), kind):
-            raise UserError(f"{path}: {name} is {values.get(name)!r:.40}, wanted {kind.__name__}")
-    if not all(isinstance(x, dict) and isinstance(x.get("fp8"), bool) for x in values["layers"].values()):
-        raise UserError(f"{path}: layers do not say of each whether it is fp8")
-    return values
-
-
-def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1) + "\n"
-    _replace(folder / MANIFEST, lambda path: path.write_text(text))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all; its bytes are on the disk before it takes its place."""
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-            temporary.chmod(0o644)  # safetensors lets nobody else read
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hashes(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of files, several at a time."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_hash, paths))
-
-
-def copy_rest(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
-    """All of a checkpoint but its student, into `out`: hard links where the file system has them, else copies."""
-    skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
-    for path in sorted(checkpoint.rglob("*")):
-        target = out / path.relative_to(checkpoint)
-        if path.is_dir() or (path.parent == checkpoint and path.name in skipped) or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:
-            _replace(target, partial(shutil.copyfile, path))
-
-
-# --- Command line ---------------------------------------------------------------------------------------------------
+from model.weights.quantize import copy_other_files, write_fp8_checkpoint
+from model.weights.shards import ShardReader, find_student_shards, read_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -326,17 +23,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(epilog="Example: python -m model.quantize --checkpoint SoulX-FlashTalk-14B --out SoulX-FlashTalk-14B-FP8")
 def run(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the official weights.")],
-    out: Annotated[Path, typer.Option(help="Folder for the same in FP8; a run that was cut off goes on there.")],
+    out: Annotated[Path, typer.Option(help="Output folder. An interrupted conversion is resumed.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where layers are quantised and measured.")] = "auto",
 ) -> None:
-    """Quantises the student: 12 GB of e4m3 in place of 24, measured layer by layer."""
+    """Quantises the student to FP8: 14 GB of e4m3 weights instead of 28 GB in bf16; prints the layers' errors."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: PyTorch sees no such device here; use cpu")
-    paths = shards(checkpoint)
+    paths = find_student_shards(checkpoint)
     if out.resolve() == checkpoint.resolve():
-        raise UserError(f"--out {out}: that is the checkpoint; name another folder")
+        raise UserError(f"--out {out}: this is the checkpoint itself; name another folder")
     values = read_json(checkpoint / "config.json")
     try:
         config = from_official(DiTConfig, {key: x for key, x in values.items() if is_known(DiTConfig, key)})
@@ -344,19 +41,19 @@ def run(
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint / 'config.json'}: {error}") from error
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}); name another folder") from error
-    manifest = write(Official(paths), out, config, FP8Policy(), device)
-    copy_rest(checkpoint, out, paths)
-    print(table(manifest))
+        raise UserError(f"--out {out} cannot be created ({error.strerror}); name another folder") from error
+    manifest = write_fp8_checkpoint(ShardReader(paths), out, config, FP8Policy(), device)
+    copy_other_files(checkpoint, out, paths)
+    print(error_table(manifest))
 
 
-def table(manifest: Mapping[str, Any]) -> str:
-    """The errors of a manifest's layers, by kind of layer, over all blocks."""
+def error_table(manifest: Mapping[str, Any]) -> str:
+    """A text table of a manifest's layer errors: minimum, median and maximum over all blocks, per kind of layer."""
     kinds: dict[str, list[tuple[float, bool]]] = {}
     for name, layer in manifest["layers"].items():
         kinds.setdefault(name.split(".", 2)[-1], []).append((layer["error"], layer["fp8"]))
     width = max(map(len, kinds), default=0)
-    lines = [f"{'layer':{width}}  blocks  in fp8   least  median   worst"]
+    lines = [f"{'layer':{width}}  blocks  in fp8     min  median     max"]
     for kind, found in kinds.items():
         errors = sorted(error for error, _ in found)
         low, middle, high = errors[0], errors[len(errors) // 2], errors[-1]
@@ -366,8 +63,8 @@ def table(manifest: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs the command line; a user's mistake ends in one line and exit code 2."""
-    return command.run(app, "the same command goes on")
+    """Runs the command line; returns the exit code."""
+    return command.run_app(app, "run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Few-step sampling with re-noising: timesteps, update, counter-based noise.
+"""Few-step sampling with re-noising: timesteps, update rule, counter-based noise.
 
-From noise x at timestep t_0 the student is called at t_0 > t_1 > ... > t_(n-1) and the sample ends at t_n = 0. With
-sigma_i = t_i / 1000 and v the predicted velocity (noise minus data), one step is
+Sampling starts from noise x at timestep t_0, calls the student at t_0 > t_1 > ... > t_(n-1), and ends at t_n = 0. With
+sigma_i = t_i / 1000 and the predicted velocity v (noise minus data), one step is
 
     clean = x - sigma_i v
     x     = (1 - sigma_(i+1)) clean + sigma_(i+1) noise_(i+1)          with fresh noise
 
-and the known latents at a chunk's beginning are written back, clean, before the first step and after every step.
+The motion latents at the beginning of a chunk are known. They are written into x, without noise, before the first step
+and after every step.
 """
 
 import math
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
-# The student was distilled at these points; any other number of steps is spread evenly.
+# The student was distilled at these timesteps, by number of steps; other numbers of steps are spread evenly.
 _DISTILLED = {2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0)}
 
 
 def timesteps(steps: int, shift: float) -> Tensor:
     """The shifted timesteps t_0 .. t_steps = 0, float32 [steps + 1].
 
-    u -> shift u / (1 + (shift - 1) u) of u = t / 1000, in float32, so that 2/3 becomes 833.33331298828125.
+    A base timestep, 1000 u, becomes 1000 shift u / (1 + (shift - 1) u), in float32: u = 2/3 gives 833.33331298828125.
     """
     base = torch.tensor(_DISTILLED[steps]) if steps in _DISTILLED else torch.linspace(NUM_TIMESTEPS, 1, steps)
     u = torch.cat((base, torch.zeros(1))) / NUM_TIMESTEPS
@@ -31,9 +32,10 @@ def timesteps(steps: int, shift: float) -> Tensor:
 
 
 def first_latents(noise: Callable[[int], Tensor], motion: Tensor) -> Tensor:
-    """The latents before the first step, float32 [F, 16, h, w], whose first n frames are `motion` [n, 16, h, w].
+    """The latents before the first step, float32 [F, 16, h, w]. The first n frames are `motion` [n, 16, h, w].
 
-    `noise` is k -> standard normal noise [F, 16, h, w]; k = 0 is the start, k = i + 1 is drawn after step i.
+    `noise` maps k to standard normal noise [F, 16, h, w]: k = 0 is the noise at the start, k = i + 1 the noise of step
+    i.
     """
     return torch.cat((motion.float(), noise(0)[len(motion) :]))
 
@@ -46,13 +48,19 @@ def denoise_step(
     times: Tensor,
     motion: Tensor,
 ) -> Tensor:
-    """The latents after step i, from those before it; all as in `first_latents`.
+    """The latents after step i, float32 [F, 16, h, w].
 
-    `velocity` is the student's prediction at this step, `times` are from `timesteps`, on the CPU.
+    Args:
+        i: index of the step.
+        x: the latents before the step, float32 [F, 16, h, w].
+        velocity: the student's prediction at this step, from x to [F, 16, h, w].
+        noise: maps k to standard normal noise [F, 16, h, w]; step i uses k = i + 1.
+        times: from `timesteps`, on the CPU.
+        motion: the motion latents [n, 16, h, w] at the beginning of the chunk.
     """
     sigma, following = (times[i : i + 2] / NUM_TIMESTEPS).tolist()
     x = (1 - following) * (x - sigma * velocity(x))
-    if following > 0:  # the last step's noise has no weight, and being counted, not drawn in turn, may be skipped
+    if following > 0:  # the last step's noise has weight 0; counter-based noise need not be drawn in turn
         x += following * noise(i + 1)
     x[: len(motion)] = motion
     return x
@@ -61,12 +69,12 @@ def denoise_step(
 def normal_noise(
     shape: tuple[int, ...], seed: int | Tensor, chunk: int | Tensor, step: int, device: torch.device | str
 ) -> Tensor:
-    """Standard normal noise, float32, a pure function of (seed, chunk, step, position in `shape`).
+    """Standard normal noise, float32: a pure function of seed, chunk, step and the position in `shape`.
 
-    The value at flat position 4 p + lane comes from Philox4x32-10 of the counter (p, step, chunk, 0) under the 64-bit
-    key `seed`: no state to keep, to split between ranks or to restore. Pairs of its 32-bit words become normals by
-    Box-Muller in float64: sqrt(-2 ln u) (cos, sin)(2 pi w), u in (0, 1]. Seed and chunk may be int64 tensors [] on the
-    device.
+    The value at flat position 4 p + lane comes from Philox4x32-10 with the counter (p, step, chunk, 0) and the 64-bit
+    key `seed`. So there is no generator state to store, to restore or to split between ranks. Pairs of the 32-bit words
+    become normal numbers by the Box-Muller transform in float64: sqrt(-2 ln u) (cos, sin)(2 pi w), u in (0, 1]. `seed`
+    and `chunk` may be int64 tensors [] on the device.
     """
     count = math.prod(shape)
     position = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
@@ -82,9 +90,9 @@ def normal_noise(
 def philox(
     counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., 2011): four 32-bit words of counter -> four of noise, each int64 in 0 .. 2^32 - 1.
+    """Philox4x32-10 (Salmon et al., 2011): four 32-bit counter words -> four random words, int64 in 0 .. 2^32 - 1.
 
-    A 64-bit product of two words may wrap int64, which leaves its bits, and so both halves, intact.
+    The 64-bit product of two words may overflow int64; its bits, and so its two halves, are still exact.
     """
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter

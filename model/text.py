@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from model.config import TextConfig
 from model.errors import UserError
-from model.slots import Slot, named_slots
+from model.weights.mapping import ParamMapping, pattern_map
 
-# Official name: ours.
-NAMES: dict[str, str | tuple[str, ...]] = {
+# {official tensor name: our parameter name}
+OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {
     "token_embedding.weight": "encoder.embed_tokens.weight",
     "blocks.{i}.norm1.weight": "encoder.block.{i}.layer.0.layer_norm.weight",
     "blocks.{i}.attn.q.weight": "encoder.block.{i}.layer.0.SelfAttention.q.weight",
@@ -32,18 +32,18 @@ NAMES: dict[str, str | tuple[str, ...]] = {
 
 
 def clean(text: str) -> str:
-    """`text` with broken Unicode repaired, HTML entities decoded (twice) and every run of whitespace one space."""
-    import ftfy  # here, for machines that only generate and do without it
+    """`text` with repaired Unicode, decoded HTML entities (twice), and each run of whitespace replaced by one space."""
+    import ftfy  # imported here because machines that only generate do not need it
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 def tokenize(text: str, config: TextConfig, text_len: int, folder: Path | None) -> Tensor:
-    """Token ids of the cleaned `text`, the end-of-sequence id last, cut to `text_len` with that id kept.
+    """Token ids of the cleaned `text` with the end-of-sequence id, truncated to `text_len` ids; int64 [L].
 
-    `folder` is the checkpoint that holds the tokenizer `config.tokenizer`; the tokenizer "bytes" (ids are UTF-8 bytes
-    plus 3) needs none. Nothing is downloaded. Returns int64 [L], 1 <= L <= text_len. Raises `UserError` if the
-    tokenizer is not there or cannot be read.
+    1 <= L <= text_len, and the end-of-sequence id is kept when the text is truncated. `folder` is the checkpoint folder
+    that holds the tokenizer `config.tokenizer`. The tokenizer "bytes", whose ids are UTF-8 bytes plus 3, needs none.
+    Nothing is downloaded. Raises `UserError` if the tokenizer is missing or cannot be read.
     """
     if config.tokenizer == "bytes":
         tokenizer = ByT5Tokenizer()
@@ -58,17 +58,17 @@ def _load_tokenizer(path: Path):
         raise UserError(f"no tokenizer folder {path}: download it with the checkpoint")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # of any kind, as the files may hold anything
+    except Exception as error:  # of any kind: the files may hold anything
         raise UserError(f"{path} holds no readable tokenizer: download it again") from error
 
 
 class TextEncoder(nn.Module):
-    """umT5 encoder: RMS norms, unscaled attention with one relative-position table a layer, tanh-GELU gated FFN."""
+    """umT5 encoder: RMS norms, unscaled attention with position biases in each layer, tanh-GELU gated FFN."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        # Only the stack is kept: the whole model holds the embedding under two names.
+        # Only the encoder stack is kept, because the whole model holds the embedding under two names.
         self.encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=config.vocab_size,
@@ -85,15 +85,15 @@ class TextEncoder(nn.Module):
         ).encoder
         self.eval()
 
-    def slots(self) -> dict[str, Slot]:
-        """Where the tensors of the official text checkpoint go."""
-        return named_slots(self, NAMES, self.config.num_layers)
+    def param_map(self) -> dict[str, ParamMapping]:
+        """The map of the official text checkpoint's tensors to the parameters of this module."""
+        return pattern_map(self, OFFICIAL_TO_PARAM, self.config.num_layers)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Text features of the token ids, int64 [L] -> [L, dim] in the dtype of the weights.
+        """Text features of token ids without padding, int64 [L] -> [L, dim] in the weights' dtype.
 
-        Takes the real tokens only, no padding. That is exact: the official code pads to `text_len`, gives padded keys
-        the weight zero and returns the rows of real tokens, and positions enter as differences alone.
+        Leaving out the padding is exact: the official code pads to `text_len`, but masks padded keys and returns only
+        the rows of real tokens, and positions enter only as differences.
         """
         if ids.ndim != 1 or ids.dtype != torch.int64:
             raise ValueError(f"ids: got {ids.dtype} {tuple(ids.shape)}, wanted int64 [L]")

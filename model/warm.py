@@ -1,9 +1,9 @@
-"""`python -m model.warm`: compiles all that a chunk runs ahead of time, for this machine or others like it.
+"""`python -m model.warm`: compiles everything that a chunk runs, for this machine or for others like it.
 
     python -m model.warm --preset flashtalk-14b --precision fp8 --pack h100.tar    on one machine
     python -m model.warm --unpack h100.tar                                         on another of the same kind
 
-What is compiled lies in the user's cache (`model.compiled`), where `python -m streaming run` finds it.
+The compiled code is stored in the user's cache (`model.compile`), where `python -m streaming run` finds it.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 import typer
 
 from model import command as command_line
-from model.command import choice
-from model.compiled import compile_models, stand_in, use_cache, warm
+from model.command import check_choice
+from model.compile import compile_models, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
 from model.files import replacing
@@ -28,16 +28,16 @@ MANIFEST = "manifest.json"
 
 
 def run(preset: str, precision: str, device: torch.device) -> float:
-    """Compiles into the device's folder, and gives the seconds that it took."""
+    """Compiles into the device's cache directory; returns the seconds that this took."""
     begin = time.perf_counter()
-    models = stand_in(PRESETS[preset], device, PRECISIONS[precision])
+    models = stand_in_models(PRESETS[preset], device, PRECISIONS[precision])
     compile_models(models)
-    warm(models)
+    warm_up(models)
     return time.perf_counter() - begin
 
 
 def pack(folder: Path, key: str, file: Path) -> None:
-    """Puts a folder of compiled code into a file, whole or not at all."""
+    """Writes a directory of compiled code to a tar file, atomically. `key` is the `cache_key` that it is valid for."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps({"key": key}) + "\n")
@@ -48,17 +48,20 @@ def pack(folder: Path, key: str, file: Path) -> None:
 
 
 def unpack(file: Path, folder: Path, key: str) -> None:
-    """Adds what `pack` has put into a file to a folder; raises `UserError` if it was made for something else."""
+    """Extracts a file that `pack` has written into `folder`.
+
+    Raises `UserError` if the file cannot be read or was made for another device or other versions.
+    """
     try:
         with tarfile.open(file) as archive:
             member = archive.extractfile(f"./{MANIFEST}")
             made = json.load(member)["key"] if member else None
             if made != key:
-                raise UserError(f"--unpack {file}: it was made on {made}, this is {key}")
+                raise UserError(f"--unpack {file}: it was made on {made}, but this machine is {key}")
             folder.mkdir(parents=True, exist_ok=True)
             archive.extractall(folder, filter="data")
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--unpack {file} cannot be read, or is no packed cache: {error}") from error
+        raise UserError(f"--unpack {file} cannot be read or is not a packed cache: {error}") from error
 
 
 def command(
@@ -66,22 +69,22 @@ def command(
         str | None, typer.Option(help="Size of the system. Default: flashtalk-14b on a GPU, tiny on a CPU.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="As for `python -m streaming run`. Default: fp8 on a GPU, fp32 on a CPU.")
+        str | None, typer.Option(help="As in `python -m streaming run`. Default: fp8 on a GPU, fp32 on a CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    packed: Annotated[Path | None, typer.Option("--pack", help="Also write what was compiled into this file.")] = None,
-    source: Annotated[Path | None, typer.Option("--unpack", help="Compile nothing: take it from this file.")] = None,
+    packed: Annotated[Path | None, typer.Option("--pack", help="Also write the compiled code to this file.")] = None,
+    source: Annotated[Path | None, typer.Option("--unpack", help="Compile nothing; extract this file instead.")] = None,
 ) -> None:
-    """Compiles all that a chunk runs, so that no session has to."""
-    choice("--device", device, ("auto", "cpu", "cuda"))
+    """Compiles everything that a chunk runs, so that sessions start without compiling."""
+    check_choice("--device", device, ("auto", "cpu", "cuda"))
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     preset = preset or ("flashtalk-14b" if where.type == "cuda" else "tiny")
     precision = precision or ("fp8" if where.type == "cuda" else "fp32")
-    choice("--preset", preset, PRESETS)
-    choice("--precision", precision, PRECISIONS)
+    check_choice("--preset", preset, PRESETS)
+    check_choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
-    folder, key = use_cache(where), cache_key(where)
+    folder, key = use_compile_cache(where), cache_key(where)
     if source is not None:
         unpack(source, folder, key)
         print(f"{folder}: unpacked")
@@ -93,10 +96,10 @@ def command(
 
 
 def main() -> int:
-    """Runs the command line; a user's mistake ends in one line and exit code 2."""
+    """Runs the command line; returns the exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    return command_line.run(app, "what is compiled is kept")
+    return command_line.run_app(app, "code that is already compiled is kept")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from model.compiled import keep_all_forms
+from model.compile import raise_recompile_limit
 from model.errors import UserError
 from profiling.cases import TORCH_DTYPES, Backend, Call, Case, Output, chosen
 from profiling.cases.linear import prepare_scaled_mm
@@ -89,7 +89,7 @@ def _fastest(call: Call, device: torch.device, rounds: int) -> float:
 
 def settle() -> None:
     """Puts torch into the state that all cases are measured in; once a process."""
-    keep_all_forms()
+    raise_recompile_limit()
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference here
     torch.backends.cudnn.benchmark = True  # a peer's best
 

@@ -30,7 +30,7 @@ from profiling.trace import export, summarise
 from streaming.timers import StageTimer
 
 if TYPE_CHECKING:
-    from model.checkpoint import Models
+    from model.weights.checkpoint import Models
     from streaming.generator import Conditions
 
 Moment: TypeAlias = float | torch.cuda.Event
@@ -72,11 +72,11 @@ VARIANTS = {
 
 def generating_models(config: Config, device: torch.device, precision: str) -> "Models":
     """Student and VAE of `config` with random weights; the encoders, which no chunk runs, are those of `tiny`."""
-    from model.checkpoint import random_models
+    from model.weights.checkpoint import random_models
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
     # 9 GB to the host's memory and back take longer than all else: what would visit stays, until `Runner` has used it.
-    return replace(random_models(small, device, PRECISIONS[precision], home=device), config=config)
+    return replace(random_models(small, device, PRECISIONS[precision], offload_device=device), config=config)
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ class Runner:
         self._generator = ChunkGenerator(models, self.timer, new_capture=new_capture)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.offload(random_conditions(models, random))
-        for module in models.dit.visitors().values():
+        for module in models.dit.offloadable_modules().values():
             module.to("meta")
         self._state = self._generator.start(self._conditions, seed)
         dit = config.dit
@@ -176,7 +176,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
     chunks; the first ones, which try algorithms, take more. The runner can go on, see `traced`.
     """
-    from model.compiled import compile_student, compile_vae
+    from model.compile import compile_student, compile_vae
 
     device, chunk = models.device, models.config.chunk
     torch.compiler.reset()

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 try:
-    from model.command import choice
+    from model.command import check_choice
     from model.errors import UserError
     from model.files import replacing
 except ImportError as error:  # a package of the same name as one of ours came first
@@ -93,13 +93,13 @@ def run(
     # The command line answers at once; what takes seconds to import waits until there is something to do.
     import torch
 
-    from model.checkpoint import load_models, random_models
-    from model.compiled import load_compiled
+    from model.compile import load_compiled
     from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
     from model.image import load_image, resize_center_crop
-    from model.quantize import is_quantised
     from model.sampler import NUM_TIMESTEPS
     from model.text import tokenize
+    from model.weights.checkpoint import load_models, random_models
+    from model.weights.quantize import is_fp8_checkpoint
     from streaming.audio_features import on_stream, once_featurizer, stream_featurizer
     from streaming.cuda_graphs import CudaGraphs
     from streaming.generator import ChunkGenerator
@@ -118,12 +118,12 @@ def run(
     if preset is None:
         preset = "flashtalk-14b" if device == "cuda" and checkpoint else "tiny"
     if precision == "auto":
-        quantised = checkpoint is not None and is_quantised(checkpoint)
+        quantised = checkpoint is not None and is_fp8_checkpoint(checkpoint)
         precision = "fp8" if quantised else "bf16" if device == "cuda" else "fp32"
-    choice("--device", device, ("cpu", "cuda"))
-    choice("--preset", preset, PRESETS)
-    choice("--precision", precision, PRECISIONS)
-    choice("--audio-mode", audio_mode, ("stream", "once"))
+    check_choice("--device", device, ("cpu", "cuda"))
+    check_choice("--preset", preset, PRESETS)
+    check_choice("--precision", precision, PRECISIONS)
+    check_choice("--audio-mode", audio_mode, ("stream", "once"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
     if not 1 <= steps <= NUM_TIMESTEPS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from model.tensors import pinned
+from model.weights.offload import pin_memory_for
 from streaming.timers import StageTimer
 
 P = ParamSpec("P")
@@ -101,6 +101,6 @@ class StaticInput:
         buffers = self._buffers[shapes]
         if not self._constant or list(map(id, tensors)) != list(map(id, self._last)):
             for buffer, x in zip(tree_leaves(buffers), tensors, strict=True):
-                buffer.copy_(pinned(x, self._device), non_blocking=True)
+                buffer.copy_(pin_memory_for(x, self._device), non_blocking=True)
             self._last = tensors if self._constant else []  # kept: an id is an object's for as long as that lives
         return cast(T, buffers)

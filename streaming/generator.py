@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
-from model.checkpoint import Models
 from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
-from model.tensors import visiting
 from model.vae import State as VAECache
 from model.vae import decode_groups
+from model.weights.checkpoint import Models
+from model.weights.offload import on_device
 from streaming.cuda_graphs import Capture, GraphPool, StaticInput
 from streaming.streams import SideStream
 from streaming.timers import StageTimer
@@ -108,7 +108,7 @@ class ChunkGenerator:
             self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
             self._rope = rope_table(config.grid, config.dit.head_dim, device)
         latents, stride = config.latent_shape[0], config.vae.temporal_stride
-        self._decode_steps = tuple(decode_groups(latents, config.chunk.unseen_frames, stride))
+        self._decode_steps = tuple(decode_groups(latents, config.chunk.warmup_frames, stride))
 
         student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
         self._encode_audio = student.graphed(models.dit.embed_audio, timer="audio")
@@ -133,7 +133,7 @@ class ChunkGenerator:
             raise ValueError(f"image: got {list(image.shape)}, want [3, {chunk.height}, {chunk.width}]")
         portrait = to_pixels(image).to(models.device)
         text = models.text(ids)
-        with visiting(models.device, models.image):
+        with on_device(models.device, models.image):
             features = models.image(portrait)
         context = models.dit.embed_context(text, features)
         # The clip that the condition latents describe: the portrait, then mid gray.
@@ -203,7 +203,7 @@ class ChunkGenerator:
 
         def velocity(x: Tensor) -> Tensor:
             dit = self.models.dit
-            return dit(x, condition, self._modulations[i], self._rope, context, audio, known=len(motion))
+            return dit(x, condition, self._modulations[i], self._rope, context, audio, num_motion_latents=len(motion))
 
         x = first_latents(noise, motion) if latents is None else latents
         return denoise_step(i, x, velocity, noise, self._times, motion)

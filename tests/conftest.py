@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: thread count, options, skipping by marker."""
+"""Setup of all tests: number of threads, options, skipped markers."""
 
 import os
 import tempfile
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.machine import CACHE
+from model.machine import CACHE_ENV
 
 torch.set_num_threads(2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No test finds, or leaves behind, what the user's cache holds."""
+    """Redirects the user's cache, so that tests neither read nor change it."""
     folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
-    os.environ[CACHE] = folder.name
+    os.environ[CACHE_ENV] = folder.name
     config.add_cleanup(folder.cleanup)
 
 

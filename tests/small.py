@@ -1,4 +1,4 @@
-"""A whole system small enough for tests: the golden weights, also as a checkpoint folder."""
+"""A system that is small enough for tests: the golden weights, also as a checkpoint folder."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE
 from model.config import (
     AudioConfig,
     ChunkConfig,
@@ -17,6 +16,7 @@ from model.config import (
     VAEConfig,
     from_official,
 )
+from model.weights.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
 _WEIGHTS = json.loads((GOLDEN / "manifest.json").read_text())["weights"]
@@ -37,7 +37,7 @@ def weights(component: str) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """The golden weights as an official folder: two shards with an index, pickled state dicts, an old speech file."""
+    """Writes the golden weights as an official checkpoint: two shards and an index, state dicts, an old speech file."""
     folder.mkdir()
     names = sorted(student := weights("dit"))
     index = {}

@@ -95,7 +95,7 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
     widths = [vae.dim * mult for mult in reversed(vae.dim_mult)]
     temporal = (*reversed(vae.temperal_downsample), False)
     motion = (chunk.motion_frames_num - 1) // vae.temporal_stride
-    groups = decode_groups(latents, chunk.unseen_frames, vae.temporal_stride)
+    groups = decode_groups(latents, chunk.warmup_frames, vae.temporal_stride)
     sizes = [group.latents.stop - group.latents.start for group in groups]
     for level, (width, doubles) in enumerate(zip(widths, temporal, strict=True)):
         decoded, encoded = (1 / frames + latents - 1), (1 / frames + motion)

@@ -1,4 +1,4 @@
-"""Loudness, speech encoder and windows against golden outputs of the official code; what the ring promises."""
+"""Loudness, speech encoder and windows against golden outputs of the official code; properties of the ring."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ from model.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHUNK = ChunkConfig()
-SMALL = ChunkConfig(frame_num=9, cached_audio_duration=1)  # slices of 0.16 s, shorter than a loudness block
+SMALL = ChunkConfig(frame_num=9, cached_audio_duration=1)  # slices of 0.16 s, shorter than a gating block
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def encoder() -> SpeechEncoder:
     with torch.device("meta"):
         encoder = SpeechEncoder(from_official(AudioConfig, config))
     tensors = load_file(GOLDEN / "weights_wav2vec.safetensors")
-    slots = encoder.slots()
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: s.shape for n, s in slots.items()}
-    encoder.load_state_dict({slot.names[0]: tensors[name] for name, slot in slots.items()}, assign=True)
+    param_map = encoder.param_map()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: s.shape for n, s in param_map.items()}
+    encoder.load_state_dict({mapping.params[0]: tensors[name] for name, mapping in param_map.items()}, assign=True)
     return encoder
 
 
@@ -76,7 +76,7 @@ def test_golden_embedding(encoder: SpeechEncoder, name: str) -> None:
 
 
 @torch.inference_mode()
-def test_transformers_own_pass_where_nothing_is_interpolated() -> None:
+def test_without_interpolation_it_equals_the_transformers_model() -> None:
     torch.manual_seed(3)
     encoder = SpeechEncoder(replace(TINY.audio, do_normalize=False))
     wave = torch.randn(16000)
@@ -140,7 +140,7 @@ def test_windows(frames: int, start: int, count: int, width: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 200), st.sampled_from([(33, 5), (9, 5), (13, 1)]))
-def test_once_shows_each_frame_with_its_own_sound(frames: int, geometry: tuple[int, int]) -> None:
+def test_once_window_aligns_frames_with_sound(frames: int, geometry: tuple[int, int]) -> None:
     chunk = ChunkConfig(frame_num=geometry[0], motion_frames_num=geometry[1])
     embedding = torch.arange(float(frames)).view(frames, 1, 1)
     track = [once_window(embedding, c, chunk) for c in range(-(-frames // chunk.new_frames))]
@@ -148,7 +148,7 @@ def test_once_shows_each_frame_with_its_own_sound(frames: int, geometry: tuple[i
     shown = torch.cat([window[chunk.motion_frames_num :, 2] for window in track])
     assert torch.equal(shown[:frames], embedding)
     assert len(shown) - frames < chunk.new_frames
-    for before, after in pairwise(track):  # the motion frames hear what they heard when shown
+    for before, after in pairwise(track):  # motion frames have the same windows as when they were new frames
         assert torch.equal(before[-chunk.motion_frames_num :], after[: chunk.motion_frames_num])
 
 
@@ -180,7 +180,7 @@ LEVELS = st.lists(st.sampled_from([0.0, 1e-5, 0.003, 0.02, 0.1, 0.9]), min_size=
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, LEVELS)
-def test_ring_keeps_what_it_holds(seed: int, levels: list[float]) -> None:
+def test_ring_keeps_earlier_samples_unchanged(seed: int, levels: list[float]) -> None:
     rings = heard(noise(seed, levels, SMALL), SMALL)
     for before, after in pairwise(rings):
         assert after.samples.dtype == np.float32
@@ -197,13 +197,13 @@ def test_gain_has_no_step(seed: int, levels: list[float]) -> None:
     assert np.abs(np.diff(gain)).max() < 1.01 * MAX_GAIN_RATE / SMALL.sample_rate
 
 
-def test_gain_moves_as_fast_as_it_may() -> None:
+def test_gain_changes_at_the_maximum_rate() -> None:
     rings = heard(noise(1, [0.02] * 3 + [0.9] * 3, SMALL), SMALL)
     fall = MAX_GAIN_RATE * SMALL.slice_samples / SMALL.sample_rate
     np.testing.assert_allclose(np.diff(gains(rings[3:])), [-fall] * 3, rtol=1e-9)
 
 
-def test_first_slice_has_its_gain_at_once() -> None:
+def test_first_slice_gets_its_full_gain() -> None:
     (samples,) = noise(2, [0.02], CHUNK)
     ring = Ring.empty(CHUNK).append(samples)
     wanted = normalize_loudness(samples.astype(np.float64), 16000)
@@ -222,7 +222,7 @@ def test_constant_level_has_constant_gain(chunk: ChunkConfig) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.lists(st.sampled_from([0.02, 0.05, 0.2]), min_size=1, max_size=6), st.floats(0.3, 3))
-def test_scale_of_the_sound_does_not_matter(seed: int, levels: list[float], scale: float) -> None:
+def test_gain_cancels_the_input_scale(seed: int, levels: list[float], scale: float) -> None:
     slices = noise(seed, levels, SMALL)
     scaled = [(scale * samples).astype(np.float32) for samples in slices]
     np.testing.assert_allclose(heard(scaled, SMALL)[-1].samples, heard(slices, SMALL)[-1].samples, rtol=1e-5)
@@ -236,7 +236,7 @@ def test_gain_is_bounded(level: float, gain: float) -> None:
     assert np.abs(rings[-1].samples).max() == pytest.approx(level * 10 ** (gain / 20), rel=1e-5)
 
 
-def test_silence_leaves_the_gain_alone() -> None:
+def test_silence_does_not_change_the_gain() -> None:
     silence = [np.zeros(SMALL.slice_samples, np.float32)] * 10  # longer than the ring
     before = heard(silence, SMALL)[-1]
     assert before.gain is None
@@ -248,7 +248,7 @@ def test_silence_leaves_the_gain_alone() -> None:
     assert len(rings[-1].raw) == SMALL.cached_samples
 
 
-def test_partial_slice_is_filled_up_and_the_ring_is_a_value() -> None:
+def test_partial_slice_is_padded_and_append_does_not_change_the_ring() -> None:
     first, second = noise(5, [0.1, 0.3], SMALL)
     ring = Ring.empty(SMALL).append(first)
     kept = ring.samples.copy()
@@ -287,19 +287,19 @@ def test_bad_slices(samples: NDArray[np.float32], message: str) -> None:
         ("project_hid.bias", None),
     ],
 )
-def test_raw_names(key: str, name: str | None) -> None:
+def test_official_names_of_raw_keys(key: str, name: str | None) -> None:
     assert official_name(key) == name
 
 
-def test_slots_are_the_official_keys() -> None:
+def test_param_map_has_the_official_keys() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["wav2vec"]["keys"]
     with torch.device("meta"):
         encoder = SpeechEncoder(AudioConfig())
-    slots = encoder.slots()
-    assert {name: slot.shape for name, slot in slots.items()} == {
+    param_map = encoder.param_map()
+    assert {name: mapping.shape for name, mapping in param_map.items()} == {
         name: tuple(shape) for name, shape in official.items()
     }
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
     assert all(official_name(name) == name for name in official)
 
 

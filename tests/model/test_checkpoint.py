@@ -1,4 +1,4 @@
-"""Official checkpoint folders: what is loaded is what is there, and what is wrong is named."""
+"""Official checkpoint folders: every tensor is loaded, and every kind of damage is reported by name."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
 from model.config import PRECISIONS, TINY
 from model.errors import UserError
-from model.tensors import safetensors_of
+from model.weights.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
+from model.weights.shards import iter_safetensors
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -28,31 +28,31 @@ def load(folder: Path, precision: str = "fp32") -> Models:
     return load_models(SMALL, folder, CPU, PRECISIONS[precision])
 
 
-def test_files_are_read_from_their_beginning_to_their_end(tmp_path: Path) -> None:
-    """Not in the order of names: a disk is faster so."""
+def test_tensors_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Not in the order of names, because sequential reading is faster."""
     tensors = {name: torch.zeros(2, dtype=torch.float32 if name in "yz" else torch.int8) for name in "abyz"}
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
         save_file(tensors, path)
-    assert [name for name, _ in safetensors_of(paths, CPU)] == list("yzab") * 2
+    assert [name for name, _ in iter_safetensors(paths, CPU)] == list("yzab") * 2
 
 
-def test_every_tensor_arrives(folder: Path) -> None:
+def test_every_tensor_is_loaded(folder: Path) -> None:
     models = load(folder)
     state = models.vae.state_dict()
     assert {name: t.shape for name, t in weights("vae").items()} == {n: t.shape for n, t in state.items()}
     assert all(torch.equal(state[name], tensor) for name, tensor in weights("vae").items())
     state, official = models.dit.state_dict(), weights("dit")
-    assert models.dit.slots().keys() == official.keys()
+    assert models.dit.param_map().keys() == official.keys()
     assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in official.values())
-    for name, slot in models.dit.slots().items():
-        rows = state[slot.names[0]]
-        rows = rows if slot.start is None else rows[slot.start :][: slot.shape[0]]
+    for name, mapping in models.dit.param_map().items():
+        rows = state[mapping.params[0]]
+        rows = rows if mapping.start_row is None else rows[mapping.start_row :][: mapping.shape[0]]
         assert torch.equal(rows, official[name]), name
     for component, module in (("t5", models.text.encoder), ("clip", models.image), ("wav2vec", models.audio)):
         official, state = weights(component), module.state_dict()
-        for name, slot in module.slots().items():
-            pieces = torch.cat([state[ours].reshape(-1) for ours in slot.names])
+        for name, mapping in module.param_map().items():
+            pieces = torch.cat([state[ours].reshape(-1) for ours in mapping.params])
             assert torch.equal(pieces, official[name].flatten()), name
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert not module.training
@@ -124,11 +124,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "speech of other size": (
         lambda d: set_json(d / AUDIO_FOLDER / "config.json", num_hidden_layers=12),
-        ["12 layers of 48", "hears 3 of 48"],
+        ["12 layers of 48", "expects 3 layers of 48"],
     ),
     "speech that cannot be": (
         lambda d: set_json(d / AUDIO_FOLDER / "config.json", num_attention_heads=5),
-        [AUDIO_FOLDER, "describes no speech encoder"],
+        [AUDIO_FOLDER, "does not describe a valid speech encoder"],
     ),
     "option we do not have": (lambda d: set_json(d / "config.json", qk_norm=False), ["qk_norm", "not supported"]),
     "impossible option": (lambda d: set_json(d / "config.json", num_heads=7), ["config.json", "7 heads"]),
@@ -145,14 +145,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_wrong_is_named_in_one_line(damage: str, folder: Path) -> None:
+def test_damage_is_reported_in_one_line(damage: str, folder: Path) -> None:
     harm, words = DAMAGE[damage]
     harm(folder)
     with pytest.raises(UserError) as caught:
         load(folder)
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert damage == "speech that cannot be" or "\n" not in message  # the library's own reason may take several
+    assert damage == "speech that cannot be" or "\n" not in message  # transformers' own message may have several lines
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
+def test_random_weights_follow_the_seed_and_do_not_touch_the_global_generator() -> None:
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -175,9 +175,9 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_random_networks_are_where_they_are_wanted() -> None:
-    """Whole: transformers makes some parameters on the CPU, whatever device is asked for."""
+def test_random_networks_are_on_the_given_device() -> None:
+    """All parameters, although transformers creates some on the CPU whatever the default device is."""
     meta = torch.device("meta")
-    models = random_models(SMALL, meta, PRECISIONS["fp32"], home=meta)
+    models = random_models(SMALL, meta, PRECISIONS["fp32"], offload_device=meta)
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert {parameter.device for parameter in module.parameters()} == {meta}

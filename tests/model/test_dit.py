@@ -1,4 +1,6 @@
-"""The student: names and shapes at full size, tables, independence of its parts, errors. Numbers: tests/parity."""
+"""The student: names and shapes at full size, rotary tables, which inputs affect which outputs, errors.
+
+Its numbers are compared with the official code in tests/parity."""
 
 import copy
 import json
@@ -25,9 +27,9 @@ SMALL = DiTConfig(
 def test_official_names_and_shapes_at_full_size() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["dit"]["keys"]
     with torch.device("meta"):
-        slots = DiT(DiTConfig()).slots()
-    assert {name: list(slot.shape) for name, slot in slots.items()} == official
-    assert sum(math.prod(slot.shape) for slot in slots.values()) == 18_882_046_784
+        param_map = DiT(DiTConfig()).param_map()
+    assert {name: list(mapping.shape) for name, mapping in param_map.items()} == official
+    assert sum(math.prod(mapping.shape) for mapping in param_map.values()) == 18_882_046_784
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only(head_dim: int, grid
 
 
 def test_timestep_sinusoid_through_the_embedding() -> None:
-    """`modulate` of a network that lets the sinusoid through: cosines first, float64 angles."""
+    """`modulate` with an identity embedding returns the sinusoid: cosines first, float64 angles."""
     config = DiTConfig(dim=256, num_heads=2, num_layers=1, ffn_dim=8, img_dim=8, text_dim=8, audio_channels=1)
     dit = DiT(config)
     with torch.no_grad():
@@ -102,7 +104,7 @@ def test_any_grid(later: int, rows: int, columns: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def test_every_input_matters_and_audio_is_heard_in_its_own_frame_first() -> None:
+def test_every_input_matters_and_audio_affects_its_own_frame_first() -> None:
     torch.manual_seed(0)
     dit, x = DiT(SMALL), inputs(SMALL, (3, 2, 2), 9)
     out = forward(dit, x)
@@ -171,7 +173,7 @@ def test_fp8_attention_stays_near_float32() -> None:
     torch.manual_seed(0)
     dit, x = DiT(SMALL), inputs(SMALL, (3, 4, 5), 9)
     want = forward(dit, x)
-    dit.attend_in_fp8()
+    dit.use_fp8_attention()
     error = torch.linalg.norm(forward(dit, x) - want) / torch.linalg.norm(want)
     assert 1e-5 < error < 5e-2
 
@@ -180,8 +182,8 @@ def test_fp8_attention_stays_near_float32() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("speakers", [1, 2])
 @torch.inference_mode()
-def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int) -> None:
-    """Through the Triton kernels, compiled as a whole and not, with known frames and without."""
+def test_gpu_student_equals_the_cpu_student(dtype: torch.dtype, bound: float, speakers: int) -> None:
+    """Through the GPU's kernels, compiled and not, with motion latents and without."""
     torch.manual_seed(0)
     config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
     dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
@@ -189,18 +191,19 @@ def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int
     masks = torch.zeros(3, 20)
     masks[0, :7] = masks[1, 7:12] = masks[2, 12:] = 1
 
-    def run(dit: DiT, device: str, known: int) -> torch.Tensor:
+    def run(dit: DiT, device: str, num_motion_latents: int) -> torch.Tensor:
         on = {name: value.to(device) for name, value in x.items()}
         context, audio = dit.embed_context(on["text"], on["image"]), dit.embed_audio(on["audio"])
         rope = rope_table((3, 4, 5), config.head_dim, device)
         people = masks.to(device) if speakers == 2 else None
-        return dit(on["latent"], on["condition"], dit.modulate(625.0), rope, context, audio, people, known)
+        return dit(on["latent"], on["condition"], dit.modulate(625.0), rope, context, audio, people, num_motion_latents)
 
     want = run(dit, "cpu", 0)
     dit = dit.to("cuda", dtype)
-    for known in (0, 1):
-        got = run(dit, "cuda", known).cpu()
-        assert torch.linalg.norm(got[known:] - want[known:]) < bound * torch.linalg.norm(want[known:])
+    for num_motion_latents in (0, 1):
+        got = run(dit, "cuda", num_motion_latents).cpu()
+        new, wanted = got[num_motion_latents:], want[num_motion_latents:]
+        assert torch.linalg.norm(new - wanted) < bound * torch.linalg.norm(wanted)
     eager = run(dit, "cuda", 1)
     for block in dit.blocks:
         block.compile(fullgraph=True)
@@ -211,8 +214,8 @@ def test_gpu_student_is_the_cpus(dtype: torch.dtype, bound: float, speakers: int
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("speakers", [1, 2])
 @torch.inference_mode()
-def test_gpu_student_in_fp8_is_the_cpus(attention: bool, speakers: int) -> None:
-    """The same e4m3 weights through the kernels, the stream in bf16, and as the CPU has it, the stream in float32."""
+def test_gpu_student_in_fp8_equals_the_cpu_student(attention: bool, speakers: int) -> None:
+    """The same e4m3 weights: residual stream in bf16 through the GPU's kernels, in float32 on the CPU."""
     torch.manual_seed(0)
     config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
     dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
@@ -224,7 +227,7 @@ def test_gpu_student_in_fp8_is_the_cpus(attention: bool, speakers: int) -> None:
         student = copy.deepcopy(dit).to(device, dtype)
         student.quantize(FP8Policy())
         if attention:
-            student.attend_in_fp8()
+            student.use_fp8_attention()
         on = {name: value.to(device) for name, value in x.items()}
         context, audio = student.embed_context(on["text"], on["image"]), student.embed_audio(on["audio"])
         rope, modulation = rope_table((3, 4, 5), config.head_dim, device), student.modulate(625.0)

@@ -1,4 +1,4 @@
-"""Files are replaced whole or stay as they were, and no temporary file is left beside them."""
+"""Files are replaced completely or stay unchanged, and no temporary file is left beside them."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("earlier", [None, "earlier"])
-def test_what_is_written_takes_the_place(tmp_path: Path, earlier: str | None) -> None:
+def test_the_written_file_replaces_the_old_one(tmp_path: Path, earlier: str | None) -> None:
     path = tmp_path / "film.mp4"
     if earlier is not None:
         path.write_text(earlier)
@@ -48,7 +48,7 @@ def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
     assert path.read_text() == "earlier"
 
 
-def test_a_place_that_cannot_be_taken_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError), replacing(tmp_path / "folder") as temporary:
         temporary.write_text("new")
@@ -56,8 +56,8 @@ def test_a_place_that_cannot_be_taken_leaves_nothing_behind(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("parent", ["nowhere", "file"])
-def test_the_folder_is_not_made(tmp_path: Path, parent: str) -> None:
-    """A file in the folder's place fails too, also when the temporary file is to be removed."""
+def test_the_folder_is_not_created(tmp_path: Path, parent: str) -> None:
+    """A file where the folder should be fails as well, also while the temporary file is removed."""
     (tmp_path / "file").write_text("")
     with pytest.raises((FileNotFoundError, NotADirectoryError)), replacing(tmp_path / parent / "a") as temporary:
         temporary.write_text("new")
@@ -81,7 +81,7 @@ def test_the_temporary_file_may_have_another_name(tmp_path: Path, fails: bool) -
         assert names(tmp_path) == ["trace.json.gz"]
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_a_file_that_the_next_writer_overwrites(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("earlier")
     code = (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from model.config import TINY, ImageConfig
 from model.errors import UserError
-from model.image import ImageEncoder, load_image, resize_center_crop, to_pixels, unused
+from model.image import ImageEncoder, is_unused_key, load_image, resize_center_crop, to_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -53,7 +53,7 @@ def test_orientation(tmp_path: Path) -> None:
     assert loaded(tmp_path / "turned.png") == [[(1, 2, 3)], [(4, 5, 6)]]
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_with_white(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(np.array([[[10, 20, 30, a] for a in (0, 51, 255)]], np.uint8)).save(path)
     assert loaded(path) == [[(255, 255, 255), (206, 208, 210), (10, 20, 30)]]
@@ -67,7 +67,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert loaded(path) == [[(255, 255, 255), (0, 255, 0)]]
 
 
-def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+def test_sixteen_bit_channels_are_scaled(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     values = np.array([0, 400, 32896, 65535], ">u2")
     png(path, (4, 1), 16, 0, b"\0" + values.tobytes())  # grey
@@ -144,7 +144,7 @@ def test_crop_sizes_of_the_definition() -> None:
         assert torch.equal(resize_center_crop(image, 768, 448), wanted)
 
 
-def test_absurdly_long_images_are_refused() -> None:
+def test_elongated_images_are_refused() -> None:
     for size in ((100_000, 1), (1, 100_000)):
         with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels is too long"):
             resize_center_crop(Image.new("RGB", size), 768, 448)
@@ -171,27 +171,27 @@ def test_golden_features() -> None:
     case, tensors = load_file(GOLDEN / "clip_visual.safetensors"), load_file(GOLDEN / "weights_clip.safetensors")
     with torch.device("meta"):
         encoder = ImageEncoder(config)
-    slots = encoder.slots()
-    assert slots.keys() == {name for name in tensors if not unused(name, config)}
+    param_map = encoder.param_map()
+    assert param_map.keys() == {name for name in tensors if not is_unused_key(name, config)}
     pieces = {
         ours: piece
-        for name, slot in slots.items()
-        for ours, piece in zip(slot.names, tensors[name].chunk(len(slot.names)), strict=True)
+        for name, mapping in param_map.items()
+        for ours, piece in zip(mapping.params, tensors[name].chunk(len(mapping.params)), strict=True)
     }
     encoder.load_state_dict(pieces, assign=True)
     features = encoder(case["in.image"][0, :, 0])
     torch.testing.assert_close(features, case["out.features"][0], rtol=0, atol=2e-5)
 
 
-def test_slots_are_the_official_keys_that_are_used() -> None:
+def test_param_map_has_the_official_keys_that_are_used() -> None:
     config = ImageConfig()
     keys = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["clip"]["keys"]
     with torch.device("meta"):
         encoder = ImageEncoder(config)
-    slots = encoder.slots()
-    used = {name: tuple(shape) for name, shape in keys.items() if not unused(name, config)}
-    assert {name: slot.shape for name, slot in slots.items()} == used
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    param_map = encoder.param_map()
+    used = {name: tuple(shape) for name, shape in keys.items() if not is_unused_key(name, config)}
+    assert {name: mapping.shape for name, mapping in param_map.items()} == used
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
     assert sum(p.numel() for p in encoder.parameters()) == 611_086_080
 
 

@@ -1,6 +1,6 @@
-"""GPU memory of the 14B system in FP8, counted without a GPU: tensors that have shapes, but no memory.
+"""GPU memory of the 14B system in FP8, counted without a GPU, on fake tensors.
 
-What operations allocate inside, and convolutions' workspaces, is not counted; a GPU measures that (`profiling gpu`).
+Memory that operations allocate inside, such as workspaces of convolutions, is not counted; `profiling gpu` measures it.
 """
 
 import math
@@ -20,15 +20,15 @@ from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
-from model.tensors import visiting
 from model.vae import VAE, State, decode_groups
+from model.weights.offload import on_device
 
 GIB = 2**30
 CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, of those made or seen while it is on."""
+    """Counts the bytes of live tensors that were created or used while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def parameters(*modules: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, int]:
-    """Bytes by what they are for, of the student with FP8 attention and of what surrounds it."""
+    """Bytes by purpose, of the student with FP8 attention and of the other networks."""
     dit, chunk = CONFIG.dit, CONFIG.chunk
     frames, channels, rows, columns = CONFIG.latent_shape
     found = {}
@@ -77,30 +77,31 @@ def counted() -> dict[str, int]:
             student, vae = DiT(dit), VAE(CONFIG.vae)
             assert PRECISION.fp8 is not None
             student.quantize(PRECISION.fp8)
-            student.attend_in_fp8()
-            found["visitors"] = parameters(*student.visitors().values())
-            found["student"] = parameters(student) - found["visitors"]
+            student.use_fp8_attention()
+            found["offloaded"] = parameters(*student.offloadable_modules().values())
+            found["student"] = parameters(student) - found["offloaded"]
             found["vae"] = parameters(vae)
 
             def keys(*counts: int) -> Tensor:
                 return torch.empty(dit.num_layers, *counts, dit.num_heads, dit.head_dim)
 
-            real = torch.empty(1, dtype=torch.int32)
+            num_text_tokens = torch.empty(1, dtype=torch.int32)
             context = ContextKV(
-                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), real=real
+                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)),
+                num_text_tokens=num_text_tokens,
             )
             audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
             found["keys and values"] = sum(x.nbytes for x in (*context, *audio))
             vectors = torch.empty(dit.num_layers, 6, dit.dim).float(), torch.empty(2, dit.dim).float()
             rope = rope_table(CONFIG.grid, dit.head_dim)
             condition = torch.empty(frames, dit.in_dim - channels, rows, columns)
-            student.blocks = student.blocks[:2]  # the others come after them, in the same memory
+            student.blocks = student.blocks[:2]  # the others run after these in the same memory
             latents = torch.empty(CONFIG.latent_shape).float()
 
             def denoise() -> object:
-                return student(latents, condition, Modulation(*vectors), rope, context, audio, known=2)
+                return student(latents, condition, Modulation(*vectors), rope, context, audio, num_motion_latents=2)
 
-            found["denoise"] = peak(denoise) - found["keys and values"]  # they are seen there, too
+            found["denoise"] = peak(denoise) - found["keys and values"]  # they are counted there as well
             latent = torch.empty(frames, channels, rows, columns)
             found["decode"] = peak(lambda: decode(vae, latent)) - parameters(vae.decoder)
             found["decoder's state"] = sum(x.nbytes for x in tree_leaves(decode(vae, latent)))
@@ -112,7 +113,7 @@ def counted() -> dict[str, int]:
 
 
 def decode(vae: VAE, latents: Tensor) -> State | None:
-    """As the chunk loop does at most: two latents in a step."""
+    """Decodes as the chunk loop does: at most two latents per step."""
     state = None
     for group in decode_groups(len(latents), 0, vae.config.temporal_stride):
         _, state = vae.decode_step(latents[group.latents], state)
@@ -128,16 +129,16 @@ def peak(run: Callable[[], object]) -> int:
 def test_weights_and_a_whole_chunk_take_less_than_20_gib(counted: dict[str, int]) -> None:
     stay = sum(counted[name] for name in ("student", "vae", "speech", "keys and values"))
     assert stay + max(counted[name] for name in ("denoise", "decode", "motion")) < 18 * GIB
-    # Recorded, student and VAE have memory of their own, and what one stage leaves to another is not given away.
+    # With CUDA graphs, student and VAE have separate memory pools, and results that pass between stages stay allocated.
     coder = max(counted["decode"], counted["decoder's state"] + counted["motion"])
     assert stay + counted["denoise"] + coder < 20 * GIB
 
 
 def test_where_the_memory_is(counted: dict[str, int]) -> None:
-    """The numbers the documentation gives, in GiB; a count of operations that are eager, not compiled."""
+    """The numbers in the documentation, in GiB, counted in eager mode."""
     assert {name: round(size / GIB, 1) for name, size in counted.items()} == {
         "speech": 0.4,
-        "visitors": 8.3,
+        "offloaded": 8.3,
         "student": 13.8,
         "vae": 0.2,
         "keys and values": 0.8,
@@ -148,19 +149,19 @@ def test_where_the_memory_is(counted: dict[str, int]) -> None:
     }
 
 
-def test_the_students_eight_bit_weights_are_nearly_all_of_it(counted: dict[str, int]) -> None:
+def test_e4m3_weights_are_nearly_all_of_the_student(counted: dict[str, int]) -> None:
     dim, wide = CONFIG.dit.dim, CONFIG.dit.ffn_dim
     products = CONFIG.dit.num_layers * (8 * dim * dim + 2 * dim * wide)
     assert 0.9 < products / counted["student"] < 1
     assert math.isclose(products, 14.05e9, rel_tol=1e-2)
 
 
-def test_what_visits_goes_home_whatever_happens() -> None:
+def test_offloaded_modules_are_restored_after_an_exception() -> None:
     layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
-    home = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
+    before = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
 
     def fail() -> None:
-        with torch.inference_mode(), visiting(torch.device("meta"), layer, norm):
+        with torch.inference_mode(), on_device(torch.device("meta"), layer, norm):
             assert all(x.is_meta for x in (*layer.parameters(), *norm.buffers()))
             assert layer(torch.ones(2, 4, device="meta")).shape == (2, 4)
             raise KeyError
@@ -168,13 +169,13 @@ def test_what_visits_goes_home_whatever_happens() -> None:
     with pytest.raises(KeyError):
         fail()
     after = [*layer.parameters(), *norm.parameters(), *norm.buffers()]
-    assert all(x is y for x, y in zip(home, after, strict=True))
+    assert all(x is y for x, y in zip(before, after, strict=True))
 
 
 @pytest.mark.gpu
-def test_gpu_visitors_leave_no_memory_behind() -> None:
+def test_gpu_on_device_frees_its_memory() -> None:
     layer, x = nn.Linear(1024, 1024), torch.randn(2, 1024)
     want, before = layer(x), torch.cuda.memory_allocated()
-    with torch.inference_mode(), visiting(torch.device("cuda"), layer):
+    with torch.inference_mode(), on_device(torch.device("cuda"), layer):
         torch.testing.assert_close(layer(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
     assert torch.cuda.memory_allocated() == before

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: what is in them, errors by layer, going on, refusals; and that torchao's load."""
+"""FP8 checkpoints: content, errors by layer, resuming, refusals; and checkpoints that torchao quantised."""
 
 import json
 import os
@@ -9,15 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import model.quantize
+import model.weights.quantize
 from kernels.linear import dequantize, quantize_rows
-from model import quantize
-from model.checkpoint import load_models
 from model.config import PRECISIONS, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
-from model.quantize import MANIFEST, Official, layer_error, load, main, table, write
-from model.tensors import shards
+from model.quantize import error_table, main
+from model.weights.checkpoint import load_models
+from model.weights.quantize import MANIFEST, layer_error, load_fp8_checkpoint, quantize_weight, write_fp8_checkpoint
+from model.weights.shards import ShardReader, find_student_shards
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(folder: Path, tmp_path: Path) -> Path:
-    """A whole quantised checkpoint, by the command line."""
+    """A complete FP8 checkpoint, made by the command line."""
     assert run("--checkpoint", str(folder), "--out", str(tmp_path / "out")) == 0
     return tmp_path / "out"
 
@@ -45,7 +47,7 @@ def run(*arguments: str) -> int:
 def student(folder: Path) -> DiT:
     with torch.device("meta"):
         dit = DiT(SMALL.dit)
-    load(dit, folder, CPU)
+    load_fp8_checkpoint(dit, folder, CPU)
     return dit
 
 
@@ -53,13 +55,13 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def test_what_is_written_is_what_is_read(folder: Path, out: Path) -> None:
+def test_written_weights_are_read_back(folder: Path, out: Path) -> None:
     dit = student(out)
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
-    official, slots = weights("dit"), dit.slots()
+    official, param_map = weights("dit"), dit.param_map()
     eight = 0
     for name, layer in layers.items():
-        parts = [official[tensor] for tensor, slot in slots.items() if slot.names == (f"{name}.weight",)]
+        parts = [official[tensor] for tensor, mapping in param_map.items() if mapping.params == (f"{name}.weight",)]
         assert layer.weight.shape == torch.cat(parts).shape, name
         if layer.fp8:
             eight += 1
@@ -77,15 +79,15 @@ def test_what_is_written_is_what_is_read(folder: Path, out: Path) -> None:
         assert torch.equal(state[name], official[name].bfloat16())
 
 
-def test_the_manifest_says_it_all(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manifest(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = manifest(out)
     assert values["complete"]
     assert values["policy"] == {"layers": list(POLICY.layers), "max_error": POLICY.max_error}
-    assert values["source"].keys() == {path.name for path in shards(folder)}
+    assert values["source"].keys() == {path.name for path in find_student_shards(folder)}
     assert values["shards"].keys() == {path.name for path in out.glob("student-*.safetensors")}
     assert len(values["layers"]) == 8 * SMALL.dit.num_layers
     assert all(0.02 < layer["error"] < 0.045 and layer["fp8"] for layer in values["layers"].values())
-    text = table(values)
+    text = error_table(values)
     assert [line.split()[:3] for line in text.splitlines()[1:]] == [
         [name, str(SMALL.dit.num_layers), str(SMALL.dit.num_layers)]
         for name in ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "audio_cross_attn.q_linear",
@@ -93,7 +95,7 @@ def test_the_manifest_says_it_all(folder: Path, out: Path, capsys: pytest.Captur
     ]  # fmt: skip
 
 
-def test_the_rest_comes_along_and_it_loads_as_a_checkpoint(out: Path) -> None:
+def test_other_files_are_copied_and_it_loads_as_a_checkpoint(out: Path) -> None:
     models = load_models(SMALL, out, CPU, PRECISIONS["fp8-attn"])
     blocks = list(models.dit.blocks)
     assert all(block.self_attn.qkv.fp8 and block.self_attn.k_scale is not None for block in blocks)  # pyright: ignore
@@ -110,8 +112,8 @@ def test_an_official_checkpoint_is_quantised_as_it_is_loaded(folder: Path, out: 
         assert torch.equal(tensor.float(), loaded[name].float()), name
 
 
-def test_a_run_that_was_cut_off_goes_on(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is whole stays; what is missing, half there, or another's is made anew."""
+def test_an_interrupted_run_is_resumed(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intact shards stay; missing and damaged ones are written again."""
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("student-*")}
     lost, damaged, *kept = sorted(before)
     (out / lost).unlink()
@@ -120,7 +122,7 @@ def test_a_run_that_was_cut_off_goes_on(folder: Path, out: Path, monkeypatch: py
     touched = (out / kept[0]).stat().st_mtime_ns
     values = manifest(out) | {"complete": False}
     (out / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=rf"{MANIFEST} is not complete: go on with python -m model.quantize"):
+    with pytest.raises(UserError, match=rf"{MANIFEST} is not complete: resume with python -m model.quantize"):
         student(out)
     assert run("--checkpoint", str(folder), "--out", str(out)) == 0
     assert {path.name: path.read_bytes() for path in out.glob("student-*")} == {n: b for n, (_, b) in before.items()}
@@ -140,7 +142,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
             path.write_bytes(path.read_bytes()[:100])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantize, "save_file", full)
+    monkeypatch.setattr(model.weights.quantize, "save_file", full)
     new = tmp_path / "new"
     assert run("--checkpoint", str(folder), "--out", str(new)) == 2
     assert [path.name for path in new.iterdir() if path.name.startswith(("student", ".student"))] == [
@@ -164,10 +166,10 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
         (lambda out: (out / MANIFEST).write_text("{}"), "fp8.json is not a flashtalk-fp8 file of version 1"),
         (lambda out: change(out, "shards", []), "fp8.json: shards is [], wanted dict"),
         (lambda out: change(out, "layers", {"blocks.9.ffn.up": {"fp8": True}}), "layer blocks.9.ffn.up is not part"),
-        (lambda out: change(out, "layers", {"blocks.0.ffn.up": {}}), "layers do not say of each whether it is fp8"),
+        (lambda out: change(out, "layers", {"blocks.0.ffn.up": {}}), "every layer must say whether it is fp8"),
     ],
 )
-def test_damage_is_named(out: Path, damage, words: str) -> None:
+def test_damage_is_reported(out: Path, damage, words: str) -> None:
     damage(out)
     with pytest.raises(UserError) as raised:
         student(out)
@@ -175,14 +177,14 @@ def test_damage_is_named(out: Path, damage, words: str) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit of the last tensor."""
+    """Flips one bit of the last tensor."""
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
 
 
 def tear(path: Path) -> None:
-    """The first half of it, as a copy that was cut off leaves."""
+    """Keeps the first half, as an interrupted copy does."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -190,29 +192,29 @@ def change(out: Path, name: str, value: object) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest(out) | {name: value}))
 
 
-def test_refusals_in_one_line(
+def test_errors_take_one_line(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     for arguments, words in (
         ((folder / "nowhere", out), "is not a checkpoint: there is no such folder"),
-        ((folder, folder), "that is the checkpoint; name another folder"),
-        ((folder, tmp_path / "file" / "out"), "cannot be made (Not a directory)"),
+        ((folder, folder), "this is the checkpoint itself; name another folder"),
+        ((folder, tmp_path / "file" / "out"), "cannot be created (Not a directory)"),
     ):
         capsys.readouterr()
         assert run("--checkpoint", str(arguments[0]), "--out", str(arguments[1])) == 2
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
-    monkeypatch.setattr(quantize, "FP8Policy", lambda: FP8Policy(max_error=0.1))
+    monkeypatch.setattr(model.quantize, "FP8Policy", lambda: FP8Policy(max_error=0.1))
     assert run("--checkpoint", str(folder), "--out", str(out)) == 2
-    assert "is of another source or policy: choose a new --out" in capsys.readouterr().err
+    assert "was made from another source or with another policy: choose a new --out" in capsys.readouterr().err
 
 
-def test_a_layer_with_too_large_an_error_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_layer_with_too_large_an_error_is_not_quantised(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     policy = FP8Policy(("blocks.*.ffn.*",), max_error=0.03)
-    values = write(Official(shards(folder)), tmp_path / "out", SMALL.dit, policy)
+    values = write_fp8_checkpoint(ShardReader(find_student_shards(folder)), tmp_path / "out", SMALL.dit, policy)
     assert not any(layer["fp8"] for layer in values["layers"].values())
     dit = student(tmp_path / "out")
     assert all(layer.fused and not layer.fp8 for layer in dit.modules() if isinstance(layer, Linear))
@@ -220,7 +222,7 @@ def test_a_layer_with_too_large_an_error_stays_as_it_is(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier rows", "outlier columns", "heavy tails", "a row of zeros"])
 def test_errors_of_layers_with_outliers(kind: str) -> None:
-    """Rounding to 4 bits costs a product 3.7 % at most, however its operands are distributed."""
+    """Rounding to 4 significant bits gives an error of about 3.7 %, however the weights are distributed."""
     torch.manual_seed(0)
     weight = torch.randn(256, 512) / 20
     if kind == "outlier rows":
@@ -231,15 +233,15 @@ def test_errors_of_layers_with_outliers(kind: str) -> None:
         weight = torch.distributions.StudentT(2.5).sample(weight.shape) / 20
     elif kind == "a row of zeros":
         weight[3] = 0
-    assert 0.01 < layer_error(weight, quantize.quantize(weight)) < 0.042
+    assert 0.01 < layer_error(weight, quantize_weight(weight)) < 0.042
 
 
 # --- torchao --------------------------------------------------------------------------------------------------------
 
 
 def as_torchao(folder: Path, per_row: bool) -> None:
-    """Makes the student what torchao's safetensors of it are: two tensors for a weight of blocks."""
-    for path in shards(folder):
+    """Rewrites the student as torchao stores it: two tensors for each weight in a block."""
+    for path in find_student_shards(folder):
         tensors = {}
         for name, tensor in load_file(path).items():
             owner, _, leaf = name.rpartition(".")
@@ -254,25 +256,25 @@ def as_torchao(folder: Path, per_row: bool) -> None:
 
 
 @pytest.mark.parametrize("per_row", [True, False])
-def test_torchaos_tensors_load(folder: Path, per_row: bool) -> None:
+def test_tensors_quantised_by_torchao_load(folder: Path, per_row: bool) -> None:
     official = weights("dit")
     as_torchao(folder, per_row)
     dit = load_models(SMALL, folder, CPU, PRECISIONS["fp8"]).dit
-    for name, slot in dit.slots().items():
-        layer = dit.get_submodule(slot.names[0].rpartition(".")[0])
+    for name, mapping in dit.param_map().items():
+        layer = dit.get_submodule(mapping.params[0].rpartition(".")[0])
         if isinstance(layer, Linear) and layer.fp8 and name.endswith("weight"):
-            rows = slice(slot.start or 0, (slot.start or 0) + slot.shape[0])
+            rows = slice(mapping.start_row or 0, (mapping.start_row or 0) + mapping.shape[0])
             values, scale = quantize_rows(official[name] if per_row else official[name].reshape(1, -1))
-            assert torch.equal(layer.weight[rows].float(), values.view(slot.shape).float())
-            assert torch.equal(layer.weight_scale[rows], scale.expand(slot.shape[0]))
+            assert torch.equal(layer.weight[rows].float(), values.view(mapping.shape).float())
+            assert torch.equal(layer.weight_scale[rows], scale.expand(mapping.shape[0]))
     kept = dit.get_submodule("blocks.0.cross_attn.kv")
     values, scale = quantize_rows(official["blocks.0.cross_attn.k.weight"])
     if per_row:
         assert torch.equal(kept.weight[: len(values)], dequantize(values, scale).bfloat16())  # pyright: ignore
 
 
-def test_torchaos_own_files_load(folder: Path) -> None:
-    """What torchao itself makes, where it is installed."""
+def test_files_written_by_torchao_load(folder: Path) -> None:
+    """Written by torchao itself, where it is installed."""
     pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[peers]'")
     from torchao.prototype.safetensors.safetensors_support import (  # type: ignore[import-not-found]
         flatten_tensor_state_dict,
@@ -287,7 +289,7 @@ def test_torchaos_own_files_load(folder: Path) -> None:
     tensors, metadata = flatten_tensor_state_dict(
         {name: layer.weight.data} | {other: tensor for other, tensor in official.items() if other != name}
     )
-    for path in shards(folder):
+    for path in find_student_shards(folder):
         path.unlink()
     (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata)

@@ -17,7 +17,7 @@ def test_timesteps_of_the_distilled_student() -> None:
 
 
 @given(st.integers(1, 50), st.floats(1, 10))
-def test_timesteps_fall_from_1000_to_0(steps: int, shift: float) -> None:
+def test_timesteps_decrease_from_1000_to_0(steps: int, shift: float) -> None:
     times = timesteps(steps, shift)
     assert times.dtype == torch.float32
     assert times[0].item() == pytest.approx(1000)
@@ -48,7 +48,7 @@ def test_noise_is_standard_normal() -> None:
     assert abs(x.mean()) < 5 / math.sqrt(n)
     assert abs(x.var() - 1) < 5 * math.sqrt(2 / n)
     assert abs((x**4).mean() - 3) < 5 * math.sqrt(96 / n)
-    # Neighbours come from one counter, two of them from one pair: all must be uncorrelated.
+    # Four neighbours come from one counter and two from one pair, so check that neighbours are uncorrelated.
     flat = x.flatten()
     for lag in (1, 2, 3, 4):
         assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 / math.sqrt(n)
@@ -56,7 +56,7 @@ def test_noise_is_standard_normal() -> None:
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 100), st.integers(1, 50))
 def test_noise_is_a_function_of_its_position(seed: int, chunk: int, step: int, count: int) -> None:
-    """Finite, repeatable, and the values at the beginning do not depend on how many follow."""
+    """Finite, repeatable, and independent of how many values follow."""
     x = normal_noise((count,), seed, chunk, step, "cpu")
     assert x.isfinite().all()
     assert torch.equal(x, normal_noise((count,), torch.tensor(seed), torch.tensor(chunk), step, "cpu"))
@@ -67,7 +67,7 @@ def test_noise_is_a_function_of_its_position(seed: int, chunk: int, step: int, c
 
 @given(st.integers(1, 6), st.integers(0, 2))
 def test_a_perfect_student_recovers_the_data(steps: int, motion_frames: int) -> None:
-    """With v = (x - data) / sigma every step's clean estimate is the data, whatever noise came in between."""
+    """With v = (x - data) / sigma, every step's clean estimate is the data, whatever noise was added."""
     data = torch.randn(3, 16, 4, 4)
     motion = data[:motion_frames]
     times = timesteps(steps, 5)

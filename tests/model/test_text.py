@@ -23,9 +23,9 @@ def filled_encoder() -> TextEncoder:
     with torch.device("meta"):
         encoder = TextEncoder(from_official(TextConfig, config))
     tensors = load_file(GOLDEN / "weights_t5.safetensors")
-    slots = encoder.slots()
-    assert slots.keys() == tensors.keys()
-    encoder.load_state_dict({slot.names[0]: tensors[name] for name, slot in slots.items()}, assign=True)
+    param_map = encoder.param_map()
+    assert param_map.keys() == tensors.keys()
+    encoder.load_state_dict({mapping.params[0]: tensors[name] for name, mapping in param_map.items()}, assign=True)
     return encoder
 
 
@@ -50,7 +50,7 @@ def test_clean_strips_the_space_that_decoding_leaves() -> None:
 
 @settings(deadline=None)
 @given(st.text(max_size=40), st.integers(1, 30))
-def test_bytes_are_shifted_ended_and_cut(text: str, text_len: int) -> None:
+def test_byte_tokens_are_shifted_terminated_and_truncated(text: str, text_len: int) -> None:
     text = text.replace("<", "").replace("&", "")  # neither a special token's name nor an entity
     expected = [*[byte + 3 for byte in clean(text).encode()][: text_len - 1], 1]
     ids = tokenize(text, BYTES, text_len, None)
@@ -109,7 +109,7 @@ def test_golden_context() -> None:
 
 
 @torch.inference_mode()
-def test_real_tokens_alone_equal_padded_and_masked() -> None:
+def test_leaving_out_the_padding_is_exact() -> None:
     encoder = filled_encoder().double()
     ids = torch.randint(1, 97, (23,), generator=torch.Generator().manual_seed(5))
     padded, mask = torch.nn.functional.pad(ids, (0, 40)), torch.arange(63) < 23
@@ -117,15 +117,15 @@ def test_real_tokens_alone_equal_padded_and_masked() -> None:
     torch.testing.assert_close(encoder(ids), official, rtol=0, atol=1e-6)
 
 
-def test_slots_are_the_official_keys() -> None:
+def test_param_map_has_the_official_keys() -> None:
     official = json.loads((GOLDEN / "checkpoint_keys.json").read_text())["t5"]["keys"]
     with torch.device("meta"):
         encoder = TextEncoder(TextConfig())
-    slots = encoder.slots()
-    assert {name: slot.shape for name, slot in slots.items()} == {
+    param_map = encoder.param_map()
+    assert {name: mapping.shape for name, mapping in param_map.items()} == {
         name: tuple(shape) for name, shape in official.items()
     }
-    assert {ours for slot in slots.values() for ours in slot.names} == encoder.state_dict().keys()
+    assert {ours for mapping in param_map.values() for ours in mapping.params} == encoder.state_dict().keys()
 
 
 def test_evaluation_mode_and_bad_ids() -> None:

@@ -1,7 +1,7 @@
-"""What each golden case computes with our code: {case name: function of the case -> {output name: tensor}}.
+"""Recomputes each golden case with our code: `RUN` is {case name: function from the case to {output name: tensor}}.
 
-A case is its JSON's configuration and its tensors; every width, weight file and count comes from there. Golden layouts
-have a batch axis and channels before frames; ours have neither.
+A case is a configuration in JSON and tensors; every width, weight file and count comes from there. Golden tensors have
+a batch axis and channels before frames; ours have no batch axis and frames first.
 """
 
 import json
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.audio import SpeechEncoder, normalize_loudness, official_once_chunks, stream_window, windows
-from model.checkpoint import Models
 from model.config import (
     AudioConfig,
     ChunkConfig,
@@ -29,13 +28,13 @@ from model.config import (
     from_official,
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
-from model.image import ImageEncoder, resize_center_crop, to_pixels, unused
-from model.prompts import Prompts
+from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
 from model.sampler import denoise_step, first_latents, timesteps
-from model.slots import own_slots
-from model.tensors import fill
 from model.text import TextEncoder
+from model.text_cache import CachedTextEncoder
 from model.vae import VAE
+from model.weights.checkpoint import Models
+from model.weights.mapping import identity_map, load_parameters
 from streaming.generator import ChunkGenerator, first_frame_mask
 from streaming.timers import StageTimer
 
@@ -63,9 +62,9 @@ class Case:
         """The module with the component's weights."""
         tensors = self.weights(component)
         if isinstance(module, ImageEncoder):
-            tensors = {name: t for name, t in tensors.items() if not unused(name, module.config)}
-        slots = own_slots(module) if isinstance(module, VAE | AudioProjector) else module.slots()
-        fill(module, slots, tensors.items(), component, CPU, torch.float32)
+            tensors = {name: t for name, t in tensors.items() if not is_unused_key(name, module.config)}
+        param_map = identity_map(module) if isinstance(module, VAE | AudioProjector) else module.param_map()
+        load_parameters(module, param_map, tensors.items(), component, CPU, torch.float32)
         return module.eval()
 
     def dit(self) -> DiT:
@@ -116,7 +115,7 @@ def audio_proj(case: Case) -> dict[str, Tensor]:
 
 def vae_encode(case: Case) -> dict[str, Tensor]:
     vae, video = case.vae(), frames_first(case["in.video"])
-    whole = len(video) - (len(video) - 1) % vae.config.temporal_stride  # the reference drops what fills no latent frame
+    whole = len(video) - (len(video) - 1) % vae.config.temporal_stride  # the official code drops incomplete groups
     latents = torch.cat(list(vae.encode(video[:whole])))
     return {
         "out.latent": frames_first(latents),
@@ -140,7 +139,7 @@ def wav2vec(case: Case) -> dict[str, Tensor]:
 
 
 def official_stream(encoder: SpeechEncoder, wave: np.ndarray, chunk: ChunkConfig) -> Iterator[Tensor]:
-    """The reference's stream mode: every slice is appended to the ring, which is then normalised and encoded anew."""
+    """The official stream mode: each slice is appended to the ring, which is normalised and encoded anew."""
     ring = np.zeros(chunk.cached_samples)
     for c in range(len(wave) // chunk.slice_samples):
         ring = np.concatenate((ring, wave[c * chunk.slice_samples :][: chunk.slice_samples]))[-chunk.cached_samples :]
@@ -225,7 +224,7 @@ def loudness_norm(case: Case) -> dict[str, Tensor]:
 
 
 def chunk_loop(case: Case) -> dict[str, Tensor]:
-    """The product's own generator, with recorded noise; hooks see what passes between its parts."""
+    """The chunk generator with recorded noise. Hooks record the inputs and outputs of student and VAE."""
     settings = dict(case.config["generate"])
     chunks = settings.pop("chunks")
     rates = {k: v for k, v in case.config["infer_params"].items() if k not in settings}
@@ -233,7 +232,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
     config = Config(
         "golden", dit.config, vae.config, text.config, image.config, chunk=from_official(ChunkConfig, settings | rates)
     )
-    models = Models(config, dit, vae, Prompts(lambda: text, CPU), image, case.speech(), CPU, None)
+    models = Models(config, dit, vae, CachedTextEncoder(lambda: text, CPU), image, case.speech(), CPU, None)
 
     def noise(_seed: int | Tensor, c: int | Tensor, draw: int) -> Tensor:
         return case[f"in.noise.chunk{c}"][draw].transpose(0, 1)
@@ -275,7 +274,7 @@ def chunk_loop(case: Case) -> dict[str, Tensor]:
 
 
 class Recorder:
-    """Keeps copies of what goes in and out of the student and of the VAE's steps."""
+    """Records inputs and outputs of the student and of the VAE's steps."""
 
     def __init__(self, dit: nn.Module, vae: VAE) -> None:
         self.latents, self.velocities = [], []
@@ -284,7 +283,7 @@ class Recorder:
         decode_step, encode_step = vae.decode_step, vae.encode_step
 
         def decode(latent: Tensor, state: Any = None, shown: bool = True) -> Any:
-            """The record has all frames."""
+            """Decodes all frames, as the golden case has them."""
             self.decoder_inputs.append(latent.clone())
             frames, state = decode_step(latent, state)
             self.decoded.append(frames.clone())
@@ -297,11 +296,11 @@ class Recorder:
         vae.__dict__ |= {"decode_step": decode, "encode_step": encode}
 
     def _student(self, student: nn.Module, args: tuple[Tensor, ...], options: dict[str, int], output: Tensor) -> None:
-        """The loop does not ask for the velocity of known frames, the record has it."""
-        known = options.pop("known")
+        """The golden case has the velocity of motion latents, which the chunk loop does not compute."""
+        num_motion_latents = options.pop("num_motion_latents")
         velocity = student.forward(*args, **options)
-        assert (output[:known] == 0).all()
-        torch.testing.assert_close(output[known:], velocity[known:], rtol=1e-4, atol=1e-4)
+        assert (output[:num_motion_latents] == 0).all()
+        torch.testing.assert_close(output[num_motion_latents:], velocity[num_motion_latents:], rtol=1e-4, atol=1e-4)
         self.latents.append(args[0].clone())
         self.velocities.append(velocity)
 

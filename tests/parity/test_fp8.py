@@ -1,9 +1,10 @@
-"""The student in FP8 on the golden cases, against float32: blocks, the whole, and with channels that stick out.
+"""The student in FP8 against float32 on the golden cases: single blocks, the whole student, and outlier channels.
 
-An e4m3 number is exact to 4 bits, 2.6 % in the mean, a product of two 3.7 %. The golden student's residual stream is
-what its blocks add to it and hardly anything else (deviation 0.1 before the first block, 2.6 after it), so that the
-errors of its layers count in full: 7 to 8 % of a block's output, 6 % of the student's. The goals, 3 % and 5 %, hold
-where the stream outweighs what a block adds to it three to four times.
+An e4m3 number has 4 significant bits: its mean rounding error is 2.6 %, and that of a product of two is 3.7 %. The
+golden student has random weights, so its residual stream consists almost only of its blocks' updates (standard
+deviation 0.1 before the first block, 2.6 after it), and errors of layers count in full: 7 to 8 % of a block's output,
+6 % of the student's. The goals of 3 % and 5 % hold where the residual stream is three to four times as large as a
+block's update.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from model.dit import Block, DiT, resize_masks, rope_table
 from tests.parity.cases import Case, frames_first
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-Outputs = list[Tensor]  # of each block, and of the whole
+Outputs = list[Tensor]  # outputs of each block and of the whole student
 
 
 def forward(case: Case, dit: DiT) -> Outputs:
@@ -54,12 +55,12 @@ def quantised(case: Case, precision: str, change: Callable[[DiT], object] = id) 
     assert policy is not None
     dit.quantize(policy)
     if PRECISIONS[precision].fp8_attention:
-        dit.attend_in_fp8()
+        dit.use_fp8_attention()
     return dit
 
 
-def bulge(dit: DiT) -> None:
-    """Channels of a norm's output that are 25 times as large as the others, and rows of weights that are 10 times."""
+def add_outliers(dit: DiT) -> None:
+    """Makes some channels of norm outputs 25 times as large, and some rows of weights 10 times."""
     torch.manual_seed(0)
     for block in cast(list[Block], list(dit.blocks)):
         channels = torch.randperm(dit.config.dim)[:3]
@@ -68,7 +69,7 @@ def bulge(dit: DiT) -> None:
         block.norm3.weight.data[channels] *= 25
         for layer in (block.self_attn.qkv, block.ffn.up, block.cross_attn.q):
             layer.weight.data[torch.randperm(len(layer.weight))[:3]] *= 10
-            layer.weight.data[:, channels] /= 25  # what trained networks do with them
+            layer.weight.data[:, channels] /= 25  # as trained networks have it
 
 
 @torch.inference_mode()
@@ -77,7 +78,7 @@ def bulge(dit: DiT) -> None:
     [
         ("dit_forward", "fp8", 8e-2, 6.1e-2),
         ("dit_forward", "fp8-attn", 9e-2, 6.6e-2),
-        # Small differences decide who speaks where: at the end below 13 % on one CPU, 13.04 % on another (Intel Xeon).
+        # Small differences decide which speaker a token belongs to: below 13 % on one CPU, 13.04 % on an Intel Xeon.
         ("dit_forward_two_people", "fp8", 15e-2, 13.5e-2),
     ],
 )
@@ -90,18 +91,18 @@ def test_the_golden_student(name: str, precision: str, block: float, whole: floa
 
 @torch.inference_mode()
 @pytest.mark.parametrize("precision", ["fp8", "fp8-attn"])
-def test_channels_that_stick_out(precision: str) -> None:
+def test_outlier_channels(precision: str) -> None:
     case = Case(GOLDEN / "dit_forward.json")
     plain = case.dit()
-    bulge(plain)
-    *blocks, end = errors(forward(case, quantised(case, precision, bulge)), forward(case, plain))
+    add_outliers(plain)
+    *blocks, end = errors(forward(case, quantised(case, precision, add_outliers)), forward(case, plain))
     assert max(blocks) < 11e-2
     assert end < 8e-2
 
 
 @torch.inference_mode()
-def test_a_stream_that_outweighs_its_branches() -> None:
-    """By 3.6 times: then the goals of 3 % and 5 % hold."""
+def test_a_residual_stream_larger_than_its_updates() -> None:
+    """3.6 times as large: then the goals of 3 % and 5 % hold."""
     case = Case(GOLDEN / "dit_forward.json")
 
     def enlarge(dit: DiT) -> None:
@@ -120,8 +121,8 @@ LAYERS = FP8Policy().layers
 
 @torch.inference_mode()
 @pytest.mark.parametrize("layer", LAYERS)
-def test_no_layer_costs_much_more_than_its_rounding(layer: str) -> None:
-    """Which of the layers costs what, one at a time: queries, keys and values most."""
+def test_error_of_each_kind_of_layer(layer: str) -> None:
+    """One kind of layer at a time in FP8. Queries, keys and values have the largest error."""
     case = Case(GOLDEN / "dit_forward.json")
     dit = case.dit()
     dit.quantize(FP8Policy((layer,)))

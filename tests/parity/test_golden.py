@@ -1,4 +1,4 @@
-"""Every golden case found in a folder, each within the pass mark that it states: pytest tests/parity --golden DIR."""
+"""Every golden case in a folder, within the tolerances that it states: `pytest tests/parity --golden DIR`."""
 
 import json
 from pathlib import Path

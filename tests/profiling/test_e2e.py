@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from model import dit, linear, vae
-from model.compiled import compile_student, compile_vae
+from model.compile import compile_student, compile_vae
 from model.config import VAEConfig
 from profiling import e2e
 from profiling.cases.vae import coded, vae_of, vae_size

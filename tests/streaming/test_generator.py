@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.lab_transfer import to_bytes
-from model.checkpoint import Models, random_models
-from model.compiled import compile_models, warm
+from model.compile import compile_models, warm_up
 from model.config import PRECISIONS, TINY, ChunkConfig, Config
+from model.weights.checkpoint import Models, random_models
 from streaming.audio_features import on_stream
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
@@ -207,7 +207,7 @@ def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest
     torch.compiler.reset()
     small = replace(models, dit=copy.deepcopy(models.dit), vae=copy.deepcopy(models.vae))
     compile_models(small)
-    warm(small)
+    warm_up(small)
     # The student's block: in general, and as the last one, which drops one known latent in the first chunk and two in
     # later ones. Encoder and decoder at a clip's start and behind it; the decoder with frames, and of two latents, too.
     assert len(compiled) == 9
@@ -220,10 +220,10 @@ def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest
     assert len(compiled) == 9
     others = [replace(small, config=replace(CONFIG, chunk=replace(CHUNK, width=width))) for width in (64, 80)]
     for known, of_geometry in enumerate(others, 2):
-        warm(of_geometry)
+        warm_up(of_geometry)
         assert len(compiled) == 9 * known
     for again in (*others, small):
-        warm(again)
+        warm_up(again)
     assert len(compiled) == 27
 
 
@@ -339,7 +339,7 @@ def test_gpu_draws_what_the_cpu_draws(
     if (policy := PRECISIONS[precision].fp8) is not None:
         models.dit.quantize(policy)
     if PRECISIONS[precision].fp8_attention:
-        models.dit.attend_in_fp8()
+        models.dit.use_fp8_attention()
     there = ChunkGenerator(replace(models, device=cuda), StageTimer(cuda))
     same = there.prepare(IMAGE, IDS)
     got, _ = collect(there.chunk(same, there.start(same, 3), window(1)))

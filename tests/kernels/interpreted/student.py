@@ -83,7 +83,7 @@ def test_folded_audio_and_known_frames(request: pytest.FixtureRequest) -> None:
     def velocity(known: int) -> Tensor:
         context, heard = student.embed_context(text, image), student.embed_audio(audio)
         rope = dit.rope_table((3, 2, 3), config.head_dim)
-        return student(latent, condition, student.modulate(500.0), rope, context, heard, known=known)
+        return student(latent, condition, student.modulate(500.0), rope, context, heard, num_motion_latents=known)
 
     whole, expected = velocity(0), velocity(2)
     torch.testing.assert_close(expected[2:], whole[2:], rtol=1e-5, atol=1e-5)

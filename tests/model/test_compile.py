@@ -1,4 +1,4 @@
-"""What is compiled, when, and where it is kept; that chunks then compile nothing is in tests/streaming."""
+"""What is compiled, when, and where it is cached. tests/streaming checks that chunks then compile nothing."""
 
 import tarfile
 from collections.abc import Callable
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from model import compiled, warm
-from model.compiled import load_compiled, stand_in, use_cache
+import model.compile
+import model.warm
+from model.compile import compile_student, load_compiled, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS
 from model.dit import DiT, rope_table
 from model.errors import UserError
-from model.machine import CACHE, cache_key
+from model.machine import CACHE_ENV, cache_key
 from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What a compiler is given, that leaves it as it is."""
+    """The graphs given to a compiler that runs them unchanged."""
     given: list[object] = []
 
     def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -38,86 +39,86 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @torch.inference_mode()
-def test_another_number_of_speakers_is_compiled_once(compilations: list[object]) -> None:
-    """The student's block in general and as the last one, for one speaker and for two, however often they change."""
+def test_each_number_of_speakers_is_compiled_once(compilations: list[object]) -> None:
+    """A block and the last block, for one speaker and for two, however often the number changes."""
     torch.manual_seed(0)
     dit = DiT(SMALL.dit)
-    compiled.compile_student(dit)
+    compile_student(dit)
     frames, rows, columns = 3, 4, 6
     latent, condition = torch.randn(frames, 16, rows, columns), torch.randn(frames, 20, rows, columns)
     context = dit.embed_context(
         torch.randn(4, SMALL.dit.text_dim), torch.randn(SMALL.dit.img_tokens, SMALL.dit.img_dim)
     )
     rope = rope_table((frames, rows // 2, columns // 2), SMALL.dit.head_dim)
-    places = torch.tensor([0, 0, 1, 1, 2, 2])
-    masks = torch.stack([(places == person).float() for person in range(3)])
+    regions = torch.tensor([0, 0, 1, 1, 2, 2])
+    masks = torch.stack([(regions == person).float() for person in range(3)])
     window = SMALL.dit.audio_window, SMALL.dit.audio_blocks, SMALL.dit.audio_channels
 
     def velocity(speakers: int) -> Tensor:
         audio = dit.embed_audio(torch.randn(speakers, 9, *window))
         return dit(latent, condition, dit.modulate(500.0), rope, context, audio, masks if speakers == 2 else None, 1)
 
-    for counts, known in (((1, 1), 2), ((2, 2), 4), ((1, 2, 1, 2, 1), 4)):
+    for counts, expected in (((1, 1), 2), ((2, 2), 4), ((1, 2, 1, 2, 1), 4)):
         for speakers in counts:
             assert velocity(speakers).isfinite().all()
-        assert len(compilations) == known
+        assert len(compilations) == expected
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (CACHE, "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    for name in (CACHE_ENV, "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_stand_in_compiles_for_a_checkpoint_that_takes_longer_to_load(
+def test_a_stand_in_compiles_everything_while_a_checkpoint_loads(
     tmp_path: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "GLANCE", 0)
+    monkeypatch.setattr(model.compile, "FAIL_FAST_SECONDS", 0)
     folder = write_checkpoint(tmp_path / "checkpoint")
     models = load_compiled(SMALL, folder, CPU, PRECISIONS["fp32"])
     assert models.folder == folder
     seen = len(compilations)
     assert seen
-    compiled.warm(models)
+    warm_up(models)
     assert len(compilations) == seen
 
 
 @pytest.mark.usefixtures("cache", "compilations")
-def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path: Path) -> None:
+def test_errors_of_a_checkpoint_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a checkpoint: there is no such folder$"):
         load_compiled(SMALL, tmp_path / "nothing", CPU, PRECISIONS["fp32"])
 
 
-def test_a_second_process_finds_what_the_first_has_compiled(cache: Path) -> None:
-    """The student's blocks by Inductor, in this process but for what it keeps in memory."""
-    models = stand_in(SMALL, CPU, PRECISIONS["fp32"])
-    assert str(cache) in str(use_cache(CPU))
+def test_a_second_process_finds_the_compiled_code(cache: Path) -> None:
+    """Inductor code of the student's blocks; resetting torch.compile stands for a new process."""
+    models = stand_in_models(SMALL, CPU, PRECISIONS["fp32"])
+    assert str(cache) in str(use_compile_cache(CPU))
     found = []
     for _ in range(2):
         torch.compiler.reset()
-        compiled.compile_student(models.dit)
+        compile_student(models.dit)
         before = counters["inductor"]["fxgraph_cache_hit"]
-        compiled.warm(models)
+        warm_up(models)
         found.append(counters["inductor"]["fxgraph_cache_hit"] - before)
     assert found == [0, 3]
     assert any((cache / cache_key(CPU) / "inductor").iterdir())
 
 
-def test_packed_on_one_machine_unpacked_on_another(tmp_path: Path) -> None:
+def test_pack_and_unpack(tmp_path: Path) -> None:
     folder, other, file = tmp_path / "a", tmp_path / "b", tmp_path / "packed" / "a.tar"
     (folder / "triton").mkdir(parents=True)
     (folder / "triton" / "kernel.cubin").write_bytes(b"code")
     pack(folder, "h100", file)
     unpack(file, other, "h100")
     assert (other / "triton" / "kernel.cubin").read_bytes() == b"code"
-    with pytest.raises(UserError, match=r"it was made on h100, this is h200$"):
+    with pytest.raises(UserError, match=r"it was made on h100, but this machine is h200$"):
         unpack(file, tmp_path / "c", "h200")
     assert not (tmp_path / "c").exists()
 
 
-def test_what_is_no_packed_cache_costs_one_line(
+def test_a_file_that_is_no_packed_cache_is_reported_in_one_line(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").write_text("x")
@@ -135,11 +136,11 @@ def test_what_is_no_packed_cache_costs_one_line(
 
 
 @pytest.mark.usefixtures("compilations")
-def test_the_command_says_where_and_how_long(
+def test_the_command_reports_directory_and_time(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "packed.tar"
-    monkeypatch.setitem(warm.PRESETS, "small", SMALL)
+    monkeypatch.setitem(model.warm.PRESETS, "small", SMALL)
     arguments = ["--preset", "small", "--precision", "fp32", "--pack", str(file), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["warm", *arguments])
     assert main() == 0

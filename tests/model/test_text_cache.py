@@ -1,4 +1,4 @@
-"""Prompts that are kept: the same bits as the encoder's, and no encoder; whatever is wrong with the disk."""
+"""Cached text features: equal to the encoder's, without loading it; and every failure of the disk is survived."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import TEXT_FILE, Models, load_models, random_models
 from model.config import PRECISIONS
-from model.machine import CACHE
-from model.prompts import Prompts
+from model.machine import CACHE_ENV
+from model.text_cache import CachedTextEncoder
+from model.weights.checkpoint import TEXT_FILE, Models, load_models, random_models
 from tests.small import SMALL, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ ONE, TWO = torch.tensor([40, 50, 60, 1]), torch.tensor([40, 50, 1])
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -35,12 +35,12 @@ def has_encoder(models: Models) -> bool:
     return "encoder" in vars(models.text)
 
 
-def kept(cache: Path) -> list[Path]:
+def cached_files(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.safetensors"))
 
 
 @torch.inference_mode()
-def test_a_prompt_that_is_kept_needs_no_encoder(cache: Path, folder: Path) -> None:
+def test_a_cached_prompt_needs_no_encoder(cache: Path, folder: Path) -> None:
     first = load(folder)
     assert has_encoder(first)
     want = first.text(ONE)
@@ -50,24 +50,24 @@ def test_a_prompt_that_is_kept_needs_no_encoder(cache: Path, folder: Path) -> No
     assert not has_encoder(second)
     assert torch.equal(second.text(TWO), first.text.encoder(TWO))  # a new one
     assert has_encoder(second)
-    assert len(kept(cache)) == 2
+    assert len(cached_files(cache)) == 2
 
 
 @torch.inference_mode()
-def test_other_weights_or_another_dtype_do_not_answer(cache: Path, folder: Path) -> None:
+def test_other_weights_or_another_dtype_miss_the_cache(cache: Path, folder: Path) -> None:
     load(folder).text(ONE)
     narrow = load(folder, "bf16")
     assert has_encoder(narrow)
     assert narrow.text(ONE).dtype == torch.bfloat16
     os.utime(folder / TEXT_FILE, (0, 0))
     assert has_encoder(load(folder))
-    assert len({path.parent for path in kept(cache)}) == 2
+    assert len({path.parent for path in cached_files(cache)}) == 2
 
 
 @torch.inference_mode()
-def test_what_cannot_be_read_is_computed_again(cache: Path, folder: Path) -> None:
+def test_a_damaged_file_is_computed_again(cache: Path, folder: Path) -> None:
     want = load(folder).text(ONE)
-    (path,) = kept(cache)
+    (path,) = cached_files(cache)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     assert torch.equal(load(folder).text(ONE), want)
@@ -75,16 +75,16 @@ def test_what_cannot_be_read_is_computed_again(cache: Path, folder: Path) -> Non
 
 
 @torch.inference_mode()
-def test_what_cannot_be_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_an_unwritable_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file"))
     models = load(folder)
     assert torch.equal(models.text(ONE), models.text.encoder(ONE))
 
 
 @torch.inference_mode()
-def test_random_weights_keep_nothing(cache: Path) -> None:
+def test_random_weights_are_not_cached(cache: Path) -> None:
     models = random_models(SMALL, CPU, PRECISIONS["fp32"])
-    assert isinstance(models.text, Prompts)
+    assert isinstance(models.text, CachedTextEncoder)
     assert torch.equal(models.text(ONE), models.text.encoder(ONE))
     assert not cache.exists()

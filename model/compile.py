@@ -1,0 +1,133 @@
+"""torch.compile of the student and the VAE, and the on-disk cache of what Inductor and Triton compile.
+
+The student is compiled per block. All blocks share the code of one, so compilation takes seconds. Inductor and Triton
+find earlier results by content, whatever model or shape they were made for. The results are valid for one device and
+one version of PyTorch and Triton, and the cache directory is named after these.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from kernels.lab_transfer import lab_statistics, lab_transfer
+from model.config import TINY, Config, Precision
+from model.dit import ContextKV, DiT, Modulation, rope_table
+from model.machine import device_cache_dir
+from model.vae import VAE, decode_groups
+from model.weights.checkpoint import Models, load_models, random_models
+
+FAIL_FAST_SECONDS = 1.0  # time in which most errors in a checkpoint are found, before compilation starts
+STAND_IN_LAYERS = 2  # layers of the stand-in student: one like all but the last, and the last
+RECOMPILE_LIMIT = 1024  # per function; each geometry needs three or four, and PyTorch's default is eight
+
+
+def compile_models(models: Models) -> None:
+    """Compiles the student and, on a CPU, the VAE. On a GPU the VAE already runs on kernels of this project.
+
+    Every input geometry is compiled once per process.
+    """
+    raise_recompile_limit()
+    compile_student(models.dit)
+    if models.device.type == "cpu":
+        compile_vae(models.vae)
+
+
+def raise_recompile_limit() -> None:
+    """Lets torch.compile specialise a function for up to `RECOMPILE_LIMIT` shapes; beyond that it runs eagerly."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = RECOMPILE_LIMIT
+
+
+def compile_student(dit: DiT) -> None:
+    """Compiles every block of the student for static shapes. A graph break is an error."""
+    for block in dit.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def compile_vae(vae: VAE) -> None:
+    """Compiles the VAE's decoder and encoder for static shapes."""
+    vae.decoder.compile(dynamic=False)
+    vae.encoder.compile(dynamic=False)
+
+
+def stand_in_models(config: Config, device: torch.device, precision: Precision) -> Models:
+    """Small networks of random weights that compile to the same code as the networks of `config`.
+
+    All blocks of the student but the last compile to the same code, so two blocks are enough. The encoders are not
+    compiled and are as small as those of the preset `tiny`.
+    """
+    dit = replace(config.dit, num_layers=min(STAND_IN_LAYERS, config.dit.num_layers))
+    stand_in = replace(config, dit=dit, text=TINY.text, image=TINY.image, audio=TINY.audio)
+    return random_models(stand_in, device, precision)
+
+
+@torch.inference_mode()
+def warm_up(models: Models) -> None:
+    """Runs every operation of a chunk once in each of its shapes, on zeros, so that all is compiled and autotuned."""
+    config, device = models.config, models.device
+    dit, chunk, vae = config.dit, config.chunk, models.vae
+    frames, _, rows, columns = config.latent_shape
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def kv(count: int) -> Tensor:
+        return zeros(dit.num_layers, count, dit.num_heads, dit.head_dim, dtype=models.dit.dtype)
+
+    context = ContextKV(
+        *map(kv, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=zeros(1).int() + 1
+    )
+    audio = models.dit.embed_audio(zeros(1, chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels))
+    modulation = Modulation(zeros(dit.num_layers, 6, dit.dim), zeros(2, dit.dim))
+    rope = rope_table(config.grid, dit.head_dim, device)
+    dtype = next(vae.parameters()).dtype
+    latents = zeros(*config.latent_shape)
+    condition = zeros(frames, dit.in_dim - latents.shape[1], rows, columns, dtype=dtype)
+    motion_frames = zeros(chunk.motion_frames_num, 3, chunk.height, chunk.width, dtype=dtype)
+    num_motion_latents = len(list(vae.encode(motion_frames)))
+    for count in {1, num_motion_latents}:
+        models.dit(latents, condition, modulation, rope, context, audio, num_motion_latents=count)
+    state = None
+    for group in decode_groups(frames, chunk.warmup_frames, config.vae.temporal_stride):
+        pixels, state = vae.decode_step(latents[group.latents].to(dtype), state, group.shown)
+        if group.shown:
+            lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
+
+
+def load_compiled(config: Config, folder: Path | None, device: torch.device, precision: Precision) -> Models:
+    """`load_models`, or `random_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
+
+    While the weights are read from disk, the code is compiled on stand-in networks.
+    """
+    use_compile_cache(device)
+    if folder is None:
+        models = random_models(config, device, precision)
+        compile_models(models)
+        warm_up(models)
+        return models
+    stand_in = stand_in_models(config, device, precision)
+    compile_models(stand_in)
+    with ThreadPoolExecutor(1) as background:
+        loading = background.submit(load_models, config, folder, device, precision)
+        ready = wait([loading], FAIL_FAST_SECONDS).done
+        if not ready:
+            warm_up(stand_in)
+        models = loading.result()
+    compile_models(models)
+    if ready:
+        warm_up(models)
+    return models
+
+
+def use_compile_cache(device: torch.device) -> Path:
+    """Points the caches of Inductor and Triton at `device_cache_dir`, and returns that directory."""
+    folder = device_cache_dir(device)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    return folder

@@ -1,0 +1,1 @@
+"""Checkpoints: reading, quantising and loading weights, and offloading modules to host memory."""

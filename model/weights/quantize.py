@@ -1,0 +1,302 @@
+"""FP8 checkpoints of the student: how `python -m model.quantize` writes them, and how they are loaded.
+
+    OUT/fp8.json                    the manifest: source hashes, policy, error of each layer, hash of each shard
+    OUT/student-*.safetensors       one shard per block and one for the rest, with our parameter names
+    OUT/...                         all other files of the official checkpoint, as hard links where possible
+
+The layers that `FP8Policy` names become e4m3 with a float32 scale per output channel, concatenated as in `DiT`. A layer
+whose measured error exceeds the policy's limit stays as it is. The error of a layer is ||y8 - y|| / ||y|| of its
+outputs for random inputs like those that norms make: normally distributed, with every hundredth channel 30 times as
+large.
+
+Layers pass through memory one at a time. Each shard and the manifest are written atomically, so an interrupted
+conversion can be resumed. The source may be an official checkpoint in any dtype, or one that torchao has quantised
+(Float8Tensor in safetensors, one scale per row or one for all), whose e4m3 values are taken unchanged.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels.linear import dequantize, linear_fp8, output_bound, quantize_rows
+from model.config import PRECISIONS, DiTConfig, FP8Policy
+from model.dit import DiT
+from model.errors import UserError
+from model.files import replacing
+from model.linear import Linear, QuantizedRows
+from model.weights.mapping import identity_map, load_parameters, set_parameter
+from model.weights.shards import ShardReader, iter_safetensors, read_json
+
+MANIFEST = "fp8.json"
+SCHEMA, VERSION = "flashtalk-fp8", 1
+ERROR_SAMPLE_ROWS = 64  # rows that a layer's error is measured on
+OUTLIER_SCALE = 30.0  # factor on every hundredth channel of these rows
+
+
+# --- Quantisation ----------------------------------------------------------------------------------------------------
+
+
+class QuantizedModule(NamedTuple):
+    """The parameters of a module, by full name; and the error of a layer that the policy names, else None."""
+
+    module: str
+    tensors: dict[str, Tensor]
+    error: float | None
+
+
+def quantize_modules(
+    source: ShardReader,
+    dit: DiT,
+    policy: FP8Policy,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    prefix: str | None = None,
+) -> Iterator[QuantizedModule]:
+    """Yields the modules of `dit` that hold parameters, quantised by `policy`; other parameters come in `dtype`.
+
+    `dit` may be on the meta device. With a `prefix`, only modules whose names begin with it are yielded; with the
+    prefix "", only modules outside of the blocks.
+    """
+    official: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, mapping in dit.param_map().items():  # in the order of their rows
+        official.setdefault(mapping.params[0], []).append((name, mapping.shape))
+    for module, owner in dit.named_modules():
+        inside = f"{module}.".startswith(prefix or "blocks.")
+        if prefix is not None and inside != bool(prefix):
+            continue
+        names = [f"{module}.{leaf}" for leaf, _ in owner.named_parameters(recurse=False)]
+        whole = {name: _concat_rows([source.read(*part) for part in official[name]]) for name in names}
+        if isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in policy.layers):
+            yield _quantize_layer(
+                module, whole[f"{module}.weight"], _dequantized(whole[f"{module}.bias"]), policy, dtype, device
+            )
+        elif whole:
+            yield QuantizedModule(
+                module, {name: _dequantized(x).to(dtype).contiguous() for name, x in whole.items()}, None
+            )
+
+
+def _quantize_layer(
+    module: str,
+    weight: Tensor | QuantizedRows,
+    bias: Tensor,
+    policy: FP8Policy,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> QuantizedModule:
+    """The layer in FP8 or, if its error is above the policy's limit, in `dtype`."""
+    rows = (
+        QuantizedRows(*(x.to(device) for x in weight))
+        if isinstance(weight, QuantizedRows)
+        else quantize_weight(weight.to(device))
+    )
+    error = layer_error(weight, rows)
+    if error > policy.max_error:
+        tensors = {"weight": _dequantized(weight).to(dtype), "bias": bias.to(dtype)}
+    else:
+        bound = output_bound(*rows, bias.to(device))
+        tensors = {"weight": rows.values, "weight_scale": rows.scale, "bound": bound, "bias": bias.to(dtype)}
+    return QuantizedModule(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
+
+
+def quantize_weight(weight: Tensor) -> QuantizedRows:
+    """Quantises a weight to e4m3 with one float32 scale per row."""
+    return QuantizedRows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
+
+
+def layer_error(weight: Tensor | QuantizedRows, rows: QuantizedRows) -> float:
+    """Relative error ||y8 - y|| / ||y|| of an FP8 layer for random inputs with outlier channels.
+
+    `weight` [outputs, inputs] is the exact weight and `rows` its quantised form. The inputs are `ERROR_SAMPLE_ROWS`
+    rows of standard normal numbers, with every hundredth channel multiplied by `OUTLIER_SCALE`; they are quantised by
+    row.
+    """
+    device, k = rows.values.device, rows.values.shape[1]
+    x = torch.randn(ERROR_SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(k)).to(device)
+    x[:, ::100] *= OUTLIER_SCALE
+    exact = x @ (dequantize(*weight) if isinstance(weight, QuantizedRows) else weight).to(device, torch.float32).T
+    got = linear_fp8(*quantize_rows(x), *rows, dtype=torch.float32)
+    return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def _concat_rows(parts: list[Tensor | QuantizedRows]) -> Tensor | QuantizedRows:
+    """Concatenates tensors along dimension 0; the result is quantised only if all of them are."""
+    if all(isinstance(part, QuantizedRows) for part in parts):
+        return QuantizedRows(*(torch.cat(x) for x in zip(*parts, strict=True)))  # pyright: ignore  (all are QuantizedRows)
+    tensors = [_dequantized(part) for part in parts]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _dequantized(x: Tensor | QuantizedRows) -> Tensor:
+    return dequantize(*x) if isinstance(x, QuantizedRows) else x
+
+
+# --- Checkpoints on disk --------------------------------------------------------------------------------------------
+
+
+def write_fp8_checkpoint(
+    source: ShardReader, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Writes the quantised student to `out`, without the shards that are there already, and returns the manifest.
+
+    Raises `UserError` if `out` holds a conversion of another source or policy, or cannot be written.
+    """
+    dtype = PRECISIONS["fp8"].dit
+    with torch.device("meta"):
+        dit = DiT(config)
+    header = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "source": {path.name: digest for path, digest in zip(source.shards, _hashes(source.shards), strict=True)},
+        "policy": json.loads(json.dumps(asdict(policy))),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    manifest: dict[str, Any] = header | {"layers": {}, "shards": {}, "complete": False}
+    if (out / MANIFEST).is_file():
+        previous = _manifest(out)
+        if {key: previous[key] for key in header} != header:
+            raise UserError(f"{out / MANIFEST} was made from another source or with another policy: choose a new --out")
+        manifest = previous
+    groups = {"rest": "", **{f"block-{i:02d}": f"blocks.{i}." for i in range(config.num_layers)}}
+    for shard, prefix in groups.items():
+        file = f"student-{shard}.safetensors"
+        digest = manifest["shards"].get(file)
+        if digest and (out / file).is_file() and _hash(out / file) == digest:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for part in quantize_modules(source, dit, policy, dtype, device, prefix):
+            tensors |= part.tensors
+            if part.error is not None:
+                manifest["layers"][part.module] = {"error": part.error, "fp8": part.error <= policy.max_error}
+        _replace(out / file, partial(save_file, tensors))
+        manifest["shards"][file] = _hash(out / file)
+        _save(out, manifest)
+    manifest["complete"] = True
+    _save(out, manifest)
+    return manifest
+
+
+def is_fp8_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds an FP8 student, complete or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded: Collection[str] = ()) -> None:
+    """Loads the FP8 student in `folder` into `dit`, which may be on the meta device.
+
+    Parameters go to `device`; those of the submodules named in `offloaded` go to host memory. Raises `UserError`, which
+    names the file, if the conversion is incomplete or a shard is missing, damaged or not the one in the manifest.
+    """
+    manifest = _manifest(folder)
+    if not manifest["complete"]:
+        raise UserError(f"{folder / MANIFEST} is not complete: resume with python -m model.quantize --out {folder}")
+    paths = [folder / name for name in manifest["shards"]]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}, which {MANIFEST} names, is missing")
+    for path, digest in zip(paths, _hashes(paths), strict=True):
+        if digest != manifest["shards"][path.name]:
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}")
+    layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
+    for name, entry in manifest["layers"].items():
+        if name not in layers:
+            raise UserError(f"{folder / MANIFEST}: layer {name} is not part of this model")
+        if entry["fp8"]:
+            layers.pop(name).quantize()
+    for layer in layers.values():
+        layer.fuse()
+    load_parameters(dit, identity_map(dit), iter_safetensors(paths, device), folder, device, None, offloaded)
+
+
+def load_and_quantize(
+    dit: DiT,
+    paths: list[Path],
+    policy: FP8Policy,
+    dtype: torch.dtype,
+    device: torch.device,
+    offloaded: Collection[str] = (),
+) -> None:
+    """Loads the official student into `dit`, which may be on the meta device, and quantises it on the way to `device`.
+
+    Parameters of the submodules named in `offloaded` go to host memory.
+    """
+    for part in quantize_modules(ShardReader(paths), dit, policy, dtype, device):
+        layer = dit.get_submodule(part.module)
+        for name, tensor in part.tensors.items():
+            set_parameter(dit, name, tensor if part.module.startswith(tuple(offloaded)) else tensor.to(device))
+        if isinstance(layer, Linear) and not layer.fp8:
+            layer.fuse()
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+_FIELDS = {"schema": str, "version": int, "source": dict, "policy": dict, "dtype": str, "layers": dict, "shards": dict,
+           "complete": bool}  # fmt: skip
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    values = read_json(path)
+    if (values.get("schema"), values.get("version")) != (SCHEMA, VERSION):
+        raise UserError(f"{path} is not a {SCHEMA} file of version {VERSION}")
+    for name, kind in _FIELDS.items():
+        if not isinstance(values.get(name), kind):
+            raise UserError(f"{path}: {name} is {values.get(name)!r:.40}, wanted {kind.__name__}")
+    if not all(isinstance(x, dict) and isinstance(x.get("fp8"), bool) for x in values["layers"].values()):
+        raise UserError(f"{path}: every layer must say whether it is fp8")
+    return values
+
+
+def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1) + "\n"
+    _replace(folder / MANIFEST, lambda path: path.write_text(text))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file atomically; its content is on the disk before it replaces the old file."""
+    try:
+        with replacing(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of the files, several of them at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_hash, paths))
+
+
+def copy_other_files(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
+    """Copies all files of a checkpoint but its student to `out`, as hard links where the file system allows them."""
+    skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
+    for path in sorted(checkpoint.rglob("*")):
+        target = out / path.relative_to(checkpoint)
+        if path.is_dir() or (path.parent == checkpoint and path.name in skipped) or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:
+            _replace(target, partial(shutil.copyfile, path))
