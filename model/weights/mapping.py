@@ -36,13 +36,13 @@ def pattern_map(module: nn.Module, names: Mapping[str, str | tuple[str, ...]], l
 
     `{i}` in the names stands for each of 0 .. layers - 1. Several parameters form one official tensor by concatenation.
     """
-    own = module.state_dict()
+    state = module.state_dict()
     param_map = {}
-    for official, ours in names.items():
-        ours = (ours,) if isinstance(ours, str) else ours
+    for official, patterns in names.items():
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
         for i in range(layers) if "{i}" in official else (0,):
-            targets = tuple(name.format(i=i) for name in ours)
-            first, *rest = (tuple(own[name].shape) for name in targets)
+            targets = tuple(pattern.format(i=i) for pattern in patterns)
+            first, *rest = (tuple(state[name].shape) for name in targets)
             rows = sum(shape[0] for shape in (first, *rest)) if rest else None
             param_map[official.format(i=i)] = ParamMapping(first if rows is None else (rows, *first[1:]), targets)
     return param_map

@@ -98,17 +98,17 @@ def _quantize_layer(
     device: torch.device | str,
 ) -> QuantizedModule:
     """The layer in FP8 or, if its error is above the policy's limit, in `dtype`."""
-    rows = (
+    quantized = (
         QuantizedRows(*(x.to(device) for x in weight))
         if isinstance(weight, QuantizedRows)
         else quantize_weight(weight.to(device))
     )
-    error = layer_error(weight, rows)
+    error = layer_error(weight, quantized)
     if error > policy.max_error:
         tensors = {"weight": _dequantized(weight).to(dtype), "bias": bias.to(dtype)}
     else:
-        bound = output_bound(*rows, bias.to(device))
-        tensors = {"weight": rows.values, "weight_scale": rows.scale, "bound": bound, "bias": bias.to(dtype)}
+        bound = output_bound(*quantized, bias.to(device))
+        tensors = {"weight": quantized.values, "weight_scale": quantized.scale, "bound": bound, "bias": bias.to(dtype)}
     return QuantizedModule(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
 
 
@@ -117,18 +117,18 @@ def quantize_weight(weight: Tensor) -> QuantizedRows:
     return QuantizedRows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
 
 
-def layer_error(weight: Tensor | QuantizedRows, rows: QuantizedRows) -> float:
+def layer_error(weight: Tensor | QuantizedRows, quantized: QuantizedRows) -> float:
     """Relative error ||y8 - y|| / ||y|| of an FP8 layer for random inputs with outlier channels.
 
-    `weight` [outputs, inputs] is the exact weight and `rows` its quantised form. The inputs are `ERROR_SAMPLE_ROWS`
+    `weight` [outputs, inputs] is the exact weight and `quantized` its FP8 form. The inputs are `ERROR_SAMPLE_ROWS`
     rows of standard normal numbers, with every hundredth channel multiplied by `OUTLIER_SCALE`; they are quantised by
     row.
     """
-    device, k = rows.values.device, rows.values.shape[1]
+    device, k = quantized.values.device, quantized.values.shape[1]
     x = torch.randn(ERROR_SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(k)).to(device)
     x[:, ::100] *= OUTLIER_SCALE
     exact = x @ (dequantize(*weight) if isinstance(weight, QuantizedRows) else weight).to(device, torch.float32).T
-    got = linear_fp8(*quantize_rows(x), *rows, dtype=torch.float32)
+    got = linear_fp8(*quantize_rows(x), *quantized, dtype=torch.float32)
     return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
