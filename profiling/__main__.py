@@ -36,8 +36,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
 RESULTS = Path(__file__).parent / "results"
-TARGETS = Path(__file__).parent / "targets.toml"
-BUDGETS = Path(__file__).parent / "budgets.toml"
+TARGETS = Path(__file__).parent / "analyse" / "targets.toml"
+BUDGETS = Path(__file__).parent / "audit" / "budgets.toml"
 
 
 @app.command()
@@ -52,7 +52,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the right ones in interleaved rounds."""
-    from profiling import bench as module
+    from profiling.measure import bench as module
 
     raise typer.Exit(module.command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
 
@@ -67,7 +67,7 @@ def audit(
     json: Json = False,
 ) -> None:
     """Compiles every Triton kernel ahead of time, with no GPU, and says what will bound it."""
-    from profiling import audit as module
+    from profiling.audit import audit as module
 
     raise typer.Exit(module.command(patterns or [], target or ["sm_90"], budget, out, cases, json))
 
@@ -85,7 +85,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Says of every case whether it became faster or slower, or broke; exit code 1 on a regression."""
-    from profiling import compare as module
+    from profiling.analyse import compare as module
 
     raise typer.Exit(module.command(before, after, again or [], threshold, force, results, json))
 
@@ -99,7 +99,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Draws a run: roofline, timeline, waterfall, history, tables."""
-    from profiling import report as module
+    from profiling.report import report as module
 
     raise typer.Exit(module.command(run, out, png, results, json))
 
@@ -112,7 +112,7 @@ def trace(
     json: Json = False,
 ) -> None:
     """Profiles a command: trace -- python -m streaming run ..."""
-    from profiling import trace as module
+    from profiling.measure import trace as module
 
     raise typer.Exit(module.command(context.args, out, top, json))
 
@@ -127,7 +127,7 @@ def tune(
     json: Json = False,
 ) -> None:
     """Searches launch parameters and writes the fastest right ones to DEVICE.json."""
-    from profiling import tune as module
+    from profiling.measure import tune as module
 
     raise typer.Exit(module.command(patterns or [], device, budget, out, cases, json))
 
@@ -141,7 +141,7 @@ def targets(
     json: Json = False,
 ) -> None:
     """Holds the newest results to the goals; exit code 1 unless all are met."""
-    from profiling import targets as module
+    from profiling.analyse import targets as module
 
     raise typer.Exit(module.command(file, results or [RESULTS], json))
 
@@ -154,7 +154,7 @@ def warm(
     cases: Cases = None,
 ) -> None:
     """Compiles the kernels of cases on all CPU cores at once, before a GPU's first minute goes into it."""
-    from profiling import warm as module
+    from profiling.measure import precompile as module
 
     raise typer.Exit(module.command(patterns or [], space, budget, cases))
 
@@ -171,7 +171,7 @@ def gpu(
     json: Json = False,
 ) -> None:
     """Spends minutes on a GPU well: resumable, the most important first, every result written as it comes."""
-    from profiling import gpu as module
+    from profiling.measure import campaign as module
 
     raise typer.Exit(module.command(phase, out, budget, device, patterns or [], cases, worker, json))
 
@@ -184,7 +184,7 @@ def project(
     json: Json = False,
 ) -> None:
     """Projects chunk time and startup at other world sizes; prints what it assumes."""
-    from profiling import project as module
+    from profiling.analyse import project as module
 
     raise typer.Exit(module.command(run, gpus, link, json))
 

@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -17,9 +17,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, Stretch, VariantResult
+from profiling.results import (
+    ERROR,
+    OK,
+    WRONG,
+    AuditResult,
+    CaseResult,
+    Ceilings,
+    Measurement,
+    Run,
+    Stretch,
+    VariantResult,
+)
 
 LOG_WIDTH = 140
+AUDIT_UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, as the audit's model has them
 TOUCH = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
 
 
@@ -193,6 +205,43 @@ def variant_table(rows: Iterable[VariantRow]) -> Table:
             share(row.gaps),
         )
     return out
+
+
+def audit_table(results: Sequence[AuditResult]) -> Table:
+    """The results for a terminal: a case, then its kernels, in red if something is wrong with them."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("case, kernel", overflow="fold")
+    numbers = ("regs", "spills", "smem", "occupancy", "MMA", *AUDIT_UNITS)
+    for heading in numbers:
+        out.add_column(heading, justify="right", no_wrap=True)
+    out.add_column("bound", no_wrap=True)
+    out.add_column("TFLOP/s", justify="right", no_wrap=True)
+    case = None
+    for result in results:
+        if result.case != case:
+            out.add_section()
+            out.add_row(escape(result.case))
+            case = result.case
+        out.add_row(*_audit_cells(result), style="red" if result.faults else None)
+    out.caption = f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
+    return out
+
+
+def _audit_cells(result: AuditResult) -> Iterator[str]:
+    yield f"  {escape(result.kernel)} {result.target}"
+    if not result.instructions:  # did not compile
+        return
+    yield str(result.registers)
+    yield str(result.spills)
+    yield f"{result.shared / 1024:.0f}K"
+    yield share(result.occupancy)
+    yield " ".join(name for name in result.instructions if name.endswith("MMA"))
+    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
+    for unit in AUDIT_UNITS:
+        value = number(result.tile.get(f"{unit}_cycles"))
+        yield f"[bold]{value}[/]" if unit == bound else value
+    yield bound
+    yield number(result.tflops)
 
 
 def number(value: float | None) -> str:

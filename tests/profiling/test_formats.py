@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from profiling.compare import rows
+from profiling.analyse.compare import rows
 from profiling.formats import from_json, load
 from profiling.results import OK
 

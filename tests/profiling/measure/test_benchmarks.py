@@ -9,8 +9,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from profiling.bench import case_result, check, reference, settle
 from profiling.cases import Backend, Case, chosen
+from profiling.measure.bench import settle
+from profiling.measure.check import case_result, check, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = [(case, b) for case in chosen([], DEVICE, None) for b in case.backends]

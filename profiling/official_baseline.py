@@ -19,7 +19,7 @@ from model.dit import rotate
 
 
 @contextmanager
-def published() -> Iterator[None]:
+def official_baseline() -> Iterator[None]:
     """While the body runs, student and VAE compute by PyTorch alone."""
     with ExitStack() as stack:
         for module, functions in _FORMS.items():
@@ -117,7 +117,7 @@ def causal_conv3d(
     gamma: Tensor | None = None,
     factor: float | None = None,
 ) -> Tensor:
-    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; the zero frames at the start of a clip are multiplied too."""
+    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; a clip's leading zero frames are multiplied too."""
     if past is None:
         past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
     y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)

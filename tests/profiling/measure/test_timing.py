@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from profiling import timing
-from profiling.timing import Timed, interleave, set_count
+from profiling.measure import timing
+from profiling.measure.timing import Timed, interleave, set_count
 
 CPU = torch.device("cpu")
 

@@ -18,18 +18,21 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from profiling import formats, sass
+from profiling import formats
 from profiling.__main__ import BUDGETS, main
-from profiling.audit import Budgets, Shapes, audit_case, bounds, faults, recording
+from profiling.audit import sass
+from profiling.audit.audit import Budgets, audit_case, bounds, faults
+from profiling.audit.ttgir import Tile
 from profiling.cases import Backend, Case, Shape, registry
 from profiling.devices import devices, of_target
+from profiling.fake_gpu import Shapes, recording
 from profiling.results import AuditResult
-from profiling.ttgir import Tile
+from tests.profiling import attention_kernel, toy
 from tests.profiling.attention_kernel import CASES, OPERATION, PRODUCTION, TINY, attention
 
 H100 = of_target("sm_90")
 PRODUCTION_FLOPS = 4 * 12096**2 * 40 * 128
-KERNELS = Path(__file__).with_name("attention_kernel.py")
+KERNELS = Path(attention_kernel.__file__)
 
 
 def no_call(*_: object) -> Any:
@@ -439,10 +442,10 @@ def test_triton_is_left_as_it_was() -> None:
 
 
 def test_without_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    toy = Path(__file__).with_name("toy.py")
-    assert call(monkeypatch, "--cases", toy) == 0
+    without = Path(toy.__file__)
+    assert call(monkeypatch, "--cases", without) == 0
     assert capsys.readouterr().out == "none of these cases has a Triton kernel\n"
-    assert call(monkeypatch, "--cases", toy, "--json") == 0
+    assert call(monkeypatch, "--cases", without, "--json") == 0
     assert json.loads(capsys.readouterr().out)["notes"] == ["none of these cases has a Triton kernel"]
 
 

@@ -21,8 +21,8 @@ import torch
 
 from kernels.tuning import GPU, LaunchConfig, assume_gpu, gpu_of
 from model.errors import UserError
-from profiling.audit import Shapes, recording
 from profiling.cases import Case, chosen, registry
+from profiling.fake_gpu import Shapes, recording
 from profiling.machine import pick
 
 CUDA = torch.device("cuda")

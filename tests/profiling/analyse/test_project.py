@@ -10,8 +10,8 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
+from profiling.analyse.project import BEST, OURS, Link, communication, project, read_link
 from profiling.cases import Case, registry
-from profiling.project import BEST, OURS, Link, communication, project, read_link
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
 CONFIG = PRESETS["flashtalk-14b"]

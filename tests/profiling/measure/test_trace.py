@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from profiling.__main__ import main
+from profiling.measure.trace import Event, chunks, gap_share, merged, parse, summarise
 from profiling.results import Stretch
-from profiling.trace import Event, chunks, gap_share, merged, parse, summarise
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 SPANS = ["audio", "denoise/step", "decode", "color", "motion"]
 
 

@@ -7,7 +7,7 @@ is what would run: arguments, specialisation, grid, warps, stages, every kernel 
 *Model* (`bounds`): the least seconds of a launch, unit by unit. The largest is the bound; FLOPs over it are the
 modelled TFLOP/s, an upper bound. It takes clock, rates and bandwidths from devices.toml and assumes that every unit is
 busy all the time and all of them at once: no latency, no dependencies, no power limit. What it counts is the work of
-one pass of the main loop (`profiling.ttgir`) times the passes that the case's FLOPs need: no prologue, no epilogue, no
+one pass of the main loop (`ttgir.py`) times the passes that the case's FLOPs need: no prologue, no epilogue, no
 padding. `AuditResult.tile` has, of one pass in one block,
 
     flops_DTYPE      of matrix products on tensor cores, by operand: flops_bf16, flops_fp8, flops_tf32 ...
@@ -37,136 +37,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.overrides import TorchFunctionMode
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from kernels.tuning import GPU, assume_gpu
 from model.errors import UserError
-from profiling import sass, ttgir
+from profiling.audit import sass, ttgir
 from profiling.cases import Case, own_cases, registry, select
 from profiling.devices import Device, of_target
+from profiling.fake_gpu import Launch, Shapes, recording
 from profiling.machine import describe
 from profiling.results import AuditResult, Run, build, now, save, to_json
-from profiling.tables import number, share, terminal
+from profiling.tables import audit_table, terminal
 
 NARROW = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
 WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
 SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
-
-
-# --- Compiling what a launcher launches -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch that did not take place."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    compiled: Any  # triton's CompiledKernel
-
-
-class Compiler:
-    """What Triton asks a driver about the GPU when it compiles, answered for one that is not there."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        """The GPU to compile for."""
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> str:
-        """What Triton keeps its compiled kernels under; no real device has such a name."""
-        return f"audit sm_{self.arch}"
-
-    def get_current_stream(self, _device: object) -> int:
-        """There is none."""
-        return 0
-
-
-class Shapes(TorchFunctionMode):
-    """While this mode is on, tensors on "cuda" can be made and computed with that have no memory, nor need a GPU.
-
-    It is PyTorch's fake-tensor mode, and mends one thing: where PyTorch was built without CUDA, a few methods
-    (indexing, `contiguous`) ask in vain for the device. They are called again on the "meta" tensors inside.
-    """
-
-    def __enter__(self) -> "Shapes":
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._fake.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._fake.__exit__(*raised)
-
-    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function."""
-        try:
-            return function(*args, **(kwargs or {}))
-        except RuntimeError as error:
-            if "not linked with support for cuda" not in str(error):
-                raise
-        with in_kernel_invocation_manager(self._fake):
-            inner = function(*args, **(kwargs or {}))
-        return FakeTensor(self._fake, inner, args[0].device) if isinstance(inner, Tensor) else inner
-
-
-class Recorder:
-    """What came by while `recording`."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.compiling = ""  # the kernel at work, if any
-
-
-@contextlib.contextmanager
-def recording(arch: int) -> Iterator[Recorder]:
-    """While the body runs, Triton compiles for `arch` (90 is sm_90) what is launched, and launches nothing."""
-    compiler, recorder = Compiler(arch), Recorder()
-    run, active = JITFunction.run, driver._active
-    kernels: list[JITFunction[Any]] = []
-
-    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, **kwargs: Any) -> Any:
-        kernels.append(self)
-        recorder.compiling = self.__name__
-        compiled = run(self, *args, grid=grid, **(kwargs | {"warmup": True}))
-        recorder.launches.append(Launch(self.__name__, _grid(self, grid, args, kwargs), compiled))
-        recorder.compiling = ""
-        return compiled
-
-    JITFunction.run = compile_only
-    driver.set_active(cast(Any, compiler))
-    try:
-        yield recorder
-    finally:
-        JITFunction.run = run
-        driver.set_active(cast(Any, active))
-        for kernel in kernels:
-            kernel.device_caches.pop(compiler.get_current_device(), None)
-
-
-def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The grid as numbers; a function of the arguments is called with them."""
-    if callable(grid):
-        bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
-        bound.apply_defaults()
-        grid = grid(bound.arguments)
-    return tuple(int(n) for n in grid)
 
 
 # --- Budgets --------------------------------------------------------------------------------------------------------
@@ -214,7 +104,6 @@ class Budgets:
         return build(Budget, merged, "budget")
 
 
-UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, as the model has them
 LIMITS = {
     "registers": "registers a thread",
     "shared": "bytes of shared memory a block",
@@ -381,43 +270,6 @@ def described(tile: ttgir.Tile, device: Device) -> dict[str, float]:
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
-
-
-def audit_table(results: Sequence[AuditResult]) -> Table:
-    """The results for a terminal: a case, then its kernels, in red if something is wrong with them."""
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    out.add_column("case, kernel", overflow="fold")
-    numbers = ("regs", "spills", "smem", "occupancy", "MMA", *UNITS)
-    for heading in numbers:
-        out.add_column(heading, justify="right", no_wrap=True)
-    out.add_column("bound", no_wrap=True)
-    out.add_column("TFLOP/s", justify="right", no_wrap=True)
-    case = None
-    for result in results:
-        if result.case != case:
-            out.add_section()
-            out.add_row(escape(result.case))
-            case = result.case
-        out.add_row(*_cells(result), style="red" if result.faults else None)
-    out.caption = f"{', '.join(UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
-    return out
-
-
-def _cells(result: AuditResult) -> Iterator[str]:
-    yield f"  {escape(result.kernel)} {result.target}"
-    if not result.instructions:  # did not compile
-        return
-    yield str(result.registers)
-    yield str(result.spills)
-    yield f"{result.shared / 1024:.0f}K"
-    yield share(result.occupancy)
-    yield " ".join(name for name in result.instructions if name.endswith("MMA"))
-    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
-    for unit in UNITS:
-        value = number(result.tile.get(f"{unit}_cycles"))
-        yield f"[bold]{value}[/]" if unit == bound else value
-    yield bound
-    yield number(result.tflops)
 
 
 def command(

@@ -1,7 +1,7 @@
 """A run as something to look at: one HTML file that needs nothing else, PNG files of its figures, tables or JSON.
 
-Numbers come from `profiling.tables`, figures from `profiling.figures` and `profiling.roofline`, the page from
-report.html.j2. What a run does not hold is left out, or one sentence says why it is missing.
+Numbers come from `profiling.tables`, figures from figures.py and roofline.py, the page from report.html.j2. What a run
+does not hold is left out, or one sentence says why it is missing.
 """
 
 import base64
@@ -16,13 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from model.errors import UserError
-from profiling import figures
-from profiling.figures import Drawn
 from profiling.formats import load
+from profiling.report import figures
+from profiling.report.figures import Drawn
+from profiling.report.roofline import roofline
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
-from profiling.roofline import roofline
 from profiling.tables import (
     Row,
+    audit_table,
     duration,
     gigabytes,
     number,
@@ -201,8 +202,6 @@ def show(run: Run, console: Console) -> None:
     if run.cases:
         console.print(table(rows(run)))
     if run.audit:
-        from profiling.audit import audit_table  # with it comes Triton, which nothing else here needs
-
         console.print(audit_table(run.audit))
     for line in (*headlines(run), *run.notes):
         console.print(line, markup=False, highlight=False)

@@ -24,8 +24,10 @@ from PIL import Image
 from rich.console import Console
 
 from model.errors import UserError
-from profiling import figures, report, tables
+from profiling import tables
 from profiling.__main__ import main
+from profiling.report import figures, report
+from profiling.report.roofline import LABELS, roofline
 from profiling.results import (
     ERROR,
     OK,
@@ -39,7 +41,6 @@ from profiling.results import (
     VariantResult,
     save,
 )
-from profiling.roofline import LABELS, roofline
 from tests.profiling import runs
 
 SOME = ("chunk_attention/14b-w1/*", "rms_norm_rope/14b-w1/*", "lab_transfer/14b-w1/*")

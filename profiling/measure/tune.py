@@ -37,12 +37,13 @@ from rich.table import Table
 from kernels import tuning
 from kernels.tuning import LaunchConfig, TunedEntry
 from model.errors import UserError
-from profiling.bench import case_result, check, input_sets, measure_ceilings, reason, reference, settle
 from profiling.cases import Backend, Case, chosen
 from profiling.machine import describe, pick
+from profiling.measure.bench import input_sets, measure_ceilings, settle
+from profiling.measure.check import case_result, check, reason, reference
+from profiling.measure.timing import Timed, interleave
 from profiling.results import OK, Ceilings, now, write
 from profiling.tables import duration, terminal
-from profiling.timing import Timed, interleave
 
 COMPILED, CHECKED, HALVED, JOINED = 0.4, 0.55, 0.7, 0.8  # of a case's time, when each stage begins nothing new
 HEAT = 8  # candidates that are in memory at a time

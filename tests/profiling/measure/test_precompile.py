@@ -7,9 +7,9 @@ import pytest
 
 from kernels.tuning import GPU
 from model.errors import UserError
-from profiling import warm
 from profiling.cases import registry
-from profiling.warm import Job, compile_job, jobs
+from profiling.measure import precompile
+from profiling.measure.precompile import Job, compile_job, jobs
 
 H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
 NORM = "rms_norm_silu/14b-w1-level3/bf16"
@@ -26,7 +26,7 @@ def test_jobs_are_what_is_launched_and_what_tuning_would_try() -> None:
 def test_what_is_compiled_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # the processes' own, too
     todo = [Job(NORM, "triton", (("PIXELS", n), ("num_warps", 4))) for n in (4, 8)]
-    assert warm.warm(todo, H100, None, 120) == (2, [])
+    assert precompile.warm(todo, H100, None, 120) == (2, [])
     binaries = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
     assert len(binaries) == 2
     assert compile_job(todo[0], H100, None) == ""
@@ -41,11 +41,11 @@ def test_what_does_not_compile_is_said_in_one_line() -> None:
 
 def test_no_seconds_compile_nothing() -> None:
     begin = time.monotonic()
-    assert warm.warm([Job(NORM, "triton")] * 100, H100, None, 0.5) == (0, [])
+    assert precompile.warm([Job(NORM, "triton")] * 100, H100, None, 0.5) == (0, [])
     assert time.monotonic() - begin < 20
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="warm: there is no GPU to compile for"):
-        warm.command([], False, 10, None)
+        precompile.command([], False, 10, None)

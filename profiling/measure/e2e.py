@@ -1,8 +1,8 @@
 """Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
 
 A *variant* is a precision, a mode, a number of steps, and whose operations student and VAE run. `bf16-eager` is PyTorch
-alone, and `bf16-compiled` the same under torch.compile: what the published code does (profiling/published.py). The
-others are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
+alone, and `bf16-compiled` the same under torch.compile: what the published code does (official_baseline.py). The others
+are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
 student is compiled, and every stage recorded as a CUDA graph, except for `fp8-vae-launched`. `two-steps` is `fp8-vae`
 with half of the steps. A chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps,
 decode, colour, re-encode of the motion frames. Student and VAE are made on the device at once; the encoders, which run
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from kernels.lab_transfer import lab_statistics
 from model.config import PRECISIONS, TINY, Config
-from profiling.published import published
+from profiling.measure.trace import export, summarise
+from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
-from profiling.trace import export, summarise
 from streaming.spans import Spans
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Runner:
 
     def chunk(self) -> float:
         """Runs the next chunk; the seconds that it takes."""
-        with nullcontext() if self._ours else published():
+        with nullcontext() if self._ours else official_baseline():
             return self._chunk()
 
     def _chunk(self) -> float:

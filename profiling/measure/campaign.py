@@ -35,11 +35,14 @@ from rich.console import Console
 
 from model.config import FLASHTALK_14B, TINY
 from model.errors import UserError
-from profiling.bench import bench_case, case_result, check_case, measure_ceilings, reason, settle, survive
 from profiling.cases import Case, chosen
-from profiling.e2e import VARIANTS, Variant, generating_models, run_variant, traced
 from profiling.formats import load
 from profiling.machine import Monitor, describe, joined, pick
+from profiling.measure.bench import bench_case, measure_ceilings, settle
+from profiling.measure.check import case_result, check_case, reason, survive
+from profiling.measure.e2e import VARIANTS, Variant, generating_models, run_variant, traced
+from profiling.measure.tune import table as outcomes_table
+from profiling.measure.tune import tune_case, write_table
 from profiling.results import (
     ERROR,
     SKIPPED,
@@ -54,8 +57,6 @@ from profiling.results import (
     write,
 )
 from profiling.tables import rows, table, terminal, variant_rows, variant_table
-from profiling.tune import table as outcomes_table
-from profiling.tune import tune_case, write_table
 
 ROUNDS = 20
 CONFIGS = {"cuda": FLASHTALK_14B, "cpu": TINY}
@@ -182,7 +183,7 @@ def command(
 
 def digest() -> str:
     """Of all code and data in the packages: other results are to be expected where it is another."""
-    root, found = Path(__file__).parents[1], hashlib.sha256()
+    root, found = Path(__file__).parents[2], hashlib.sha256()
     for package in ("kernels", "model", "streaming", "profiling"):
         for file in sorted((root / package).rglob("*")):
             if file.suffix in (".py", ".toml", ".json") and "results" not in file.parts:

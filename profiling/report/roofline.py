@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
-from profiling.figures import BLACK, DTYPES, GREY, WIDTH, Drawn, short_names, styled, title
+from profiling.report.figures import BLACK, DTYPES, GREY, WIDTH, Drawn, short_names, styled, title
 from profiling.results import CaseResult, Measurement, Run
 from profiling.tables import rate, share
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from model.errors import UserError
-from profiling import gpu
 from profiling.__main__ import main
-from profiling.e2e import VARIANTS
 from profiling.formats import load
-from profiling.gpu import Progress, plan
+from profiling.measure import campaign
+from profiling.measure.campaign import Progress, plan
+from profiling.measure.e2e import VARIANTS
 from profiling.results import ERROR, OK, WRONG, Run, save
 from tests.profiling import toy
 
@@ -25,12 +25,13 @@ TOY = Path(toy.__file__)
 # Children are impatient, and know the smallest system there is.
 CHILD = """
 import sys
-from profiling import bench, gpu
+from profiling.measure import bench, campaign
 from profiling.__main__ import main
 from tests.small import SMALL
-gpu.PATIENCE = {phase: gpu.Patience(0.1, 4 if phase in ("check", "bench") else 60) for phase in gpu.PATIENCE}
-gpu.CONFIGS["cpu"] = SMALL
-gpu.ROUNDS = 3
+for phase in campaign.PATIENCE:
+    campaign.PATIENCE[phase] = campaign.Patience(0.1, 4 if phase in ("check", "bench") else 60)
+campaign.CONFIGS["cpu"] = SMALL
+campaign.ROUNDS = 3
 bench.CEILINGS["cpu"] = bench.Sizes(2**20, 64, 1)
 sys.exit(main())
 """
@@ -40,14 +41,14 @@ sys.exit(main())
 def impatient(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Starts such children in place of the real ones; gives the list of their command lines."""
     started: list[Sequence[str]] = []
-    real = gpu._child
+    real = campaign._child
 
     def child(command_line: Sequence[str], seconds: float) -> int | None:
         started.append(command_line)
         return real([sys.executable, "-c", CHILD, *command_line[3:]], seconds)
 
-    monkeypatch.setattr(gpu, "_child", child)
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(campaign, "_child", child)
+    monkeypatch.chdir(Path(__file__).parents[3])
     return started
 
 
@@ -80,7 +81,7 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
     assert all(len(m.samples) == 3 for c in bench.cases for m in c.measurements if m.status == OK)
     lost = next(c for c in bench.cases if c.operation == "toy_hangs").of("ours")
     assert lost is not None
-    assert lost.detail == gpu.LOST
+    assert lost.detail == campaign.LOST
     assert bench.ceilings.copy_bytes_s
     # One child more for each of the two that ended one, in the first phase; the second phase knows of them.
     assert len(impatient) == 3
@@ -94,7 +95,7 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
 def test_the_budget_holds_and_a_later_call_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "CHILD_SECONDS", 0.5)
+    monkeypatch.setattr(campaign, "CHILD_SECONDS", 0.5)
     budget, begin = 0.6, time.monotonic()
     arguments = ("--phase", "bench", "--out", tmp_path, "--only", "toy_good", "--cases", TOY)
     assert call(monkeypatch, *arguments, "--budget", budget) == 0
@@ -109,8 +110,8 @@ def test_the_budget_holds_and_a_later_call_goes_on(
 def test_results_of_another_machine_are_not_added_to(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = gpu.describe(CPU)
-    save(Run("x", "", gpu.replace(other, device="another")), tmp_path / "check.json")
+    other = campaign.describe(CPU)
+    save(Run("x", "", campaign.replace(other, device="another")), tmp_path / "check.json")
     arguments = ("--phase", "check", "--out", tmp_path, "--only", "toy_good", "--cases", TOY)
     assert call(monkeypatch, *arguments) == 2
     assert "was measured on another" in capfd.readouterr().err
@@ -173,7 +174,7 @@ def test_an_interruption_blames_no_task(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     """The child has begun a task when the parent is told to end; a second call does that task."""
-    child = gpu._child
+    child = campaign._child
 
     def interrupted(command_line: Sequence[str], seconds: float) -> int | None:
         Progress.load(tmp_path).enter(tmp_path, "check", "toy_good", "right")
@@ -181,15 +182,15 @@ def test_an_interruption_blames_no_task(
         return child(command_line, seconds)
 
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good", "--budget", 60
-    monkeypatch.setattr(gpu, "_child", interrupted)
+    monkeypatch.setattr(campaign, "_child", interrupted)
     assert call(monkeypatch, *arguments) == 130
     assert "interrupted: results written so far are kept" in capsys.readouterr().err
     assert (Progress.load(tmp_path).phase, Progress.load(tmp_path).task) == ("", "")
 
 
 def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Progress(0, time.time() + 60, code=gpu.digest()).enter(tmp_path, "check", "gone/s/fp32", "right")
-    worker = gpu.Worker(tmp_path, CPU, plan(CPU, ["linear/tiny-w1-out/fp32"], None))
+    Progress(0, time.time() + 60, code=campaign.digest()).enter(tmp_path, "check", "gone/s/fp32", "right")
+    worker = campaign.Worker(tmp_path, CPU, plan(CPU, ["linear/tiny-w1-out/fp32"], None))
     worker._enter("check")
     worker._bury()
     assert (worker._progress.task, worker._progress.lost, worker._run.cases) == ("", {}, ())
@@ -205,6 +206,6 @@ def test_other_code_does_not_go_on(
 
 
 def test_damaged_progress_is_said(tmp_path: Path) -> None:
-    (tmp_path / gpu.PROGRESS).write_text('{"seed": 1, "what": 2}')
+    (tmp_path / campaign.PROGRESS).write_text('{"seed": 1, "what": 2}')
     with pytest.raises(UserError, match="begin in another folder"):
         Progress.load(tmp_path)

@@ -48,7 +48,7 @@ from profiling.tables import duration, number, share, terminal
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
 BEST = "best"  # the fastest right peer
-RESULTS = Path(__file__).parent / "results"  # may not be there before anything was measured
+RESULTS = Path(__file__).parents[1] / "results"  # may not be there before anything was measured
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.tuning import TunedConfig, TunedEntry, device_slug, nearest_config, read_table, to_json
-from profiling import tune
 from profiling.__main__ import main
 from profiling.cases import Backend, Call, Case, Operation, Shape, once
 from profiling.machine import describe
+from profiling.measure import tune
+from profiling.measure.tune import Outcome, candidates, tune_case, write_table
 from profiling.results import Ceilings
-from profiling.tune import Outcome, candidates, tune_case, write_table
 from tests.profiling import attention_kernel
 
 CPU = torch.device("cpu")
@@ -387,7 +387,7 @@ def test_a_triton_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--budget", "300", "--json"],
-        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+        env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (outcome,) = json.loads(done.stdout)["cases"]

@@ -12,16 +12,6 @@ import pytest
 import torch
 
 from profiling.__main__ import main
-from profiling.bench import (
-    CEILINGS,
-    Sizes,
-    bench_case,
-    check_case,
-    judge,
-    measure_ceilings,
-    poisoned_memory,
-    shares,
-)
 from profiling.cases import (
     TOLERANCES,
     Backend,
@@ -34,6 +24,14 @@ from profiling.cases import (
 )
 from profiling.cases.linear import prepare_norm_scaled_mm, prepare_residual_scaled_mm, prepare_scaled_mm
 from profiling.formats import load
+from profiling.measure.bench import (
+    CEILINGS,
+    Sizes,
+    bench_case,
+    measure_ceilings,
+    shares,
+)
+from profiling.measure.check import check_case, judge, poisoned_memory
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult
 from tests.profiling import toy
 
@@ -216,7 +214,7 @@ def test_a_triton_kernel_is_right_and_one_with_an_unwritten_tail_is_caught(tmp_p
     done = subprocess.run(
         [*command, "--cases", str(tmp_path / "broken.py"), "--out", str(out)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ import pytest
 
 from model.errors import UserError
 from profiling.__main__ import TARGETS, main
+from profiling.analyse.targets import MET, MISSED, UNMEASURED, Outcome, Target, hold, quantity, read
 from profiling.cases import registry
 from profiling.results import (
     ERROR,
@@ -25,7 +26,6 @@ from profiling.results import (
     VariantResult,
     save,
 )
-from profiling.targets import MET, MISSED, UNMEASURED, Outcome, Target, hold, quantity, read
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80)
 CPU = Machine("cpu", "some CPU", 2, 8)

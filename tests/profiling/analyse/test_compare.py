@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from profiling.__main__ import main
-from profiling.compare import Row, judge, rows, undisturbed
+from profiling.analyse.compare import Row, judge, rows, undisturbed
 from profiling.results import (
     ERROR,
     NOT_INSTALLED,

@@ -14,10 +14,10 @@ from torch import nn
 from model import dit, linear, vae
 from model.compiled import compile_student, compile_vae
 from model.config import VAEConfig
-from profiling import e2e
 from profiling.cases.vae import coded, vae_of, vae_size
-from profiling.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
-from profiling.published import published
+from profiling.measure import e2e
+from profiling.measure.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
+from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
 from tests.small import SMALL
 
@@ -97,10 +97,10 @@ def test_the_published_form_is_the_same_model() -> None:
             runner.chunk()
         states.append(runner._state.motion)
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
-    with published():
-        assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.published"
-        assert vae.conv3d.__module__ == vae.rms_norm_silu.__module__ == "profiling.published"
-        assert vae.Upsample._double.__module__ == "profiling.published"
+    with official_baseline():
+        assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.official_baseline"
+        assert vae.conv3d.__module__ == vae.rms_norm_silu.__module__ == "profiling.official_baseline"
+        assert vae.Upsample._double.__module__ == "profiling.official_baseline"
     assert vae.Upsample._double.__module__ == "model.vae"
     assert dit.chunk_attention.__module__ == "kernels.chunk_attention"
 
@@ -114,7 +114,7 @@ def test_the_published_vae_is_the_same() -> None:
     latents, frames = (torch.randn(*n, generator=random, dtype=torch.float64) for n in ((3, 16, 2, 3), (9, 3, 16, 24)))
     ours = coded("decode", coder, latents), coded("encode", coder, frames)
     forms = ((vae, "rms_norm_silu"), (vae, "conv3d"), (vae, "causal_conv3d"), (vae.Upsample, "_double"))
-    with published(), ExitStack() as stack:
+    with official_baseline(), ExitStack() as stack:
         spies = [
             stack.enter_context(patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))
             for owner, name in forms
