@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, Stretch, VariantResult
+from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, StageInterval, VariantResult
 
 LOG_WIDTH = 140
 TOUCH = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
@@ -127,7 +127,7 @@ class VariantRow:
     critical: float | None  # seconds of those that follow each other on the longest way through it
 
 
-def critical_path(timeline: Iterable[Stretch]) -> float:
+def critical_path(timeline: Iterable[StageInterval]) -> float:
     """Seconds of the longest chain of stretches that do not overlap: no schedule of these is shorter than it."""
     ends, longest = [0.0], [0.0]  # the longest chain up to there, for rising ends
     for stretch in sorted(timeline, key=lambda stretch: stretch.end):
