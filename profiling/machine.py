@@ -16,7 +16,7 @@ import torch
 
 from model.errors import UserError
 from model.machine import cpu_name, package_version
-from profiling.results import Gauges, Machine
+from profiling.results import Machine, NvmlTrace
 
 PACKAGES = ("torch", "triton", "numpy", "torchao", "flash-attn", "flash-attn-4", "sageattention", "flashtalk-triton")
 INTERVAL = 0.1  # seconds between two readings of the gauges
@@ -88,7 +88,7 @@ def _driver() -> str | None:
 
 
 class Monitor:
-    """Reads NVML's gauges in a thread of its own while its body runs; `gauges` afterwards has what was read."""
+    """Reads NVML's gauges in a thread of its own while its body runs; `nvml` afterwards has what was read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -109,17 +109,17 @@ class Monitor:
             self._thread.join()
 
     @property
-    def gauges(self) -> Gauges:
+    def nvml(self) -> NvmlTrace:
         """What was read so far."""
         if not (readings := self._readings.copy()):
-            return Gauges(note=self._note or "NVML gave no readings")
+            return NvmlTrace(note=self._note or "NVML gave no readings")
         columns = [tuple(column) for column in zip(*(values for values, _ in readings), strict=True)]
         shares = {
             name: sum(bool(reasons & bit) for _, reasons in readings) / len(readings)
             for bit, name in THROTTLE_REASONS.items()
         }
         throttled = {name: share for name, share in shares.items() if share > 0}
-        return Gauges(*columns, throttled=throttled, power_limit_watts=self._limit, note=self._note)
+        return NvmlTrace(*columns, throttled=throttled, power_limit_watts=self._limit, note=self._note)
 
     def _watch(self) -> None:
         try:
@@ -137,7 +137,7 @@ class Monitor:
             self._note = f"NVML: {type(error).__name__} {error}"
 
 
-def joined(first: Gauges, later: Gauges, offset: float) -> Gauges:
+def joined(first: NvmlTrace, later: NvmlTrace, offset: float) -> NvmlTrace:
     """Both one after the other; `offset` is added to the seconds of the later ones."""
     n, m = len(first.seconds), len(later.seconds)
     if not n or not m:

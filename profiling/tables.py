@@ -26,7 +26,7 @@ from profiling.results import (
     Ceilings,
     Measurement,
     Run,
-    Stretch,
+    StageInterval,
     VariantResult,
 )
 
@@ -139,7 +139,7 @@ class VariantRow:
     critical: float | None  # seconds of those that follow each other on the longest way through it
 
 
-def critical_path(timeline: Iterable[Stretch]) -> float:
+def critical_path(timeline: Iterable[StageInterval]) -> float:
     """Seconds of the longest chain of stretches that do not overlap: no schedule of these is shorter than it."""
     ends, longest = [0.0], [0.0]  # the longest chain up to there, for rising ends
     for stretch in sorted(timeline, key=lambda stretch: stretch.end):

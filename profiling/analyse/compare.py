@@ -323,8 +323,8 @@ def remarks(before: Run, after: Run, found: Iterable[Row], threshold: float) -> 
     """What a reader must know of the two machines: ceilings and peers that moved, throttling, uncommitted changes."""
     notes = []
     for title, run in (("first", before), ("second", after)):
-        if run.gauges.throttled:
-            reasons = ", ".join(f"{name} {part:.0%} of the time" for name, part in run.gauges.throttled.items())
+        if run.nvml.throttled:
+            reasons = ", ".join(f"{name} {part:.0%} of the time" for name, part in run.nvml.throttled.items())
             notes.append(f"the {title} run was throttled: {reasons}")
         if (run.machine.revision or "").endswith("-dirty"):
             notes.append(f"the {title} run was made with uncommitted changes to {run.machine.revision}")

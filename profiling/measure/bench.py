@@ -188,7 +188,7 @@ def command(
                         " gpu --phase bench, which goes on behind it"
                     ) from error
                 seconds = time.monotonic() - begin
-                run = replace(run, cases=tuple(results.values()), gauges=monitor.gauges, seconds=seconds)
+                run = replace(run, cases=tuple(results.values()), nvml=monitor.nvml, seconds=seconds)
                 if out is not None:
                     save(run, out)
     if as_json:
@@ -206,8 +206,8 @@ def _remark(run: Run) -> None:
     print(f"{run.machine.device}: copy {(ceilings.copy_bytes_s or 0) / 1e9:.4g} GB/s, products {products}")
     if above := sum((row.ceiling or 0) > 1.1 for row in rows(run)):
         print(f"{above} results pass their ceiling: their operands stay in a cache, or other programs disturbed it")
-    if run.gauges.throttled:
-        reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.gauges.throttled.items())
+    if run.nvml.throttled:
+        reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.nvml.throttled.items())
         print(f"throttled: {reasons}", file=sys.stderr)
 
 

@@ -376,8 +376,8 @@ class Worker:
     def _save(self) -> None:
         before = self._earlier
         seconds = before.seconds + time.monotonic() - self._begin
-        gauges = joined(before.gauges, self._monitor.gauges, before.seconds)
-        self._run = replace(self._run, seconds=seconds, gauges=gauges)
+        nvml = joined(before.nvml, self._monitor.nvml, before.seconds)
+        self._run = replace(self._run, seconds=seconds, nvml=nvml)
         save(self._run, self._out / f"{self._phase}.json")
 
 

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from model.errors import UserError
 from model.files import replacing
-from profiling.results import Stretch, write
+from profiling.results import StageInterval, write
 from profiling.tables import duration, share, terminal
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
@@ -79,7 +79,7 @@ class Summary:
     spans: tuple[Span, ...]  # in order of appearance
     chunks: int  # that the gaps are of
     gaps: float | None  # share of the GPU's time; None without a GPU
-    timeline: tuple[Stretch, ...]  # from the last chunk's first step but one to the last: on a GPU where the spans ran
+    timeline: tuple[StageInterval, ...]  # of the last chunk that another follows; on a GPU, where the spans ran
 
 
 # --- The arithmetic -------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def summarise(events: Sequence[Event]) -> Summary:
     )
 
 
-def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[Stretch, ...]:
+def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[StageInterval, ...]:
     found = [e for e in events if e["name"] in names and e.get("cat") in (SPAN, GPU_SPAN)]
     on_gpu = [e for e in found if e["cat"] == GPU_SPAN]
     passes = sorted(on_gpu or found, key=lambda event: event["ts"])
@@ -227,7 +227,7 @@ def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[Stretch,
     for event in passes:
         lane = lanes.setdefault(event.get("tid"), len(lanes))
         begin, end = (at - _interval(passes[0])[0] for at in _interval(event))
-        stretches.append(Stretch(event["name"], lane, begin, end))
+        stretches.append(StageInterval(event["name"], lane, begin, end))
     return tuple(stretches)
 
 

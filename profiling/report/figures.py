@@ -228,7 +228,7 @@ def streams(run: Run) -> Drawn:
     traced = [(variant, row) for variant, row in zip(run.variants, variant_rows(run), strict=True) if variant.timeline]
     if not traced:
         return "No streams: no chunk was traced."
-    lanes = [(variant, row, lane) for variant, row in traced for lane in sorted({s.lane for s in variant.timeline})]
+    lanes = [(variant, row, lane) for variant, row in traced for lane in sorted({s.stream for s in variant.timeline})]
     height = 2.0 + 0.62 * len(lanes)
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.16, 0.62 / height, 0.66, 1 - 1.7 / height))
@@ -240,7 +240,7 @@ def streams(run: Run) -> Drawn:
     axes.grid(axis="y", visible=False)
     used = {}
     for place, (variant, row, lane) in enumerate(lanes):
-        for stretch in (s for s in variant.timeline if s.lane == lane):
+        for stretch in (s for s in variant.timeline if s.stream == lane):
             used[stretch.stage] = colour = SPANS.get(stretch.stage, GREY)
             begin, width = 1000 * stretch.begin, 1000 * (stretch.end - stretch.begin)
             axes.barh(place, width, left=begin, height=BAR, color=colour, ec="white", lw=0.8)
@@ -388,7 +388,7 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
 @styled
 def gauges(run: Run) -> Drawn:
     """NVML's readings over the run: clock, power under its limit, temperature, memory."""
-    g = run.gauges
+    g = run.nvml
     strips = [
         ("SM clock", "MHz", g.sm_mhz, BLUE),
         ("power", "W", g.watts, VERMILLION),
@@ -423,9 +423,9 @@ def gauges(run: Run) -> Drawn:
 
 def throttling(run: Run) -> tuple[str, str]:
     """Whether the GPU was slowed down, in words, and the colour they have."""
-    if not run.gauges.seconds:
-        return f"Throttling unknown: {run.gauges.note or 'no gauges were read'}.", GREY
-    if not run.gauges.throttled:
+    if not run.nvml.seconds:
+        return f"Throttling unknown: {run.nvml.note or 'no gauges were read'}.", GREY
+    if not run.nvml.throttled:
         return "The GPU was not throttled.", GREY
-    reasons = ", ".join(f"{name} in {share(part)} of the readings" for name, part in run.gauges.throttled.items())
+    reasons = ", ".join(f"{name} in {share(part)} of the readings" for name, part in run.nvml.throttled.items())
     return f"The GPU was throttled: {reasons}.", VERMILLION

@@ -180,7 +180,7 @@ def derived(run: Run) -> dict[str, Any]:
         "started": run.started,
         "machine": dataclasses.asdict(run.machine),
         "ceilings": dataclasses.asdict(run.ceilings),
-        "throttled": run.gauges.throttled,
+        "throttled": run.nvml.throttled,
         "cases": _plain(rows(run)),
         "variants": _plain(variant_rows(run)),
         "audit": _plain(run.audit),

@@ -11,7 +11,7 @@ import torch
 from model.errors import UserError
 from profiling import machine
 from profiling.machine import Monitor, describe, joined, pick, revision
-from profiling.results import Gauges
+from profiling.results import NvmlTrace
 
 
 def nvml(**changes: object) -> SimpleNamespace:
@@ -42,7 +42,7 @@ def test_gauges_are_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     with Monitor(torch.device("cuda")) as monitor:
         time.sleep(0.1)
-    gauges = monitor.gauges
+    gauges = monitor.nvml
     assert len(gauges.seconds) > 3
     assert list(gauges.seconds) == sorted(gauges.seconds)
     assert set(gauges.sm_mhz) == {1755.0}
@@ -61,7 +61,7 @@ def test_the_older_name_of_the_reasons_serves_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pynvml", old)
     with Monitor(torch.device("cuda")) as monitor:
         time.sleep(0.02)
-    assert monitor.gauges.throttled == {"temperature (hardware)": 1.0}
+    assert monitor.nvml.throttled == {"temperature (hardware)": 1.0}
 
 
 @pytest.mark.usefixtures("quick")
@@ -72,25 +72,25 @@ def test_a_driver_that_fails_costs_the_gauges_and_not_the_run(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetPowerUsage=fail))
     with Monitor(torch.device("cuda")) as monitor:
         time.sleep(0.02)
-    assert monitor.gauges.seconds == ()
-    assert "GPU is lost" in monitor.gauges.note
+    assert monitor.nvml.seconds == ()
+    assert "GPU is lost" in monitor.nvml.note
 
 
 def test_gauges_of_two_processes_are_one_series() -> None:
-    first = Gauges((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
-    later = Gauges((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
+    first = NvmlTrace((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
+    later = NvmlTrace((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
     both = joined(first, later, 10.0)
     assert both.seconds == (0.0, 1.0, 10.0, 11.0)
     assert both.watts == (1.0, 2.0, 3.0, 4.0)
     assert both.throttled == {"power cap": 0.5, "power brake": 0.25}
-    assert joined(Gauges(), later, 10.0) is later
-    assert joined(first, Gauges(note="lost"), 10.0) is first
+    assert joined(NvmlTrace(), later, 10.0) is later
+    assert joined(first, NvmlTrace(note="lost"), 10.0) is first
 
 
 def test_without_a_gpu_there_is_nothing_to_read() -> None:
     with Monitor(torch.device("cpu")) as monitor:
         pass
-    assert monitor.gauges.note == "no NVIDIA GPU in this run"
+    assert monitor.nvml.note == "no NVIDIA GPU in this run"
 
 
 def test_this_machine_is_described() -> None:

@@ -26,9 +26,9 @@ from profiling.results import (
     WRONG,
     CaseResult,
     Ceilings,
-    Gauges,
     Machine,
     Measurement,
+    NvmlTrace,
     Run,
     VariantResult,
     save,
@@ -372,7 +372,7 @@ def test_notes_tell_what_happened_to_the_machine(
         case("o/s/d", *after),
         machine=dataclasses.replace(MACHINE, revision="2" * 40 + "-dirty"),
         ceilings=Ceilings(2.88e12, {"bf16": 7.05e14, "fp8": 1e15}),
-        gauges=Gauges(throttled={"power cap": 0.4}),
+        nvml=NvmlTrace(throttled={"power cap": 0.4}),
     )
     assert call(monkeypatch, *files(tmp_path, a, b), "--json") == 0
     assert json.loads(capsys.readouterr().out)["notes"] == [

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from model.errors import UserError
 from profiling.__main__ import main
 from profiling.measure.trace import Event, chunks, gap_share, merged, parse, summarise
-from profiling.results import Stretch
+from profiling.results import StageInterval
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SPANS = ["audio", "denoise/step", "decode", "color", "motion"]
@@ -103,7 +103,7 @@ def test_the_timeline_is_from_step_to_step_on_the_gpus_streams() -> None:
     passes = [(0, "audio", 7), *steps, *beside]
     later = [(t + 10, name, stream) for t, name, stream in passes]
 
-    def timeline(passes: Sequence[tuple[float, str, int]]) -> tuple[Stretch, ...]:
+    def timeline(passes: Sequence[tuple[float, str, int]]) -> tuple[StageInterval, ...]:
         spans = [span(name, t / 100, t / 100 + 0.001) for t, name, _ in passes]
         ran = [event("gpu_user_annotation", name, t, t + 1.5, thread=stream) for t, name, stream in passes]
         return summarise([*spans, *ran, event("gpu_user_annotation", "somebody's", 5, 6, thread=9)]).timeline
@@ -111,7 +111,7 @@ def test_the_timeline_is_from_step_to_step_on_the_gpus_streams() -> None:
     found = timeline([*passes, *later])
     lanes = {7: 0, 13: 1, 9: 2}
     wanted = [*steps, *beside, (10, "audio", 7)]
-    assert [(s.stage, s.lane) for s in found] == [(name, lanes[stream]) for _, name, stream in wanted]
+    assert [(s.stage, s.stream) for s in found] == [(name, lanes[stream]) for _, name, stream in wanted]
     assert [s.begin for s in found] == pytest.approx([t - 1 for t, *_ in wanted])
     assert all(s.end - s.begin == pytest.approx(1.5) for s in found)
     assert [s.stage for s in timeline(passes)] == [name for _, name, _ in passes]

@@ -34,10 +34,10 @@ from profiling.results import (
     WRONG,
     CaseResult,
     Ceilings,
-    Gauges,
     Measurement,
+    NvmlTrace,
     Run,
-    Stretch,
+    StageInterval,
     VariantResult,
     save,
 )
@@ -256,7 +256,7 @@ def test_timeline_bars_add_up_to_the_chunk(whole: Run, drawn: dict[str, Figure])
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), max_size=7))
 def test_the_critical_path_is_the_longest_chain(passes: list[tuple[int, int]]) -> None:
-    timeline = [Stretch("step", 0, begin, begin + length) for begin, length in passes]
+    timeline = [StageInterval("step", 0, begin, begin + length) for begin, length in passes]
     chains = [
         sum(s.end - s.begin for s in chain)
         for n in range(len(timeline) + 1)
@@ -315,7 +315,7 @@ def test_gauges_say_that_the_gpu_was_throttled(whole: Run, drawn: dict[str, Figu
     assert said.get_color() == figures.VERMILLION
     limit = next(line for line in drawn["gauges"].axes[1].lines if line.get_linestyle() == "--")
     assert ys(limit) == [700, 700]
-    assert figures.throttling(replace(whole, gauges=replace(whole.gauges, throttled={})))[0] == (
+    assert figures.throttling(replace(whole, nvml=replace(whole.nvml, throttled={})))[0] == (
         "The GPU was not throttled."
     )
     assert figures.gauges(TINY_RUN) == "No NVML strip: fewer than two readings were taken."
@@ -331,7 +331,7 @@ def test_spans_and_dtypes_have_a_colour_each() -> None:
 
 def all_wrong(run: Run) -> Run:
     run = each(lambda m: Measurement(m.backend, WRONG, m.ours, "wrong"), run)
-    return replace(run, gauges=Gauges(), variants=tuple(VariantResult(v.variant, WRONG) for v in run.variants))
+    return replace(run, nvml=NvmlTrace(), variants=tuple(VariantResult(v.variant, WRONG) for v in run.variants))
 
 
 def hostile(run: Run) -> Run:
@@ -352,7 +352,7 @@ def hostile(run: Run) -> Run:
     )
     audit = tuple(replace(a, kernel=HOSTILE, case=HOSTILE, faults=(HOSTILE,), warnings=(HOSTILE,)) for a in run.audit)
     machine = replace(run.machine, device=HOSTILE, versions={HOSTILE: HOSTILE}, revision=HOSTILE)
-    gauges = replace(run.gauges, throttled={HOSTILE: 0.5})
+    gauges = replace(run.nvml, throttled={HOSTILE: 0.5})
     return replace(
         run,
         command=HOSTILE,
@@ -360,13 +360,13 @@ def hostile(run: Run) -> Run:
         variants=variants,
         audit=audit,
         machine=machine,
-        gauges=gauges,
+        nvml=gauges,
         notes=(HOSTILE,),
     )
 
 
 def cases_alone(run: Run) -> Run:
-    return replace(run, variants=(), audit=(), gauges=Gauges(note="no NVIDIA GPU in this run"))
+    return replace(run, variants=(), audit=(), nvml=NvmlTrace(note="no NVIDIA GPU in this run"))
 
 
 def one_sample(m: Measurement) -> Measurement:
@@ -385,7 +385,7 @@ def each(change: Callable[[Measurement], Measurement], run: Run) -> Run:
 VARIATIONS: dict[str, Callable[[Run], Run]] = {
     "nothing": lambda run: Run(run.command, run.started, run.machine),
     "cases alone": cases_alone,
-    "audit alone": lambda run: replace(run, variants=(), cases=(), gauges=Gauges()),
+    "audit alone": lambda run: replace(run, variants=(), cases=(), nvml=NvmlTrace()),
     "no ceilings": lambda run: replace(cases_alone(run), ceilings=Ceilings()),
     "no copy": lambda run: replace(cases_alone(run), ceilings=Ceilings(None, run.ceilings.matmul_flop_s)),
     "no products": lambda run: replace(cases_alone(run), ceilings=Ceilings(run.ceilings.copy_bytes_s)),
@@ -395,15 +395,17 @@ VARIATIONS: dict[str, Callable[[Run], Run]] = {
     "all wrong": all_wrong,
     "no work": lambda run: replace(cases_alone(run), cases=tuple(replace(c, flops=0, bytes=0) for c in run.cases)),
     "no stages": lambda run: replace(
-        run, cases=(), gauges=Gauges(), variants=tuple(replace(v, stages={}, frames=0) for v in run.variants)
+        run, cases=(), nvml=NvmlTrace(), variants=tuple(replace(v, stages={}, frames=0) for v in run.variants)
     ),
-    "one variant": lambda run: replace(run, cases=(), gauges=Gauges(), variants=run.variants[:1]),
-    "one reading": lambda run: replace(cases_alone(run), gauges=Gauges((0.0,), (1.0,), (1.0,), (1.0,), (1.0,), (1.0,))),
+    "one variant": lambda run: replace(run, cases=(), nvml=NvmlTrace(), variants=run.variants[:1]),
+    "one reading": lambda run: replace(
+        cases_alone(run), nvml=NvmlTrace((0.0,), (1.0,), (1.0,), (1.0,), (1.0,), (1.0,))
+    ),
     "ragged readings": lambda run: replace(
-        run, cases=(), variants=(), gauges=replace(run.gauges, watts=run.gauges.watts[:-1], sm_mhz=())
+        run, cases=(), variants=(), nvml=replace(run.nvml, watts=run.nvml.watts[:-1], sm_mhz=())
     ),
     "idle": lambda run: replace(
-        run, cases=(), variants=(), gauges=replace(run.gauges, sm_mhz=(0.0,) * len(run.gauges.seconds))
+        run, cases=(), variants=(), nvml=replace(run.nvml, sm_mhz=(0.0,) * len(run.nvml.seconds))
     ),
 }
 
@@ -542,7 +544,7 @@ def test_json_is_all_that_is_printed(
     run = runs.run(patterns=SOME, days=9)
     assert [row["ratio"] for row in values["cases"]] == [row.ratio for row in tables.rows(run)]
     assert [row["fps"] for row in values["variants"]] == [row.fps for row in tables.variant_rows(run)]
-    assert values["throttled"] == run.gauges.throttled
+    assert values["throttled"] == run.nvml.throttled
 
 
 def test_tables_are_printed_where_no_file_is_asked_for(
