@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """One kernel launch that did not take place."""
 
     kernel: str
@@ -22,7 +22,7 @@ class Launch:
     compiled: Any  # triton's CompiledKernel
 
 
-class Compiler:
+class CompileOnlyDriver:
     """What Triton asks a driver about the GPU when it compiles, answered for one that is not there."""
 
     def __init__(self, arch: int) -> None:
@@ -41,14 +41,14 @@ class Compiler:
         return 0
 
 
-class Shapes(TorchFunctionMode):
+class FakeCudaMode(TorchFunctionMode):
     """While this mode is on, tensors on "cuda" can be made and computed with that have no memory, nor need a GPU.
 
     It is PyTorch's fake-tensor mode, and mends one thing: where PyTorch was built without CUDA, a few methods
     (indexing, `contiguous`) ask in vain for the device. They are called again on the "meta" tensors inside.
     """
 
-    def __enter__(self) -> "Shapes":
+    def __enter__(self) -> "FakeCudaMode":
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake.__enter__()
         return super().__enter__()
@@ -69,18 +69,18 @@ class Shapes(TorchFunctionMode):
         return FakeTensor(self._fake, inner, args[0].device) if isinstance(inner, Tensor) else inner
 
 
-class Recorder:
-    """What came by while `recording`."""
+class LaunchRecorder:
+    """What came by while `record_launches`."""
 
     def __init__(self) -> None:
-        self.launches: list[Launch] = []
+        self.launches: list[KernelLaunch] = []
         self.compiling = ""  # the kernel at work, if any
 
 
 @contextlib.contextmanager
-def recording(arch: int) -> Iterator[Recorder]:
+def record_launches(arch: int) -> Iterator[LaunchRecorder]:
     """While the body runs, Triton compiles for `arch` (90 is sm_90) what is launched, and launches nothing."""
-    compiler, recorder = Compiler(arch), Recorder()
+    compiler, recorder = CompileOnlyDriver(arch), LaunchRecorder()
     run, active = JITFunction.run, driver._active
     kernels: list[JITFunction[Any]] = []
 
@@ -88,7 +88,7 @@ def recording(arch: int) -> Iterator[Recorder]:
         kernels.append(self)
         recorder.compiling = self.__name__
         compiled = run(self, *args, grid=grid, **(kwargs | {"warmup": True}))
-        recorder.launches.append(Launch(self.__name__, _grid(self, grid, args, kwargs), compiled))
+        recorder.launches.append(KernelLaunch(self.__name__, _grid(self, grid, args, kwargs), compiled))
         recorder.compiling = ""
         return compiled
 

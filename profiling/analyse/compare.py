@@ -48,14 +48,14 @@ from scipy.stats import rankdata
 from model.errors import UserError
 from profiling.formats import from_json, load
 from profiling.results import ERROR, OK, WRONG, Machine, Run
-from profiling.tables import duration, number, share, terminal
+from profiling.tables import duration, number, percent, terminal
 
-NORMAL_99 = 2.5758  # the normal distribution has 99 % within so many standard deviations
-SPIKE = 4.0  # robust standard deviations
-FEW = 5  # rounds a side below which no interval has 99 %
-WIDE = 0.10  # change that counts where rounds are few
-SHORT = 40  # rows that are all shown; of more, those that are new or the same are only counted
-OWN = "flashtalk-triton"  # the version that is allowed to differ: what is compared
+Z_99 = 2.5758  # the normal distribution has 99 % within so many standard deviations
+SPIKE_SIGMAS = 4.0  # robust standard deviations
+MIN_ROUNDS = 5  # rounds a side below which no interval has 99 %
+FEW_ROUNDS_CHANGE = 0.10  # change that counts where rounds are few
+MAX_FULL_ROWS = 40  # rows that are all shown; of more, those that are new or the same are only counted
+OWN_PACKAGE = "flashtalk-triton"  # the version that is allowed to differ: what is compared
 
 BROKEN, MISSING, SLOWER, LARGER = "broken", "missing", "slower", "larger"
 REGRESSIONS = (BROKEN, MISSING, SLOWER, LARGER)
@@ -88,27 +88,28 @@ class Change:
     detail: str = ""
 
 
-def judge(
+def compare_samples(
     before: Sequence[float],
     after: Sequence[float],
     again: Iterable[Sequence[float]] = (),
     threshold: float = 0.02,
-    moved: float = 0.0,
+    shift: float = 0.0,
 ) -> Change:
     """Compares two sets of samples, at least one each; `again` are further ones of the same as `before`.
 
-    `moved` is noise known from elsewhere, as the logarithm of a ratio.
+    `shift` is noise known from elsewhere, as the logarithm of a ratio.
     """
     if min(*before, *after) <= 0:
         return Change(UNSURE, None, None, None, None, "a time of zero or less")
-    if min(len(before), len(after)) < FEW:
-        return _judge_few(before, after, threshold)
-    a, b = undisturbed(before), undisturbed(after)
+    if min(len(before), len(after)) < MIN_ROUNDS:
+        return _compare_few(before, after, threshold)
+    a, b = without_spikes(before), without_spikes(after)
     pairs = np.sort(np.subtract.outer(b, a), axis=None)
-    spread = math.sqrt(max(_drift(a), _drift(b)) * len(a) * len(b) * (len(a) + len(b) + 1) / 12)
-    outside = math.floor(len(pairs) / 2 - NORMAL_99 * spread)  # pairs beyond each end of the interval
+    inflation = max(_variance_inflation(a), _variance_inflation(b))
+    spread = math.sqrt(inflation * len(a) * len(b) * (len(a) + len(b) + 1) / 12)
+    outside = math.floor(len(pairs) / 2 - Z_99 * spread)  # pairs beyond each end of the interval
     ratio = float(np.median(pairs))
-    noise = max(moved, _noise(a, [undisturbed(samples) for samples in again if samples]))
+    noise = max(shift, _noise(a, [without_spikes(samples) for samples in again if samples]))
     low, high = (pairs[outside], pairs[-1 - outside]) if outside >= 0 else (-math.inf, math.inf)
     limit = max(math.log1p(threshold), noise)
     verdict = SLOWER if low > 0 and ratio > limit else FASTER if high < 0 and ratio < -limit else SAME
@@ -119,14 +120,14 @@ def judge(
     return Change(verdict, math.exp(ratio), low, high, math.expm1(noise), detail)
 
 
-def undisturbed(samples: Sequence[float]) -> Logs:
+def without_spikes(samples: Sequence[float]) -> Logs:
     """The logarithms of the samples, in their order, without spikes."""
     logs = np.log(np.asarray(samples, dtype=np.float64))
     distance = np.abs(logs - np.median(logs))
-    return logs[distance <= SPIKE * 1.4826 * np.median(distance)] if np.median(distance) > 0 else logs
+    return logs[distance <= SPIKE_SIGMAS * 1.4826 * np.median(distance)] if np.median(distance) > 0 else logs
 
 
-def _drift(x: Logs) -> float:
+def _variance_inflation(x: Logs) -> float:
     """By how much the variance of a mean is larger than that of independent samples; 1 if they may be independent."""
     ranks = rankdata(x) - (len(x) + 1) / 2
     correlation = (ranks[1:] * ranks[:-1]).sum() / max(np.square(ranks).sum(), 1.0)
@@ -139,15 +140,16 @@ def _noise(a: Logs, again: Iterable[Logs]) -> float:
     return max(abs(float(np.median(np.subtract.outer(y, x)))) for x, y in pairs)
 
 
-def _judge_few(before: Sequence[float], after: Sequence[float], threshold: float) -> Change:
+def _compare_few(before: Sequence[float], after: Sequence[float], threshold: float) -> Change:
     """By a wide rule: apart if neither range reaches into the other and the medians are far from each other."""
     ratio = float(np.median(after) / np.median(before))
     count = f"{min(len(before), len(after))} rounds, too few for statistics"
     apart = min(after) > max(before) or max(after) < min(before)
-    if min(len(before), len(after)) > 1 and apart and abs(math.log(ratio)) > math.log1p(max(threshold, WIDE)):
-        verdict, detail = (SLOWER if ratio > 1 else FASTER), f"{count}: apart, by more than {max(threshold, WIDE):.0%}"
+    least = max(threshold, FEW_ROUNDS_CHANGE)
+    if min(len(before), len(after)) > 1 and apart and abs(math.log(ratio)) > math.log1p(least):
+        verdict, detail = (SLOWER if ratio > 1 else FASTER), f"{count}: apart, by more than {least:.0%}"
     elif abs(math.log(ratio)) <= math.log1p(threshold):
-        verdict, detail = SAME, f"{count}: medians within {share(threshold)}"
+        verdict, detail = SAME, f"{count}: medians within {percent(threshold)}"
     else:
         verdict, detail = UNSURE, f"{count}, and not far apart"
     return Change(verdict, ratio, None, None, None, detail)
@@ -174,7 +176,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """An item in both runs."""
 
     name: str  # of the case or variant
@@ -198,7 +200,7 @@ class Row:
         return (not self.regressed, ORDER.index(self.change.verdict), not self.ours, -distance)
 
 
-def items(run: Run) -> dict[tuple[str, str], Item]:
+def items_of(run: Run) -> dict[tuple[str, str], Item]:
     """All that a run has measured, by (case, back-end) and (variant, quantity)."""
     found = {}
     for case in run.cases:
@@ -217,22 +219,22 @@ def items(run: Run) -> dict[tuple[str, str], Item]:
 
 
 # Back-ends that torch.compile makes of our own functions: they move with us, and excuse nothing.
-OWN_CODE = frozenset({"compiled", "bf16-compiled"})
+OWN_CODE_COMPILED = frozenset({"compiled", "bf16-compiled"})
 
 
-def disturbance(old: Mapping[tuple[str, str], Item], new: Mapping[tuple[str, str], Item]) -> dict[str, float]:
+def peer_shifts(old: Mapping[tuple[str, str], Item], new: Mapping[tuple[str, str], Item]) -> dict[str, float]:
     """How far peers have moved between two runs: by case the median of their logarithms, over all, "", of the sizes."""
     moves: dict[str, list[float]] = defaultdict(list)
     for (name, part), a in old.items():
         b = new.get((name, part))
-        if not a.ours and part not in OWN_CODE and a.value and b is not None and b.value:
+        if not a.ours and part not in OWN_CODE_COMPILED and a.value and b is not None and b.value:
             move = math.log(b.value / a.value)
             moves[name].append(move)
             moves[""].append(abs(move))
     return {name: float(np.median(distances)) for name, distances in moves.items()}
 
 
-def excused(a: Item | None, b: Item | None, everywhere: float, beside: float) -> float:
+def explained_by_peers(a: Item | None, b: Item | None, everywhere: float, beside: float) -> float:
     """How far an item of ours may have moved with the machine: peers beside it excuse only what goes their way."""
     if a is None or b is None or not a.ours or not a.value or not b.value:
         return 0.0
@@ -240,23 +242,23 @@ def excused(a: Item | None, b: Item | None, everywhere: float, beside: float) ->
     return max(everywhere, abs(beside) if same_way else 0.0)
 
 
-def rows(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Row]:
+def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Comparison]:
     """All that either run has measured, the most important first."""
-    old, new, further = items(before), items(after), [items(run) for run in again]
+    old, new, further = items_of(before), items_of(after), [items_of(run) for run in again]
     # With other libraries the peers are not what they were.
-    moved = {} if differences(before.machine, after.machine) else disturbance(old, new)
+    shift = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
     failed = {v.variant for run in (before, after) for v in run.variants if v.status != OK}
     found = []
     for name, part in dict.fromkeys((*old, *new)):
         a, b = old.get((name, part)), new.get((name, part))
         others = [run[name, part].samples for run in further if (name, part) in run]
-        peers = excused(a, b, moved.get("", 0.0), moved.get(name, 0.0))
-        change = _change(a, b, others, threshold, peers)
+        peers = explained_by_peers(a, b, shift.get("", 0.0), shift.get(name, 0.0))
+        change = _item_change(a, b, others, threshold, peers)
         if change is None or (name in failed and part != "chunk"):  # a variant that failed is told once
             continue
         there = [item for item in (a, b) if item]
         found.append(
-            Row(
+            Comparison(
                 name,
                 part,
                 any(item.ours for item in there),
@@ -270,13 +272,13 @@ def rows(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 
     return sorted(found, key=lambda row: row.importance)
 
 
-def _change(
-    a: Item | None, b: Item | None, others: Iterable[tuple[float, ...]], threshold: float, moved: float
+def _item_change(
+    a: Item | None, b: Item | None, others: Iterable[tuple[float, ...]], threshold: float, shift: float
 ) -> Change | None:
     """What became of an item; None if neither run has measured it."""
     failed, was, now = (WRONG, ERROR), a.status if a else None, b.status if b else None
     if a and b and was == now == OK:
-        return _timed(a, b, others, threshold, moved)
+        return _timed_change(a, b, others, threshold, shift)
     why = f"{b.status}: {b.detail}" if b and b.detail else now or "not in the second run"
     verdict = None
     if was == OK:
@@ -288,7 +290,7 @@ def _change(
     return Change(verdict, None, None, None, None, why) if verdict else None
 
 
-def _timed(a: Item, b: Item, others: Iterable[tuple[float, ...]], threshold: float, moved: float) -> Change:
+def _timed_change(a: Item, b: Item, others: Iterable[tuple[float, ...]], threshold: float, shift: float) -> Change:
     if not a.samples or not b.samples:
         verdict, detail = (UNSURE, "timed in one run only") if a.samples or b.samples else (SAME, "right, not timed")
         return Change(verdict, None, None, None, None, detail)
@@ -296,30 +298,30 @@ def _timed(a: Item, b: Item, others: Iterable[tuple[float, ...]], threshold: flo
         ratio = b.samples[0] / a.samples[0]
         verdict = LARGER if ratio > 1 + threshold else SMALLER if ratio < 1 / (1 + threshold) else SAME
         return Change(verdict, ratio, ratio, ratio, 0.0)
-    change = judge(a.samples, b.samples, others, threshold, moved)
+    change = compare_samples(a.samples, b.samples, others, threshold, shift)
     if a.graph != b.graph:
         detail = "; ".join(filter(None, (change.detail, "timed as a CUDA graph in one run only")))
         change = replace(change, detail=detail)
     return change
 
 
-def differences(a: Machine, b: Machine) -> list[str]:
+def machine_differences(a: Machine, b: Machine) -> list[str]:
     """What makes times on the two incomparable: device, driver and versions. What either does not state is let pass."""
-    x, y = stated(a), stated(b)
+    x, y = machine_facts(a), machine_facts(b)
     return [f"{name} {x[name]} / {y[name]}" for name in x if name in y and x[name] != y[name]]
 
 
-def stated(machine: Machine) -> dict[str, str]:
+def machine_facts(machine: Machine) -> dict[str, str]:
     """What a machine says of itself that decides how fast it runs."""
     units = "CPU threads" if machine.kind == "cpu" else "multiprocessors"
     found = {name: getattr(machine, name) for name in ("device", "kind", "capability", "driver")}
-    found |= {units: machine.units} | {name: text for name, text in machine.versions.items() if name != OWN}
+    found |= {units: machine.units} | {name: text for name, text in machine.versions.items() if name != OWN_PACKAGE}
     if python := machine.versions.get("python"):
         found["python"] = ".".join(python.split(".")[:2])
     return {name: str(value) for name, value in found.items() if value}
 
 
-def remarks(before: Run, after: Run, found: Iterable[Row], threshold: float) -> list[str]:
+def comparison_notes(before: Run, after: Run, found: Iterable[Comparison], threshold: float) -> list[str]:
     """What a reader must know of the two machines: ceilings and peers that moved, throttling, uncommitted changes."""
     notes = []
     for title, run in (("first", before), ("second", after)):
@@ -334,13 +336,13 @@ def remarks(before: Run, after: Run, found: Iterable[Row], threshold: float) -> 
         if min(a, b) > 0 and abs(math.log(b / a)) > math.log1p(threshold):
             what = name if name == "copied" else f"multiplied {name} matrices"
             notes.append(
-                f"in the second run the machine {what} {share(abs(b / a - 1))} {'faster' if b > a else 'slower'}"
+                f"in the second run the machine {what} {percent(abs(b / a - 1))} {'faster' if b > a else 'slower'}"
             )
     peers = [row.change.ratio for row in found if not row.ours and row.change.ratio]
     if peers and abs(math.log(middle := float(np.median(peers)))) > math.log1p(threshold):
-        how = f"{share(abs(middle - 1))} {'slower' if middle > 1 else 'faster'}"
+        how = f"{percent(abs(middle - 1))} {'slower' if middle > 1 else 'faster'}"
         notes.append(f"peers, whose code is not ours, became {how} (median of {len(peers)}): perhaps the machine did")
-    if unknown := stated(before.machine).keys() ^ stated(after.machine).keys():
+    if unknown := machine_facts(before.machine).keys() ^ machine_facts(after.machine).keys():
         notes.append(f"stated by one run only, so not compared: {', '.join(sorted(unknown))}")
     return notes
 
@@ -357,7 +359,7 @@ class Source:
     given: bool = False  # as a file, not looked up in git
 
 
-def find(name: str, results: Path) -> list[Source]:
+def find_runs(name: str, results: Path) -> list[Source]:
     """The run in a file; or those of a git revision, the newest first: measured at it, else committed in its tree.
 
     Raises `UserError` if `name` is neither, or the revision has no results.
@@ -394,7 +396,7 @@ def _git(results: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def choose(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source, Source]:
+def choose_pair(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source, Source]:
     """The newest two that can be compared and have something in common; if there are none, the newest of each.
 
     Results stay in the tree when others are added, so of what two revisions share one side only may take its pick.
@@ -407,32 +409,32 @@ def choose(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source,
     if not older:
         raise UserError(f"{befores[0].name} and {afters[0].name} are the same results; nothing was measured in between")
     pairs = [(a, b) for a in older for b in fresh or afters]
-    like = [(a, b) for a, b in pairs if items(a.run).keys() & items(b.run).keys()] or pairs
-    return next((pair for pair in like if not differences(pair[0].run.machine, pair[1].run.machine)), like[0])
+    like = [(a, b) for a, b in pairs if items_of(a.run).keys() & items_of(b.run).keys()] or pairs
+    return next((pair for pair in like if not machine_differences(pair[0].run.machine, pair[1].run.machine)), like[0])
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def command(
+def compare_command(
     before: str, after: str, again: list[str], threshold: float, force: bool, results: Path, as_json: bool
 ) -> int:
     """`python -m profiling compare`; 1 if something of ours became slower or larger, broke, or is missing."""
     if not 0 <= threshold < 1:
         raise UserError(f"--threshold {threshold}: it is a share between 0 and 1; 0.02 is 2 %")
-    a, b = choose(find(before, results), find(after, results))
-    further = [choose([a], find(name, results))[1] for name in again]
+    a, b = choose_pair(find_runs(before, results), find_runs(after, results))
+    further = [choose_pair([a], find_runs(name, results))[1] for name in again]
     forced = [
         f"{a.name} and {other.name} differ in {', '.join(differing)}"
         for other in (b, *further)
-        if (differing := differences(a.run.machine, other.run.machine))
+        if (differing := machine_differences(a.run.machine, other.run.machine))
     ]
     if forced and not force:
         raise UserError(f"{forced[0]}, so their times say nothing about the code; --force compares them all the same")
-    found = rows(a.run, b.run, [source.run for source in further], threshold)
+    found = compare_runs(a.run, b.run, [source.run for source in further], threshold)
     if not found:
         raise UserError(f"{a.name} and {b.name} hold no times; compare runs of bench, or of gpu --phase bench or e2e")
-    notes = remarks(a.run, b.run, found, threshold)
+    notes = comparison_notes(a.run, b.run, found, threshold)
     regressed = any(row.regressed for row in found)
     if as_json:
         print(json.dumps(_document(a, b, further, forced, notes, found), indent=1))
@@ -442,7 +444,7 @@ def command(
 
 
 def _document(
-    a: Source, b: Source, further: Iterable[Source], forced: list[str], notes: list[str], found: Sequence[Row]
+    a: Source, b: Source, further: Iterable[Source], forced: list[str], notes: list[str], found: Sequence[Comparison]
 ) -> dict[str, Any]:
     def about(source: Source) -> dict[str, Any]:
         run = source.run
@@ -460,14 +462,14 @@ def _document(
     }
 
 
-def _show(a: Source, b: Source, forced: Iterable[str], notes: Iterable[str], found: Sequence[Row]) -> None:
+def _show(a: Source, b: Source, forced: Iterable[str], notes: Iterable[str], found: Sequence[Comparison]) -> None:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
     for heading in ("before", "after", "ratio", "99 % sure", "noise"):
         out.add_column(heading, justify="right", no_wrap=True)
     verdict = None
     for row in found:
-        if row.change.verdict in (NEW, SAME) and len(found) > SHORT:
+        if row.change.verdict in (NEW, SAME) and len(found) > MAX_FULL_ROWS:
             continue
         if row.change.verdict != verdict:
             verdict = row.change.verdict
@@ -496,7 +498,7 @@ def _show(a: Source, b: Source, forced: Iterable[str], notes: Iterable[str], fou
         console.print(f"[red]{regressed} regressed[/]", soft_wrap=True)
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _cells(row: Comparison) -> Iterator[str]:
     change = row.change
     detail = f"\n  [dim]{escape(change.detail)}[/]" if change.detail else ""
     yield f"{escape(row.name)}\n  {escape(row.part)}{'' if row.ours else ' [dim](peer)[/]'}{detail}"
@@ -504,7 +506,7 @@ def _cells(row: Row) -> Iterator[str]:
         yield (f"{value / 2**30:.2f} GiB" if value is not None else "") if row.memory else duration(value)
     yield _ratio(change.ratio)
     yield f"{_ratio(change.low)}-{_ratio(change.high)}" if change.low and change.high and not row.memory else ""
-    yield f"±{share(change.noise)}" if change.noise is not None and not row.memory else ""
+    yield f"±{percent(change.noise)}" if change.noise is not None and not row.memory else ""
 
 
 def _ratio(value: float | None) -> str:

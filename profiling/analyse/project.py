@@ -52,7 +52,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class KernelTimes:
     """Seconds that the kernels of a chunk take on one rank."""
 
     stages: dict[str, float]
@@ -88,12 +88,14 @@ def communication(config: Config, world: int) -> dict[str, float]:
     exchange = 4 * tokens * dit.dim * BF16 * others * dit.num_layers  # q, k, v there, the output back
     heads = tokens * dit.out_dim * math.prod(dit.patch_size) * FP32 * (world - 1)
     video = chunk.frame_num * 3 * chunk.height * chunk.width * BF16 * others
-    known = (chunk.motion_frames_num - 1) // config.vae.temporal_stride + 1
-    motion = known * channels * rows * columns * BF16 * others
+    num_motion_latents = (chunk.motion_frames_num - 1) // config.vae.temporal_stride + 1
+    motion = num_motion_latents * channels * rows * columns * BF16 * others
     return {DENOISE: chunk.sample_steps * (exchange + heads), DECODE: video + motion}
 
 
-def kernels(run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, chosen: str) -> Kernels:
+def sum_kernel_times(
+    run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, kernel_set: str
+) -> KernelTimes:
     """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs.
 
     Where an operation has several dtypes, that of `dtype` counts, else the family's first.
@@ -108,23 +110,23 @@ def kernels(run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: st
     lacks = []
     for case in wanted.values():
         result = run.case(case.name)
-        best = result.best(True if chosen == OURS else None) if result else None
+        best = result.best(True if kernel_set == OURS else None) if result else None
         if result is None or best is None or best.seconds is None:
             lacks.append(case.name)
         else:
             stages[case.shape.stage] += best.seconds * result.calls
     if not wanted:
         lacks.append(f"any case of {world} GPUs")
-    return Kernels(stages, tuple(lacks))
+    return KernelTimes(stages, tuple(lacks))
 
 
-def measured(run: Run, dtype: str) -> VariantResult | None:
+def fastest_variant(run: Run, dtype: str) -> VariantResult | None:
     """The variant with the fastest chunk in a dtype."""
     fitting = [v for v in run.variants if v.chunk and v.status == OK and v.variant.startswith(f"{dtype}-")]
     return min(fitting, key=lambda v: statistics.median(v.chunk), default=None)
 
 
-def first_frame(config: Config, stages: Mapping[str, float]) -> float:
+def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
     """Seconds of kernels until the first new frames: denoising, and these frames' and the motion frames' decoding."""
     chunk, group = config.chunk, config.vae.temporal_stride
     decoded = (chunk.motion_frames_num + group) / chunk.frame_num
@@ -132,7 +134,7 @@ def first_frame(config: Config, stages: Mapping[str, float]) -> float:
 
 
 @dataclass(frozen=True)
-class Basis:
+class Overhead:
     """What a measured chunk on one GPU takes beyond its kernels, in one dtype; seconds."""
 
     dtype: str
@@ -143,39 +145,39 @@ class Basis:
     startup_rest: float = 0.0
 
 
-def basis(run: Run, cases: Mapping[str, Case], config: Config, tag: str, dtype: str) -> Basis:
+def measured_overhead(run: Run, cases: Mapping[str, Case], config: Config, tag: str, dtype: str) -> Overhead:
     """Holds the fastest measured chunk against the sum of our kernels, which it runs, or else of the best."""
-    variant = measured(run, dtype)
-    sums = [kernels(run, cases, tag, 1, dtype, chosen) for chosen in (OURS, BEST)]
-    whole = next((part for part in sums if not part.lacks), None)
+    variant = fastest_variant(run, dtype)
+    sums = [sum_kernel_times(run, cases, tag, 1, dtype, kernel_set) for kernel_set in (OURS, BEST)]
+    whole = next((total for total in sums if not total.lacks), None)
     if variant is None or whole is None:
-        return Basis(dtype)
+        return Overhead(dtype)
     chunk, startup = statistics.median(variant.chunk), statistics.median(variant.first_frame or (0.0,))
-    waiting = max(0.0, startup - first_frame(config, whole.stages))
-    return Basis(dtype, variant.variant, chunk, whole.total, max(0.0, chunk - whole.total), waiting)
+    waiting = max(0.0, startup - first_frame_seconds(config, whole.stages))
+    return Overhead(dtype, variant.variant, chunk, whole.total, max(0.0, chunk - whole.total), waiting)
 
 
-def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Basis], str]:
+def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Overhead], str]:
     """All projections that the run's cases allow, what they stand on, and the preset they are of."""
     cases, (preset, family) = registry(), _family(run)
-    config, found, stands = PRESETS[preset], [], []
+    config, found, overheads = PRESETS[preset], [], []
     for dtype in family.dtypes:
         if not any(case.dtype == dtype and case.calls for case in run.cases):
             continue
-        base = basis(run, cases, config, family.tag, dtype)
-        stands.append(base)
-        for chosen, world in itertools.product((BEST, OURS), worlds):
-            part = kernels(run, cases, family.tag, world, dtype, chosen)
-            if part.lacks:
-                found.append(Projection(world, dtype, chosen, part.lacks))
+        overhead = measured_overhead(run, cases, config, family.tag, dtype)
+        overheads.append(overhead)
+        for kernel_set, world in itertools.product((BEST, OURS), worlds):
+            kernel_times = sum_kernel_times(run, cases, family.tag, world, dtype, kernel_set)
+            if kernel_times.lacks:
+                found.append(Projection(world, dtype, kernel_set, kernel_times.lacks))
                 continue
             sent = {stage: count / link.one_way for stage, count in communication(config, world).items()}
-            stages = {stage: seconds + sent.get(stage, 0.0) for stage, seconds in part.stages.items()}
-            chunk = sum(stages.values()) + base.rest
-            startup, fps = first_frame(config, stages) + base.startup_rest, config.chunk.new_frames / chunk
-            times = part.stages, sum(sent.values()), base.rest, chunk, startup, fps
-            found.append(Projection(world, dtype, chosen, (), *times))
-    return found, stands, preset
+            stages = {stage: seconds + sent.get(stage, 0.0) for stage, seconds in kernel_times.stages.items()}
+            chunk = sum(stages.values()) + overhead.rest
+            startup, fps = first_frame_seconds(config, stages) + overhead.startup_rest, config.chunk.new_frames / chunk
+            times = kernel_times.stages, sum(sent.values()), overhead.rest, chunk, startup, fps
+            found.append(Projection(world, dtype, kernel_set, (), *times))
+    return found, overheads, preset
 
 
 def _family(run: Run) -> tuple[str, Family]:
@@ -187,50 +189,58 @@ def _family(run: Run) -> tuple[str, Family]:
     return preset, FAMILIES[preset]
 
 
-def assumptions(preset: str, device: str, link: Link, stands: Sequence[Basis]) -> Iterator[str]:
+def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhead]) -> Iterator[str]:
     """What the projections take for granted, in words."""
     rates = f"{link.bytes_s / 1e9:g} GB/s in both directions, {link.one_way / 1e9:g} one way"
     yield f"{preset} on {device}; every rank as fast as this one was alone, and its share equal"
     yield f"link {link.name}: {rates}; no latency, nothing hidden behind computing; bf16 whatever the kernels' type"
     yield "VAE tiles without halo; heads divide by the number of GPUs"
     yield "startup: from the window of speech features to the first new frames, whose share of decoding is by frames"
-    if any(base.dtype == "fp8" for base in stands):
+    if any(overhead.dtype == "fp8" for overhead in overheads):
         yield "fp8: products alone; quantising their inputs is in no case that counts"
-    for base in stands:
-        if not base.variant:
-            yield f"{base.dtype}: no chunk measured on one GPU along with its kernels; what no case covers is left out"
+    for overhead in overheads:
+        dtype, rest = overhead.dtype, overhead.rest
+        if not overhead.variant:
+            yield f"{dtype}: no chunk measured on one GPU along with its kernels; what no case covers is left out"
             continue
-        took = f"{base.dtype}: {base.variant} took {duration(base.chunk)} a chunk, its kernels {duration(base.kernels)}"
-        if not base.rest:
+        chunk, kernels = duration(overhead.chunk), duration(overhead.kernels)
+        took = f"{dtype}: {overhead.variant} took {chunk} a chunk, its kernels {kernels}"
+        if not rest:
             yield f"{took}, which is more; nothing is carried"
             continue
-        yield f"{took}; the rest, {duration(base.rest)}, is carried to every world size unchanged"
-        if base.startup_rest:
-            yield f"{base.dtype}: so are {duration(base.startup_rest)} of startup"
+        yield f"{took}; the rest, {duration(rest)}, is carried to every world size unchanged"
+        if overhead.startup_rest:
+            yield f"{dtype}: so are {duration(overhead.startup_rest)} of startup"
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def command(run: Path, gpus: str, link: str, as_json: bool) -> int:
+def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
     """`python -m profiling project`; 1 if the run lacks the cases for every projection asked for."""
-    worlds, chosen = read_worlds(gpus), read_link(link)
+    worlds, connection = parse_world_sizes(gpus), parse_link(link)
     results = load(run)
-    found, stands, preset = project(results, worlds, chosen)
-    notes = list(assumptions(preset, results.machine.device, chosen, stands))
+    found, overheads, preset = project(results, worlds, connection)
+    notes = list(assumptions(preset, results.machine.device, connection, overheads))
     if as_json:
-        about = {"projection": True, "run": str(run), "preset": preset, "link": asdict(chosen), "assumptions": notes}
-        parts = {"measured": [asdict(base) for base in stands], "rows": [asdict(row) for row in found]}
+        about = {
+            "projection": True,
+            "run": str(run),
+            "preset": preset,
+            "link": asdict(connection),
+            "assumptions": notes,
+        }
+        parts = {"measured": [asdict(overhead) for overhead in overheads], "rows": [asdict(row) for row in found]}
         print(json.dumps(about | parts, indent=1))
     else:
         _show(found, notes)
     return int(all(projection.lacks for projection in found))
 
 
-def read_worlds(text: str) -> list[int]:
+def parse_world_sizes(text: str) -> list[int]:
     """World sizes from a comma-separated list."""
     try:
-        worlds = sorted({int(part) for part in text.split(",")})
+        worlds = sorted({int(size) for size in text.split(",")})
     except ValueError:
         worlds = [0]
     if worlds[0] < 1:
@@ -238,17 +248,17 @@ def read_worlds(text: str) -> list[int]:
     return worlds
 
 
-def read_link(text: str) -> Link:
+def parse_link(text: str) -> Link:
     """The link of a device in devices.toml, or one by its GB/s in both directions together."""
-    known = devices()
-    if text in known:
-        return Link(text, known[text].link_bytes_s)
+    links = devices()
+    if text in links:
+        return Link(text, links[text].link_bytes_s)
     try:
         rate = float(text)
     except ValueError:
         rate = 0.0
     if not 0 < rate < math.inf:
-        raise UserError(f"--link {text}: there are those of {', '.join(known)}; or give GB/s, both directions together")
+        raise UserError(f"--link {text}: there are those of {', '.join(links)}; or give GB/s, both directions together")
     return Link(f"of {text} GB/s", rate * 1e9)
 
 
@@ -257,9 +267,9 @@ def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
     console.print("[bold]Projection, not a measurement[/]. It assumes:")
     for note in notes:
         console.print(f"- {escape(note)}", soft_wrap=True)
-    for (dtype, chosen), group in itertools.groupby(found, lambda p: (p.dtype, p.kernels)):
+    for (dtype, kernel_set), group in itertools.groupby(found, lambda p: (p.dtype, p.kernels)):
         projections = list(group)
-        console.print(f"\n[bold]projected: {dtype}, {TITLES[chosen]}[/]", soft_wrap=True)
+        console.print(f"\n[bold]projected: {dtype}, {TITLES[kernel_set]}[/]", soft_wrap=True)
         if complete := [p for p in projections if not p.lacks]:
             console.print(_table(complete))
         for projection in projections:

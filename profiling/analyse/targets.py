@@ -43,7 +43,7 @@ from rich.table import Table
 from model.errors import UserError
 from profiling.formats import load
 from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult
-from profiling.tables import duration, number, share, terminal
+from profiling.tables import duration, number, percent, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parents[1] / "results"  # may not be there before anyth
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
-TEXTS = ("name", "device", "kind", "variant", "stage", "backend", "peer")
+TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "backend", "peer")
 
 # --- Goals ----------------------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class Target:
         return (self.kind in (None, machine.kind)) and re.search(self.device, machine.device) is not None
 
 
-def read(file: Path) -> list[Target]:
+def read_targets(file: Path) -> list[Target]:
     """The targets of a file, one for each case of an entry. Raises `UserError` that names the entry at fault."""
     try:
         document = tomllib.loads(file.read_text())
@@ -91,35 +91,36 @@ def read(file: Path) -> list[Target]:
     targets = []
     for place, entry in enumerate(entries, 1):
         try:
-            targets += _entry(entry)
+            targets += _parse_entry(entry)
         except ValueError as error:
             title = f"{entry['name']!r}" if isinstance(entry, dict) and "name" in entry else f"number {place}"
             raise UserError(f"{file}: target {title}: {error}") from error
     return targets
 
 
-def _entry(entry: dict[str, Any]) -> list[Target]:
+def _parse_entry(entry: dict[str, Any]) -> list[Target]:
     """The targets of one entry. Raises ValueError that says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError("is not a table; write [[target]]")
     allowed = VARIANT_MEASURES if "variant" in entry else CASE_MEASURES
+    known = (*TEXT_KEYS, *allowed, "cases", "stretch")
     for key in entry:
-        if key not in (*TEXTS, *allowed, "cases", "stretch"):
-            raise ValueError(f"{key} is not a key of it; there are {', '.join((*TEXTS, *allowed, 'cases', 'stretch'))}")
-    for key in TEXTS:
+        if key not in known:
+            raise ValueError(f"{key} is not a key of it; there are {', '.join(known)}")
+    for key in TEXT_KEYS:
         if not isinstance(entry.get(key, ""), str):
             raise ValueError(f"{key} = {entry[key]!r}, wanted a text")
     goals = {key: _positive(entry, key) for key in entry if key in allowed}
     variants, cases = entry.get("variant"), entry.get("cases", [])
     if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
         raise ValueError(f"cases = {cases!r}, wanted a list of names")
-    _demand(bool(entry.get("name")), "has no name")
-    _demand(bool(cases) != bool(variants), "wants either cases or a variant")
-    _demand(("stage" in entry) == bool(variants), "a stage goes with a variant, and a variant needs one")
-    _demand(bool(goals), f"has no goal; there are {', '.join(allowed)}")
-    _demand(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
-    _demand(not ("backend" in entry and variants), "a backend goes with cases")
-    _demand(entry.get("kind") in (None, "cuda", "cpu"), f"kind = {entry.get('kind')!r}, wanted cuda or cpu")
+    _require(bool(entry.get("name")), "has no name")
+    _require(bool(cases) != bool(variants), "wants either cases or a variant")
+    _require(("stage" in entry) == bool(variants), "a stage goes with a variant, and a variant needs one")
+    _require(bool(goals), f"has no goal; there are {', '.join(allowed)}")
+    _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
+    _require(not ("backend" in entry and variants), "a backend goes with cases")
+    _require(entry.get("kind") in (None, "cuda", "cpu"), f"kind = {entry.get('kind')!r}, wanted cuda or cpu")
     try:
         re.compile(entry.get("device", ""))
     except re.error as error:
@@ -136,7 +137,7 @@ def _positive(entry: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _demand(condition: bool, complaint: str) -> None:
+def _require(condition: bool, complaint: str) -> None:
     if not condition:
         raise ValueError(complaint)
 
@@ -145,7 +146,7 @@ def _demand(condition: bool, complaint: str) -> None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TargetResult:
     """What became of a target."""
 
     target: Target
@@ -180,34 +181,34 @@ class _BrokenError(Exception):
     """What should answer is wrong; says how."""
 
 
-def hold(target: Target, runs: Iterable[tuple[str, Run]]) -> Outcome:
+def evaluate(target: Target, runs: Iterable[tuple[str, Run]]) -> TargetResult:
     """Holds a target to the first of the runs, given as (file, run), that can answer it."""
     first, reason = next(iter(target.goals)), "no results of such a machine"
     for file, run in runs:
         if not target.applies(run):
             continue
-        outcomes = []
+        results = []
         for measure in target.goals:
             try:
                 value, detail = (
                     _variant_value(target, measure, run) if target.stage else _case_value(target, measure, run)
                 )
             except _BrokenError as error:
-                return Outcome(target, MISSED, measure, detail=str(error), file=file)
+                return TargetResult(target, MISSED, measure, detail=str(error), file=file)
             except _UnmeasuredError as error:
                 reason = str(error)
                 continue
-            outcome = Outcome(target, MET, measure, value, detail, file)
-            outcomes.append(outcome if (outcome.shortfall or 0) <= 0 else replace(outcome, verdict=MISSED))
-        if outcomes:
-            return min(outcomes, key=lambda outcome: outcome.shortfall or 0)
-    return Outcome(target, UNMEASURED, first, detail=reason)
+            result = TargetResult(target, MET, measure, value, detail, file)
+            results.append(result if (result.shortfall or 0) <= 0 else replace(result, verdict=MISSED))
+        if results:
+            return min(results, key=lambda result: result.shortfall or 0)
+    return TargetResult(target, UNMEASURED, first, detail=reason)
 
 
 def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if (case := run.case(target.subject)) is None:
         raise _UnmeasuredError("not in any results")
-    mine, seconds = _mine(target, case)
+    mine, seconds = _our_measurement(target, case)
     if measure == "ratio":
         peer = case.best(ours=False) if target.peer == BEST else case.of(target.peer or "")
         if peer is None or peer.seconds is None:
@@ -220,7 +221,7 @@ def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     return (case.flops / seconds / 1e12 if measure == "tflops" else seconds), mine
 
 
-def _mine(target: Target, case: CaseResult) -> tuple[str, float]:
+def _our_measurement(target: Target, case: CaseResult) -> tuple[str, float]:
     """Name and seconds of the back-end that a target is about."""
     chosen = case.of(target.backend) if target.backend else case.best(ours=True)
     if chosen is not None and chosen.seconds is not None:
@@ -237,20 +238,20 @@ def _mine(target: Target, case: CaseResult) -> tuple[str, float]:
 
 def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     stage = target.stage or ""
-    mine, value = _best(run, target.subject, stage, least=measure != "at_least")
+    mine, value = _best_variant(run, target.subject, stage, least=measure != "at_least")
     if measure == "ratio":
         try:
-            peer, theirs = _best(run, target.peer or "", stage, least=True)
+            peer, theirs = _best_variant(run, target.peer or "", stage, least=True)
         except _BrokenError as error:
             raise _UnmeasuredError(f"peer {error}") from error
         return theirs / value, f"{mine} against {peer}"
     return value, mine
 
 
-def _best(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:
+def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:
     """Name and value of the variant with the least, or most, of a stage."""
     chosen = [v for v in run.variants if fnmatch.fnmatchcase(v.variant, pattern)]
-    values = {v.variant: x for v in chosen if v.status == OK and (x := quantity(v, stage)) is not None}
+    values = {v.variant: x for v in chosen if v.status == OK and (x := stage_value(v, stage)) is not None}
     if values:
         return (min if least else max)(values.items(), key=lambda item: item[1])
     for v in chosen:
@@ -259,14 +260,14 @@ def _best(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, floa
     raise _UnmeasuredError(f"no {stage} of {pattern}" if chosen else f"no variant {pattern}")
 
 
-def quantity(variant: VariantResult, stage: str) -> float | None:
+def stage_value(variant: VariantResult, stage: str) -> float | None:
     """The median of a stage over a variant's chunks, see the top of this file; None if it was not measured."""
     if stage in ("peak_bytes", "gaps"):
         return getattr(variant, stage)
     if stage == "fps":
         return variant.frames / statistics.median(variant.chunk) if variant.chunk else None
     if stage == "after_denoise":
-        first, steps = quantity(variant, "first_frame"), variant.per_chunk("denoise/step")
+        first, steps = stage_value(variant, "first_frame"), variant.per_chunk("denoise/step")
         return first - statistics.median(steps) if first and steps else None
     whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, "denoise/step": variant.stages.get(stage, ())}
     samples = whole[stage] if stage in whole else variant.per_chunk(stage)
@@ -276,7 +277,7 @@ def quantity(variant: VariantResult, stage: str) -> float | None:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def gather(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
+def load_runs(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
     """The runs in files and folders, as (file, run), the newest first; and what in the folders could not be read."""
     found, notes = [], []
     for place in places:
@@ -292,31 +293,31 @@ def gather(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
     return sorted(found, key=lambda item: item[1].started, reverse=True), notes
 
 
-def command(file: Path, results: list[Path], as_json: bool) -> int:
+def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
     """`python -m profiling targets`; 1 unless all targets are met."""
-    targets = read(file)
-    runs, notes = gather(results)
-    outcomes = [hold(target, runs) for target in targets]
-    counts = Counter(outcome.verdict for outcome in outcomes)
+    targets = read_targets(file)
+    runs, notes = load_runs(files)
+    results = [evaluate(target, runs) for target in targets]
+    counts = Counter(result.verdict for result in results)
     if as_json:
-        rows = [asdict(o) | {"shortfall": o.shortfall, "stretched": o.stretched} for o in outcomes]
+        rows = [asdict(o) | {"shortfall": o.shortfall, "stretched": o.stretched} for o in results]
         print(json.dumps({"counts": dict(counts), "notes": notes, "targets": rows}, indent=1))
     else:
         console = terminal()
-        console.print(_table(outcomes))
+        console.print(_table(results))
         for note in notes:
             console.print(f"not read: {escape(note)}", soft_wrap=True)
         console.print(", ".join(f"{counts[v]} {v}" for v in (MET, MISSED, UNMEASURED)), soft_wrap=True)
-    return int(counts[MET] < len(outcomes))
+    return int(counts[MET] < len(results))
 
 
-def _table(outcomes: Iterable[Outcome]) -> Table:
+def _table(results: Iterable[TargetResult]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("goal", overflow="fold")
     for heading in ("wanted", "got"):
         out.add_column(heading, justify="right", no_wrap=True)
     out.add_column("", overflow="fold")
-    for name, group in groupby(outcomes, lambda o: o.target.name):
+    for name, group in groupby(results, lambda o: o.target.name):
         out.add_section()
         out.add_row(f"[bold]{escape(name)}[/]")
         for (verdict, detail), same in groupby(group, lambda o: (o.verdict, o.detail)):
@@ -324,28 +325,28 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
             if verdict == UNMEASURED and len(answers) > 1:
                 out.add_row(f"{len(answers)} cases\n  [dim]{escape(detail)}[/]", *_cells(answers[0]))
                 continue
-            for outcome in answers:
-                target = outcome.target
+            for result in answers:
+                target = result.target
                 subject = f"{target.stage} of {target.subject}" if target.stage else target.subject
-                source = f"{detail}, {Path(outcome.file).name}" if outcome.file else detail
-                out.add_row(f"{escape(subject)}\n  [dim]{escape(source)}[/]", *_cells(outcome))
+                source = f"{detail}, {Path(result.file).name}" if result.file else detail
+                out.add_row(f"{escape(subject)}\n  [dim]{escape(source)}[/]", *_cells(result))
     return out
 
 
-def _cells(outcome: Outcome) -> Iterator[str]:
+def _cells(result: TargetResult) -> Iterator[str]:
     """What was wanted, what was measured, and the verdict."""
-    target, verdict = outcome.target, outcome.verdict
-    yield ("≤ " if outcome.measure in AT_MOST else "≥ ") + _quantity(
-        target, outcome.measure, target.goals[outcome.measure]
+    target, verdict = result.target, result.verdict
+    yield ("≤ " if result.measure in AT_MOST else "≥ ") + _with_unit(
+        target, result.measure, target.goals[result.measure]
     )
-    yield _quantity(target, outcome.measure, outcome.value)
-    if verdict == MISSED and outcome.shortfall is not None:
-        verdict += f" by {share(outcome.shortfall)}"
-    stretch = ", stretch too" if outcome.stretched else ""
-    yield f"[{COLOURS[outcome.verdict]}]{verdict}{stretch}[/]"
+    yield _with_unit(target, result.measure, result.value)
+    if verdict == MISSED and result.shortfall is not None:
+        verdict += f" by {percent(result.shortfall)}"
+    stretch = ", stretch too" if result.stretched else ""
+    yield f"[{COLOURS[result.verdict]}]{verdict}{stretch}[/]"
 
 
-def _quantity(target: Target, measure: str, value: float | None) -> str:
+def _with_unit(target: Target, measure: str, value: float | None) -> str:
     """A value with its unit."""
     if value is None:
         return ""
@@ -354,6 +355,6 @@ def _quantity(target: Target, measure: str, value: float | None) -> str:
     if target.stage == "peak_bytes":
         return f"{value / 2**30:.2f} GiB"
     if target.stage == "gaps":
-        return share(value)
+        return percent(value)
     unit = {"ratio": "x", "percent_of_ceiling": "%", "tflops": "TFLOP/s"}.get(measure, "")
     return f"{number(value)} {unit}".strip()

@@ -49,13 +49,13 @@ from model.errors import UserError
 from profiling.audit import sass, ttgir
 from profiling.cases import Case, own_cases, registry, select
 from profiling.devices import Device, of_target
-from profiling.fake_gpu import Launch, Shapes, recording
-from profiling.machine import describe
+from profiling.fake_gpu import FakeCudaMode, KernelLaunch, record_launches
+from profiling.machine import describe_machine
 from profiling.results import AuditResult, Run, build, now, save, to_json
 from profiling.tables import audit_table, terminal
 
-NARROW = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
-WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
+TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
+MIN_TABLE_WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
 SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
 
 
@@ -112,7 +112,7 @@ LIMITS = {
 }
 
 
-def faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile) -> Iterator[str]:
+def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile) -> Iterator[str]:
     """What of a kernel breaks the budget, in words."""
     if result.shared > device.shared_bytes_block:
         yield f"{result.shared} bytes of shared memory, a block on {device.target} has {device.shared_bytes_block}"
@@ -127,7 +127,7 @@ def faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile
     for remark in result.warnings:
         if f"({SERIALISED}" in remark:
             yield re.sub(r" (in|for) the function .*", "", remark)
-    if set(NARROW) & set(tile.flops):
+    if set(TENSOR_CORE_DTYPES) & set(tile.flops):
         allowed = budget.mma or device.mma
         others = [name for name in result.instructions if name.endswith("MMA") and name not in allowed]
         if others or not set(allowed) & set(result.instructions):
@@ -137,7 +137,7 @@ def faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile
 # --- The model ------------------------------------------------------------------------------------------------------
 
 
-def shares(launches: Sequence[Launch], tiles: Sequence[ttgir.Tile]) -> list[float]:
+def work_shares(launches: Sequence[KernelLaunch], tiles: Sequence[ttgir.Tile]) -> list[float]:
     """Which part of the case's FLOPs and bytes each launch is taken to do.
 
     By the matrix products of one pass in all its blocks, where any kernel has some; else by its float operations.
@@ -187,31 +187,31 @@ def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult
     results = []
     for backend in case.backends:
         if backend.launcher is not None:
-            launches, fault = _launches(case, backend.launcher, device)
+            launches, fault = _record_case(case, backend.launcher, device)
             results += _results(case, launches, device, budgets)
             if fault is not None:
-                kernel, reason = fault
-                results.append(AuditResult(case.name, kernel or backend.name, device.target, faults=(reason,)))
+                kernel, message = fault
+                results.append(AuditResult(case.name, kernel or backend.name, device.target, faults=(message,)))
     return results
 
 
-def _launches(
+def _record_case(
     case: Case, launcher: Callable[..., object], device: Device
-) -> tuple[list[Launch], tuple[str, str] | None]:
+) -> tuple[list[KernelLaunch], tuple[str, str] | None]:
     """What the launcher launches on the case's inputs; and the kernel that failed, with the reason."""
     arch = int(device.target.removeprefix("sm_"))
     quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
     gpu = GPU(device.name, device.capability, device.multiprocessors)
-    with recording(arch) as recorder, assume_gpu(gpu), Shapes(), warnings.catch_warnings(), quiet:
+    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
         try:
             launcher(*case.inputs(torch.device("cuda"), None))
         except Exception as error:
-            return recorder.launches, (recorder.compiling, _reason(error))
+            return recorder.launches, (recorder.compiling, _compiler_message(error))
     return recorder.launches, None if recorder.launches else ("", "launches no Triton kernel")
 
 
-def _reason(error: Exception) -> str:
+def _compiler_message(error: Exception) -> str:
     """An error in one line: what ptxas says, or where Triton's compiler stopped, or the first line of any other."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     told = lines[-1] if isinstance(error, CompilationError) else lines[0]
@@ -219,28 +219,28 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {told}"
 
 
-def _results(case: Case, launches: Sequence[Launch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
+def _results(case: Case, launches: Sequence[KernelLaunch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
     """Launches as results; the same launch several times is one result, with the bounds of all together."""
     operations = {launch.compiled: ttgir.parse(launch.compiled.asm["ttgir"]) for launch in launches}
     tiles = {compiled: ttgir.tile(ops) for compiled, ops in operations.items()}
-    parts = shares(launches, [tiles[launch.compiled] for launch in launches])
+    parts = work_shares(launches, [tiles[launch.compiled] for launch in launches])
     for launch, times in Counter(launches).items():
         compiled, blocks = launch.compiled, math.prod(launch.grid)
         tile, part = tiles[compiled], times * parts[launches.index(launch)]
         passes = part * case.flops / tile.products if tile.products else float(times * blocks)
         seconds = bounds(tile, passes, blocks, part * case.bytes, device)
         result = replace(
-            _compiled(case, launch, device),
-            tile=described(tile, device) | {"passes": passes},
+            _compiled_result(case, launch, device),
+            tile=tile_fields(tile, device) | {"passes": passes},
             bounds=seconds,
             tflops=part * case.flops / max(seconds.values()) / 1e12 if part else None,
         )
         budget = budgets.of(launch.kernel, case.name, device.target)
-        found = (*faults(result, budget, device, tile), *ttgir.faults(compiled.asm["ttgir"], operations[compiled]))
-        yield replace(result, faults=found)
+        miscompiled = ttgir.miscompilations(compiled.asm["ttgir"], operations[compiled])
+        yield replace(result, faults=(*budget_faults(result, budget, device, tile), *miscompiled))
 
 
-def _compiled(case: Case, launch: Launch, device: Device) -> AuditResult:
+def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditResult:
     """What compiler and assembler say of a kernel."""
     assembly, metadata = sass.assemble(launch.compiled), launch.compiled.metadata
     blocks = sass.resident_blocks(device, metadata.num_warps, assembly.registers, metadata.shared)
@@ -262,7 +262,7 @@ def _compiled(case: Case, launch: Launch, device: Device) -> AuditResult:
     )
 
 
-def described(tile: ttgir.Tile, device: Device) -> dict[str, float]:
+def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
     """`AuditResult.tile`, see the top of this file."""
     work = {f"flops_{dtype}": flops for dtype, flops in tile.flops.items()}
     work |= {name: getattr(tile, name) for name in ("fma", "load_bytes", "store_bytes", "mufu", "fp32")}
@@ -272,35 +272,36 @@ def described(tile: ttgir.Tile, device: Device) -> dict[str, float]:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def command(
+def audit_command(
     patterns: list[str], targets: list[str], budget: Path, out: Path | None, extra: Path | None, as_json: bool
 ) -> int:
     """`python -m profiling audit`; 1 if any kernel has a fault."""
     if knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET=1 replaces the compiler, so there is nothing to audit; unset it")
     started, begin = now(), time.monotonic()
-    devices, budgets, chosen = [of_target(target) for target in targets], Budgets(budget), _choose(extra, patterns)
-    run = Run("audit", started, describe(torch.device("cpu")))
+    devices, budgets = [of_target(target) for target in targets], Budgets(budget)
+    selected = _select_cases(extra, patterns)
+    run = Run("audit", started, describe_machine(torch.device("cpu")))
     if out is not None:
         save(run, out)  # a place that cannot be written is said now, not after the work
     with Console(stderr=True).status("") as status:
         for device in devices:
-            for case in chosen:
+            for case in selected:
                 status.update(f"compiling {case.name} for {device.target}")
                 run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
-    run = replace(run, notes=tuple(_notes(chosen, patterns, budgets)), seconds=time.monotonic() - begin)
+    run = replace(run, notes=tuple(_notes(selected, patterns, budgets)), seconds=time.monotonic() - begin)
     if out is not None:
         save(run, out)
     if as_json:
         print(json.dumps(to_json(run), indent=1))
     else:
-        _show(run)
+        _print_run(run)
     return int(any(result.faults for result in run.audit))
 
 
-def _show(run: Run) -> None:
+def _print_run(run: Run) -> None:
     console = terminal()
-    console.width = max(console.width, WIDTH)
+    console.width = max(console.width, MIN_TABLE_WIDTH)
     if run.audit:
         console.print(audit_table(run.audit))
     for result in run.audit:
@@ -311,21 +312,21 @@ def _show(run: Run) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _choose(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
+def _select_cases(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
     """Cases with a launcher: those that match, or `extra`'s own, or all; `UserError` if none that matches has one."""
     if patterns:
-        chosen = select(registry(extra), patterns)
+        selected = select(registry(extra), patterns)
     else:
-        chosen = list(registry().values()) if extra is None else own_cases(extra)
-    compiled = [case for case in chosen if any(backend.launcher for backend in case.backends)]
+        selected = list(registry().values()) if extra is None else own_cases(extra)
+    compiled = [case for case in selected if any(backend.launcher for backend in case.backends)]
     if patterns and not compiled:
         raise UserError(f"{', '.join(patterns)}: none of these cases has a Triton kernel; without a name all that have")
     return compiled
 
 
-def _notes(chosen: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
+def _notes(selected: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
     """What a reader must know besides the results."""
-    if not chosen:
+    if not selected:
         yield "none of these cases has a Triton kernel"
     elif not patterns:  # so everything that a budget could be meant for was there
         yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

@@ -64,7 +64,7 @@ class Op:
     loop: tuple[int, ...] = ()  # see `parse`
 
     @property
-    def conditions(self) -> set[int]:
+    def branches(self) -> set[int]:
         """The branches it stands in, within its innermost loop."""
         inner = takewhile(lambda scope: scope.name not in LOOPS, reversed(self.scopes))
         return {scope.region for scope in inner if scope.name == "scf.if"}
@@ -163,8 +163,8 @@ def tile(ops: Sequence[Op]) -> Tile:
     loops = [loop for loop in flops if len(loop) > 1]  # before a loop there may stand the first turns of a pipeline
     main = max(loops or flops, key=lambda loop: flops[loop], default=None)
     inside = [op for op in ops if main is None or op.loop == main]
-    needed = {region for op in inside if op.name in DOTS for region in op.conditions}
-    return _work([op for op in inside if op.conditions <= needed])
+    needed = {region for op in inside if op.name in DOTS for region in op.branches}
+    return _work([op for op in inside if op.branches <= needed])
 
 
 def _work(ops: Sequence[Op]) -> Tile:
@@ -196,13 +196,13 @@ def _fp32(ops: Sequence[Op]) -> float:
     total = 0.0
     for op in ops:
         if op.name in COMBINES and _dtype(op.operands[0]).startswith(("f", "bf")):
-            total += _elements(op.operands[0]) * _lanes(op.operands[0])
+            total += _elements(op.operands[0]) * _lane_fraction(op.operands[0])
         elif op.name in FP32 and not (op.name in ADDS and single.intersection(op.reads)):
-            total += _elements(op.results[0]) * _lanes(op.results[0])
+            total += _elements(op.results[0]) * _lane_fraction(op.results[0])
     return total
 
 
-def faults(ttgir: str, ops: Sequence[Op]) -> list[str]:
+def miscompilations(ttgir: str, ops: Sequence[Op]) -> list[str]:
     """What Triton 3.6 compiles wrongly when it splits the rows of a block between two groups of warps."""
     return list(dict.fromkeys((*_overruns(ops), *_shifted_twice(ttgir))))  # every consumer says the same
 
@@ -261,7 +261,7 @@ def _bytes(type_: str) -> float:
     return _elements(type_) * max(_bits(type_), 8) / 8
 
 
-def _lanes(type_: str) -> float:
+def _lane_fraction(type_: str) -> float:
     """Lanes that an element takes: two 16-bit ones share one."""
     return min(_bits(type_), 32) / 32
 

@@ -37,12 +37,11 @@ from model.config import FLASHTALK_14B, TINY
 from model.errors import UserError
 from profiling.cases import Case, chosen
 from profiling.formats import load
-from profiling.machine import Monitor, describe, joined, pick
-from profiling.measure.bench import bench_case, measure_ceilings, settle
-from profiling.measure.check import case_result, check_case, reason, survive
-from profiling.measure.e2e import VARIANTS, Variant, generating_models, run_variant, traced
-from profiling.measure.tune import table as outcomes_table
-from profiling.measure.tune import tune_case, write_table
+from profiling.machine import NvmlMonitor, concatenate, describe_machine, resolve_device
+from profiling.measure.bench import bench_case, measure_ceilings, set_benchmark_state
+from profiling.measure.check import case_result, check_case, one_line, raise_if_gpu_lost
+from profiling.measure.e2e import VARIANTS, Variant, chunk_models, run_variant, trace_chunk
+from profiling.measure.tune import tune_case, tuning_table, write_table
 from profiling.results import (
     ERROR,
     SKIPPED,
@@ -56,37 +55,37 @@ from profiling.results import (
     to_json,
     write,
 )
-from profiling.tables import rows, table, terminal, variant_rows, variant_table
+from profiling.tables import measurement_rows, measurement_table, terminal, variant_rows, variant_table
 
 ROUNDS = 20
 CONFIGS = {"cuda": FLASHTALK_14B, "cpu": TINY}
 PROGRESS = "progress"  # no .json: what gathers results need not look at it
-USERS_MISTAKE = 2  # the exit code of one
+USER_ERROR_EXIT = 2  # the exit code of one
 STDERR = 2
 LOST = "hung, crashed or ran out of time"
 KILL_SECONDS = 5.0
-CHILD_SECONDS = 15.0  # what a child needs to start: with less left, none is
+CHILD_START_SECONDS = 15.0  # what a child needs to start: with less left, none is
 
 
 @dataclass(frozen=True)
-class Patience:
+class TimeLimits:
     """Seconds of a task: what must be left to begin it, and after which it counts as hung."""
 
-    needed: float
-    most: float
+    to_begin: float
+    hung_after: float
 
 
-PATIENCE = {
-    "check": Patience(4, 60),
-    "bench": Patience(12, 90),
-    "tune": Patience(25, 300),
-    "e2e": Patience(0, 400),  # needed: a variant says so itself
+TIME_LIMITS = {
+    "check": TimeLimits(4, 60),
+    "bench": TimeLimits(12, 90),
+    "tune": TimeLimits(25, 300),
+    "e2e": TimeLimits(0, 400),  # needed: a variant says so itself
 }
 MARGIN = 4.0  # seconds, between what a task is told and its end
 
 
 @dataclass
-class Progress:
+class CampaignProgress:
     """What parent and child, and a later call, tell each other through OUT/progress."""
 
     seed: int
@@ -103,13 +102,13 @@ class Progress:
         """Seconds of the budget."""
         return self.deadline - time.time()
 
-    def enter(self, out: Path, phase: str = "", task: str = "", backend: str = "") -> None:
+    def record(self, out: Path, phase: str = "", task: str = "", backend: str = "") -> None:
         """Writes down what is begun now; nothing, once it has ended."""
         self.phase, self.task, self.backend = phase, task, backend
         write(out / PROGRESS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, out: Path) -> "Progress":
+    def load(cls, out: Path) -> "CampaignProgress":
         """Reads it back; raises `UserError` if that is not one."""
         try:
             return cls(**json.loads((out / PROGRESS).read_text()))
@@ -118,7 +117,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskLists:
     """The tasks of each phase, the most important first."""
 
     cases: dict[str, list[Case]]  # phase -> cases
@@ -129,7 +128,7 @@ class Plan:
         return [v.name for v in self.variants] if phase == "e2e" else [c.name for c in self.cases[phase]]
 
 
-def plan(device: torch.device, patterns: Sequence[str], extra: Path | None) -> Plan:
+def plan_tasks(device: torch.device, patterns: Sequence[str], extra: Path | None) -> TaskLists:
     """What there is to do; a pattern is a variant's name or selects cases.
 
     One GPU's shapes come first, then the largest world: scaling is judged by its ends. Within a world the registry's
@@ -143,10 +142,10 @@ def plan(device: torch.device, patterns: Sequence[str], extra: Path | None) -> P
     checked = [case for case in cases if any(b.ours for b in case.backends)]
     tunable = [case for case in cases if any(b.space for b in case.backends)]
     by_phase = {"check": checked, "bench": cases, "tune": tunable}
-    return Plan(by_phase, named if patterns else list(variants.values()))
+    return TaskLists(by_phase, named if patterns else list(variants.values()))
 
 
-def command(
+def gpu_command(
     phase: str,
     out: Path,
     budget: float,
@@ -159,13 +158,13 @@ def command(
     """`python -m profiling gpu`; 1 if a back-end of ours or a variant is wrong or raised."""
     phases = [name.strip() for name in phase.split(",")]
     for name in phases:
-        if name not in PATIENCE:
-            raise UserError(f"--phase {name}: there is no such phase; use {', '.join(PATIENCE)}")
-    device = pick(device_name)
-    tasks = plan(device, patterns, extra)
+        if name not in TIME_LIMITS:
+            raise UserError(f"--phase {name}: there is no such phase; use {', '.join(TIME_LIMITS)}")
+    device = resolve_device(device_name)
+    tasks = plan_tasks(device, patterns, extra)
     if worker:
         _die_with_parent()
-        Worker(out, device, tasks).run(phases)
+        Worker(out, device, tasks).run_phases(phases)
         return 0
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: a number of seconds is needed")
@@ -173,15 +172,15 @@ def command(
     options += [item for pattern in patterns for item in ("--only", pattern)]
     options += ["--cases", str(extra)] if extra else []
     try:
-        progress = _supervise(options, out, budget)
+        progress = _run_children(options, out, budget)
     except KeyboardInterrupt:
         if (out / PROGRESS).is_file():
-            Progress.load(out).enter(out)  # what was running is not to blame
+            CampaignProgress.load(out).record(out)  # what was running is not to blame
         raise
-    return _summary(phases, tasks, progress, out, as_json)
+    return _print_summary(phases, tasks, progress, out, as_json)
 
 
-def digest() -> str:
+def code_digest() -> str:
     """Of all code and data in the packages: other results are to be expected where it is another."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for package in ("kernels", "model", "streaming", "profiling"):
@@ -191,25 +190,25 @@ def digest() -> str:
     return found.hexdigest()[:16]
 
 
-def _supervise(options: Sequence[str], out: Path, budget: float) -> Progress:
+def _run_children(options: Sequence[str], out: Path, budget: float) -> CampaignProgress:
     """Starts children until one ends well, the budget is spent, or one got nowhere."""
     deadline = time.time() + budget
     if (out / PROGRESS).is_file():
-        progress = replace(Progress.load(out), deadline=deadline)
-        if progress.code != digest():
+        progress = replace(CampaignProgress.load(out), deadline=deadline)
+        if progress.code != code_digest():
             raise UserError(f"{out} holds results of other code than is here now; use another --out")
     else:
-        progress = Progress(secrets.randbits(31), deadline, code=digest())
-    progress.enter(out, progress.phase, progress.task, progress.backend)
+        progress = CampaignProgress(secrets.randbits(31), deadline, code=code_digest())
+    progress.record(out, progress.phase, progress.task, progress.backend)
     before = None
-    while progress.left > CHILD_SECONDS:
-        code = _child([sys.executable, "-m", "profiling", "gpu", "--worker", *options], progress.left)
-        progress = Progress.load(out)
+    while progress.left > CHILD_START_SECONDS:
+        code = _run_child([sys.executable, "-m", "profiling", "gpu", "--worker", *options], progress.left)
+        progress = CampaignProgress.load(out)
         if code is None:  # the budget is spent: what was running is not to blame
-            progress.enter(out)
+            progress.record(out)
         if not code:
             break
-        if code == USERS_MISTAKE:
+        if code == USER_ERROR_EXIT:
             raise UserError("the measuring process could not go on; the line above says why")
         at = (progress.phase, progress.task, progress.backend)
         if not progress.task or at == before:
@@ -218,7 +217,7 @@ def _supervise(options: Sequence[str], out: Path, budget: float) -> Progress:
     return progress
 
 
-def _child(command_line: Sequence[str], seconds: float) -> int | None:
+def _run_child(command_line: Sequence[str], seconds: float) -> int | None:
     """Runs a process; its exit code, or None if it had to be killed after so many seconds."""
     child = subprocess.Popen(command_line, stdout=STDERR, start_new_session=True)
     try:
@@ -242,33 +241,33 @@ def _die_with_parent() -> None:
 class Worker:
     """The child: works through the tasks that are not done, and writes each result as it comes."""
 
-    def __init__(self, out: Path, device: torch.device, tasks: Plan) -> None:
+    def __init__(self, out: Path, device: torch.device, tasks: TaskLists) -> None:
         self._out, self._device, self._tasks = out, device, tasks
         self._cases = {case.name: case for cases in tasks.cases.values() for case in cases}
         self._variants = {variant.name: variant for variant in tasks.variants}
-        self._progress = Progress.load(out)
-        self._machine = describe(device)
+        self._progress = CampaignProgress.load(out)
+        self._machine = describe_machine(device)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._phase, self._run = "", Run("", "", self._machine)  # the one at work and its results so far
-        self._monitor, self._begin = Monitor(device), 0.0
+        self._monitor, self._begin = NvmlMonitor(device), 0.0
 
-    def run(self, phases: Sequence[str]) -> None:
+    def run_phases(self, phases: Sequence[str]) -> None:
         """All phases, as far as the budget goes."""
-        settle()
+        set_benchmark_state()
         for phase in phases:
-            self._enter(phase)
+            self._open_phase(phase)
             with self._monitor:
                 if phase == self._progress.phase:
-                    self._bury()
+                    self._record_lost_task()
                 if phase == "bench" and not self._run.ceilings.copy_bytes_s:
                     dtypes = sorted({case.dtype for case in self._tasks.cases[phase]})
                     self._run = replace(self._run, ceilings=measure_ceilings(self._device, dtypes))
                 self._work_through(phase)
 
-    def _enter(self, phase: str) -> None:
+    def _open_phase(self, phase: str) -> None:
         """Takes up the phase's results file; raises `UserError` if it is another machine's."""
         machine, path = self._machine, self._out / f"{phase}.json"
-        self._phase, self._monitor, self._begin = phase, Monitor(self._device), time.monotonic()
+        self._phase, self._monitor, self._begin = phase, NvmlMonitor(self._device), time.monotonic()
         self._run = Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
         if path.is_file():
             self._run = load(path)
@@ -278,20 +277,20 @@ class Worker:
         self._earlier = self._run
 
     def _work_through(self, phase: str) -> None:
-        progress, patience = self._progress, PATIENCE[phase]
+        progress, limits = self._progress, TIME_LIMITS[phase]
         todo = [name for name in self._tasks.names(phase) if name not in progress.done.get(phase, [])]
         for i, name in enumerate(todo):
-            if progress.left < (self._variants[name].seconds if phase == "e2e" else patience.needed):
+            if progress.left < (self._variants[name].seconds if phase == "e2e" else limits.to_begin):
                 continue
             self._console.print(f"{progress.left:4.0f} s left  {phase} {i + 1}/{len(todo)}  {name}")
-            faulthandler.dump_traceback_later(patience.most, exit=True)
-            progress.enter(self._out, phase, name)
+            faulthandler.dump_traceback_later(limits.hung_after, exit=True)
+            progress.record(self._out, phase, name)
             getattr(self, f"_{phase}")(name)
             faulthandler.cancel_dump_traceback_later()
             progress.done.setdefault(phase, []).append(name)
-            progress.enter(self._out)
+            progress.record(self._out)
 
-    def _bury(self) -> None:
+    def _record_lost_task(self) -> None:
         """Enters what the child before this one died of: a back-end is left out from now on, or the task is lost."""
         progress = self._progress
         phase, task, backend = progress.phase, progress.task, progress.backend
@@ -306,7 +305,7 @@ class Worker:
                 self._add(VariantResult(task, ERROR, LOST))
             elif phase in ("check", "bench"):
                 self._add(case_result(self._cases[task], (Measurement("all", ERROR, True, LOST),)))
-        progress.enter(self._out)
+        progress.record(self._out)
 
     def _check(self, name: str) -> None:
         self._measure(name, timed=False)
@@ -320,19 +319,19 @@ class Worker:
         meant = [b for b in case.backends if timed or b.ours]
         wanted = [b.name for b in meant if b.name not in lost]
 
-        def entering(backend: str) -> None:
-            self._progress.enter(self._out, phase, name, backend)
+        def on_backend(backend: str) -> None:
+            self._progress.record(self._out, phase, name, backend)
 
         if timed:
-            result = bench_case(case, self._device, ROUNDS, seed, wanted, entering)
+            result = bench_case(case, self._device, ROUNDS, seed, wanted, on_backend)
         else:
-            result = check_case(case, self._device, seed, wanted, entering)
+            result = check_case(case, self._device, seed, wanted, on_backend)
         dead = (Measurement(b.name, ERROR, b.ours, LOST) for b in meant if b.name in lost)
         self._add(replace(result, measurements=(*result.measurements, *dead)))
 
     def _tune(self, name: str) -> None:
         outcome = tune_case(self._cases[name], self._device, self._deadline(), self._progress.seed)
-        self._console.print(outcomes_table([outcome]))
+        self._console.print(tuning_table([outcome]))
         if outcome.entry is not None:
             write_table([outcome.entry], self._device, self._out / "tuned")
 
@@ -341,24 +340,24 @@ class Worker:
         try:
             config = CONFIGS[self._device.type]
             config = dataclasses.replace(config, chunk=dataclasses.replace(config.chunk, sample_steps=variant.steps))
-            models = generating_models(config, self._device, variant.precision)
+            models = chunk_models(config, self._device, variant.precision)
             result, runner = run_variant(variant, models, self._progress.seed, deadline)
         except Exception as error:  # out of memory, a compiler's failure: the other variants go on
-            result, runner = VariantResult(name, ERROR, reason(error)), None
+            result, runner = VariantResult(name, ERROR, one_line(error)), None
         self._add(result)
         if runner is not None and result.chunk and time.monotonic() + 3 * max(result.chunk) < deadline:
             try:
-                self._replace(traced(result, runner, self._out / f"{name}.json.gz"))
+                self._replace(trace_chunk(result, runner, self._out / f"{name}.json.gz"))
             except Exception as error:  # a trace is an extra
-                self._console.print(f"no trace of {name}: {reason(error)}")
+                self._console.print(f"no trace of {name}: {one_line(error)}")
         models = runner = None
         torch.compiler.reset()  # compiled code keeps its weights alive, and two students do not fit
         gc.collect()
-        survive(self._device)
+        raise_if_gpu_lost(self._device)
 
     def _deadline(self) -> float:
         """When a task must end, on the clock of `time.monotonic`."""
-        return time.monotonic() + min(self._progress.left, PATIENCE[self._phase].most) - MARGIN
+        return time.monotonic() + min(self._progress.left, TIME_LIMITS[self._phase].hung_after) - MARGIN
 
     def _add(self, result: CaseResult | VariantResult) -> None:
         """Writes the results file with one result more."""
@@ -376,12 +375,14 @@ class Worker:
     def _save(self) -> None:
         before = self._earlier
         seconds = before.seconds + time.monotonic() - self._begin
-        nvml = joined(before.nvml, self._monitor.nvml, before.seconds)
+        nvml = concatenate(before.nvml, self._monitor.nvml, before.seconds)
         self._run = replace(self._run, seconds=seconds, nvml=nvml)
         save(self._run, self._out / f"{self._phase}.json")
 
 
-def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, as_json: bool) -> int:
+def _print_summary(
+    phases: Sequence[str], tasks: TaskLists, progress: CampaignProgress, out: Path, as_json: bool
+) -> int:
     """Prints what the phases found and what was not reached; 1 if anything of ours is wrong or raised."""
     console, bad, documents = terminal(), False, {}
     for phase in phases:
@@ -395,7 +396,9 @@ def _summary(phases: Sequence[str], tasks: Plan, progress: Progress, out: Path, 
             bad |= any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements)
             bad |= any(v.status in (WRONG, ERROR) for v in run.variants)
             if not as_json:
-                console.print(variant_table(variant_rows(run)) if phase == "e2e" else table(rows(run)))
+                console.print(
+                    variant_table(variant_rows(run)) if phase == "e2e" else measurement_table(measurement_rows(run))
+                )
         if missing:
             documents[f"{phase} {SKIPPED}"] = missing
         if not as_json:

@@ -25,50 +25,51 @@ def check_case(
     device: torch.device,
     seed: int,
     only: Sequence[str] | None = None,
-    entering: Callable[[str], None] = lambda _: None,
+    on_backend: Callable[[str], None] = lambda _: None,
 ) -> CaseResult:
     """Holds all back-ends of a case, or those named in `only`, to its reference on inputs made from `seed`.
 
-    `entering` is told the back-end that runs next, and "" at the end, for whoever must know what a process died of.
-    What a back-end raises becomes its measurement's detail, unless it costs the process its GPU, see `survive`.
+    `on_backend` is told the back-end that runs next, and "" at the end, for whoever must know what a process died of.
+    What a back-end raises becomes its measurement's detail, unless it costs the process its GPU
+    (`raise_if_gpu_lost`).
     """
     wanted = [backend for backend in case.backends if only is None or backend.name in only]
     with torch.inference_mode():
         try:
             inputs = case.inputs(device, torch.Generator(device).manual_seed(seed))
-            expected = reference(case, inputs, device)
+            expected = reference_outputs(case, inputs, device)
         except Exception as raised:  # of the case itself: it costs no other
-            survive(device)
-            why = f"inputs or reference: {reason(raised)}"
+            raise_if_gpu_lost(device)
+            why = f"inputs or reference: {one_line(raised)}"
             return case_result(case, tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
         found = []
         for backend in wanted:
-            entering(backend.name)
-            found.append(_undisturbed(case, backend, inputs, expected, device))
-    entering("")
+            on_backend(backend.name)
+            found.append(_check_preserving_inputs(case, backend, inputs, expected, device))
+    on_backend("")
     return case_result(case, tuple(found))
 
 
-def _undisturbed(
+def _check_preserving_inputs(
     case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
 ) -> Measurement:
-    """`check`; a back-end that changes its inputs, which the next ones get too, is wrong, and is made good."""
+    """`check_backend`; a back-end that changes its inputs, which the next ones get too, is wrong, and is made good."""
     before = [(x, x.clone()) for x in inputs if isinstance(x, Tensor)]
-    measurement = check(case, backend, inputs, expected, device)
+    measurement = check_backend(case, backend, inputs, expected, device)
     changed = [(x, was) for x, was in before if not torch.equal(x, was)]
     for x, was in changed:
         x.copy_(was)
     return replace(measurement, status=WRONG, detail="changes its inputs") if changed else measurement
 
 
-def reference(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:
+def reference_outputs(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:
     """The expected outputs, in a precision far above that of the case, by library routines that take no short cuts."""
     wide = device.type == "cpu" or not case.operation.products
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-        return flat(case.expected(inputs, torch.float64 if wide else torch.float32))
+        return as_tuple(case.expected(inputs, torch.float64 if wide else torch.float32))
 
 
-def survive(device: torch.device) -> None:
+def raise_if_gpu_lost(device: torch.device) -> None:
     """After something raised: raises RuntimeError if it has left the process without a working GPU.
 
     Whatever ran next would get the blame.
@@ -96,7 +97,7 @@ def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult
     )
 
 
-def check(
+def check_backend(
     case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
 ) -> Measurement:
     """Holds a back-end to the expected output of these inputs."""
@@ -109,21 +110,21 @@ def check(
         begin = time.perf_counter()
         call = backend.prepare(*inputs)
         with poisoned_memory() if backend.ours else nullcontext():
-            got = flat(case.operation.result(call()))
+            got = as_tuple(case.operation.result(call()))
         if device.type == "cuda":
             torch.cuda.synchronize()
         blank = replace(blank, first_call=time.perf_counter() - begin)
-        error, fault = judge(got, expected, case.tolerance)
+        error, fault = compare_outputs(got, expected, case.tolerance)
         if backend.ours and not fault:  # once more: with poison torch may choose other algorithms than are timed
-            again, fault = judge(flat(case.operation.result(call())), expected, case.tolerance)
+            again, fault = compare_outputs(as_tuple(case.operation.result(call())), expected, case.tolerance)
             error = max(error or 0.0, again or 0.0)
     except Exception as raised:
-        survive(device)
-        return replace(blank, status=ERROR, detail=reason(raised))
+        raise_if_gpu_lost(device)
+        return replace(blank, status=ERROR, detail=one_line(raised))
     return replace(blank, status=WRONG if fault else OK, detail=fault, error=error)
 
 
-def judge(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> tuple[float | None, str]:
+def compare_outputs(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> tuple[float | None, str]:
     """The relative Frobenius error, the largest of all outputs, and in words what is wrong with it, if anything."""
     if [x.shape for x in got] != [x.shape for x in expected]:
         return None, f"shapes {[list(x.shape) for x in got]}, wanted {[list(x.shape) for x in expected]}"
@@ -153,12 +154,12 @@ def poisoned_memory() -> Iterator[None]:
         switch.fill_uninitialized_memory = fill
 
 
-def flat(output: Output) -> tuple[Tensor, ...]:
+def as_tuple(output: Output) -> tuple[Tensor, ...]:
     """An operation's outputs, however many."""
     return output if isinstance(output, tuple) else (output,)
 
 
-def reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:300]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kernels.lab_transfer import lab_statistics
 from model.config import PRECISIONS, TINY, Config
-from profiling.measure.trace import export, summarise
+from profiling.measure.trace import export_trace, summarise
 from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
 from streaming.spans import Spans
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Moment: TypeAlias = float | torch.cuda.Event
 Mode = Literal["eager", "compiled", "student", "graphs"]  # compiled: VAE too; graphs: of the compiled student too
 
-FEWEST_CHUNKS, MOST_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
+MIN_CHUNKS, MAX_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
 PROMPT_TOKENS = 20  # real tokens of a prompt; the padding behind them is computed all the same
 
 
@@ -70,12 +70,12 @@ VARIANTS = {
 }
 
 
-def generating_models(config: Config, device: torch.device, precision: str) -> "Models":
+def chunk_models(config: Config, device: torch.device, precision: str) -> "Models":
     """Student and VAE of `config` with random weights; the encoders, which no chunk runs, are those of `tiny`."""
     from model.checkpoint import random_models
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
-    # 9 GB to the host's memory and back take longer than all else: what would visit stays, until `Runner` has used it.
+    # 9 GB to the host's memory and back take longer than all else: what would visit stays until it is used.
     return replace(random_models(small, device, PRECISIONS[precision], home=device), config=config)
 
 
@@ -98,7 +98,7 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
     return Conditions(context, condition, lab_statistics(portrait), latents[:1])
 
 
-class Runner:
+class ChunkRunner:
     """Chunks of one variant, one after the other, each from the state that the one before it left."""
 
     def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
@@ -170,11 +170,11 @@ def seconds(begin: Moment, end: Moment) -> float:
     return cast(float, end) - cast(float, begin)
 
 
-def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, Runner]:
-    """Times chunks of a variant until `MOST_CHUNKS` are done or another might end after `deadline` (monotonic).
+def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, ChunkRunner]:
+    """Times chunks of a variant until `MAX_CHUNKS` are done or another might end after `deadline` (monotonic).
 
     `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
-    chunks; the first ones, which try algorithms, take more. The runner can go on, see `traced`.
+    chunks; the first ones, which try algorithms, take more. The runner can go on, see `trace_chunk`.
     """
     from model.compiled import compile_student, compile_vae
 
@@ -184,7 +184,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         compile_student(models.dit)
     if variant.mode == "compiled":
         compile_vae(models.vae)
-    runner = Runner(models, seed, variant.ours, variant.mode == "graphs")
+    runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs")
     first_call = runner.chunk()
     # The first one to begin with motion frames is the last to meet something new; the one after it is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):
@@ -192,14 +192,14 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    warm = {name: len(samples) for name, samples in runner.spans.samples().items()}
+    calls_before = {name: len(samples) for name, samples in runner.spans.samples().items()}
     times: list[float] = []
-    while len(times) < MOST_CHUNKS:
+    while len(times) < MAX_CHUNKS:
         longest = max(times, default=0.0)
-        if len(times) >= FEWEST_CHUNKS and time.monotonic() + longest > deadline:
+        if len(times) >= MIN_CHUNKS and time.monotonic() + longest > deadline:
             break
         times.append(runner.chunk())
-    stages = {name: samples[warm.get(name, 0) :] for name, samples in runner.spans.samples().items()}
+    stages = {name: samples[calls_before.get(name, 0) :] for name, samples in runner.spans.samples().items()}
     result = VariantResult(
         variant.name,
         OK if runner.finite else WRONG,
@@ -210,7 +210,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         frames=chunk.new_frames,
         first_call=first_call,
         peak_bytes=peak_memory() if device.type == "cuda" else None,
-        weights_bytes=sum(_bytes(module, device) for module in (models.dit, models.vae)),
+        weights_bytes=sum(_parameter_bytes(module, device) for module in (models.dit, models.vae)),
     )
     return result, runner
 
@@ -225,17 +225,17 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() + kept
 
 
-def _bytes(module: nn.Module, device: torch.device) -> int:
+def _parameter_bytes(module: nn.Module, device: torch.device) -> int:
     """Of its parameters on the device: some only visit."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type == device.type)
 
 
-def traced(result: VariantResult, runner: Runner, path: Path) -> VariantResult:
+def trace_chunk(result: VariantResult, runner: ChunkRunner, path: Path) -> VariantResult:
     """The result with one more chunk as a Chrome/Perfetto trace in `path`, its timeline, and the GPU's gaps in it.
 
     The profiler takes time of its own on the CPU, so the gaps are an upper bound.
     """
     with torch.profiler.profile() as profiler:
         runner.chunk()
-    summary = summarise(export(profiler, path))
+    summary = summarise(export_trace(profiler, path))
     return replace(result, trace=path.name, timeline=summary.timeline, gaps=summary.gaps)

@@ -14,23 +14,23 @@ from collections.abc import Callable, Sequence
 import torch
 
 SAMPLE_SECONDS = {"cuda": 0.010, "cpu": 0.005}  # least length of a sample
-ROUND_SECONDS = 2.0  # of `interleave`, after which slow back-ends get no further rounds
-FEWEST_ROUNDS = 4
-CACHES = 4  # a rotation of input sets is this many times the L2 cache
-MOST_SETS = 256
-MOST_CALLS = 256  # in a sample
-HEAD_START = 1_000_000  # GPU cycles, about half a millisecond: the CPU gets ahead, launch gaps stay out
+INTERLEAVE_SECONDS = 2.0  # of `interleave`, after which slow back-ends get no further rounds
+MIN_ROUNDS = 4
+L2_MULTIPLE = 4  # a rotation of input sets is this many times the L2 cache
+MAX_INPUT_SETS = 256
+MAX_CALLS_A_SAMPLE = 256  # in a sample
+SPIN_CYCLES = 1_000_000  # GPU cycles, about half a millisecond: the CPU gets ahead, launch gaps stay out
 
 
-def set_count(bytes_a_set: float, device: torch.device) -> int:
+def num_input_sets(bytes_a_set: float, device: torch.device) -> int:
     """How many input sets of that size keep a repeated call from finding its operands in the GPU's L2 cache."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(MOST_SETS, math.ceil(CACHES * cache / max(bytes_a_set, 1))))
+    return max(2, min(MAX_INPUT_SETS, math.ceil(L2_MULTIPLE * cache / max(bytes_a_set, 1))))
 
 
-class Timed:
+class CallTimer:
     """Calls that do the same on different inputs, warmed up and ready to be timed."""
 
     def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Timed:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._count = 1
         rough = min(self.sample() for _ in range(2))
-        self._count = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS[device.type] / max(rough, 1e-9))))
+        self._count = max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(SAMPLE_SECONDS[device.type] / max(rough, 1e-9))))
         if self._cuda:
             self._capture()
 
@@ -58,7 +58,7 @@ class Timed:
             self._run()
             return (time.perf_counter() - begin) / self._count
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(SPIN_CYCLES)
         start.record()
         self._run()
         end.record()
@@ -95,17 +95,17 @@ class Timed:
         self._graph = graph
 
 
-def interleave(timed: Sequence[Timed], rounds: int, seed: int) -> list[list[float]]:
+def interleave(timed: Sequence[CallTimer], rounds: int, seed: int) -> list[list[float]]:
     """Samples of each, one a round, taken in a new random order every round after one that does not count.
 
-    Slow calls get fewer rounds than asked for, though at least `FEWEST_ROUNDS`: all cases are to have their turn.
+    Slow calls get fewer rounds than asked for, though at least `MIN_ROUNDS`: all cases are to have their turn.
     """
     samples: list[list[float]] = [[] for _ in timed]
     shuffle = random.Random(seed).shuffle
     order = list(range(len(timed)))
     begin = time.monotonic()
     for done in range(rounds):
-        if done >= FEWEST_ROUNDS and time.monotonic() - begin > ROUND_SECONDS:
+        if done >= MIN_ROUNDS and time.monotonic() - begin > INTERLEAVE_SECONDS:
             break
         shuffle(order)
         for i in order:

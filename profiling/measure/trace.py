@@ -35,10 +35,10 @@ from rich.table import Table
 from model.errors import UserError
 from model.files import replacing
 from profiling.results import StageInterval, write
-from profiling.tables import duration, share, terminal
+from profiling.tables import duration, percent, terminal
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
-LAUNCH = ("cuda_runtime", "cuda_driver")
+LAUNCH_CALLS = ("cuda_runtime", "cuda_driver")
 OPERATION, SPAN, GPU_SPAN = "cpu_op", "user_annotation", "gpu_user_annotation"
 CHUNK_BEGIN, STEP = "audio", "denoise/step"  # a chunk's first span, and the one that its student's stream begins with
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -49,7 +49,7 @@ Interval = tuple[float, float]  # begin and end in seconds
 
 
 @dataclass(frozen=True)
-class Operation:
+class OperationTime:
     """All calls of one name."""
 
     name: str
@@ -59,7 +59,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Span:
+class SpanTime:
     """All passes through one span."""
 
     name: str
@@ -74,9 +74,9 @@ class Span:
 class Summary:
     """What a trace says."""
 
-    operations: tuple[Operation, ...]  # on the CPU, the longest first
-    kernels: tuple[Operation, ...]  # on the GPU, copies and fills included
-    spans: tuple[Span, ...]  # in order of appearance
+    operations: tuple[OperationTime, ...]  # on the CPU, the longest first
+    kernels: tuple[OperationTime, ...]  # on the GPU, copies and fills included
+    spans: tuple[SpanTime, ...]  # in order of appearance
     chunks: int  # that the gaps are of
     gaps: float | None  # share of the GPU's time; None without a GPU
     timeline: tuple[StageInterval, ...]  # of the last chunk that another follows; on a GPU, where the spans ran
@@ -85,7 +85,7 @@ class Summary:
 # --- The arithmetic -------------------------------------------------------------------------------------------------
 
 
-def merged(intervals: Iterable[Interval]) -> list[Interval]:
+def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
     """The union of intervals, as sorted ones that do not touch each other."""
     union: list[Interval] = []
     for begin, end in sorted(intervals):
@@ -98,7 +98,7 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 def gap_share(busy: Iterable[Interval], windows: Iterable[Interval]) -> float | None:
     """The share of the windows that no busy interval covers; both may overlap. None if the windows have no length."""
-    covers, extents = merged(busy), merged(windows)
+    covers, extents = merge_intervals(busy), merge_intervals(windows)
     length = sum(end - begin for begin, end in extents)
     if not length:
         return None
@@ -119,7 +119,7 @@ def extent(intervals: Sequence[Interval]) -> Interval | None:
     return min(begin for begin, _ in intervals), max(end for _, end in intervals)
 
 
-def chunks(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
+def chunk_intervals(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
     """From the begin of a chunk's first span to the end of its last one; `spans` in order of their begin."""
     found: list[list[Interval]] = []
     before = None
@@ -132,7 +132,7 @@ def chunks(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _GpuWork:
     """What the GPU did, in order of its launch."""
 
     launched: list[float]  # seconds
@@ -148,20 +148,20 @@ def _interval(event: Event) -> Interval:
     return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6  # a trace counts microseconds
 
 
-def _work(events: Iterable[Event]) -> _Work:
+def _gpu_work(events: Iterable[Event]) -> _GpuWork:
     """Pairs every piece of GPU work with its launch; what has none in the trace counts as launched when it began."""
     calls, work = {}, []
     for event in events:
         number = event.get("args", {}).get("correlation")
-        if event.get("cat") in LAUNCH and number is not None:
+        if event.get("cat") in LAUNCH_CALLS and number is not None:
             calls[number] = event["ts"] / 1e6
         elif event.get("cat") in GPU_WORK:
             work.append((number, _interval(event)))
     pairs = sorted((calls.get(number, ran[0]), ran) for number, ran in work)
-    return _Work([launched for launched, _ in pairs], [ran for _, ran in pairs])
+    return _GpuWork([launched for launched, _ in pairs], [ran for _, ran in pairs])
 
 
-def _self_times(events: Iterable[Event]) -> tuple[Operation, ...]:
+def _self_times(events: Iterable[Event]) -> tuple[OperationTime, ...]:
     """Operations by name, each without the ones that ran inside it on its thread."""
     own: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
@@ -181,9 +181,9 @@ def _self_times(events: Iterable[Event]) -> tuple[Operation, ...]:
     return _longest(own, calls)
 
 
-def _longest(seconds: Mapping[str, float], calls: Mapping[str, int]) -> tuple[Operation, ...]:
+def _longest(seconds: Mapping[str, float], calls: Mapping[str, int]) -> tuple[OperationTime, ...]:
     total = sum(seconds.values()) or 1.0
-    rows = [Operation(name, calls[name], taken, taken / total) for name, taken in seconds.items()]
+    rows = [OperationTime(name, calls[name], taken, taken / total) for name, taken in seconds.items()]
     return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
@@ -200,15 +200,15 @@ def summarise(events: Sequence[Event]) -> Summary:
     named: defaultdict[str, list[Interval]] = defaultdict(list)
     for name, interval in spans:
         named[name].append(interval)
-    work = _work(events)
-    found = chunks(spans)
+    work = _gpu_work(events)
+    found = chunk_intervals(spans)
     # Without spans, there is still the time from the first to the last work.
     steady = found[1:] or found or [(-math.inf, math.inf)]
     extents = work.extents(steady)
     return Summary(
         operations=_self_times(event for event in events if event.get("cat") == OPERATION),
         kernels=_longest(kernels, calls),
-        spans=tuple(_span(name, passes, work, steady[0][0]) for name, passes in named.items()),
+        spans=tuple(_span(name, calls, work, steady[0][0]) for name, calls in named.items()),
         chunks=len(extents) if spans else 0,
         gaps=gap_share(work.ran, extents),
         timeline=_timeline(events, set(named)),
@@ -218,36 +218,36 @@ def summarise(events: Sequence[Event]) -> Summary:
 def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[StageInterval, ...]:
     found = [e for e in events if e["name"] in names and e.get("cat") in (SPAN, GPU_SPAN)]
     on_gpu = [e for e in found if e["cat"] == GPU_SPAN]
-    passes = sorted(on_gpu or found, key=lambda event: event["ts"])
-    begins = _first_steps(passes)
+    calls = sorted(on_gpu or found, key=lambda event: event["ts"])
+    begins = _first_steps(calls)
     if len(begins) > 1:
-        passes = passes[begins[-2] : begins[-1]]
-    lanes: dict[Any, int] = {}
-    stretches = []
-    for event in passes:
-        lane = lanes.setdefault(event.get("tid"), len(lanes))
-        begin, end = (at - _interval(passes[0])[0] for at in _interval(event))
-        stretches.append(StageInterval(event["name"], lane, begin, end))
-    return tuple(stretches)
+        calls = calls[begins[-2] : begins[-1]]
+    streams: dict[Any, int] = {}
+    intervals = []
+    for event in calls:
+        stream = streams.setdefault(event.get("tid"), len(streams))
+        begin, end = (at - _interval(calls[0])[0] for at in _interval(event))
+        intervals.append(StageInterval(event["name"], stream, begin, end))
+    return tuple(intervals)
 
 
-def _first_steps(passes: Sequence[Event]) -> list[int]:
+def _first_steps(calls: Sequence[Event]) -> list[int]:
     """Where chunks begin among their passes: with a step that follows something else on its stream."""
     before: dict[Any, str] = {}
     begins = []
-    for i, event in enumerate(passes):
+    for i, event in enumerate(calls):
         if event["name"] == STEP != before.get(event.get("tid")):
             begins.append(i)
         before[event.get("tid")] = event["name"]
     return begins
 
 
-def _span(name: str, passes: Sequence[Interval], work: _Work, since: float) -> Span:
-    seconds = [end - begin for begin, end in passes]
-    extents = work.extents(window for window in passes if window[0] >= since)
-    return Span(
+def _span(name: str, calls: Sequence[Interval], work: _GpuWork, since: float) -> SpanTime:
+    seconds = [end - begin for begin, end in calls]
+    extents = work.extents(window for window in calls if window[0] >= since)
+    return SpanTime(
         name,
-        len(passes),
+        len(calls),
         sum(seconds),
         statistics.median(seconds),
         statistics.median(end - begin for begin, end in extents) if extents else None,
@@ -267,7 +267,7 @@ class Program:
     arguments: tuple[str, ...]
 
 
-def parse(arguments: Sequence[str]) -> Program:
+def parse_command(arguments: Sequence[str]) -> Program:
     """The program that a command line of Python names. Raises `UserError` if it is not one, or is not there."""
     python, *rest = arguments or [""]
     if python != sys.executable and not re.fullmatch(r"python[\d.]*", Path(python).name):
@@ -293,7 +293,7 @@ def _runnable(module: str) -> bool:
     return False
 
 
-def run(program: Program) -> int:
+def run_program(program: Program) -> int:
     """Runs the program in this process and gives its exit code; puts arguments, paths and signals back afterwards."""
     argv, path, handlers = sys.argv, sys.path.copy(), {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = [program.name, *program.arguments]
@@ -316,7 +316,7 @@ def run(program: Program) -> int:
     return 0
 
 
-def export(profiler: torch.profiler.profile, out: Path) -> list[Event]:
+def export_trace(profiler: torch.profiler.profile, out: Path) -> list[Event]:
     """Writes what the profiler recorded as a Chrome trace, whole or not at all, and gives its events.
 
     `out` ends in .json, or in .json.gz to be compressed; its folder must be there. Raises `UserError` if it cannot be
@@ -337,9 +337,9 @@ def _temporary(out: Path) -> Path:
     return out.with_name(f".part-{out.name}")
 
 
-def command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
+def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
     """`python -m profiling trace -- COMMAND`; the exit code is the command's, and what it raised is raised again."""
-    program = parse(arguments)
+    program = parse_command(arguments)
     if not out.name.endswith((".json", ".json.gz")):
         raise UserError(f"--out {out}: a trace is called NAME.json or NAME.json.gz; the command goes behind --")
     if out.is_dir():
@@ -350,14 +350,14 @@ def command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
     profiler, failure = torch.profiler.profile(), None
     try:
         with profiler, redirect_stdout(sys.stderr) if as_json else nullcontext():
-            code = run(program)
+            code = run_program(program)
     except Exception as error:  # the command's; what it did until then is in the trace
         code, failure = 1, error
-    summary = summarise(export(profiler, out))
+    summary = summarise(export_trace(profiler, out))
     if as_json:
-        print(json.dumps({"trace": str(out), "exit_code": code} | asdict(_first(summary, top)), indent=1))
+        print(json.dumps({"trace": str(out), "exit_code": code} | asdict(_top_operations(summary, top)), indent=1))
     else:
-        show(_first(summary, top))
+        _print_summary(_top_operations(summary, top))
         print(f"{out}: open it at https://ui.perfetto.dev")
     if failure is not None:
         raise failure
@@ -366,37 +366,37 @@ def command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
     return code
 
 
-def _first(summary: Summary, top: int) -> Summary:
+def _top_operations(summary: Summary, top: int) -> Summary:
     return replace(summary, operations=summary.operations[:top], kernels=summary.kernels[:top])
 
 
-def show(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> None:
     """Prints the tables."""
     console = terminal()
     if summary.kernels:
-        console.print(_operations("on the GPU", summary.kernels))
-    console.print(_operations("operation on the CPU", summary.operations))
+        console.print(_operations_table("on the GPU", summary.kernels))
+    console.print(_operations_table("operation on the CPU", summary.operations))
     if summary.spans:
-        console.print(_spans(summary.spans, on_gpu=bool(summary.kernels)))
+        console.print(_spans_table(summary.spans, on_gpu=bool(summary.kernels)))
     if not summary.kernels:
         print("There is no GPU in this trace, so no launch gaps.")
     elif summary.gaps is not None:
         where = f"{summary.chunks} chunks" if summary.chunks else "everything"
-        print(f"Launch gaps: {share(summary.gaps)} of the GPU's time, over {where}.")
+        print(f"Launch gaps: {percent(summary.gaps)} of the GPU's time, over {where}.")
 
 
-def _operations(heading: str, rows: Iterable[Operation]) -> Table:
+def _operations_table(heading: str, rows: Iterable[OperationTime]) -> Table:
     out = _table(heading, "self time", "calls", "share")
     for row in rows:
-        out.add_row(escape(row.name), duration(row.seconds), str(row.calls), share(row.share))
+        out.add_row(escape(row.name), duration(row.seconds), str(row.calls), percent(row.share))
     return out
 
 
-def _spans(spans: Iterable[Span], on_gpu: bool) -> Table:
+def _spans_table(spans: Iterable[SpanTime], on_gpu: bool) -> Table:
     gpu = ("median on GPU", "launch gaps") if on_gpu else ()
     out = _table("span", "count", "total", "median", *gpu)
     for span in spans:
-        cells = (duration(span.total), duration(span.median), duration(span.gpu_median), share(span.gaps))
+        cells = (duration(span.total), duration(span.median), duration(span.gpu_median), percent(span.gaps))
         out.add_row(escape(span.name), str(span.count), *cells[: 2 + len(gpu)])
     return out
 

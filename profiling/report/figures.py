@@ -1,8 +1,9 @@
 """The figures of a report, each a pure function of runs: a matplotlib figure 1000 pixels wide, or, where there is
 nothing to draw, the sentence that says why.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart, and mean the same in every figure: `DTYPES` for
-what matrix products run in, `SPANS` for the stages of a chunk. `png` and `svg` make files of a figure.
+Colours are those of Okabe and Ito, which the colour-blind can tell apart. They mean the same in every figure:
+`DTYPE_COLOURS` for the dtype of matrix products, `STAGE_COLOURS` for the stages of a chunk. `png` and `svg` turn a
+figure into a file.
 """
 
 import io
@@ -20,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from model.config import ChunkConfig
 from profiling.results import CaseResult, Measurement, Run
-from profiling.tables import VariantRow, duration, number, share, variant_rows
+from profiling.tables import VariantRow, duration, number, percent, variant_rows
 
-Drawn = Figure | str
+FigureOrReason = Figure | str
 
 BLACK, GREY, FAINT = "#222222", "#767676", "#e4e4e4"
 BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE = (
@@ -34,8 +35,8 @@ BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
-DTYPES = {"fp32": GREEN, "fp16": PURPLE, "bf16": BLUE, "fp8": VERMILLION}
-SPANS = {
+DTYPE_COLOURS = {"fp32": GREEN, "fp16": PURPLE, "bf16": BLUE, "fp8": VERMILLION}
+STAGE_COLOURS = {
     "audio": PURPLE,
     "denoise/step": BLUE,
     "decode": ORANGE,
@@ -138,7 +139,7 @@ def _bars(rows: Sequence[VariantRow]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.16, 0.62 / height, 0.72, 1 - 2.0 / height))
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [_cut(row.variant, 18) for row in rows])
+    axes.set_yticks(range(len(rows)), [_shorten(row.variant, 18) for row in rows])
     budgets = sorted({1000 * row.frames / ChunkConfig.tgt_fps for row in rows if row.frames and row.seconds})
     # Stages that run at the same time may take longer than the chunk.
     longest = max(1000 * max(row.seconds or 0, sum(row.stages.values())) for row in rows)
@@ -157,26 +158,26 @@ def _bars(rows: Sequence[VariantRow]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _key(figure: Figure, handles: Sequence[Patch]) -> None:
+def _legend_line(figure: Figure, handles: Sequence[Patch]) -> None:
     """The legend, in one line below the title."""
     place = (0.01, 1 - 0.7 / figure.get_figheight())
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), handlelength=1.2)
 
 
-def _cut(words: str, length: int) -> str:
+def _shorten(words: str, length: int) -> str:
     """The words in one line of at most `length` characters."""
     words = " ".join(words.split())
     return words if len(words) <= length else words[: length - 1] + "…"
 
 
-def _beside(axes: Axes, words: str, ms: float, row: int, side: int = 1, **style: Any) -> None:
+def _annotate(axes: Axes, words: str, ms: float, row: int, side: int = 1, **style: Any) -> None:
     """Writes words to the right (side 1) or left (-1) of a bar's end."""
     align = "left" if side > 0 else "right"
     axes.annotate(words, (ms, row), xytext=(6 * side, 0), textcoords="offset points", ha=align, va="center", **style)
 
 
 @styled
-def timeline(run: Run) -> Drawn:
+def timeline(run: Run) -> FigureOrReason:
     """Where a chunk's time goes: one bar a variant, its stages in order, and what lies between them."""
     rows = [row for row in variant_rows(run) if row.seconds]
     if not rows:
@@ -189,16 +190,17 @@ def timeline(run: Run) -> Drawn:
     )
     used: dict[str, str] = {}
     for place, row in enumerate(rows):
-        used |= _stages(axes, place, row)
+        used |= _stage_bars(axes, place, row)
     handles = [Patch(color=colour, label=name) for name, colour in used.items() if name != BETWEEN]
-    _key(figure, handles + [_between()] * (BETWEEN in used))
+    _legend_line(figure, handles + [_gap_patch()] * (BETWEEN in used))
     return figure
 
 
-def _stages(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
+def _stage_bars(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
     """Draws one variant's bar, and below it the stages too short to be labelled; returns the colours, by stage."""
-    ordered = [name for name in SPANS if name in row.stages] + [name for name in row.stages if name not in SPANS]
-    used = {name: SPANS.get(name, GREY) for name in ordered}
+    ordered = [name for name in STAGE_COLOURS if name in row.stages]
+    ordered += [name for name in row.stages if name not in STAGE_COLOURS]
+    used = {name: STAGE_COLOURS.get(name, GREY) for name in ordered}
     left, end, full, short = 0.0, 1000 * (row.seconds or 0), axes.get_xlim()[1], []
     for name, colour in used.items():
         width, calls = 1000 * row.stages[name], max(1, round(row.calls[name]))
@@ -214,50 +216,50 @@ def _stages(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
         left += width
     if end > left:
         used[BETWEEN] = FAINT
-        axes.add_patch(_between((left, place - BAR / 2), end - left))
+        axes.add_patch(_gap_patch((left, place - BAR / 2), end - left))
         short.append(f"{BETWEEN} {number(end - left)} ms")
     axes.text(0, place + 0.4, ",  ".join(short), va="center", color=GREY, fontsize=9, bbox=PAPER, zorder=5)
     words = f"{number(end)} ms" + (f"\n{number(row.fps)} FPS" if row.fps else "")
-    _beside(axes, words, max(end, left), place, weight="bold", bbox=PAPER, zorder=5)
+    _annotate(axes, words, max(end, left), place, weight="bold", bbox=PAPER, zorder=5)
     return used
 
 
 @styled
-def streams(run: Run) -> Drawn:
+def streams(run: Run) -> FigureOrReason:
     """When the stages of a traced chunk ran: a row for each of the GPU's streams, of a CPU one in all."""
     traced = [(variant, row) for variant, row in zip(run.variants, variant_rows(run), strict=True) if variant.timeline]
     if not traced:
         return "No streams: no chunk was traced."
-    lanes = [(variant, row, lane) for variant, row in traced for lane in sorted({s.stream for s in variant.timeline})]
-    height = 2.0 + 0.62 * len(lanes)
+    rows = [(v, row, stream) for v, row in traced for stream in sorted({i.stream for i in v.timeline})]
+    height = 2.0 + 0.62 * len(rows)
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.16, 0.62 / height, 0.66, 1 - 1.7 / height))
-    axes.set_ylim(len(lanes) - 0.4, -0.6)
-    axes.set_yticks(range(len(lanes)), [_cut(variant.variant, 18) if not lane else "" for variant, _, lane in lanes])
-    axes.set_xlim(0, 1000 * max(stretch.end for variant, _ in traced for stretch in variant.timeline))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), ["" if stream else _shorten(variant.variant, 18) for variant, _, stream in rows])
+    axes.set_xlim(0, 1000 * max(interval.end for variant, _ in traced for interval in variant.timeline))
     axes.set_xlabel("since the chunk's beginning (ms)")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     used = {}
-    for place, (variant, row, lane) in enumerate(lanes):
-        for stretch in (s for s in variant.timeline if s.stream == lane):
-            used[stretch.stage] = colour = SPANS.get(stretch.stage, GREY)
-            begin, width = 1000 * stretch.begin, 1000 * (stretch.end - stretch.begin)
+    for place, (variant, row, stream) in enumerate(rows):
+        for interval in (s for s in variant.timeline if s.stream == stream):
+            used[interval.stage] = colour = STAGE_COLOURS.get(interval.stage, GREY)
+            begin, width = 1000 * interval.begin, 1000 * (interval.end - interval.begin)
             axes.barh(place, width, left=begin, height=BAR, color=colour, ec="white", lw=0.8)
-        if not lane:
+        if not stream:
             words = f"critical path {duration(row.critical)}\nall work {duration(row.work)}"
-            _beside(axes, words, axes.get_xlim()[1], place, fontsize=10)
+            _annotate(axes, words, axes.get_xlim()[1], place, fontsize=10)
     title(figure, f"Streams of {run.machine.device}", "one traced chunk; what lies one below the other ran together")
-    _key(figure, [Patch(color=colour, label=name) for name, colour in used.items()])
+    _legend_line(figure, [Patch(color=colour, label=name) for name, colour in used.items()])
     return figure
 
 
-def _between(corner: tuple[float, float] = (0, 0), width: float = 0) -> Rectangle:
+def _gap_patch(corner: tuple[float, float] = (0, 0), width: float = 0) -> Rectangle:
     return Rectangle(corner, width, BAR, fc="white", ec=GREY, hatch="//////", lw=0.5, label=BETWEEN)
 
 
 @styled
-def waterfall(run: Run) -> Drawn:
+def waterfall(run: Run) -> FigureOrReason:
     """From the first variant, the baseline, down to the last: what each step of the way saved or cost."""
     rows = variant_rows(run)
     times = [(row.variant, 1000 * row.seconds) for row in rows if row.seconds]
@@ -267,27 +269,27 @@ def waterfall(run: Run) -> Drawn:
     change = f"{number(first / last)} times as fast" if last < first else f"{number(last / first)} times as slow"
     figure, axes = _bars(rows)
     more = f"{number(first)} ms to {number(last)} ms a chunk, {change}, on {run.machine.device}"
-    title(figure, _cut(f"From {baseline} to {newest}", 80), more)
+    title(figure, _shorten(f"From {baseline} to {newest}", 80), more)
     colours, before = {"time": BLUE}, None
     for place, row in enumerate(rows):
         if row.seconds:
             now = 1000 * row.seconds
-            colours |= _step(axes, place, now, before, row.variant in (baseline, newest))
+            colours |= _waterfall_step(axes, place, now, before, row.variant in (baseline, newest))
             before = place, now
         else:
-            words = _cut(f"{row.status}: {row.detail or 'no whole chunk was measured'}", 85)
-            _beside(axes, words, 0, place, color=VERMILLION, fontsize=10, bbox=PAPER, zorder=5)
-    _key(figure, [Patch(color=colour, label=name) for name, colour in colours.items()])
+            words = _shorten(f"{row.status}: {row.detail or 'no whole chunk was measured'}", 85)
+            _annotate(axes, words, 0, place, color=VERMILLION, fontsize=10, bbox=PAPER, zorder=5)
+    _legend_line(figure, [Patch(color=colour, label=name) for name, colour in colours.items()])
     return figure
 
 
-def _step(axes: Axes, row: int, now: float, before: tuple[int, float] | None, end: bool) -> dict[str, str]:
+def _waterfall_step(axes: Axes, row: int, now: float, before: tuple[int, float] | None, end: bool) -> dict[str, str]:
     """Draws one variant's ms and the difference to the row and ms before it; returns the difference's colour."""
     row_before, then = before or (row, now)
     shorter, longer = sorted((now, then))
     axes.barh(row, shorter, height=BAR, color=BLUE if end else PALE)
     ink = "white" if end else BLACK
-    _beside(axes, f"{number(now)} ms", shorter, row, side=-1, color=ink)
+    _annotate(axes, f"{number(now)} ms", shorter, row, side=-1, color=ink)
     if before is None:
         return {}
     name, colour = ("saved", GREEN) if now < then else ("lost", VERMILLION)
@@ -295,7 +297,7 @@ def _step(axes: Axes, row: int, now: float, before: tuple[int, float] | None, en
     axes.plot([then, then], [row_before + BAR / 2, row - BAR / 2], color=GREY, lw=1, clip_on=False)
     sign = "\u2212" if now < then else "+"
     words = f"{sign}{number(longer - shorter)} ms\n{sign}{abs(now / then - 1):.1%}"
-    _beside(axes, words, longer, row, weight="bold", bbox=PAPER, zorder=5)
+    _annotate(axes, words, longer, row, weight="bold", bbox=PAPER, zorder=5)
     return {name: colour}
 
 
@@ -303,14 +305,14 @@ def _step(axes: Axes, row: int, now: float, before: tuple[int, float] | None, en
 
 
 @styled
-def history(run: Run, others: Iterable[Run]) -> Drawn:
+def history(run: Run, others: Iterable[Run]) -> FigureOrReason:
     """Median seconds of ours over the runs on the same device, one small panel a case, the heaviest first."""
     device = run.machine.device
     runs = {when: r for r in (*others, run) if r.machine.device == device and (when := _when(r))}
-    lines = {c.case: line for c in run.cases if len(line := _line(c.case, runs)) > 1 and c.best(ours=True)}
+    lines = {c.case: line for c in run.cases if len(line := _history_line(c.case, runs)) > 1 and c.best(ours=True)}
     if not lines:
         return f"No history: fewer than two runs on {device} timed the same case."
-    cases = sorted((c for c in run.cases if c.case in lines), key=_weight, reverse=True)[:PANELS]
+    cases = sorted((c for c in run.cases if c.case in lines), key=_chunk_seconds, reverse=True)[:PANELS]
     tag, names = short_names(cases)
     columns, rows = 4, math.ceil(len(cases) / 4)
     height = 1.75 + 1.3 * rows
@@ -342,13 +344,13 @@ def _when(run: Run) -> datetime | None:
 Line = list[tuple[datetime, Measurement]]
 
 
-def _line(case: str, runs: Mapping[datetime, Run]) -> Line:
+def _history_line(case: str, runs: Mapping[datetime, Run]) -> Line:
     """When, and how long our fastest took."""
     found = ((when, runs[when].case(case)) for when in sorted(runs))
     return [(when, best) for when, result in found if result and (best := result.best(ours=True))]
 
 
-def _weight(case: CaseResult) -> float:
+def _chunk_seconds(case: CaseResult) -> float:
     """Seconds a chunk."""
     best = case.best(ours=True)
     return (case.calls or 1) * (best.seconds or 0) if best else 0
@@ -364,7 +366,7 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
     colour = GREY if same else VERMILLION if change > 0 else GREEN
     axes.errorbar(times, values, yerr=spreads, color=BLUE, ecolor=SKY, marker="o", ms=3.5, lw=1.3, elinewidth=3)
     axes.plot(times[-1], values[-1], marker="o", ms=7, color=colour, zorder=3)
-    axes.text(-0.36, 1.34, _cut(name, 29), transform=axes.transAxes, fontsize=9.5, weight="bold")
+    axes.text(-0.36, 1.34, _shorten(name, 29), transform=axes.transAxes, fontsize=9.5, weight="bold")
     words = f"{duration(values[-1])}, {round(change, 3) + 0.0:+.1%}".replace("-", "\u2212")
     axes.text(-0.36, 1.1, words, transform=axes.transAxes, fontsize=9.5, color=colour)
     low, high = (sign * max(sign * v + s for v, s in zip(values, spreads, strict=True)) for sign in (-1, 1))
@@ -386,7 +388,7 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
 
 
 @styled
-def gauges(run: Run) -> Drawn:
+def gauges(run: Run) -> FigureOrReason:
     """NVML's readings over the run: clock, power under its limit, temperature, memory."""
     g = run.nvml
     strips = [
@@ -427,5 +429,5 @@ def throttling(run: Run) -> tuple[str, str]:
         return f"Throttling unknown: {run.nvml.note or 'no gauges were read'}.", GREY
     if not run.nvml.throttled:
         return "The GPU was not throttled.", GREY
-    reasons = ", ".join(f"{name} in {share(part)} of the readings" for name, part in run.nvml.throttled.items())
+    reasons = ", ".join(f"{name} in {percent(part)} of the readings" for name, part in run.nvml.throttled.items())
     return f"The GPU was throttled: {reasons}.", VERMILLION

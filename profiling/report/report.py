@@ -18,19 +18,19 @@ from rich.console import Console
 from model.errors import UserError
 from profiling.formats import load
 from profiling.report import figures
-from profiling.report.figures import Drawn
+from profiling.report.figures import FigureOrReason
 from profiling.report.roofline import roofline
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
 from profiling.tables import (
-    Row,
+    MeasurementRow,
     audit_table,
     duration,
     gigabytes,
+    measurement_rows,
+    measurement_table,
     number,
+    percent,
     rate,
-    rows,
-    share,
-    table,
     terminal,
     variant_rows,
     variant_table,
@@ -39,25 +39,25 @@ from profiling.tables import (
 TEMPLATE = "report.html.j2"  # beside this file
 
 
-def command(run: Path, out: Path | None, png: Path | None, results: Path, json: bool) -> int:
+def report_command(run: Path, out: Path | None, png: Path | None, results: Path, json: bool) -> int:
     """`python -m profiling report`: writes the page and the pictures that were asked for, or else prints tables."""
     measured = load(run)
     if out or png:
-        others, unreadable = committed(results)
-        drawn = draw(measured, others)
-        files: dict[Path, str | bytes] = {out: page(measured, drawn, unreadable)} if out else {}
+        others, unreadable = load_committed(results)
+        drawn = draw_figures(measured, others)
+        files: dict[Path, str | bytes] = {out: render_page(measured, drawn, unreadable)} if out else {}
         if png:
             files |= {png / f"{name}.png": figures.png(f) for name, f in drawn.items() if not isinstance(f, str)}
         for path, content in files.items():
             write(path, content)
     if json:
-        print(dumps(derived(measured), indent=1))
+        print(dumps(report_json(measured), indent=1))
     elif not (out or png):
         show(measured, terminal())
     return 0
 
 
-def committed(folder: Path) -> tuple[list[Run], list[str]]:
+def load_committed(folder: Path) -> tuple[list[Run], list[str]]:
     """The runs in a folder, and a line about each file there that cannot be read."""
     runs, unreadable = [], []
     for path in sorted(folder.glob("*.json")):
@@ -68,7 +68,7 @@ def committed(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, unreadable
 
 
-def draw(run: Run, others: Sequence[Run]) -> dict[str, Drawn]:
+def draw_figures(run: Run, others: Sequence[Run]) -> dict[str, FigureOrReason]:
     """All figures by name; `others` are the runs that its history may hold."""
     return {
         "waterfall": figures.waterfall(run),
@@ -80,7 +80,7 @@ def draw(run: Run, others: Sequence[Run]) -> dict[str, Drawn]:
     }
 
 
-def page(run: Run, drawn: dict[str, Drawn], unreadable: Sequence[str]) -> str:
+def render_page(run: Run, drawn: dict[str, FigureOrReason], unreadable: Sequence[str]) -> str:
     """The run as an HTML document without references to anything outside of it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -89,7 +89,7 @@ def page(run: Run, drawn: dict[str, Drawn], unreadable: Sequence[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "gigabytes": gigabytes, "number": number, "share": share}
+    environment.filters |= {"duration": duration, "gigabytes": gigabytes, "number": number, "percent": percent}
     return environment.get_template(TEMPLATE).render(
         run=run,
         facts=list(facts(run)),
@@ -109,9 +109,9 @@ def _data_url(figure: figures.Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(figure)).decode()}"
 
 
-def _cases(run: Run) -> Iterator[tuple[CaseResult, list[Row]]]:
+def _cases(run: Run) -> Iterator[tuple[CaseResult, list[MeasurementRow]]]:
     """Cases with their rows; names are unique in a run."""
-    for name, group in groupby(rows(run), key=lambda row: row.case):
+    for name, group in groupby(measurement_rows(run), key=lambda row: row.case):
         if case := run.case(name):
             yield case, list(group)
 
@@ -160,20 +160,20 @@ def headlines(run: Run) -> Iterator[str]:
     if pairs:
         won = sum((ours.seconds or 0) < (peer.seconds or 0) for ours, peer in pairs)
         yield f"Ours is faster than the best peer in {won} of the {len(pairs)} cases that time both."
-    bad = [f"{r.backend} on {r.case}" for r in rows(run) if r.status in (WRONG, ERROR)]
+    bad = [f"{r.backend} on {r.case}" for r in measurement_rows(run) if r.status in (WRONG, ERROR)]
     bad += [v.variant for v in run.variants if v.status in (WRONG, ERROR)]
     if bad:
-        yield f"Wrong or failed: {_some(bad)}."
+        yield f"Wrong or failed: {_first_few(bad)}."
     if faulty := [f"{a.kernel} on {a.case}" for a in run.audit if a.faults]:
-        yield f"Over budget, or not compiled: {_some(faulty)}."
+        yield f"Over budget, or not compiled: {_first_few(faulty)}."
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _first_few(names: Sequence[str], most: int = 5) -> str:
     """The names, or the first few of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def derived(run: Run) -> dict[str, Any]:
+def report_json(run: Run) -> dict[str, Any]:
     """What the page says in numbers, as JSON values: seconds, shares, 1e12 FLOP/s, 1e9 bytes/s."""
     return {
         "command": run.command,
@@ -181,7 +181,7 @@ def derived(run: Run) -> dict[str, Any]:
         "machine": dataclasses.asdict(run.machine),
         "ceilings": dataclasses.asdict(run.ceilings),
         "throttled": run.nvml.throttled,
-        "cases": _plain(rows(run)),
+        "cases": _plain(measurement_rows(run)),
         "variants": _plain(variant_rows(run)),
         "audit": _plain(run.audit),
         "notes": list(run.notes),
@@ -200,7 +200,7 @@ def show(run: Run, console: Console) -> None:
     if run.variants:
         console.print(variant_table(variant_rows(run)))
     if run.cases:
-        console.print(table(rows(run)))
+        console.print(measurement_table(measurement_rows(run)))
     if run.audit:
         console.print(audit_table(run.audit))
     for line in (*headlines(run), *run.notes):

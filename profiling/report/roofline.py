@@ -18,9 +18,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
-from profiling.report.figures import BLACK, DTYPES, GREY, WIDTH, Drawn, short_names, styled, title
+from profiling.report.figures import BLACK, DTYPE_COLOURS, GREY, WIDTH, FigureOrReason, short_names, styled, title
 from profiling.results import CaseResult, Measurement, Run
-from profiling.tables import rate, share
+from profiling.tables import percent, rate
 
 HEIGHT = 6.6  # inches
 LABELS = 10  # more of them hide the points
@@ -48,11 +48,11 @@ class Dot:
     @property
     def colour(self) -> str:
         """Of its dtype."""
-        return DTYPES.get(self.case.dtype, GREY)
+        return DTYPE_COLOURS.get(self.case.dtype, GREY)
 
 
 @styled
-def roofline(run: Run) -> Drawn:
+def roofline(run: Run) -> FigureOrReason:
     """Ours and the best peer of every case, joined by a line."""
     pairs = [pair for case in run.cases if (pair := _dots(case, run))]
     if not pairs:
@@ -70,7 +70,7 @@ def roofline(run: Run) -> Drawn:
     for pair in pairs:
         _draw(axes, pair, faded=pair[0] not in labelled)
     roofs, taken = _roofs(axes, run)
-    words = [names[d.case.case] + (f" {share(d.least / d.seconds)}" if d.least else "") for d in labelled]
+    words = [names[d.case.case] + (f" {percent(d.least / d.seconds)}" if d.least else "") for d in labelled]
     obstacles = axes.transData.transform([dot.place for dot in dots] + roofs)
     _label(axes, labelled, words, obstacles, taken)
     _legend(figure, dots)
@@ -116,7 +116,7 @@ def _roofs(axes: Axes, run: Run) -> tuple[list[tuple[float, float]], list[Bbox]]
     points: list[tuple[float, float]] = []
     boxes: list[Bbox] = []
     for dtype, top in tops.items():
-        begin, colour = max(low, top / copy) if copy else low, DTYPES.get(dtype, GREY)
+        begin, colour = max(low, top / copy) if copy else low, DTYPE_COLOURS.get(dtype, GREY)
         axes.plot([begin, high], [top, top], color=colour, lw=2, zorder=1)
         points += [(float(x), top) for x in np.geomspace(begin, high, 40)]
         text = axes.annotate(
@@ -154,11 +154,11 @@ def _roofs(axes: Axes, run: Run) -> tuple[list[tuple[float, float]], list[Bbox]]
 
 
 def _legend(figure: Figure, dots: Sequence[Dot]) -> None:
-    dtypes = [name for name in DTYPES if any(dot.case.dtype == name for dot in dots)]
+    dtypes = [name for name in DTYPE_COLOURS if any(dot.case.dtype == name for dot in dots)]
     handles = [
         Line2D([], [], marker="o", ls="", color=GREY, ms=7, label="ours"),
         Line2D([], [], marker="D", ls="", mfc="white", mec=GREY, ms=5.5, label="best peer"),
-        *(Patch(color=DTYPES[name], label=name) for name in dtypes),
+        *(Patch(color=DTYPE_COLOURS[name], label=name) for name in dtypes),
     ]
     figure.legend(
         handles=handles,
@@ -180,7 +180,8 @@ def _label(axes: Axes, dots: Sequence[Dot], words: Sequence[str], points: np.nda
     """
     texts = [axes.text(0, 0, word, color=d.colour, fontsize=10, zorder=5) for d, word in zip(dots, words, strict=True)]
     sizes = np.array([text.get_window_extent().size for text in texts])
-    places = [_Places(*pair) for pair in zip(axes.transData.transform([d.place for d in dots]), sizes, strict=True)]
+    pixels = axes.transData.transform([dot.place for dot in dots])
+    places = [_LabelPlacements(pixel, size) for pixel, size in zip(pixels, sizes, strict=True)]
     inside = np.array(axes.get_window_extent().extents)
     fixed = np.array([box.extents for box in taken]).reshape(-1, 4)
     chosen: dict[int, int] = {}
@@ -197,7 +198,7 @@ def _label(axes: Axes, dots: Sequence[Dot], words: Sequence[str], points: np.nda
         axes.plot(*to_data(places[i].lines[k]).T, color=dots[i].colour, lw=0.8, zorder=2.5)
 
 
-class _Places:
+class _LabelPlacements:
     """Where a label of a size may stand around its dot, in pixels.
 
     `boxes` [n, 4] are (left, bottom, right, top), `lines` [n, 12, 2] points on the way from the dot to each.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from profiling.analyse.compare import rows
+from profiling.analyse.compare import compare_runs
 from profiling.formats import from_json, load
 from profiling.results import OK
 
@@ -66,7 +66,7 @@ def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None
 
 def test_a_pytest_benchmark_file_compares_with_itself(benchmark_file: Path) -> None:
     run = load(benchmark_file)
-    assert {row.change.verdict for row in rows(run, run)} == {"same"}
+    assert {row.change.verdict for row in compare_runs(run, run)} == {"same"}
 
 
 def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file: Path) -> None:

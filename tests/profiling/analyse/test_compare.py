@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from profiling.__main__ import main
-from profiling.analyse.compare import Row, judge, rows, undisturbed
+from profiling.analyse.compare import Comparison, compare_runs, compare_samples, without_spikes
 from profiling.results import (
     ERROR,
     NOT_INSTALLED,
@@ -56,7 +56,7 @@ def drifting(rng: Rng, kept: float = 0.7, noise: float = 0.03, rounds: int = 20)
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_runs_are_the_same_in_95_of_100_draws(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    verdicts = Counter(judge(timings(rng), timings(rng)).verdict for _ in range(100))
+    verdicts = Counter(compare_samples(timings(rng), timings(rng)).verdict for _ in range(100))
     assert verdicts["same"] >= 95, verdicts
 
 
@@ -64,14 +64,16 @@ def test_equal_runs_are_the_same_in_95_of_100_draws(seed: int) -> None:
 @pytest.mark.parametrize(("factor", "verdict"), [(1.05, "slower"), (1 / 1.05, "faster")])
 def test_a_change_of_5_percent_is_found_in_90_of_100_draws(factor: float, verdict: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    verdicts = Counter(judge(timings(rng), timings(rng, factor)).verdict for _ in range(100))
+    verdicts = Counter(compare_samples(timings(rng), timings(rng, factor)).verdict for _ in range(100))
     assert verdicts[verdict] >= 90, verdicts
 
 
 def test_at_the_noise_of_a_gpu_a_change_of_3_percent_is_found_and_equal_runs_are_the_same() -> None:
     rng = np.random.default_rng(0)
-    equal = Counter(judge(timings(rng, noise=0.01), timings(rng, noise=0.01)).verdict for _ in range(100))
-    slower = Counter(judge(timings(rng, noise=0.01), timings(rng, 1.03, noise=0.01)).verdict for _ in range(100))
+    equal = Counter(compare_samples(timings(rng, noise=0.01), timings(rng, noise=0.01)).verdict for _ in range(100))
+    slower = Counter(
+        compare_samples(timings(rng, noise=0.01), timings(rng, 1.03, noise=0.01)).verdict for _ in range(100)
+    )
     assert equal["same"] == 100
     assert slower["slower"] >= 97
 
@@ -79,26 +81,26 @@ def test_at_the_noise_of_a_gpu_a_change_of_3_percent_is_found_and_equal_runs_are
 def test_equal_runs_on_a_drifting_machine_are_mostly_the_same() -> None:
     """Rounds that resemble their neighbours say less than they seem to: unwidened, 80 of 100 would be the same."""
     rng = np.random.default_rng(0)
-    verdicts = Counter(judge(drifting(rng), drifting(rng)).verdict for _ in range(300))
+    verdicts = Counter(compare_samples(drifting(rng), drifting(rng)).verdict for _ in range(300))
     assert verdicts["same"] >= 0.9 * 300, verdicts
 
 
 def test_a_change_below_the_threshold_is_the_same_however_certain() -> None:
     rng = np.random.default_rng(0)
     before, after = timings(rng, noise=0.001), timings(rng, 1.015, noise=0.001)
-    change = judge(before, after)
+    change = compare_samples(before, after)
     assert change.low is not None
     assert change.low > 1
     assert change.verdict == "same"
-    assert judge(before, after, threshold=0.01).verdict == "slower"
+    assert compare_samples(before, after, threshold=0.01).verdict == "slower"
 
 
 def test_what_further_runs_of_the_first_differ_by_is_noise() -> None:
     """Every process is off by a few percent of its own: 6 % is much within one run, and nothing among several."""
     rng = np.random.default_rng(0)
     before, after = timings(rng, noise=0.005), timings(rng, 1.06, noise=0.005)
-    assert judge(before, after).verdict == "slower"
-    change = judge(before, after, again=[timings(rng, 0.93, noise=0.005), timings(rng, 1.01, noise=0.005)])
+    assert compare_samples(before, after).verdict == "slower"
+    change = compare_samples(before, after, again=[timings(rng, 0.93, noise=0.005), timings(rng, 1.01, noise=0.005)])
     assert change.verdict == "same"
     assert change.noise == pytest.approx(0.075, abs=0.01)
     assert change.detail == "within the noise"
@@ -107,17 +109,17 @@ def test_what_further_runs_of_the_first_differ_by_is_noise() -> None:
 def test_a_first_run_that_jumps_half_way_is_noise_too() -> None:
     rng = np.random.default_rng(0)
     before = timings(rng, rounds=10, noise=0.004) + timings(rng, 1.1, rounds=10, noise=0.004)
-    change = judge(before, timings(rng, 1.1, noise=0.004))
+    change = compare_samples(before, timings(rng, 1.1, noise=0.004))
     assert change.noise == pytest.approx(0.1, abs=0.01)
     assert change.verdict == "same"
 
 
 def test_spikes_are_left_out_but_not_a_second_mode() -> None:
     spiky = [1.0, 1.01, 0.99, 1.02, 5.0, 0.98, 1.0, 1.03]
-    assert np.exp(undisturbed(spiky)).tolist() == pytest.approx([v for v in spiky if v < 5])
+    assert np.exp(without_spikes(spiky)).tolist() == pytest.approx([v for v in spiky if v < 5])
     bimodal = [1.0, 1.01, 0.99, 1.02, 1.5, 1.48, 1.52, 1.51]
-    assert len(undisturbed(bimodal)) == 8
-    assert len(undisturbed([1.0] * 6 + [9.0])) == 7  # most are equal: no distance is usual
+    assert len(without_spikes(bimodal)) == 8
+    assert len(without_spikes([1.0] * 6 + [9.0])) == 7  # most are equal: no distance is usual
 
 
 @settings(max_examples=80, deadline=None)
@@ -126,9 +128,9 @@ def test_the_interval_is_that_of_the_rank_test(seed: int, m: int, n: int, shift:
     """It excludes 1 exactly where the test of Mann and Whitney, as scipy has it, rejects equality at 1 %."""
     rng = np.random.default_rng(seed)
     a, b = 0.03 * rng.uniform(-1, 1, m), shift + 0.03 * rng.uniform(-1, 1, n)  # uniform: nothing to leave out
-    if any(len(undisturbed(np.exp(x).tolist())) < len(x) or judge_drift(x) for x in (a, b)):
+    if any(len(without_spikes(np.exp(x).tolist())) < len(x) or judge_drift(x) for x in (a, b)):
         return
-    change = judge(np.exp(a).tolist(), np.exp(b).tolist())
+    change = compare_samples(np.exp(a).tolist(), np.exp(b).tolist())
     excluded = (change.low or 0) > 1 or (change.high or math.inf) < 1
     assert excluded == (mannwhitneyu(a, b, method="asymptotic", use_continuity=False).pvalue <= 0.01)
 
@@ -142,7 +144,7 @@ def judge_drift(x: np.ndarray) -> bool:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12), st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12))
 def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float], after: list[float]) -> None:
-    there, back = judge(before, after), judge(after, before)
+    there, back = compare_samples(before, after), compare_samples(after, before)
     assert there.verdict in ("slower", "faster", "same", "unsure")
     assert there.ratio is not None
     assert there.ratio * (back.ratio or 0) == pytest.approx(1)
@@ -165,7 +167,7 @@ def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float]
     ],
 )
 def test_few_rounds_have_a_wide_rule(before: Any, after: Any, verdict: str, detail: str) -> None:
-    change = judge(before, after)
+    change = compare_samples(before, after)
     assert change.verdict == verdict
     assert detail in change.detail
     assert (change.low, change.high, change.noise) == (None, None, None)
@@ -190,7 +192,7 @@ def run(*cases: CaseResult, machine: Machine = MACHINE, **more: Any) -> Run:
     return Run("bench", "2026-01-01T00:00:00+00:00", machine, cases=cases, **more)
 
 
-def verdicts(found: Sequence[Row]) -> dict[str, str]:
+def verdicts(found: Sequence[Comparison]) -> dict[str, str]:
     return {f"{row.name}: {row.part}": row.change.verdict for row in found}
 
 
@@ -226,7 +228,7 @@ def test_every_fate_has_its_verdict_and_regressions_come_first() -> None:
         "never": (absent, late, None),
     }
     runs = [run(*(case(f"{name}/s/d", fate[i]) for name, fate in fates.items() if fate[i])) for i in (0, 1)]
-    found = rows(runs[0], runs[1])
+    found = compare_runs(runs[0], runs[1])
     assert verdicts(found) == {f"{name}/s/d: m": verdict for name, (*_, verdict) in fates.items() if verdict}
     regressed = [row.regressed for row in found]
     assert regressed == sorted(regressed, reverse=True)
@@ -238,7 +240,7 @@ def test_every_fate_has_its_verdict_and_regressions_come_first() -> None:
 def test_peers_are_shown_but_are_no_regression_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     a = run(case("op/s/d", measured("ours", 1e-3), measured("peer", 1e-3, ours=False)))
     b = run(case("op/s/d", measured("ours", 1e-3, seed=1), measured("peer", 1.3e-3, ours=False, seed=1)))
-    assert verdicts(rows(a, b)) == {"op/s/d: ours": "same", "op/s/d: peer": "slower"}
+    assert verdicts(compare_runs(a, b)) == {"op/s/d: ours": "same", "op/s/d: peer": "slower"}
     assert call(monkeypatch, *files(tmp_path, a, b)) == 0
     assert call(monkeypatch, *files(tmp_path, b, a)) == 0
 
@@ -254,23 +256,23 @@ def test_what_the_peers_do_as_well_is_the_machine_and_not_our_change() -> None:
             case("op/s/d", measured("ours", slower * 1e-3, seed=1), measured("peer", 1.08e-3, ours=False, seed=2)),
             case("alone/s/d", measured("m", slower * 1e-3, seed=3)),
         )
-        found = verdicts(rows(a, b))
+        found = verdicts(compare_runs(a, b))
         assert found == {"op/s/d: ours": verdict, "op/s/d: peer": "slower", "alone/s/d: m": verdict}
     other = dataclasses.replace(MACHINE, versions=VERSIONS | {"torch": "2.12.0"})
     b = run(
         case("op/s/d", measured("ours", 1.07e-3, seed=1), measured("peer", 1.08e-3, ours=False, seed=2)), machine=other
     )
-    assert verdicts(rows(a, b))["op/s/d: ours"] == "slower", "peers of another version are no measure"
+    assert verdicts(compare_runs(a, b))["op/s/d: ours"] == "slower", "peers of another version are no measure"
 
 
 def test_our_own_code_compiled_is_no_excuse_and_neither_is_a_peer_that_went_the_other_way() -> None:
     quiet = [case(f"quiet{i}/s/d", measured("peer", 1e-3, ours=False, seed=i)) for i in range(3)]
     a = run(case("op/s/d", measured("ours", 1e-3), measured("compiled", 1e-3, ours=False)), *quiet)
     b = run(case("op/s/d", measured("ours", 2.8e-3, seed=1), measured("compiled", 2.8e-3, ours=False, seed=2)), *quiet)
-    assert verdicts(rows(a, b))["op/s/d: ours"] == "slower"
+    assert verdicts(compare_runs(a, b))["op/s/d: ours"] == "slower"
     a = run(case("op/s/d", measured("ours", 1e-3), measured("peer", 1e-3, ours=False)), *quiet)
     b = run(case("op/s/d", measured("ours", 1.4e-3, seed=1), measured("peer", 0.6e-3, ours=False, seed=2)), *quiet)
-    assert verdicts(rows(a, b))["op/s/d: ours"] == "slower"
+    assert verdicts(compare_runs(a, b))["op/s/d: ours"] == "slower"
 
 
 def variant(chunk: float, peak: int = 2**30, status: str = OK) -> VariantResult:
@@ -284,7 +286,7 @@ def variant(chunk: float, peak: int = 2**30, status: str = OK) -> VariantResult:
 
 def test_variants_are_compared_by_chunk_stage_and_memory() -> None:
     a, b = run(variants=(variant(1.0),)), run(variants=(variant(1.1, peak=3 * 2**29),))
-    found = rows(a, b)
+    found = compare_runs(a, b)
     assert verdicts(found) == {
         "bf16-eager: chunk": "slower",
         "bf16-eager: first frame": "slower",
@@ -296,10 +298,10 @@ def test_variants_are_compared_by_chunk_stage_and_memory() -> None:
     assert step.before == pytest.approx(0.5)  # four steps of an eighth
     assert step.rounds == (6, 6)
     assert all(row.regressed for row in found)
-    memory = verdicts(rows(a, run(variants=(variant(1.0, peak=2**30 + 2**23),))))["bf16-eager: peak memory"]
+    memory = verdicts(compare_runs(a, run(variants=(variant(1.0, peak=2**30 + 2**23),))))["bf16-eager: peak memory"]
     assert memory == "same"
-    assert verdicts(rows(b, a))["bf16-eager: peak memory"] == "smaller"
-    assert verdicts(rows(a, run(variants=(variant(1.0, status=ERROR),)))) == {"bf16-eager: chunk": "broken"}
+    assert verdicts(compare_runs(b, a))["bf16-eager: peak memory"] == "smaller"
+    assert verdicts(compare_runs(a, run(variants=(variant(1.0, status=ERROR),)))) == {"bf16-eager: chunk": "broken"}
 
 
 def test_a_pair_timed_in_one_run_only_or_in_another_way_says_so() -> None:
@@ -310,7 +312,7 @@ def test_a_pair_timed_in_one_run_only_or_in_another_way_says_so() -> None:
         (untimed, untimed, "same", "right, not timed"),
         (fine, graph, "same", "timed as a CUDA graph in one run only"),
     ):
-        (row,) = rows(run(case("o/s/d", before)), run(case("o/s/d", after)))
+        (row,) = compare_runs(run(case("o/s/d", before)), run(case("o/s/d", after)))
         assert (row.change.verdict, row.change.detail) == (verdict, detail)
 
 

@@ -10,7 +10,7 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.analyse.project import BEST, OURS, Link, communication, project, read_link
+from profiling.analyse.project import BEST, OURS, Link, communication, parse_link, project
 from profiling.cases import Case, registry
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
@@ -135,8 +135,8 @@ def test_what_a_measured_chunk_takes_beyond_our_kernels_is_carried(run: Run) -> 
         measured("bf16-compiled", 8.0, first + 0.25),
         measured("fp8-eager", 1, 1),
     )
-    found, stands, _ = project(dataclasses.replace(run, variants=variants), (1, 8), LINK)
-    bf16, fp8 = stands
+    found, overheads, _ = project(dataclasses.replace(run, variants=variants), (1, 8), LINK)
+    bf16, fp8 = overheads
     assert (bf16.variant, bf16.chunk) == ("bf16-compiled", 8.0)
     assert (bf16.kernels, bf16.rest, bf16.startup_rest) == pytest.approx((7.44, 0.56, 0.25))
     assert (fp8.variant, fp8.rest) == ("fp8-eager", 0.0)  # it claims to be faster than its kernels: nothing is carried
@@ -180,12 +180,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_links_have_names_or_a_rate() -> None:
-    assert read_link("H100").one_way == 450e9
-    assert read_link("H800").one_way == 200e9
-    assert read_link("64").one_way == 32e9
+    assert parse_link("H100").one_way == 450e9
+    assert parse_link("H800").one_way == 200e9
+    assert parse_link("64").one_way == 32e9
     for text in ("A100", "0", "-5", "nan", "inf"):
         with pytest.raises(UserError, match=r"there are those of H100, H800, .*; or give GB/s"):
-            read_link(text)
+            parse_link(text)
 
 
 def test_what_is_printed_is_called_a_projection_and_names_its_assumptions(

@@ -11,7 +11,7 @@ import pytest
 
 from model.errors import UserError
 from profiling.__main__ import TARGETS, main
-from profiling.analyse.targets import MET, MISSED, UNMEASURED, Outcome, Target, hold, quantity, read
+from profiling.analyse.targets import MET, MISSED, UNMEASURED, Target, TargetResult, evaluate, read_targets, stage_value
 from profiling.cases import registry
 from profiling.results import (
     ERROR,
@@ -47,9 +47,9 @@ def target(**goals: float) -> Target:
     return Target("a goal", "op/shape/bf16", goals, device="H100|H200", peer="best" if "ratio" in goals else None)
 
 
-def held(goal: Target, *runs: Run) -> Outcome:
+def held(goal: Target, *runs: Run) -> TargetResult:
     newest_first = sorted(runs, key=lambda r: r.started, reverse=True)
-    return hold(goal, [(r.started, r) for r in newest_first])
+    return evaluate(goal, [(r.started, r) for r in newest_first])
 
 
 RUN = run(case(timed("eager", 0.012, ours=True), timed("triton", 0.01, ours=True), timed("cudnn", 0.011)))
@@ -69,15 +69,15 @@ RUN = run(case(timed("eager", 0.012, ours=True), timed("triton", 0.01, ours=True
     ],
 )
 def test_a_case_is_held_to_its_goal(goals: dict[str, float], verdict: str, value: float, shortfall: float) -> None:
-    outcome = held(target(**goals), RUN)
-    assert outcome.verdict == verdict
-    assert outcome.value == pytest.approx(value)
-    assert outcome.shortfall == pytest.approx(shortfall)
+    result = held(target(**goals), RUN)
+    assert result.verdict == verdict
+    assert result.value == pytest.approx(value)
+    assert result.shortfall == pytest.approx(shortfall)
 
 
 def test_of_several_goals_one_is_enough() -> None:
-    outcome = held(target(tflops=620, percent_of_ceiling=70), RUN)
-    assert (outcome.verdict, outcome.measure) == (MET, "percent_of_ceiling")
+    result = held(target(tflops=620, percent_of_ceiling=70), RUN)
+    assert (result.verdict, result.measure) == (MET, "percent_of_ceiling")
     nearest = held(target(tflops=620, percent_of_ceiling=99), RUN)
     assert (nearest.verdict, nearest.measure) == (MISSED, "tflops")
 
@@ -91,19 +91,17 @@ def test_a_named_backend_and_a_named_peer_are_the_ones_compared() -> None:
 def test_the_stretch_goal_is_told_but_not_required() -> None:
     goal = target(tflops=500)
     assert held(dataclasses.replace(goal, stretch=600), RUN).stretched
-    outcome = held(dataclasses.replace(goal, stretch=700), RUN)
-    assert (outcome.verdict, outcome.stretched) == (MET, False)
+    result = held(dataclasses.replace(goal, stretch=700), RUN)
+    assert (result.verdict, result.stretched) == (MET, False)
     assert held(dataclasses.replace(target(seconds=0.02), stretch=0.01), RUN).stretched
 
 
 @pytest.mark.parametrize("status", [WRONG, ERROR])
 def test_a_wrong_kernel_misses_its_goal(status: str) -> None:
     broken = Measurement("triton", status, True, "relative error 0.3")
-    outcome = held(
-        target(ratio=1.0), run(case(broken, timed("cudnn", 0.011))), dataclasses.replace(RUN, started="2025")
-    )
-    assert (outcome.verdict, outcome.file, outcome.shortfall) == (MISSED, "2026-01-01", None)
-    assert "relative error 0.3" in outcome.detail
+    result = held(target(ratio=1.0), run(case(broken, timed("cudnn", 0.011))), dataclasses.replace(RUN, started="2025"))
+    assert (result.verdict, result.file, result.shortfall) == (MISSED, "2026-01-01", None)
+    assert "relative error 0.3" in result.detail
 
 
 @pytest.mark.parametrize(
@@ -120,13 +118,13 @@ def test_a_wrong_kernel_misses_its_goal(status: str) -> None:
     ],
 )
 def test_what_no_run_can_answer_is_unmeasured(runs: Sequence[Run], detail: str) -> None:
-    outcome = held(target(ratio=1.0), *runs)
-    assert (outcome.verdict, outcome.value, outcome.detail) == (UNMEASURED, None, detail)
+    result = held(target(ratio=1.0), *runs)
+    assert (result.verdict, result.value, result.detail) == (UNMEASURED, None, detail)
 
 
 def test_without_a_ceiling_its_share_is_unmeasured() -> None:
-    outcome = held(target(percent_of_ceiling=80), dataclasses.replace(RUN, ceilings=Ceilings()))
-    assert (outcome.verdict, outcome.detail) == (UNMEASURED, "that run measured no ceiling for it")
+    result = held(target(percent_of_ceiling=80), dataclasses.replace(RUN, ceilings=Ceilings()))
+    assert (result.verdict, result.detail) == (UNMEASURED, "that run measured no ceiling for it")
 
 
 def test_the_newest_run_that_measured_it_answers() -> None:
@@ -135,8 +133,8 @@ def test_the_newest_run_that_measured_it_answers() -> None:
     h200 = run(
         case(timed("triton", 0.005, ours=True), timed("cudnn", 0.011)), machine=dataclasses.replace(H100, device="A100")
     )
-    outcome = held(target(ratio=1.0), RUN, newest, newer, dataclasses.replace(h200, started="2026-04-01"))
-    assert (outcome.file, outcome.verdict) == ("2026-02-01", MISSED)
+    result = held(target(ratio=1.0), RUN, newest, newer, dataclasses.replace(h200, started="2026-04-01"))
+    assert (result.file, result.verdict) == ("2026-02-01", MISSED)
 
 
 # --- Variants -------------------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ VARIANTS = run(
     ],
 )
 def test_a_stage_has_its_quantity(stage: str, value: float | None) -> None:
-    got = quantity(VARIANTS.variants[2], stage)
+    got = stage_value(VARIANTS.variants[2], stage)
     assert got is None if value is None else got == pytest.approx(value)
 
 
@@ -207,14 +205,14 @@ def test_a_variant_is_held_to_its_goal(
     subject: str, stage: str, goals: dict[str, float], verdict: str, value: float | None
 ) -> None:
     peer = "bf16-compiled" if "ratio" in goals else None
-    outcome = held(Target("goal", subject, goals, stage=stage, peer=peer), VARIANTS)
-    assert outcome.verdict == verdict
-    assert outcome.value is None if value is None else outcome.value == pytest.approx(value)
+    result = held(Target("goal", subject, goals, stage=stage, peer=peer), VARIANTS)
+    assert result.verdict == verdict
+    assert result.value is None if value is None else result.value == pytest.approx(value)
 
 
 def test_against_a_variant_that_failed_nothing_is_measured() -> None:
-    outcome = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="fp8-graphs"), VARIANTS)
-    assert (outcome.verdict, outcome.detail) == (UNMEASURED, "peer fp8-graphs is failing: OutOfMemoryError")
+    result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="fp8-graphs"), VARIANTS)
+    assert (result.verdict, result.detail) == (UNMEASURED, "peer fp8-graphs is failing: OutOfMemoryError")
 
 
 # --- The file -------------------------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ def test_against_a_variant_that_failed_nothing_is_measured() -> None:
 
 def test_every_case_and_peer_in_the_goals_exists() -> None:
     cases = registry()
-    for goal in read(TARGETS):
+    for goal in read_targets(TARGETS):
         if goal.stage is None:
             assert goal.subject in cases
             backends = {b.name for b in cases[goal.subject].backends}
@@ -230,7 +228,7 @@ def test_every_case_and_peer_in_the_goals_exists() -> None:
 
 
 def test_the_goals_name_real_devices_and_are_no_easier_than_their_stretch() -> None:
-    for goal in read(TARGETS):
+    for goal in read_targets(TARGETS):
         assert goal.kind == "cpu" or goal.applies(run(machine=H100))
         measure, wanted = next(iter(goal.goals.items()))
         if goal.stretch is not None:
@@ -275,7 +273,7 @@ def toml(**changes: str | None) -> str:
 def test_a_malformed_file_is_refused_by_entry(text: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "targets.toml").write_text(text)
     with pytest.raises(UserError) as caught:
-        read(tmp_path / "targets.toml")
+        read_targets(tmp_path / "targets.toml")
     assert complaint in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "targets.toml"))
 

@@ -21,11 +21,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from profiling import formats
 from profiling.__main__ import BUDGETS, main
 from profiling.audit import sass
-from profiling.audit.audit import Budgets, audit_case, bounds, faults
+from profiling.audit.audit import Budgets, audit_case, bounds, budget_faults
 from profiling.audit.ttgir import Tile
 from profiling.cases import Backend, Case, Shape, registry
 from profiling.devices import devices, of_target
-from profiling.fake_gpu import Shapes, recording
+from profiling.fake_gpu import FakeCudaMode, record_launches
 from profiling.results import AuditResult
 from tests.profiling import attention_kernel, toy
 from tests.profiling.attention_kernel import CASES, OPERATION, PRODUCTION, TINY, attention
@@ -324,7 +324,7 @@ def test_serialised_wgmma_and_a_block_that_cannot_run_are_faults(production: Aud
     )
     broken = replace(production, warnings=("unused variable", remark), shared=232449, blocks=0)
     tile = Tile({"bf16": 1.0}, 0, 0, 0, 0, 0)
-    assert list(faults(broken, Budgets(BUDGETS).of("", "", "sm_90"), H100, tile)) == [
+    assert list(budget_faults(broken, Budgets(BUDGETS).of("", "", "sm_90"), H100, tile)) == [
         "232449 bytes of shared memory, a block on sm_90 has 232448",
         "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x",
     ]
@@ -350,7 +350,7 @@ def test_budgets_limit_what_matches(production: AuditResult, tmp_path: Path) -> 
     """)
     budgets = Budgets(path)
     budget = budgets.of(production.kernel, production.case, "sm_90")
-    assert list(faults(production, budget, H100, Tile({"bf16": 1.0}, 0, 0, 0, 0, 0))) == [
+    assert list(budget_faults(production, budget, H100, Tile({"bf16": 1.0}, 0, 0, 0, 0, 0))) == [
         "room for 1 blocks on a multiprocessor, wanted 2",
         f"{production.registers} registers a thread, allowed 100",
         f"{production.shared} bytes of shared memory a block, allowed 100000",
@@ -429,10 +429,10 @@ def test_triton_is_left_as_it_was() -> None:
     before = JITFunction.run, driver._active
     caches = len(scaled.device_caches)
     x = torch.empty(1024, device="meta")
-    with recording(90) as recorder:
+    with record_launches(90) as recorder:
         parameters: dict[str, Any] = {"BLOCK": 1024, "EVEN": False}
         scaled[(1,)](x, x, 1000, 2.0, **parameters)
-    with pytest.raises(KeyError), recording(90):
+    with pytest.raises(KeyError), record_launches(90):
         raise KeyError
     assert [(launch.kernel, launch.grid) for launch in recorder.launches] == [("scaled", (1,))]
     assert (JITFunction.run, driver._active, len(scaled.device_caches)) == (*before, caches)
@@ -505,7 +505,7 @@ def test_more_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_inputs_of_every_operation_can_be_made_without_memory() -> None:
     """Kernels will come to all of them."""
     operations = {case.operation.name: case for case in registry().values()}
-    with Shapes():
+    with FakeCudaMode():
         for case in operations.values():
             inputs = case.inputs(torch.device("cuda"), None)
             assert all(x.is_cuda for x in inputs if isinstance(x, Tensor)), case.name

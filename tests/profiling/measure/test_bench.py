@@ -25,13 +25,13 @@ from profiling.cases import (
 from profiling.cases.linear import prepare_norm_scaled_mm, prepare_residual_scaled_mm, prepare_scaled_mm
 from profiling.formats import load
 from profiling.measure.bench import (
-    CEILINGS,
-    Sizes,
+    CEILING_SIZES,
+    CeilingSizes,
     bench_case,
     measure_ceilings,
-    shares,
+    split_rounds,
 )
-from profiling.measure.check import check_case, judge, poisoned_memory
+from profiling.measure.check import check_case, compare_outputs, poisoned_memory
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult
 from tests.profiling import toy
 
@@ -85,8 +85,8 @@ def test_poison_reaches_new_tensors_and_leaves_no_trace() -> None:
 
 def test_judgement_is_of_every_output() -> None:
     good, bad = torch.ones(4, dtype=torch.float64), torch.full((4,), 1.5, dtype=torch.float64)
-    assert judge([good.float(), good], [good, good], 1e-5) == (0, "")
-    error, fault = judge([good, bad], [good, good], 1e-5)
+    assert compare_outputs([good.float(), good], [good, good], 1e-5) == (0, "")
+    error, fault = compare_outputs([good, bad], [good, good], 1e-5)
     assert error == 0.5
     assert "relative error" in fault
 
@@ -120,11 +120,11 @@ def test_quantised_layers_are_right_on_the_cpu_too(name: str, prepare: Callable[
 
 @pytest.mark.parametrize(("rounds", "sweeps", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
 def test_rounds_are_spread_over_sweeps(rounds: int, sweeps: int, parts: list[int]) -> None:
-    assert shares(rounds, sweeps) == parts
+    assert split_rounds(rounds, sweeps) == parts
 
 
 def test_ceilings_are_measured_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CEILINGS, "cpu", Sizes(2**22, 64, 2))
+    monkeypatch.setitem(CEILING_SIZES, "cpu", CeilingSizes(2**22, 64, 2))
     ceilings = measure_ceilings(CPU, ["fp32", "fp8"])
     assert set(ceilings.matmul_flop_s) == {"fp32", "fp8"}
     assert 1e8 < (ceilings.copy_bytes_s or 0) < 1e13

@@ -10,8 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from profiling.cases import Backend, Case, chosen
-from profiling.measure.bench import settle
-from profiling.measure.check import case_result, check, reference
+from profiling.measure.bench import set_benchmark_state
+from profiling.measure.check import case_result, check_backend, reference_outputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = [(case, b) for case in chosen([], DEVICE, None) for b in case.backends]
@@ -24,11 +24,11 @@ def test_case(benchmark: BenchmarkFixture, case: Case, backend: Backend) -> None
         pytest.skip(f"{backend.name} is not for {DEVICE.type}")
     if not backend.installed:
         pytest.skip(f"{backend.name}: {backend.needs} is not installed")
-    settle()
+    set_benchmark_state()
     with torch.inference_mode():
         inputs = case.inputs(DEVICE, torch.Generator(DEVICE).manual_seed(0))
-        expected = reference(case, inputs, DEVICE)
-        assert not check(case, backend, inputs, expected, DEVICE).detail
+        expected = reference_outputs(case, inputs, DEVICE)
+        assert not check_backend(case, backend, inputs, expected, DEVICE).detail
         call = backend.prepare(*inputs)
 
         def whole() -> None:

@@ -14,7 +14,7 @@ from model.errors import UserError
 from profiling.__main__ import main
 from profiling.formats import load
 from profiling.measure import campaign
-from profiling.measure.campaign import Progress, plan
+from profiling.measure.campaign import CampaignProgress, plan_tasks
 from profiling.measure.e2e import VARIANTS
 from profiling.results import ERROR, OK, WRONG, Run, save
 from tests.profiling import toy
@@ -28,11 +28,11 @@ import sys
 from profiling.measure import bench, campaign
 from profiling.__main__ import main
 from tests.small import SMALL
-for phase in campaign.PATIENCE:
-    campaign.PATIENCE[phase] = campaign.Patience(0.1, 4 if phase in ("check", "bench") else 60)
+for phase in campaign.TIME_LIMITS:
+    campaign.TIME_LIMITS[phase] = campaign.TimeLimits(0.1, 4 if phase in ("check", "bench") else 60)
 campaign.CONFIGS["cpu"] = SMALL
 campaign.ROUNDS = 3
-bench.CEILINGS["cpu"] = bench.Sizes(2**20, 64, 1)
+bench.CEILING_SIZES["cpu"] = bench.CeilingSizes(2**20, 64, 1)
 sys.exit(main())
 """
 
@@ -41,13 +41,13 @@ sys.exit(main())
 def impatient(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Starts such children in place of the real ones; gives the list of their command lines."""
     started: list[Sequence[str]] = []
-    real = campaign._child
+    real = campaign._run_child
 
     def child(command_line: Sequence[str], seconds: float) -> int | None:
         started.append(command_line)
         return real([sys.executable, "-c", CHILD, *command_line[3:]], seconds)
 
-    monkeypatch.setattr(campaign, "_child", child)
+    monkeypatch.setattr(campaign, "_run_child", child)
     monkeypatch.chdir(Path(__file__).parents[3])
     return started
 
@@ -66,7 +66,7 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
 ) -> None:
     arguments = ("--phase", "check,bench", "--out", tmp_path, "--budget", 120, "--only", "toy_", "--cases", TOY)
     assert call(monkeypatch, *arguments) == 1
-    check, bench = load(tmp_path / "check.json"), load(tmp_path / "bench.json")
+    check_backend, bench = load(tmp_path / "check.json"), load(tmp_path / "bench.json")
     outcome = {
         "toy_good": OK,
         "toy_wrong": WRONG,
@@ -75,9 +75,9 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
         "toy_crashes": ERROR,
         "toy_last": OK,
     }
-    assert statuses(check) == {name: {"ours": status} for name, status in outcome.items()}
+    assert statuses(check_backend) == {name: {"ours": status} for name, status in outcome.items()}
     assert statuses(bench) == {name: {"ours": status, "peer": OK} for name, status in outcome.items()}
-    assert all(not m.samples for c in check.cases for m in c.measurements)
+    assert all(not m.samples for c in check_backend.cases for m in c.measurements)
     assert all(len(m.samples) == 3 for c in bench.cases for m in c.measurements if m.status == OK)
     lost = next(c for c in bench.cases if c.operation == "toy_hangs").of("ours")
     assert lost is not None
@@ -95,13 +95,13 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
 def test_the_budget_holds_and_a_later_call_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(campaign, "CHILD_SECONDS", 0.5)
+    monkeypatch.setattr(campaign, "CHILD_START_SECONDS", 0.5)
     budget, begin = 0.6, time.monotonic()
     arguments = ("--phase", "bench", "--out", tmp_path, "--only", "toy_good", "--cases", TOY)
     assert call(monkeypatch, *arguments, "--budget", budget) == 0
     assert time.monotonic() - begin < budget + 1.5
     assert "bench: 0 done, 1 not reached" in capsys.readouterr().out
-    assert Progress.load(tmp_path).task == "", "what the end of the budget cut off is not to blame"
+    assert CampaignProgress.load(tmp_path).task == "", "what the end of the budget cut off is not to blame"
     assert call(monkeypatch, *arguments, "--budget", 60, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["bench"]["cases"][0]["measurements"][0]["status"] == OK
@@ -110,7 +110,7 @@ def test_the_budget_holds_and_a_later_call_goes_on(
 def test_results_of_another_machine_are_not_added_to(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = campaign.describe(CPU)
+    other = campaign.describe_machine(CPU)
     save(Run("x", "", campaign.replace(other, device="another")), tmp_path / "check.json")
     arguments = ("--phase", "check", "--out", tmp_path, "--only", "toy_good", "--cases", TOY)
     assert call(monkeypatch, *arguments) == 2
@@ -141,12 +141,12 @@ def test_tuning_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_one_gpu_comes_first_then_the_largest_world() -> None:
-    tasks = plan(CPU, ["chunk_attention/14b-w?/bf16"], None)
+    tasks = plan_tasks(CPU, ["chunk_attention/14b-w?/bf16"], None)
     assert [c.shape.world for c in tasks.cases["bench"]] == [1, 8, 4, 2]
     assert tasks.variants == []
-    assert plan(CPU, ["fp32-eager"], None).names("bench") == []
-    assert plan(CPU, ["fp32-eager"], None).names("e2e") == ["fp32-eager"]
-    everything = plan(torch.device("cuda"), [], None)
+    assert plan_tasks(CPU, ["fp32-eager"], None).names("bench") == []
+    assert plan_tasks(CPU, ["fp32-eager"], None).names("e2e") == ["fp32-eager"]
+    everything = plan_tasks(torch.device("cuda"), [], None)
     assert everything.names("e2e") == [variant.name for variant in VARIANTS["cuda"]]
     assert all("14b" in name for name in everything.names("bench"))
     assert set(everything.names("check")) <= set(everything.names("bench"))
@@ -174,32 +174,32 @@ def test_an_interruption_blames_no_task(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     """The child has begun a task when the parent is told to end; a second call does that task."""
-    child = campaign._child
+    child = campaign._run_child
 
     def interrupted(command_line: Sequence[str], seconds: float) -> int | None:
-        Progress.load(tmp_path).enter(tmp_path, "check", "toy_good", "right")
+        CampaignProgress.load(tmp_path).record(tmp_path, "check", "toy_good", "right")
         signal.raise_signal(number)
         return child(command_line, seconds)
 
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good", "--budget", 60
-    monkeypatch.setattr(campaign, "_child", interrupted)
+    monkeypatch.setattr(campaign, "_run_child", interrupted)
     assert call(monkeypatch, *arguments) == 130
     assert "interrupted: results written so far are kept" in capsys.readouterr().err
-    assert (Progress.load(tmp_path).phase, Progress.load(tmp_path).task) == ("", "")
+    assert (CampaignProgress.load(tmp_path).phase, CampaignProgress.load(tmp_path).task) == ("", "")
 
 
 def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Progress(0, time.time() + 60, code=campaign.digest()).enter(tmp_path, "check", "gone/s/fp32", "right")
-    worker = campaign.Worker(tmp_path, CPU, plan(CPU, ["linear/tiny-w1-out/fp32"], None))
-    worker._enter("check")
-    worker._bury()
+    CampaignProgress(0, time.time() + 60, code=campaign.code_digest()).record(tmp_path, "check", "gone/s/fp32", "right")
+    worker = campaign.Worker(tmp_path, CPU, plan_tasks(CPU, ["linear/tiny-w1-out/fp32"], None))
+    worker._open_phase("check")
+    worker._record_lost_task()
     assert (worker._progress.task, worker._progress.lost, worker._run.cases) == ("", {}, ())
 
 
 def test_other_code_does_not_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Progress(0, time.time() + 60, code="that of yesterday").enter(tmp_path)
+    CampaignProgress(0, time.time() + 60, code="that of yesterday").record(tmp_path)
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good"
     assert call(monkeypatch, *arguments) == 2
     assert "holds results of other code than is here now; use another --out" in capsys.readouterr().err
@@ -208,4 +208,4 @@ def test_other_code_does_not_go_on(
 def test_damaged_progress_is_said(tmp_path: Path) -> None:
     (tmp_path / campaign.PROGRESS).write_text('{"seed": 1, "what": 2}')
     with pytest.raises(UserError, match="begin in another folder"):
-        Progress.load(tmp_path)
+        CampaignProgress.load(tmp_path)

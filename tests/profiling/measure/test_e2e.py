@@ -16,7 +16,7 @@ from model.compiled import compile_student, compile_vae
 from model.config import VAEConfig
 from profiling.cases.vae import coded, vae_of, vae_size
 from profiling.measure import e2e
-from profiling.measure.e2e import VARIANTS, Runner, Variant, generating_models, run_variant
+from profiling.measure.e2e import VARIANTS, ChunkRunner, Variant, chunk_models, run_variant
 from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
 from tests.small import SMALL
@@ -27,11 +27,11 @@ EAGER, COMPILED = VARIANTS["cpu"]
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(e2e, "MOST_CHUNKS", 3)
+    monkeypatch.setattr(e2e, "MAX_CHUNKS", 3)
 
 
 def run(variant: Variant, seconds: float = 60) -> VariantResult:
-    models = generating_models(SMALL, CPU, variant.precision)
+    models = chunk_models(SMALL, CPU, variant.precision)
     return run_variant(variant, models, 0, time.monotonic() + seconds)[0]
 
 
@@ -53,7 +53,7 @@ def test_every_stage_of_every_chunk_is_timed() -> None:
 
 
 def test_a_deadline_that_is_near_leaves_two_chunks() -> None:
-    assert len(run(EAGER, seconds=0).chunk) == e2e.FEWEST_CHUNKS
+    assert len(run(EAGER, seconds=0).chunk) == e2e.MIN_CHUNKS
 
 
 @pytest.mark.usefixtures("few")
@@ -66,23 +66,23 @@ def test_compiled_chunks_share_a_graph_among_blocks_and_never_recompile(monkeypa
         return graph.forward
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
-    models = generating_models(SMALL, CPU, "fp32")
+    models = chunk_models(SMALL, CPU, "fp32")
     result, _ = run_variant(COMPILED, models, 0, time.monotonic() + 60)
     assert result.status == OK
     # The student's block: in general, and as the last one, which drops one known frame in the first chunk and two in
     # later ones. Decoder and encoder each at a clip's start and behind it.
     assert len(graphs) == 7
-    models = generating_models(SMALL, CPU, "fp32")
+    models = chunk_models(SMALL, CPU, "fp32")
     compile_student(models.dit)
     compile_vae(models.vae)
-    eager, compiled = Runner(generating_models(SMALL, CPU, "fp32"), 0), Runner(models, 0)
+    eager, compiled = ChunkRunner(chunk_models(SMALL, CPU, "fp32"), 0), ChunkRunner(models, 0)
     for runner in (eager, compiled):
         runner.chunk()
     torch.testing.assert_close(compiled._state.motion, eager._state.motion, rtol=1e-4, atol=1e-4)
 
 
 def test_frames_that_are_not_numbers_give_no_times() -> None:
-    models = generating_models(SMALL, CPU, "fp32")
+    models = chunk_models(SMALL, CPU, "fp32")
     models.vae.conv2.bias.fill_(float("nan"))
     result, _ = run_variant(EAGER, models, 0, time.monotonic())
     assert (result.status, result.chunk, result.stages) == (WRONG, (), {})
@@ -92,7 +92,7 @@ def test_the_published_form_is_the_same_model() -> None:
     """Both chunks of two, the second of which has two known latent frames."""
     states = []
     for ours in (True, False):
-        runner = Runner(generating_models(SMALL, CPU, "fp32"), 0, ours)
+        runner = ChunkRunner(chunk_models(SMALL, CPU, "fp32"), 0, ours)
         for _ in range(2):
             runner.chunk()
         states.append(runner._state.motion)

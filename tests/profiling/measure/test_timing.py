@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from profiling.measure import timing
-from profiling.measure.timing import Timed, interleave, set_count
+from profiling.measure.timing import CallTimer, interleave, num_input_sets
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_calls_take_turns_and_fill_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(timing.SAMPLE_SECONDS, "cpu", 0.002)
     calls: Counter[str] = Counter()
-    timed = Timed([lambda: calls.update("a"), lambda: calls.update("b")], CPU)
+    timed = CallTimer([lambda: calls.update("a"), lambda: calls.update("b")], CPU)
     before = calls.total()
     seconds = timed.sample()
     made = calls.total() - before
@@ -25,7 +25,7 @@ def test_calls_take_turns_and_fill_a_sample(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Recorded:
-    """Stands for a `Timed`; its samples are numbers one after the other."""
+    """Stands for a `CallTimer`; its samples are numbers one after the other."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self._name, self._log, self._count = name, log, 0
@@ -46,9 +46,9 @@ def test_rounds_are_interleaved_in_changing_order_after_a_sample_that_does_not_c
 
 
 def test_slow_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "INTERLEAVE_SECONDS", 0.0)
     (samples,) = interleave([Recorded("a", [])], 100, seed=1)  # type: ignore[list-item]
-    assert len(samples) == timing.FEWEST_ROUNDS
+    assert len(samples) == timing.MIN_ROUNDS
 
 
 def test_input_sets_on_a_gpu_outgrow_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,16 +57,16 @@ def test_input_sets_on_a_gpu_outgrow_its_cache(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     gpu = torch.device("cuda")
-    assert set_count(500e6, gpu) == 2
-    assert set_count(25 * 2**20, gpu) == 8
-    assert set_count(1000, gpu) == timing.MOST_SETS
-    assert set_count(1000, CPU) == 2
+    assert num_input_sets(500e6, gpu) == 2
+    assert num_input_sets(25 * 2**20, gpu) == 8
+    assert num_input_sets(1000, gpu) == timing.MAX_INPUT_SETS
+    assert num_input_sets(1000, CPU) == 2
 
 
 @pytest.mark.gpu
 def test_a_gpu_sample_is_a_graph_of_rotating_calls() -> None:
     gpu = torch.device("cuda")
     sets = [torch.randn(1024, 1024, device=gpu) for _ in range(2)]
-    timed = Timed([lambda x=x: x @ x for x in sets], gpu)
+    timed = CallTimer([lambda x=x: x @ x for x in sets], gpu)
     assert timed.graph
     assert 1e-6 < timed.sample() < 1e-2

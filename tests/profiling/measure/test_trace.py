@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.measure.trace import Event, chunks, gap_share, merged, parse, summarise
+from profiling.measure.trace import Event, chunk_intervals, gap_share, merge_intervals, parse_command, summarise
 from profiling.results import StageInterval
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -60,7 +60,7 @@ def test_the_gap_share_is_that_of_counted_seconds(busy: list, windows: list) -> 
 
 @given(intervals)
 def test_merged_intervals_are_apart_and_cover_the_same(found: list) -> None:
-    union = merged(found)
+    union = merge_intervals(found)
     assert all(before[1] < after[0] for before, after in pairwise(union))
     cover = {second for begin, end in union for second in range(int(begin), int(end))}
     assert cover == {second for begin, end in found for second in range(begin, end)}
@@ -100,22 +100,22 @@ def test_the_timeline_is_from_step_to_step_on_the_gpus_streams() -> None:
     """Where its work ran, not where it was launched; a lane for each stream, in the order in which they begin."""
     steps = [(1, "denoise/step", 7), (2, "denoise/step", 7), (3, "decode", 13), (5, "decode", 7), (6, "motion", 7)]
     beside = [(7, "audio", 9), (9, "decode", 13)]  # the next chunk's, and what is finished while that begins
-    passes = [(0, "audio", 7), *steps, *beside]
-    later = [(t + 10, name, stream) for t, name, stream in passes]
+    calls = [(0, "audio", 7), *steps, *beside]
+    later = [(t + 10, name, stream) for t, name, stream in calls]
 
-    def timeline(passes: Sequence[tuple[float, str, int]]) -> tuple[StageInterval, ...]:
-        spans = [span(name, t / 100, t / 100 + 0.001) for t, name, _ in passes]
-        ran = [event("gpu_user_annotation", name, t, t + 1.5, thread=stream) for t, name, stream in passes]
+    def timeline(calls: Sequence[tuple[float, str, int]]) -> tuple[StageInterval, ...]:
+        spans = [span(name, t / 100, t / 100 + 0.001) for t, name, _ in calls]
+        ran = [event("gpu_user_annotation", name, t, t + 1.5, thread=stream) for t, name, stream in calls]
         return summarise([*spans, *ran, event("gpu_user_annotation", "somebody's", 5, 6, thread=9)]).timeline
 
-    found = timeline([*passes, *later])
-    lanes = {7: 0, 13: 1, 9: 2}
+    found = timeline([*calls, *later])
+    streams = {7: 0, 13: 1, 9: 2}
     wanted = [*steps, *beside, (10, "audio", 7)]
-    assert [(s.stage, s.stream) for s in found] == [(name, lanes[stream]) for _, name, stream in wanted]
+    assert [(s.stage, s.stream) for s in found] == [(name, streams[stream]) for _, name, stream in wanted]
     assert [s.begin for s in found] == pytest.approx([t - 1 for t, *_ in wanted])
     assert all(s.end - s.begin == pytest.approx(1.5) for s in found)
-    assert [s.stage for s in timeline(passes)] == [name for _, name, _ in passes]
-    on_a_cpu = [span(name, t, t + 0.5) for t, name, _ in [*passes, *later]]
+    assert [s.stage for s in timeline(calls)] == [name for _, name, _ in calls]
+    on_a_cpu = [span(name, t, t + 0.5) for t, name, _ in [*calls, *later]]
     assert [s.stage for s in summarise(on_a_cpu).timeline] == [name for _, name, _ in wanted]
     assert summarise([]).timeline == ()
 
@@ -175,7 +175,7 @@ def test_self_time_leaves_out_what_ran_inside_on_the_same_thread() -> None:
 )
 def test_chunks_begin_with_audio_or_with_the_trace(names: str, wanted: list) -> None:
     spans = [("audio" if name == "A" else name, (i, i + 1)) for i, name in enumerate(names)]
-    assert chunks(spans) == wanted
+    assert chunk_intervals(spans) == wanted
 
 
 # --- Commands -------------------------------------------------------------------------------------------------------
@@ -313,13 +313,13 @@ def test_an_earlier_trace_survives_one_that_cannot_be_written(tmp_path: Path, mo
 
 @pytest.mark.parametrize("python", ["python", "python3", "python3.12", "/usr/bin/python3", sys.executable])
 def test_a_python_is_known_by_its_name(python: str) -> None:
-    program = parse([python, "-m", "streaming", "run", "--out", "-"])
+    program = parse_command([python, "-m", "streaming", "run", "--out", "-"])
     assert (program.name, program.module, program.arguments) == ("streaming", True, ("run", "--out", "-"))
 
 
 def test_only_python_is_known_by_its_name() -> None:
     with pytest.raises(UserError, match=r"python -m streaming run"):
-        parse(["pythonic", "-m", "streaming"])
+        parse_command(["pythonic", "-m", "streaming"])
 
 
 def test_a_streaming_run_is_traced(

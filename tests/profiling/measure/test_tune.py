@@ -21,9 +21,9 @@ from kernels import tuning
 from kernels.tuning import TunedConfig, TunedEntry, device_slug, nearest_config, read_table, to_json
 from profiling.__main__ import main
 from profiling.cases import Backend, Call, Case, Operation, Shape, once
-from profiling.machine import describe
+from profiling.machine import describe_machine
 from profiling.measure import tune
-from profiling.measure.tune import Outcome, candidates, tune_case, write_table
+from profiling.measure.tune import TuningResult, candidates, tune_case, write_table
 from profiling.results import Ceilings
 from tests.profiling import attention_kernel
 
@@ -88,7 +88,7 @@ def soon(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def entry_of(outcome: Outcome) -> TunedEntry:
+def entry_of(outcome: TuningResult) -> TunedEntry:
     assert outcome.entry is not None
     return outcome.entry
 
@@ -111,7 +111,7 @@ def test_the_fastest_right_parameters_win_and_every_wrong_one_is_out_with_its_re
     assert reasons["ours", -1] == "RuntimeError: out of resource: shared memory"
     assert "NaN" in reasons["ours", -2]
     assert "relative error" in reasons["ours", -3]
-    assert entry.versions["torch"] == describe(CPU).versions["torch"]
+    assert entry.versions["torch"] == describe_machine(CPU).versions["torch"]
 
 
 def test_a_faster_peer_wins_and_our_best_parameters_are_kept() -> None:
@@ -173,11 +173,11 @@ def test_compiling_ahead_calls_every_candidate_in_inference_mode_and_leaves_erro
         return lambda: x
 
     toy = case("toy", dataclasses.replace(waiting(*range(40)), prepare=prepare))
-    trial = tune._Trial(toy, CPU, 0)
-    trial.compile(candidates(toy, CPU), soon(60))
+    tuner = tune._CaseTuner(toy, CPU, 0)
+    tuner.compile(candidates(toy, CPU), soon(60))
     assert sorted(called) == [wait for wait in range(40) if wait != 3]
-    assert trial.failed == []
-    trial.compile(candidates(toy, CPU), time.monotonic())
+    assert tuner.failed == []
+    tuner.compile(candidates(toy, CPU), time.monotonic())
     assert len(called) == 39
 
 
@@ -203,7 +203,7 @@ def heats(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         found.append([t.wait for t in timed])
         return [[float(t.wait)] * rounds for t in timed]
 
-    monkeypatch.setattr(tune, "Timed", Known)
+    monkeypatch.setattr(tune, "CallTimer", Known)
     monkeypatch.setattr(tune, "interleave", interleave)
     monkeypatch.setattr(sys.modules[__name__], "doubling", prepare)
     return found
@@ -212,14 +212,14 @@ def heats(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.mark.parametrize("count", [1, 3, 4, 9, 60])
 def test_the_best_survives_every_heat_and_few_are_in_memory_at_a_time(heats: list[list[int]], count: int) -> None:
     toy = case("toy", waiting(*range(10, 10 + count)))
-    trial = tune._Trial(toy, CPU, 0)
-    alive = trial.halve(candidates(toy, CPU), soon(60))
+    tuner = tune._CaseTuner(toy, CPU, 0)
+    alive = tuner.successive_halving(candidates(toy, CPU), soon(60))
     assert len(alive) <= tune.FINALISTS
     assert 10 in [(c.config or {})["wait"] for c in alive]
-    assert all(len(heat) <= tune.HEAT for heat in heats)
+    assert all(len(heat) <= tune.HEAT_SIZE for heat in heats)
     memory = [wait for wait in range(10, 10 + count) if wait % 10 == 7]
-    assert sorted((f.config or {})["wait"] for f in trial.failed) == memory
-    assert all(f.why == "RuntimeError: no more memory" for f in trial.failed)
+    assert sorted((f.config or {})["wait"] for f in tuner.failed) == memory
+    assert all(f.why == "RuntimeError: no more memory" for f in tuner.failed)
 
 
 def test_when_time_runs_out_those_fastest_so_far_go_to_the_final(
@@ -228,7 +228,7 @@ def test_when_time_runs_out_those_fastest_so_far_go_to_the_final(
     """There is time for the first heat of eight; the other twelve were never timed."""
     toy = case("toy", waiting(*range(10, 16), *range(20, 27), *range(30, 37)))
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(len(heats)))
-    alive = tune._Trial(toy, CPU, 0).halve(candidates(toy, CPU), until=tune.HEAT_ROUNDS)
+    alive = tune._CaseTuner(toy, CPU, 0).successive_halving(candidates(toy, CPU), until=tune.HEAT_ROUNDS)
     assert len(heats) == tune.HEAT_ROUNDS
     assert [(c.config or {})["wait"] for c in alive] == sorted(heats[0])[: tune.FINALISTS]
 
@@ -266,13 +266,13 @@ def test_heavy_cases_come_first_and_get_their_part_of_the_time(monkeypatch: pyte
     """60 % of the time, then three quarters of the rest, then what is left: nothing here takes any."""
     seen: list[tuple[str, float]] = []
 
-    def record(case: Case, device: torch.device, deadline: float, seed: int) -> Outcome:
+    def record(case: Case, device: torch.device, deadline: float, seed: int) -> TuningResult:
         seen.append((case.name.split("/")[0], deadline - time.monotonic()))
-        return Outcome(case.name)
+        return TuningResult(case.name)
 
     monkeypatch.setattr(tune, "tune_case", record)
     cases = [case("few", calls=10), case("most", calls=60), case("large", n=300, calls=10)]
-    outcomes = list(tune.tune(cases, CPU, soon(1000), 0, Ceilings(copy_bytes_s=1e9)))
+    outcomes = list(tune.tune_cases(cases, CPU, soon(1000), 0, Ceilings(copy_bytes_s=1e9)))
     assert [name for name, _ in seen] == ["most", "large", "few"]
     assert [seconds for _, seconds in seen] == pytest.approx([600, 750, 1000], rel=0.02)
     assert len(outcomes) == 3
@@ -296,7 +296,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_entries_replace_those_of_their_shape_and_leave_the_others(tmp_path: Path) -> None:
     path = write_table([entry(100, 1), entry(200, 2)], CPU, tmp_path / "a")
-    assert path == tmp_path / "a" / f"{device_slug(describe(CPU).device)}.json"
+    assert path == tmp_path / "a" / f"{device_slug(describe_machine(CPU).device)}.json"
     assert write_table([entry(200, 3)], CPU, tmp_path / "a") == path
     table = read_table(path)
     assert [(e.dims["n"], e.configs["ours"]["wait"]) for e in table.entries] == [(100, 1), (200, 3)]
@@ -340,7 +340,7 @@ def test_json_is_all_there_is_on_standard_output(
     """A broken kernel: exit code 1 and no table, but the other case is there. No folder is written unasked on a CPU."""
     assert call(monkeypatch, "tune_good", "tune_broken", "--budget", 60, "--json") == 1
     values = json.loads(capsys.readouterr().out)
-    assert (values["device"], values["table"], values["nothing_to_tune"]) == (describe(CPU).device, None, [])
+    assert (values["device"], values["table"], values["nothing_to_tune"]) == (describe_machine(CPU).device, None, [])
     by_name = {c["case"]: c for c in values["cases"]}
     good, broken = by_name["tune_good/toy/fp32"], by_name["tune_broken/toy/fp32"]
     assert good["entry"]["configs"] == {"ours": {"wait": 1}}
@@ -374,7 +374,7 @@ def test_mistakes_are_told_in_one_line_before_anything_runs(
 def test_a_damaged_table_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    path = tmp_path / f"{device_slug(describe(CPU).device)}.json"
+    path = tmp_path / f"{device_slug(describe_machine(CPU).device)}.json"
     path.write_text("{")
     assert call(monkeypatch, "tune_good", "--out", tmp_path) == 2
     assert "is not JSON" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def earlier() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def drawn(whole: Run, earlier: list[Run]) -> dict[str, Figure]:
-    found = report.draw(whole, earlier)
+    found = report.draw_figures(whole, earlier)
     assert all(isinstance(figure, Figure) for figure in found.values()), found
     return found  # type: ignore[return-value]
 
@@ -97,7 +97,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_rows_derive_speed_share_of_the_ceiling_and_ratio() -> None:
-    ours, fast, slow, bad = tables.rows(TINY_RUN)
+    ours, fast, slow, bad = tables.measurement_rows(TINY_RUN)
     assert (ours.case, ours.backend, ours.ours, ours.status) == ("op/shape/bf16", "ours", True, OK)
     assert ours.seconds == pytest.approx(0.010)
     assert ours.tflops == pytest.approx(400)
@@ -112,7 +112,7 @@ def test_rows_derive_speed_share_of_the_ceiling_and_ratio() -> None:
 
 def test_rows_without_ceilings_or_peers_say_nothing_they_cannot_know() -> None:
     alone = replace(CASE, measurements=CASE.measurements[:1])
-    (row,) = tables.rows(replace(TINY_RUN, ceilings=Ceilings(), cases=(alone,)))
+    (row,) = tables.measurement_rows(replace(TINY_RUN, ceilings=Ceilings(), cases=(alone,)))
     assert row.tflops == pytest.approx(400)
     assert (row.bound, row.ceiling, row.ratio) == (None, None, None)
 
@@ -154,7 +154,7 @@ def test_number_keeps_three_digits(value: float) -> None:
 def test_the_table_names_every_back_end_and_what_is_not_right(width: int) -> None:
     hostile = replace(CASE, case=HOSTILE, measurements=(Measurement(HOSTILE, WRONG, detail="[/] [bold]"),))
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(tables.table(tables.rows(replace(TINY_RUN, cases=(CASE, hostile)))))
+    console.print(tables.measurement_table(tables.measurement_rows(replace(TINY_RUN, cases=(CASE, hostile)))))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     for words in (
@@ -322,7 +322,7 @@ def test_gauges_say_that_the_gpu_was_throttled(whole: Run, drawn: dict[str, Figu
 
 
 def test_spans_and_dtypes_have_a_colour_each() -> None:
-    for colours in (figures.SPANS, figures.DTYPES):
+    for colours in (figures.STAGE_COLOURS, figures.DTYPE_COLOURS):
         assert len(set(colours.values())) == len(colours)
 
 
@@ -450,21 +450,21 @@ def checked(text: str) -> Page:
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_every_kind_of_run_makes_a_page(variation: str, earlier: list[Run]) -> None:
     run = VARIATIONS[variation](runs.run(patterns=SOME, days=9))
-    drawn = report.draw(run, earlier)
-    page = checked(report.page(run, drawn, []))
+    drawn = report.draw_figures(run, earlier)
+    page = checked(report.render_page(run, drawn, []))
     shown = {"waterfall", "timeline", "streams"} if run.variants else set()
     shown |= ({"roofline", "history"} if run.cases else set()) | {"gauges"}
     assert page.pictures == [f"figure-{name}" for name in drawn if name in shown and isinstance(drawn[name], Figure)]
     for name in shown:
         if isinstance(sentence := drawn[name], str):
             assert sentence in page.text
-    json.dumps(report.derived(run), allow_nan=False)
+    json.dumps(report.report_json(run), allow_nan=False)
     report.show(run, Console(file=io.StringIO()))
 
 
 def test_hostile_names_are_shown_as_they_are(earlier: list[Run]) -> None:
     run = hostile(runs.run(patterns=SOME))
-    text = report.page(run, report.draw(run, earlier), [HOSTILE])
+    text = report.render_page(run, report.draw_figures(run, earlier), [HOSTILE])
     assert "<script" not in text
     page = checked(text)
     assert page.text.count(HOSTILE) > 20
@@ -473,7 +473,7 @@ def test_hostile_names_are_shown_as_they_are(earlier: list[Run]) -> None:
 
 
 def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> None:
-    page = checked(report.page(whole, dict(drawn), ["old.json has schema version 0, this is version 1"]))
+    page = checked(report.render_page(whole, dict(drawn), ["old.json has schema version 0, this is version 1"]))
     assert page.headings == [
         "Waterfall",
         "Chunk timeline",
@@ -542,7 +542,7 @@ def test_json_is_all_that_is_printed(
     assert call(monkeypatch, saved, "--json", "--results", saved.parent / "none") == 0
     values = json.loads(capsys.readouterr().out)
     run = runs.run(patterns=SOME, days=9)
-    assert [row["ratio"] for row in values["cases"]] == [row.ratio for row in tables.rows(run)]
+    assert [row["ratio"] for row in values["cases"]] == [row.ratio for row in tables.measurement_rows(run)]
     assert [row["fps"] for row in values["variants"]] == [row.fps for row in tables.variant_rows(run)]
     assert values["throttled"] == run.nvml.throttled
 
@@ -591,7 +591,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     taken.mkdir()
     for out, png in ((taken, None), (saved / "report.html", None), (None, saved)):
         with pytest.raises(UserError, match="cannot be written"):
-            report.command(saved, out, png, tmp_path, False)
+            report.report_command(saved, out, png, tmp_path, False)
     assert sorted(tmp_path.iterdir()) == [saved, taken]
     assert not list(taken.iterdir())
 
@@ -604,7 +604,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
 def test_the_page_opens_in_a_browser(whole: Run, drawn: dict[str, Figure], tmp_path: Path) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
-    page.write_text(report.page(whole, dict(drawn), []))
+    page.write_text(report.render_page(whole, dict(drawn), []))
     options = (
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
