@@ -36,8 +36,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
 RESULTS = Path(__file__).parent / "results"
-TARGETS = Path(__file__).parent / "targets.toml"
-BUDGETS = Path(__file__).parent / "budgets.toml"
+TARGETS = Path(__file__).parent / "analyse" / "targets.toml"
+BUDGETS = Path(__file__).parent / "audit" / "budgets.toml"
 
 
 @app.command()
@@ -52,9 +52,9 @@ def bench(
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the right ones in interleaved rounds."""
-    from profiling import bench as module
+    from profiling.measure.bench import bench_command
 
-    raise typer.Exit(module.command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
+    raise typer.Exit(bench_command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
 
 
 @app.command()
@@ -67,9 +67,9 @@ def audit(
     json: Json = False,
 ) -> None:
     """Compiles every Triton kernel ahead of time, with no GPU, and says what will bound it."""
-    from profiling import audit as module
+    from profiling.audit.audit import audit_command
 
-    raise typer.Exit(module.command(patterns or [], target or ["sm_90"], budget, out, cases, json))
+    raise typer.Exit(audit_command(patterns or [], target or ["sm_90"], budget, out, cases, json))
 
 
 @app.command()
@@ -85,9 +85,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Says of every case whether it became faster or slower, or broke; exit code 1 on a regression."""
-    from profiling import compare as module
+    from profiling.analyse.compare import compare_command
 
-    raise typer.Exit(module.command(before, after, again or [], threshold, force, results, json))
+    raise typer.Exit(compare_command(before, after, again or [], threshold, force, results, json))
 
 
 @app.command()
@@ -99,9 +99,9 @@ def report(
     json: Json = False,
 ) -> None:
     """Draws a run: roofline, timeline, waterfall, history, tables."""
-    from profiling import report as module
+    from profiling.report.report import report_command
 
-    raise typer.Exit(module.command(run, out, png, results, json))
+    raise typer.Exit(report_command(run, out, png, results, json))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -112,9 +112,9 @@ def trace(
     json: Json = False,
 ) -> None:
     """Profiles a command: trace -- python -m streaming run ..."""
-    from profiling import trace as module
+    from profiling.measure.trace import trace_command
 
-    raise typer.Exit(module.command(context.args, out, top, json))
+    raise typer.Exit(trace_command(context.args, out, top, json))
 
 
 @app.command()
@@ -127,9 +127,9 @@ def tune(
     json: Json = False,
 ) -> None:
     """Searches launch parameters and writes the fastest right ones to DEVICE.json."""
-    from profiling import tune as module
+    from profiling.measure.tune import tune_command
 
-    raise typer.Exit(module.command(patterns or [], device, budget, out, cases, json))
+    raise typer.Exit(tune_command(patterns or [], device, budget, out, cases, json))
 
 
 @app.command()
@@ -141,9 +141,9 @@ def targets(
     json: Json = False,
 ) -> None:
     """Holds the newest results to the goals; exit code 1 unless all are met."""
-    from profiling import targets as module
+    from profiling.analyse.targets import targets_command
 
-    raise typer.Exit(module.command(file, results or [RESULTS], json))
+    raise typer.Exit(targets_command(file, results or [RESULTS], json))
 
 
 @app.command()
@@ -154,9 +154,9 @@ def warm(
     cases: Cases = None,
 ) -> None:
     """Compiles the kernels of cases on all CPU cores at once, before a GPU's first minute goes into it."""
-    from profiling import warm as module
+    from profiling.measure.precompile import warm_command
 
-    raise typer.Exit(module.command(patterns or [], space, budget, cases))
+    raise typer.Exit(warm_command(patterns or [], space, budget, cases))
 
 
 @app.command()
@@ -171,9 +171,9 @@ def gpu(
     json: Json = False,
 ) -> None:
     """Spends minutes on a GPU well: resumable, the most important first, every result written as it comes."""
-    from profiling import gpu as module
+    from profiling.measure.campaign import gpu_command
 
-    raise typer.Exit(module.command(phase, out, budget, device, patterns or [], cases, worker, json))
+    raise typer.Exit(gpu_command(phase, out, budget, device, patterns or [], cases, worker, json))
 
 
 @app.command()
@@ -184,9 +184,9 @@ def project(
     json: Json = False,
 ) -> None:
     """Projects chunk time and startup at other world sizes; prints what it assumes."""
-    from profiling import project as module
+    from profiling.analyse.project import project_command
 
-    raise typer.Exit(module.command(run, gpus, link, json))
+    raise typer.Exit(project_command(run, gpus, link, json))
 
 
 INTERRUPTED = 130  # the exit code

@@ -1,7 +1,7 @@
 """Reads results files in every format that is accepted: this project's own schema, and pytest-benchmark's JSON.
 
 pytest-benchmark keeps every round if told to, so nothing is lost. What a benchmark measures stands in its `extra_info`
-(case, backend, ours, operation, shape, dtype, flops, bytes, world, calls, dims).
+(case, backend, ours, operation, shape, dtype, flops, bytes, world, calls, dims), under names of any schema version.
 """
 
 import json
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from profiling import migrate
 from profiling.results import OK, CaseResult, Machine, Measurement, Run, from_own_json
 
 
 def load(path: Path) -> Run:
     """Reads a results file or a pytest-benchmark JSON file.
 
-    Raises `UserError` for a file that is neither, is damaged, or has another schema version.
+    Raises `UserError` for a file that is neither, is damaged, or has a later schema version.
     """
     try:
         values = json.loads(path.read_text())
@@ -68,7 +69,7 @@ def _add(cases: dict[str, CaseResult], case: CaseResult, measurement: Measuremen
 
 
 def _benchmark_result(benchmark: Mapping[str, Any]) -> tuple[CaseResult, Measurement]:
-    info, stats = benchmark.get("extra_info") or {}, benchmark["stats"]
+    info, stats = migrate.case(benchmark.get("extra_info") or {}), benchmark["stats"]
     # Rounds are kept by --benchmark-json and --benchmark-save-data; a file without them still has quartiles.
     samples = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
     case = CaseResult(

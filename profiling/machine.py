@@ -16,10 +16,10 @@ import torch
 
 from model.errors import UserError
 from model.machine import cpu_name, package_version
-from profiling.results import Gauges, Machine
+from profiling.results import Machine, NvmlTrace
 
 PACKAGES = ("torch", "triton", "numpy", "torchao", "flash-attn", "flash-attn-4", "sageattention", "flashtalk-triton")
-INTERVAL = 0.1  # seconds between two readings of the gauges
+READING_INTERVAL = 0.1  # seconds between two readings of the gauges
 
 # NVML's bits for why a clock is lower than asked for; idleness and application settings are no throttling.
 THROTTLE_REASONS = {
@@ -31,7 +31,7 @@ THROTTLE_REASONS = {
 }
 
 
-def pick(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
     """The device that `--device` names; raises `UserError` if it is unknown or absent."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ def pick(device: str) -> torch.device:
     return torch.device(device)
 
 
-def describe(device: torch.device) -> Machine:
+def describe_machine(device: torch.device) -> Machine:
     """What the machine is, with the versions that decide how fast it runs."""
     versions = {"python": platform.python_version()}
     versions |= {name: found for name in PACKAGES if (found := package_version(name)) is not None}
@@ -87,8 +87,8 @@ def _driver() -> str | None:
     return None
 
 
-class Monitor:
-    """Reads NVML's gauges in a thread of its own while its body runs; `gauges` afterwards has what was read."""
+class NvmlMonitor:
+    """Reads NVML's gauges in a thread of its own while its body runs; `nvml` afterwards has what was read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -98,7 +98,7 @@ class Monitor:
         self._limit: float | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> "NvmlMonitor":
         if self._device.type == "cuda":
             self._thread.start()
         return self
@@ -109,35 +109,35 @@ class Monitor:
             self._thread.join()
 
     @property
-    def gauges(self) -> Gauges:
+    def nvml(self) -> NvmlTrace:
         """What was read so far."""
         if not (readings := self._readings.copy()):
-            return Gauges(note=self._note or "NVML gave no readings")
+            return NvmlTrace(note=self._note or "NVML gave no readings")
         columns = [tuple(column) for column in zip(*(values for values, _ in readings), strict=True)]
         shares = {
             name: sum(bool(reasons & bit) for _, reasons in readings) / len(readings)
             for bit, name in THROTTLE_REASONS.items()
         }
         throttled = {name: share for name, share in shares.items() if share > 0}
-        return Gauges(*columns, throttled=throttled, power_limit_watts=self._limit, note=self._note)
+        return NvmlTrace(*columns, throttled=throttled, power_limit_watts=self._limit, note=self._note)
 
     def _watch(self) -> None:
         try:
             import pynvml as nvml
 
             nvml.nvmlInit()
-            handle = _handle(nvml, self._device)
+            handle = _nvml_handle(nvml, self._device)
             self._limit = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
             begin = time.monotonic()
             while not self._stop.is_set():
-                reading, reasons = _read(nvml, handle)
+                reading, reasons = _nvml_reading(nvml, handle)
                 self._readings.append(((time.monotonic() - begin, *reading), reasons))
-                self._stop.wait(INTERVAL)
+                self._stop.wait(READING_INTERVAL)
         except Exception as error:  # a reading is a courtesy: whatever the driver lacks must not end a run
             self._note = f"NVML: {type(error).__name__} {error}"
 
 
-def joined(first: Gauges, later: Gauges, offset: float) -> Gauges:
+def concatenate(first: NvmlTrace, later: NvmlTrace, offset: float) -> NvmlTrace:
     """Both one after the other; `offset` is added to the seconds of the later ones."""
     n, m = len(first.seconds), len(later.seconds)
     if not n or not m:
@@ -149,14 +149,14 @@ def joined(first: Gauges, later: Gauges, offset: float) -> Gauges:
     return replace(later, throttled=throttled, **{c: (*getattr(first, c), *getattr(shifted, c)) for c in columns})
 
 
-def _handle(nvml: Any, device: torch.device) -> Any:
+def _nvml_handle(nvml: Any, device: torch.device) -> Any:
     """The GPU that torch means: the two count differently where CUDA_VISIBLE_DEVICES is set."""
     if nvml.nvmlDeviceGetCount() == 1:
         return nvml.nvmlDeviceGetHandleByIndex(0)
     return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
-def _read(nvml: Any, handle: Any) -> tuple[tuple[float, ...], int]:
+def _nvml_reading(nvml: Any, handle: Any) -> tuple[tuple[float, ...], int]:
     """SM and memory clock in MHz, watts, degrees Celsius, bytes used; and the bits of the throttle reasons."""
     reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
     reasons = reasons or nvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535

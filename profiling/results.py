@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 
 from model.errors import UserError
 from model.files import replacing
+from profiling import migrate
 
 SCHEMA = "flashtalk-profile"
-VERSION = 1
+VERSION = 2  # profiling.migrate reads earlier ones
 LOW, HIGH = 1e-30, 1e30  # of numbers in a file
 
 OK = "ok"  # ran and is right; the only status with times
@@ -97,7 +98,7 @@ class CaseResult:
     bytes: float  # every operand read once, every result written once
     world: int = 1  # GPUs that share the work; this is one rank's part
     calls: float = 0  # of this case in one chunk, on one rank
-    products: bool = True  # whether the FLOPs are matrix products, whose ceiling is measured
+    is_matmul: bool = True  # whether the FLOPs are matrix products, whose ceiling is measured
     dims: dict[str, int] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
 
@@ -113,7 +114,7 @@ class CaseResult:
     def bound(self, ceilings: Ceilings) -> tuple[str, float] | None:
         """What limits the case on that machine, "compute" or "memory", and the seconds it then takes at least."""
         bounds = {}
-        if self.products and (rate := ceilings.matmul_flop_s.get(self.dtype)):
+        if self.is_matmul and (rate := ceilings.matmul_flop_s.get(self.dtype)):
             bounds["compute"] = self.flops / rate
         if self.bytes and ceilings.copy_bytes_s:
             bounds["memory"] = self.bytes / ceilings.copy_bytes_s
@@ -121,11 +122,11 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One pass through a stage of a chunk, on one of the streams of a GPU, or of a CPU's threads."""
+class StageInterval:
+    """When one call of a chunk's stage ran, and on which CUDA stream; on a CPU, in which thread."""
 
     stage: str
-    lane: int  # of the streams, in the order in which they begin
+    stream: int  # numbered in the order in which streams begin
     begin: float  # seconds from the chunk's beginning
     end: float
 
@@ -146,7 +147,7 @@ class VariantResult:
     weights_bytes: int | None = None  # of student and VAE
     gaps: float | None = None  # share of a chunk in which the GPU had nothing to do
     trace: str | None = None  # file name of a Perfetto trace
-    timeline: tuple[Stretch, ...] = ()  # of the traced chunk
+    timeline: tuple[StageInterval, ...] = ()  # of the traced chunk
 
     def per_chunk(self, stage: str) -> tuple[float, ...]:
         """Seconds of a stage in each chunk, all its calls together; nothing if its calls are no whole chunks."""
@@ -182,8 +183,8 @@ class AuditResult:
 
 
 @dataclass(frozen=True)
-class Gauges:
-    """NVML's readings while a run went on, all of one length."""
+class NvmlTrace:
+    """Clocks, power, temperature and memory of the GPU over a run, as NVML reports them; all of one length."""
 
     seconds: tuple[float, ...] = ()  # since the run began
     sm_mhz: tuple[float, ...] = ()
@@ -193,7 +194,7 @@ class Gauges:
     used_bytes: tuple[float, ...] = ()
     throttled: dict[str, float] = field(default_factory=dict)  # reason -> share of the readings
     power_limit_watts: float | None = None
-    note: str = ""  # why there are none
+    note: str = ""  # why there are no readings
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Run:
     cases: tuple[CaseResult, ...] = ()
     variants: tuple[VariantResult, ...] = ()
     audit: tuple[AuditResult, ...] = ()
-    gauges: Gauges = field(default_factory=Gauges)
+    nvml: NvmlTrace = field(default_factory=NvmlTrace)
     notes: tuple[str, ...] = ()
 
     def case(self, name: str) -> CaseResult | None:
@@ -244,12 +245,18 @@ def save(run: Run, path: Path) -> None:
 def from_own_json(values: Any, source: str) -> Run | None:
     """The run that JSON values in this project's schema describe, None if they are in another one.
 
-    Raises `UserError`, which calls the values by `source`, if they are damaged or have another schema version.
+    Values of an earlier schema version are migrated. Raises `UserError`, which calls the values by `source`, if they
+    are damaged or of a later version.
     """
     if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
         return None
-    if values.get("version") != VERSION:
+    if values.get("version") not in (1, VERSION):
         raise UserError(f"{source} has schema version {values.get('version')!r}, this is version {VERSION}")
+    if values["version"] == 1:
+        try:
+            values = migrate.version_2(values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
     try:
         return build(Run, {k: v for k, v in values.items() if k not in ("schema", "version")}, "run")
     except (TypeError, ValueError) as error:

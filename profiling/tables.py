@@ -1,7 +1,7 @@
 """What follows from a run's measurements, derived in one place: speed, share of the ceiling, ratio to the best peer.
 
-`bench` prints these rows, `report` draws them and writes them as JSON. Functions come in pairs: `rows` and `table` for
-cases, `variant_rows` and `variant_table` for whole chunks.
+`bench` prints these rows, `report` draws them and writes them as JSON. Functions come in pairs:
+`measurement_rows` and `measurement_table` for cases, `variant_rows` and `variant_table` for whole chunks.
 """
 
 import math
@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -17,14 +17,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Measurement, Run, Stretch, VariantResult
+from profiling.results import (
+    ERROR,
+    OK,
+    WRONG,
+    AuditResult,
+    CaseResult,
+    Ceilings,
+    Measurement,
+    Run,
+    StageInterval,
+    VariantResult,
+)
 
 LOG_WIDTH = 140
-TOUCH = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
+AUDIT_UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, as the audit's model has them
+CLOCK_TOLERANCE = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasurementRow:
     """One back-end on one case. What cannot be said, as it was not measured or has no ceiling, is None."""
 
     case: str
@@ -42,14 +54,14 @@ class Row:
     detail: str
 
 
-def rows(run: Run) -> list[Row]:
+def measurement_rows(run: Run) -> list[MeasurementRow]:
     """All measurements of a run, in its order, with what follows from them."""
     return [_row(case, m, run.ceilings) for case in run.cases for m in case.measurements]
 
 
-def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> Row:
+def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> MeasurementRow:
     seconds, bound, peer = m.seconds, case.bound(ceilings), case.best(ours=False)
-    return Row(
+    return MeasurementRow(
         case=case.case,
         backend=m.backend,
         ours=m.ours,
@@ -72,7 +84,7 @@ def terminal() -> Console:
     return Console(width=None if known else LOG_WIDTH, highlight=False)
 
 
-def table(rows: Iterable[Row]) -> Table:
+def measurement_table(rows: Iterable[MeasurementRow]) -> Table:
     """The rows for a terminal: a case's name, then its back-ends below it, ours in bold."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
@@ -88,7 +100,7 @@ def table(rows: Iterable[Row]) -> Table:
     return out
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _cells(row: MeasurementRow) -> Iterator[str]:
     name = f"  {escape(row.backend)}" + (" (ours)" if row.ours else "")
     if row.status != OK:
         colour = "red" if row.status in (WRONG, ERROR) else "yellow"
@@ -98,10 +110,10 @@ def _cells(row: Row) -> Iterator[str]:
         return
     yield name
     yield duration(row.seconds) or "right"  # checked only
-    yield f"±{share(row.spread)}" if row.spread is not None else ""
+    yield f"±{percent(row.spread)}" if row.spread is not None else ""
     yield number(row.tflops)
     yield number(row.gbs)
-    yield f"{share(row.ceiling)} {row.bound or ''}".strip()
+    yield f"{percent(row.ceiling)} {row.bound or ''}".strip()
     yield f"{row.ratio:.2f}" if row.ratio is not None else ""
 
 
@@ -127,13 +139,13 @@ class VariantRow:
     critical: float | None  # seconds of those that follow each other on the longest way through it
 
 
-def critical_path(timeline: Iterable[Stretch]) -> float:
+def critical_path(timeline: Iterable[StageInterval]) -> float:
     """Seconds of the longest chain of stretches that do not overlap: no schedule of these is shorter than it."""
     ends, longest = [0.0], [0.0]  # the longest chain up to there, for rising ends
-    for stretch in sorted(timeline, key=lambda stretch: stretch.end):
-        before = bisect_right(ends, stretch.begin + TOUCH) - 1
-        chain = longest[before] + stretch.end - stretch.begin
-        ends.append(stretch.end)
+    for interval in sorted(timeline, key=lambda interval: interval.end):
+        before = bisect_right(ends, interval.begin + CLOCK_TOLERANCE) - 1
+        chain = longest[before] + interval.end - interval.begin
+        ends.append(interval.end)
         longest.append(max(longest[-1], chain))
     return longest[-1]
 
@@ -165,7 +177,7 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
         weights_bytes=v.weights_bytes,
         gaps=v.gaps,
         detail=v.detail,
-        work=sum(stretch.end - stretch.begin for stretch in v.timeline) or None,
+        work=sum(interval.end - interval.begin for interval in v.timeline) or None,
         critical=critical_path(v.timeline) or None,
     )
 
@@ -190,9 +202,46 @@ def variant_table(rows: Iterable[VariantRow]) -> Table:
             duration(row.first_frame),
             f"{row.ratio:.2f}" if row.ratio is not None else "",
             gigabytes(row.peak_bytes),
-            share(row.gaps),
+            percent(row.gaps),
         )
     return out
+
+
+def audit_table(results: Sequence[AuditResult]) -> Table:
+    """The results for a terminal: a case, then its kernels, in red if something is wrong with them."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("case, kernel", overflow="fold")
+    numbers = ("regs", "spills", "smem", "occupancy", "MMA", *AUDIT_UNITS)
+    for heading in numbers:
+        out.add_column(heading, justify="right", no_wrap=True)
+    out.add_column("bound", no_wrap=True)
+    out.add_column("TFLOP/s", justify="right", no_wrap=True)
+    case = None
+    for result in results:
+        if result.case != case:
+            out.add_section()
+            out.add_row(escape(result.case))
+            case = result.case
+        out.add_row(*_audit_cells(result), style="red" if result.faults else None)
+    out.caption = f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
+    return out
+
+
+def _audit_cells(result: AuditResult) -> Iterator[str]:
+    yield f"  {escape(result.kernel)} {result.target}"
+    if not result.instructions:  # did not compile
+        return
+    yield str(result.registers)
+    yield str(result.spills)
+    yield f"{result.shared / 1024:.0f}K"
+    yield percent(result.occupancy)
+    yield " ".join(name for name in result.instructions if name.endswith("MMA"))
+    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
+    for unit in AUDIT_UNITS:
+        value = number(result.tile.get(f"{unit}_cycles"))
+        yield f"[bold]{value}[/]" if unit == bound else value
+    yield bound
+    yield number(result.tflops)
 
 
 def number(value: float | None) -> str:
@@ -203,7 +252,7 @@ def number(value: float | None) -> str:
     return f"{value:.{max(0, 2 - magnitude)}f}"
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %; nothing for None."""
     if value is None:
         return ""

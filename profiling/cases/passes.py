@@ -19,7 +19,7 @@ from kernels.norm import key_scale, launch_rms_norm_rope
 from kernels.rms_norm_silu import launch_rms_norm_silu, rms_norm_silu
 from kernels.rms_norm_silu import reference as pixel_norm_reference
 from kernels.tuning import LaunchConfig
-from profiling import published
+from profiling import official_baseline
 from profiling.cases.attention import attention_reference, sdpa
 from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Draw, Operation, Output, compiled, once, triton
 from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_library
@@ -110,7 +110,7 @@ def split_qkv(qkv: Tensor, rope: Tensor) -> list[Tensor]:
 def norm_rope_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
     """Norm and rotation by torch: q and k, [S, head, d] each."""
     q, k, _ = split_qkv(qkv, rope)
-    return published.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+    return official_baseline.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
 
 
 def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VAEConfig
 from model.vae import VAE
-from profiling import published
 from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, Draw, Operation
+from profiling.official_baseline import official_baseline
 
 
 def vae_of(config: VAEConfig, values: Tensor) -> VAE:
@@ -40,7 +40,7 @@ def vae_size(config: VAEConfig, half: str | None = None) -> int:
 @cache
 def vae_flops(config: VAEConfig, half: str, frames: int, rows: int, columns: int) -> float:
     """Of the published form: zero frames and doubled images are multiplied."""
-    with torch.device("meta"), published.published(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), official_baseline(), FlopCounterMode(display=False) as counter:
         coded(half, VAE(config), torch.empty(frames, config.z_dim if half == "decode" else 3, rows, columns))
     return counter.get_total_flops()
 
@@ -76,7 +76,7 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
         return partial(coded, half, vae, x)
 
     def as_published(vae: VAE, x: Tensor) -> Tensor:
-        with published.published():
+        with official_baseline():
             return coded(half, vae, x)
 
     def reference(x: Tensor, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kernels.rms_norm_silu import fp8_factor
 from kernels.rms_norm_silu import reference as pixel_norm_reference
 from kernels.sm90 import FP8
 from kernels.tuning import GPU, TunedConfig, assume_gpu
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 KERNELS = [(3, 3), (3, 1), (1, 1)]
 SIZES = st.integers(1, 6)

@@ -28,7 +28,7 @@ from kernels.chunk_attention import (
 from kernels.chunk_attention_sm90 import supports
 from kernels.scheduler import KVRanges, kv_ranges
 from kernels.tuning import GPU, TunedConfig
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
 

@@ -26,7 +26,7 @@ from kernels.cross_attention import (
     text_image_reference,
 )
 from kernels.linear import dequantize, quantize_rows
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 
 def error(x: Tensor, expected: Tensor) -> float:

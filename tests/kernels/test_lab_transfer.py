@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import lab_transfer as color
 from kernels.lab_transfer import lab_statistics, lab_to_rgb, lab_transfer, reference, rgb_to_lab, to_bytes
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 WHITE = np.array([0.95047, 1.0, 1.08883])
 TO_XYZ = np.array(

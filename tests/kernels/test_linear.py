@@ -31,7 +31,7 @@ from kernels.linear import (
 )
 from kernels.linear_sm90 import supports
 from kernels.tuning import GPU, TunedConfig, assume_gpu
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 
 def error(x: Tensor, expected: Tensor) -> float:

@@ -32,7 +32,7 @@ from kernels.norm import (
     sample,
 )
 from model.dit import rope_table, rotate
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 EPS = 1e-6
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import resample_conv2d as resample_conv
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 SIZES, CHANNELS = st.integers(1, 6), st.integers(2, 6)
 

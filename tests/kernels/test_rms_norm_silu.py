@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import rms_norm_silu as module
 from kernels.rms_norm_silu import fp8_factor, reference, rms_norm_silu
 from kernels.sm90 import FP8
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 
 def pixels(*shape: int, device: str = "cpu") -> Tensor:

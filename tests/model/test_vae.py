@@ -23,7 +23,7 @@ from model.config import PRECISIONS, VAEConfig, from_official
 from model.image import to_pixels
 from model.vae import VAE
 from profiling.cases.vae import vae_of, vae_size
-from profiling.published import published
+from profiling.official_baseline import official_baseline
 
 # The formulas of the whole clip, [channel, frame, row, column], on a state dict `p` with a layer at `key`.
 
@@ -169,7 +169,7 @@ def test_decoding_takes_as_many_operations_as_the_real_shapes_need():
         latents = torch.empty(9, 16, 56, 96, dtype=torch.bfloat16).split(1)
     past, counted = None, []
     for latent in latents:
-        with published(), FlopCounterMode(display=False) as counter:
+        with official_baseline(), FlopCounterMode(display=False) as counter:
             _, past = vae.decode_step(latent, past)
         counted.append(counter.get_total_flops())
     assert [round(sum(part) / 1e12, 1) for part in (counted[:2], counted[2:])] == [15.4, 81.7]

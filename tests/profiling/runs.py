@@ -17,11 +17,11 @@ from profiling.results import (
     AuditResult,
     CaseResult,
     Ceilings,
-    Gauges,
     Machine,
     Measurement,
+    NvmlTrace,
     Run,
-    Stretch,
+    StageInterval,
     VariantResult,
 )
 
@@ -83,7 +83,7 @@ def measure(
         bytes=case.bytes,
         world=case.shape.world,
         calls=case.shape.calls,
-        products=case.operation.products,
+        is_matmul=case.operation.products,
         dims=dict(case.shape.dims),
     )
     bound = result.bound(ceilings)
@@ -124,10 +124,10 @@ def spoil(result: CaseResult, backend: str, status: str, detail: str) -> CaseRes
 
 
 TIMELINE = (
-    Stretch("denoise/step", 0, 0.0, 2.0),
-    Stretch("decode", 1, 0.5, 0.75),
-    Stretch("decode", 0, 2.0, 2.3),
-    Stretch("motion", 0, 2.3, 2.4),
+    StageInterval("denoise/step", 0, 0.0, 2.0),
+    StageInterval("decode", 1, 0.5, 0.75),
+    StageInterval("decode", 0, 2.0, 2.3),
+    StageInterval("motion", 0, 2.3, 2.4),
 )
 
 
@@ -215,7 +215,7 @@ def audit() -> tuple[AuditResult, ...]:
     return fine, spilling, broken
 
 
-def gauges(rng: np.random.Generator, seconds: float = 420.0, throttled: bool = True) -> Gauges:
+def nvml_trace(rng: np.random.Generator, seconds: float = 420.0, throttled: bool = True) -> NvmlTrace:
     """Two readings a second of a GPU that idles, works hard, and reaches its power limit in between."""
     t = np.arange(0, seconds, 0.5)
     busy = np.clip((t - 15) / 10, 0, 1) * np.where((t % 60) > 52, 0.35, 1.0)
@@ -226,7 +226,7 @@ def gauges(rng: np.random.Generator, seconds: float = 420.0, throttled: bool = T
     warm = 34 + 33 * (1 - np.exp(-t / 70)) * (0.3 + 0.7 * busy.mean())
     used = np.where(t < 30, 2e9, np.where((t % 140) > 90, 52.3e9, 33.1e9))
     share = float(limited.mean())
-    return Gauges(
+    return NvmlTrace(
         tuple(t.tolist()),
         tuple(sm.round().tolist()),
         tuple(np.full(len(t), 2619.0).tolist()),
@@ -249,7 +249,7 @@ def run(
     spoilt: bool = True,
     throttled: bool = True,
 ) -> Run:
-    """A whole run: cases with peers, variants, audit, gauges; on the CPU, cases alone.
+    """A whole run: cases with peers, variants, audit, NVML readings; on the CPU, cases alone.
 
     Args:
         seed: of all noise.
@@ -283,8 +283,8 @@ def run(
         cases=tuple(cases),
         variants=variants(rng) if gpu else (),
         audit=audit() if gpu else (),
-        gauges=gauges(rng, throttled=throttled)
+        nvml=nvml_trace(rng, throttled=throttled)
         if gpu
-        else Gauges(note="this run was on a CPU, which NVML does not watch"),
+        else NvmlTrace(note="this run was on a CPU, which NVML does not watch"),
         notes=("torchao was not installed",) if gpu else (),
     )

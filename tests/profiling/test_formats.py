@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from profiling.compare import rows
+from profiling.analyse.compare import compare_runs
 from profiling.formats import from_json, load
 from profiling.results import OK
 
@@ -66,7 +66,7 @@ def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None
 
 def test_a_pytest_benchmark_file_compares_with_itself(benchmark_file: Path) -> None:
     run = load(benchmark_file)
-    assert {row.change.verdict for row in rows(run, run)} == {"same"}
+    assert {row.change.verdict for row in compare_runs(run, run)} == {"same"}
 
 
 def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file: Path) -> None:
@@ -85,3 +85,16 @@ def test_a_damaged_pytest_benchmark_file_is_refused(benchmark_file: Path, spoil:
     del values["benchmarks"][2][spoil]
     with pytest.raises(UserError, match=f"file is damaged: KeyError '{spoil}'"):
         from_json(values, "file")
+
+
+def test_a_pytest_benchmark_file_with_names_of_version_1_has_the_present_ones(benchmark_file: Path) -> None:
+    values = json.loads(benchmark_file.read_text())
+    for benchmark in values["benchmarks"][:2]:
+        facts = {"case": "time_conv/tiny/fp32", "operation": "time_conv", "shape": "tiny", "dims": {"rows": 4}}
+        benchmark["extra_info"] |= facts
+    run = from_json(values, "file")
+    case = run.case("causal_conv3d/tiny-time/fp32")
+    assert case is not None
+    assert (case.operation, case.shape, case.dims) == ("causal_conv3d", "tiny-time", {"rows": 4, "kt": 3, "k": 1})
+    assert [len(m.samples) for m in case.measurements] == [7, 7]
+    assert run.case("test_it.py::test_plain") is not None

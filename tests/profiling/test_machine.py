@@ -10,8 +10,8 @@ import torch
 
 from model.errors import UserError
 from profiling import machine
-from profiling.machine import Monitor, describe, joined, pick, revision
-from profiling.results import Gauges
+from profiling.machine import NvmlMonitor, concatenate, describe_machine, resolve_device, revision
+from profiling.results import NvmlTrace
 
 
 def nvml(**changes: object) -> SimpleNamespace:
@@ -34,15 +34,15 @@ def nvml(**changes: object) -> SimpleNamespace:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "INTERVAL", 0.005)
+    monkeypatch.setattr(machine, "READING_INTERVAL", 0.005)
 
 
 @pytest.mark.usefixtures("quick")
 def test_gauges_are_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    with Monitor(torch.device("cuda")) as monitor:
+    with NvmlMonitor(torch.device("cuda")) as monitor:
         time.sleep(0.1)
-    gauges = monitor.gauges
+    gauges = monitor.nvml
     assert len(gauges.seconds) > 3
     assert list(gauges.seconds) == sorted(gauges.seconds)
     assert set(gauges.sm_mhz) == {1755.0}
@@ -59,9 +59,9 @@ def test_the_older_name_of_the_reasons_serves_too(monkeypatch: pytest.MonkeyPatc
     old = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda _: 0x40)
     del old.nvmlDeviceGetCurrentClocksEventReasons
     monkeypatch.setitem(sys.modules, "pynvml", old)
-    with Monitor(torch.device("cuda")) as monitor:
+    with NvmlMonitor(torch.device("cuda")) as monitor:
         time.sleep(0.02)
-    assert monitor.gauges.throttled == {"temperature (hardware)": 1.0}
+    assert monitor.nvml.throttled == {"temperature (hardware)": 1.0}
 
 
 @pytest.mark.usefixtures("quick")
@@ -70,31 +70,31 @@ def test_a_driver_that_fails_costs_the_gauges_and_not_the_run(monkeypatch: pytes
         raise RuntimeError("GPU is lost")
 
     monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetPowerUsage=fail))
-    with Monitor(torch.device("cuda")) as monitor:
+    with NvmlMonitor(torch.device("cuda")) as monitor:
         time.sleep(0.02)
-    assert monitor.gauges.seconds == ()
-    assert "GPU is lost" in monitor.gauges.note
+    assert monitor.nvml.seconds == ()
+    assert "GPU is lost" in monitor.nvml.note
 
 
 def test_gauges_of_two_processes_are_one_series() -> None:
-    first = Gauges((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
-    later = Gauges((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
-    both = joined(first, later, 10.0)
+    first = NvmlTrace((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
+    later = NvmlTrace((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
+    both = concatenate(first, later, 10.0)
     assert both.seconds == (0.0, 1.0, 10.0, 11.0)
     assert both.watts == (1.0, 2.0, 3.0, 4.0)
     assert both.throttled == {"power cap": 0.5, "power brake": 0.25}
-    assert joined(Gauges(), later, 10.0) is later
-    assert joined(first, Gauges(note="lost"), 10.0) is first
+    assert concatenate(NvmlTrace(), later, 10.0) is later
+    assert concatenate(first, NvmlTrace(note="lost"), 10.0) is first
 
 
 def test_without_a_gpu_there_is_nothing_to_read() -> None:
-    with Monitor(torch.device("cpu")) as monitor:
+    with NvmlMonitor(torch.device("cpu")) as monitor:
         pass
-    assert monitor.gauges.note == "no NVIDIA GPU in this run"
+    assert monitor.nvml.note == "no NVIDIA GPU in this run"
 
 
 def test_this_machine_is_described() -> None:
-    here = describe(torch.device("cpu"))
+    here = describe_machine(torch.device("cpu"))
     assert here.kind == "cpu"
     assert here.units == torch.get_num_threads()
     assert here.memory_bytes > 2**30
@@ -112,6 +112,6 @@ def test_the_revision_is_that_of_git(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "said"), [("tpu", "use auto, cpu or cuda"), ("cuda", "sees no NVIDIA GPU")])
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick("auto") == pick("cpu") == torch.device("cpu")
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match=said):
-        pick(name)
+        resolve_device(name)

@@ -16,11 +16,14 @@ from model.errors import UserError
 from profiling.formats import from_json, load
 from profiling.results import (
     VERSION,
+    AuditResult,
     CaseResult,
     Ceilings,
     Machine,
     Measurement,
+    NvmlTrace,
     Run,
+    StageInterval,
     VariantResult,
     save,
     to_json,
@@ -96,6 +99,12 @@ def change(path: str, value: Any) -> dict[str, Any]:
         (change("cases.0.measurements.0.samples", None), r"samples is None"),
         (change("cases.0.flavour", 1), r"run.cases\[0\] has the unknown field flavour"),
         ({k: v for k, v in to_json(RUN).items() if k != "machine"}, "run lacks machine"),
+        (change("version", 0), f"schema version 0, this is version {VERSION}"),
+        (change("cases", [None]) | {"version": 1}, "is damaged"),
+        (change("cases", {"case": "a/b/fp32"}) | {"version": 1}, "is damaged"),
+        (change("cases.0.shape", 5) | {"version": 1}, "is damaged"),
+        (change("cases.0", {"case": "a/b/fp32"}) | {"version": 1}, r"run.cases\[0\] lacks operation"),
+        (change("audit", [{}]) | {"version": 1}, r"run.audit\[0\] lacks case"),
         ({}, "holds no results"),
         ([1, 2], "holds no results"),
         (None, "holds no results"),
@@ -155,3 +164,74 @@ def test_numbers_that_are_none_are_damage(tmp_path: Path, number: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"damaged: run\.seconds is .*, wanted float"):
         load(tmp_path / "run.json")
+
+
+def old_case(operation: str, shape: str, dims: dict[str, int], **more: Any) -> dict[str, Any]:
+    """A case as schema version 1 wrote it."""
+    named = {"case": f"{operation}/{shape}/bf16", "operation": operation, "shape": shape, "dtype": "bf16"}
+    return named | {"flops": 1.0, "bytes": 2.0, "products": True, "dims": dims} | more
+
+
+@pytest.mark.parametrize(
+    ("old", "case", "dims"),
+    [
+        (("self_attention", "14b-w8-ring", {"queries": 5, "channels": 128}), "chunk_attention/14b-w8-ring/bf16",
+         {"queries": 5, "head_dim": 128}),
+        (("wide_attention", "14b-w1-level0", {"heads": 1, "channels": 384}), "chunk_attention/14b-w1-level0/bf16",
+         {"heads": 1, "head_dim": 384}),
+        (("text_image_attention", "14b-w1-prompt", {"collapsed": 1, "channels": 8}),
+         "text_image_attention/14b-w1-prompt/bf16", {"dedup_padding": 1, "head_dim": 8}),
+        (("quantize_qkv", "14b-w1", {"channels": 128}), "rms_norm_rope_fp8/14b-w1/bf16", {"head_dim": 128}),
+        (("audio_attention", "14b-w1", {"channels": 128}), "audio_layer/14b-w1/bf16", {"head_dim": 128}),
+        (("causal_conv3d", "14b-w1-head", {"channels": 96}), "causal_conv3d/14b-w1-head/bf16",
+         {"channels": 96, "kt": 3, "k": 3}),
+        (("time_conv", "14b-w1-level0", {"channels": 384}), "causal_conv3d/14b-w1-level0-time/bf16",
+         {"channels": 384, "kt": 3, "k": 1}),
+        (("conv_norm", "14b-w1-level2", {"channels": 192}), "causal_conv3d_norm/14b-w1-level2/bf16",
+         {"channels": 192, "kt": 3, "k": 3}),
+        (("upsample_conv", "14b-w1", {"channels": 96}), "upsample_conv2d/14b-w1/bf16", {"channels": 96}),
+        (("downsample_conv", "14b-w1", {"channels": 96}), "downsample_conv2d/14b-w1/bf16", {"channels": 96}),
+        (("norm_silu", "14b-w1", {"channels": 96}), "rms_norm_silu/14b-w1/bf16", {"channels": 96}),
+        (("causal_conv3d", "probe", {}), "causal_conv3d/probe/bf16", {}),
+        (("linear", "14b-w1", {"rows": 4}), "linear/14b-w1/bf16", {"rows": 4}),
+    ],
+)  # fmt: skip
+def test_a_case_of_version_1_is_read_under_its_new_name(
+    old: tuple[str, str, dict[str, int]], case: str, dims: dict[str, int]
+) -> None:
+    measurement = {"backend": "eager", "status": "ok", "samples": [0.25, 0.5]}
+    document = change("cases", [old_case(*old, products=False, calls=3.5, measurements=[measurement])])
+    (found,) = from_json(document | {"version": 1}, "old.json").cases
+    operation, shape, dtype = case.split("/")
+    assert found == CaseResult(
+        case, operation, shape, dtype, 1.0, 2.0, 1, 3.5, False, dims, (Measurement("eager", "ok", samples=(0.25, 0.5)),)
+    )
+
+
+def test_a_run_of_version_1_loses_nothing() -> None:
+    document = to_json(RUN) | {"version": 1, "notes": ["a note"]}
+    document["gauges"] = document.pop("nvml") | {"watts": [650.0], "note": "one reading"}
+    document["cases"] = [old_case("conv_norm", "s", {})]
+    interval = {"stage": "decode", "lane": 1, "begin": 0.5, "end": 0.75}
+    document["variants"] = [{"variant": "a", "status": "ok", "timeline": [interval]}, {"variant": "b", "status": "ok"}]
+    document["audit"] = [
+        {"case": "time_conv/s/bf16", "kernel": "conv_hopper", "target": "sm_90"},
+        {"case": "linear/s/bf16", "kernel": "linear_hopper", "target": "sm_90"},
+    ]
+    text = json.dumps(document)
+    run = from_json(document, "old.json")
+    assert json.dumps(document) == text, "the values that were read are left as they were"
+    assert run == dataclasses.replace(
+        RUN,
+        cases=(CaseResult("causal_conv3d_norm/s/bf16", "causal_conv3d_norm", "s", "bf16", 1.0, 2.0),),
+        variants=(
+            VariantResult("a", "ok", timeline=(StageInterval("decode", 1, 0.5, 0.75),)),
+            VariantResult("b", "ok"),
+        ),
+        audit=(
+            AuditResult("causal_conv3d/s-time/bf16", "conv_hopper", "sm_90"),
+            AuditResult("linear/s/bf16", "linear_hopper", "sm_90"),
+        ),
+        nvml=NvmlTrace(watts=(650.0,), note="one reading"),
+        notes=("a note",),
+    )

@@ -14,7 +14,7 @@ from kernels import chunk_attention as attention
 from kernels.chunk_attention import interleave, launch_triton, merge_attention, reference
 from kernels.chunk_attention_sm90 import merge_parts
 from kernels.scheduler import KVRanges, kv_ranges
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 EXAMPLES = settings(deadline=None, max_examples=25)

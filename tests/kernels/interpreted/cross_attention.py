@@ -18,7 +18,7 @@ from kernels.cross_attention import (
     launch_text_image,
     text_image_reference,
 )
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 EXAMPLES = settings(deadline=None, max_examples=20)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.lab_transfer import lab_statistics, launch_transfer, reference, to_bytes
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.linear import Epilogue, _arguments, launch_triton, merge_linear, output_bound, reference
 from kernels.norm import FP8_MAX, launch_rows
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 EXAMPLES = settings(deadline=None, max_examples=25)
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_N": 2, "num_warps": 4, "num_stages": 1}

@@ -21,7 +21,7 @@ from kernels.norm import (
     reference,
     sample,
 )
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 EXAMPLES = settings(deadline=None, max_examples=15)
 EPS = 1e-6

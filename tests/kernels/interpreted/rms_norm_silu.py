@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.rms_norm_silu import launch_rms_norm_silu, reference
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import causal_conv3d as conv
 from kernels import rms_norm_silu
-from profiling.bench import poisoned_memory
+from profiling.measure.check import poisoned_memory
 from tests.parity.cases import Case, frames_first
 from tests.parity.test_golden import pass_mark
 

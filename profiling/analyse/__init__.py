@@ -1,0 +1,1 @@
+"""Draws conclusions from results files: comparisons, goals, projections."""

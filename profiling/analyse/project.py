@@ -1,0 +1,299 @@
+"""Chunk time and startup at other world sizes, projected from measured kernels: a projection, never a measurement.
+
+Every rank does the same work on its share, so one rank's time is the chunk's time:
+
+    kernels        every case measured at that world size's shapes: median of the fastest right back-end x calls a chunk
+    communication  bytes each rank sends over the link's one-way bandwidth; latency and overlap are left out
+    rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host):
+                   carried to every world size as it is
+
+For two sets of kernels: the best of any back-end, peers included, and ours alone. Bytes by the layout of
+`model/config.py`: q, k, v and the attention's output change between split tokens and split heads in every layer (bf16);
+each step's output is gathered (float32); so are the decoded video and the motion latents (bf16).
+"""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from model.config import PRESETS, Config
+from model.errors import UserError
+from profiling.cases import FAMILIES, Case, Family, registry
+from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
+from profiling.devices import devices
+from profiling.formats import load
+from profiling.results import OK, Run, VariantResult
+from profiling.tables import duration, terminal
+
+BEST, OURS = "best", "ours"  # sets of kernels
+TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone"}
+BF16, FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the GPUs."""
+
+    name: str
+    bytes_s: float  # both directions summed
+
+    @property
+    def one_way(self) -> float:
+        """Bytes a second in one direction."""
+        return self.bytes_s / 2
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Seconds that the kernels of a chunk take on one rank."""
+
+    stages: dict[str, float]
+    lacks: tuple[str, ...]  # cases without a time, and then the sum is no sum
+
+    @property
+    def total(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A chunk at one world size, in one dtype, with one set of kernels; all in seconds."""
+
+    world: int
+    dtype: str
+    kernels: str
+    lacks: tuple[str, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+    communication: float | None = None
+    rest: float | None = None
+    chunk: float | None = None
+    startup: float | None = None
+    fps: float | None = None
+
+
+def communication(config: Config, world: int) -> dict[str, float]:
+    """Bytes that a rank sends (and as many that it receives) in a chunk, by stage."""
+    dit, chunk, others = config.dit, config.chunk, (world - 1) / world
+    channels, rows, columns = config.latent_shape[1:]
+    tokens = math.prod(config.grid) / world
+    exchange = 4 * tokens * dit.dim * BF16 * others * dit.num_layers  # q, k, v there, the output back
+    heads = tokens * dit.out_dim * math.prod(dit.patch_size) * FP32 * (world - 1)
+    video = chunk.frame_num * 3 * chunk.height * chunk.width * BF16 * others
+    num_motion_latents = (chunk.motion_frames_num - 1) // config.vae.temporal_stride + 1
+    motion = num_motion_latents * channels * rows * columns * BF16 * others
+    return {DENOISE: chunk.sample_steps * (exchange + heads), DECODE: video + motion}
+
+
+def sum_kernel_times(
+    run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, kernel_set: str
+) -> KernelTimes:
+    """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs.
+
+    Where an operation has several dtypes, that of `dtype` counts, else the family's first.
+    """
+    wanted: dict[tuple[str, str], Case] = {}
+    for case in cases.values():
+        if case.shape.world == world and case.shape.calls and case.shape.name.startswith(f"{tag}-"):
+            place = case.operation.name, case.shape.name
+            if place not in wanted or case.dtype == dtype:
+                wanted[place] = case
+    stages: dict[str, float] = dict.fromkeys(STAGE_NAMES, 0.0)
+    lacks = []
+    for case in wanted.values():
+        result = run.case(case.name)
+        best = result.best(True if kernel_set == OURS else None) if result else None
+        if result is None or best is None or best.seconds is None:
+            lacks.append(case.name)
+        else:
+            stages[case.shape.stage] += best.seconds * result.calls
+    if not wanted:
+        lacks.append(f"any case of {world} GPUs")
+    return KernelTimes(stages, tuple(lacks))
+
+
+def fastest_variant(run: Run, dtype: str) -> VariantResult | None:
+    """The variant with the fastest chunk in a dtype."""
+    fitting = [v for v in run.variants if v.chunk and v.status == OK and v.variant.startswith(f"{dtype}-")]
+    return min(fitting, key=lambda v: statistics.median(v.chunk), default=None)
+
+
+def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
+    """Seconds of kernels until the first new frames: denoising, and these frames' and the motion frames' decoding."""
+    chunk, group = config.chunk, config.vae.temporal_stride
+    decoded = (chunk.motion_frames_num + group) / chunk.frame_num
+    return stages[DENOISE] + stages[DECODE] * decoded + stages[COLOR] * group / chunk.new_frames
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a measured chunk on one GPU takes beyond its kernels, in one dtype; seconds."""
+
+    dtype: str
+    variant: str = ""  # empty if none was measured
+    chunk: float = 0.0
+    kernels: float = 0.0
+    rest: float = 0.0
+    startup_rest: float = 0.0
+
+
+def measured_overhead(run: Run, cases: Mapping[str, Case], config: Config, tag: str, dtype: str) -> Overhead:
+    """Holds the fastest measured chunk against the sum of our kernels, which it runs, or else of the best."""
+    variant = fastest_variant(run, dtype)
+    sums = [sum_kernel_times(run, cases, tag, 1, dtype, kernel_set) for kernel_set in (OURS, BEST)]
+    whole = next((total for total in sums if not total.lacks), None)
+    if variant is None or whole is None:
+        return Overhead(dtype)
+    chunk, startup = statistics.median(variant.chunk), statistics.median(variant.first_frame or (0.0,))
+    waiting = max(0.0, startup - first_frame_seconds(config, whole.stages))
+    return Overhead(dtype, variant.variant, chunk, whole.total, max(0.0, chunk - whole.total), waiting)
+
+
+def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Overhead], str]:
+    """All projections that the run's cases allow, what they stand on, and the preset they are of."""
+    cases, (preset, family) = registry(), _family(run)
+    config, found, overheads = PRESETS[preset], [], []
+    for dtype in family.dtypes:
+        if not any(case.dtype == dtype and case.calls for case in run.cases):
+            continue
+        overhead = measured_overhead(run, cases, config, family.tag, dtype)
+        overheads.append(overhead)
+        for kernel_set, world in itertools.product((BEST, OURS), worlds):
+            kernel_times = sum_kernel_times(run, cases, family.tag, world, dtype, kernel_set)
+            if kernel_times.lacks:
+                found.append(Projection(world, dtype, kernel_set, kernel_times.lacks))
+                continue
+            sent = {stage: count / link.one_way for stage, count in communication(config, world).items()}
+            stages = {stage: seconds + sent.get(stage, 0.0) for stage, seconds in kernel_times.stages.items()}
+            chunk = sum(stages.values()) + overhead.rest
+            startup, fps = first_frame_seconds(config, stages) + overhead.startup_rest, config.chunk.new_frames / chunk
+            times = kernel_times.stages, sum(sent.values()), overhead.rest, chunk, startup, fps
+            found.append(Projection(world, dtype, kernel_set, (), *times))
+    return found, overheads, preset
+
+
+def _family(run: Run) -> tuple[str, Family]:
+    """The preset that the run has most cases of. Raises `UserError` if it has none."""
+    counts = {p: sum(c.calls > 0 and c.shape.startswith(f"{f.tag}-w") for c in run.cases) for p, f in FAMILIES.items()}
+    preset = max(counts, key=lambda name: counts[name])
+    if not counts[preset]:
+        raise UserError("the run has no cases that a chunk is made of; give one of bench, or of gpu --phase bench")
+    return preset, FAMILIES[preset]
+
+
+def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhead]) -> Iterator[str]:
+    """What the projections take for granted, in words."""
+    rates = f"{link.bytes_s / 1e9:g} GB/s in both directions, {link.one_way / 1e9:g} one way"
+    yield f"{preset} on {device}; every rank as fast as this one was alone, and its share equal"
+    yield f"link {link.name}: {rates}; no latency, nothing hidden behind computing; bf16 whatever the kernels' type"
+    yield "VAE tiles without halo; heads divide by the number of GPUs"
+    yield "startup: from the window of speech features to the first new frames, whose share of decoding is by frames"
+    if any(overhead.dtype == "fp8" for overhead in overheads):
+        yield "fp8: products alone; quantising their inputs is in no case that counts"
+    for overhead in overheads:
+        dtype, rest = overhead.dtype, overhead.rest
+        if not overhead.variant:
+            yield f"{dtype}: no chunk measured on one GPU along with its kernels; what no case covers is left out"
+            continue
+        chunk, kernels = duration(overhead.chunk), duration(overhead.kernels)
+        took = f"{dtype}: {overhead.variant} took {chunk} a chunk, its kernels {kernels}"
+        if not rest:
+            yield f"{took}, which is more; nothing is carried"
+            continue
+        yield f"{took}; the rest, {duration(rest)}, is carried to every world size unchanged"
+        if overhead.startup_rest:
+            yield f"{dtype}: so are {duration(overhead.startup_rest)} of startup"
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
+    """`python -m profiling project`; 1 if the run lacks the cases for every projection asked for."""
+    worlds, connection = parse_world_sizes(gpus), parse_link(link)
+    results = load(run)
+    found, overheads, preset = project(results, worlds, connection)
+    notes = list(assumptions(preset, results.machine.device, connection, overheads))
+    if as_json:
+        about = {
+            "projection": True,
+            "run": str(run),
+            "preset": preset,
+            "link": asdict(connection),
+            "assumptions": notes,
+        }
+        parts = {"measured": [asdict(overhead) for overhead in overheads], "rows": [asdict(row) for row in found]}
+        print(json.dumps(about | parts, indent=1))
+    else:
+        _show(found, notes)
+    return int(all(projection.lacks for projection in found))
+
+
+def parse_world_sizes(text: str) -> list[int]:
+    """World sizes from a comma-separated list."""
+    try:
+        worlds = sorted({int(size) for size in text.split(",")})
+    except ValueError:
+        worlds = [0]
+    if worlds[0] < 1:
+        raise UserError(f"--gpus {text}: give numbers of GPUs, comma-separated, as in 1,2,4,8")
+    return worlds
+
+
+def parse_link(text: str) -> Link:
+    """The link of a device in devices.toml, or one by its GB/s in both directions together."""
+    links = devices()
+    if text in links:
+        return Link(text, links[text].link_bytes_s)
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise UserError(f"--link {text}: there are those of {', '.join(links)}; or give GB/s, both directions together")
+    return Link(f"of {text} GB/s", rate * 1e9)
+
+
+def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
+    console = terminal()
+    console.print("[bold]Projection, not a measurement[/]. It assumes:")
+    for note in notes:
+        console.print(f"- {escape(note)}", soft_wrap=True)
+    for (dtype, kernel_set), group in itertools.groupby(found, lambda p: (p.dtype, p.kernels)):
+        projections = list(group)
+        console.print(f"\n[bold]projected: {dtype}, {TITLES[kernel_set]}[/]", soft_wrap=True)
+        if complete := [p for p in projections if not p.lacks]:
+            console.print(_table(complete))
+        for projection in projections:
+            if lacks := projection.lacks:
+                more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+                text = f"{_gpus(projection)}: incomplete, lacks times for {', '.join(lacks[:3])}{more}"
+                console.print(escape(text), soft_wrap=True)
+
+
+def _table(projections: Sequence[Projection]) -> Table:
+    """World sizes side by side."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out.add_column("a chunk")
+    for projection in projections:
+        out.add_column(_gpus(projection), justify="right")
+    for stage in STAGE_NAMES:
+        out.add_row(stage, *(duration(p.stages[stage]) for p in projections))
+    out.add_row("communication", *(duration(p.communication or None) for p in projections))
+    out.add_row("rest", *(duration(p.rest or None) for p in projections), end_section=True)
+    out.add_row("all", *(duration(p.chunk) for p in projections), style="bold")
+    out.add_row("FPS", *(f"{p.fps:.1f}" for p in projections))
+    out.add_row("startup", *(duration(p.startup) for p in projections))
+    return out
+
+
+def _gpus(projection: Projection) -> str:
+    return f"{projection.world} GPU{'s' if projection.world > 1 else ''}"

@@ -1,0 +1,360 @@
+"""The goals of `targets.toml`, held to the newest results that can answer them.
+
+    [[target]]
+    name = "self-attention against the best peer"
+    device = "H100|H200"                        # regular expression; or kind = "cuda" or "cpu"; by default any machine
+    cases = ["chunk_attention/14b-w1/bf16"]      # one goal for each; or variant = "fp8*" and stage = "decode"
+    peer = "best"                               # or a back-end's name; for a ratio
+    ratio = 1.0
+    stretch = 1.1                               # shown, not required
+
+A case has at least a `ratio` (peer's seconds over ours), `percent_of_ceiling` (what its machine reached at the start of
+the run) or `tflops`, or at most `seconds`; ours is the fastest right back-end of ours, or the one named as `backend`. A
+variant has at most `seconds` or at least a `ratio` in a stage, or `at_least` or `at_most` of one that is no time. Of
+several goals in one entry any is enough. Stages:
+
+    chunk, first_frame      seconds of the whole chunk, and until its first frames are out
+    after_denoise           of first_frame, what is not denoising
+    denoise/step            seconds of one step
+    decode, color, ...      seconds of a span in one chunk, all its calls together
+    fps, peak_bytes, gaps   new frames a second; most bytes of memory; share of a chunk in which the GPU did nothing
+
+A pattern of several variants is answered by the best of them. Ratios are of one run, never across two. A wrong kernel
+misses its goal; a goal that no run can answer is unmeasured.
+"""
+
+import fnmatch
+import json
+import math
+import re
+import statistics
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from model.errors import UserError
+from profiling.formats import load
+from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult
+from profiling.tables import duration, number, percent, terminal
+
+MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
+COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
+BEST = "best"  # the fastest right peer
+RESULTS = Path(__file__).parents[1] / "results"  # may not be there before anything was measured
+CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
+VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
+AT_MOST = ("seconds", "at_most")  # the others are lower bounds
+TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "backend", "peer")
+
+# --- Goals ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of the file, for one case or for variants."""
+
+    name: str
+    subject: str  # case, or shell pattern of variants
+    goals: Mapping[str, float]  # by measure, any of which is enough
+    device: str = ""  # regular expression, searched in the device's name
+    kind: str | None = None
+    stage: str | None = None  # of variants; None for a case
+    backend: str | None = None
+    peer: str | None = None
+    stretch: float | None = None  # of the first goal
+
+    def applies(self, run: Run) -> bool:
+        """Whether the run took place on such a machine."""
+        machine = run.machine
+        return (self.kind in (None, machine.kind)) and re.search(self.device, machine.device) is not None
+
+
+def read_targets(file: Path) -> list[Target]:
+    """The targets of a file, one for each case of an entry. Raises `UserError` that names the entry at fault."""
+    try:
+        document = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not TOML: {error}") from error
+    entries = document.get("target")
+    if set(document) != {"target"} or not isinstance(entries, list):
+        raise UserError(f"{file} must consist of [[target]] entries, and has {', '.join(document) or 'nothing'}")
+    targets = []
+    for place, entry in enumerate(entries, 1):
+        try:
+            targets += _parse_entry(entry)
+        except ValueError as error:
+            title = f"{entry['name']!r}" if isinstance(entry, dict) and "name" in entry else f"number {place}"
+            raise UserError(f"{file}: target {title}: {error}") from error
+    return targets
+
+
+def _parse_entry(entry: dict[str, Any]) -> list[Target]:
+    """The targets of one entry. Raises ValueError that says what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("is not a table; write [[target]]")
+    allowed = VARIANT_MEASURES if "variant" in entry else CASE_MEASURES
+    known = (*TEXT_KEYS, *allowed, "cases", "stretch")
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{key} is not a key of it; there are {', '.join(known)}")
+    for key in TEXT_KEYS:
+        if not isinstance(entry.get(key, ""), str):
+            raise ValueError(f"{key} = {entry[key]!r}, wanted a text")
+    goals = {key: _positive(entry, key) for key in entry if key in allowed}
+    variants, cases = entry.get("variant"), entry.get("cases", [])
+    if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+        raise ValueError(f"cases = {cases!r}, wanted a list of names")
+    _require(bool(entry.get("name")), "has no name")
+    _require(bool(cases) != bool(variants), "wants either cases or a variant")
+    _require(("stage" in entry) == bool(variants), "a stage goes with a variant, and a variant needs one")
+    _require(bool(goals), f"has no goal; there are {', '.join(allowed)}")
+    _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
+    _require(not ("backend" in entry and variants), "a backend goes with cases")
+    _require(entry.get("kind") in (None, "cuda", "cpu"), f"kind = {entry.get('kind')!r}, wanted cuda or cpu")
+    try:
+        re.compile(entry.get("device", ""))
+    except re.error as error:
+        raise ValueError(f"device is no regular expression: {error}") from error
+    common = {key: entry[key] for key in ("name", "device", "kind", "stage", "backend", "peer") if key in entry}
+    stretch = _positive(entry, "stretch") if "stretch" in entry else None
+    return [Target(subject=subject, goals=goals, stretch=stretch, **common) for subject in cases or [variants]]
+
+
+def _positive(entry: Mapping[str, Any], key: str) -> float:
+    value = entry[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{key} = {value!r}, wanted a positive number")
+    return float(value)
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise ValueError(complaint)
+
+
+# --- Values ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What became of a target."""
+
+    target: Target
+    verdict: str
+    measure: str  # of its goals, the one that was met, or came nearest
+    value: float | None = None
+    detail: str = ""  # why it is unmeasured, or which back-end or variant answered
+    file: str | None = None
+
+    @property
+    def shortfall(self) -> float | None:
+        """By how much of the goal it was missed; negative if it was met."""
+        if self.value is None:
+            return None
+        goal = self.target.goals[self.measure]
+        return (self.value - goal) / goal * (1 if self.measure in AT_MOST else -1)
+
+    @property
+    def stretched(self) -> bool:
+        """Whether the stretch goal is met too."""
+        target = self.target
+        if self.value is None or target.stretch is None or self.measure != next(iter(target.goals)):
+            return False
+        return self.value <= target.stretch if self.measure in AT_MOST else self.value >= target.stretch
+
+
+class _UnmeasuredError(Exception):
+    """A run cannot answer; says why."""
+
+
+class _BrokenError(Exception):
+    """What should answer is wrong; says how."""
+
+
+def evaluate(target: Target, runs: Iterable[tuple[str, Run]]) -> TargetResult:
+    """Holds a target to the first of the runs, given as (file, run), that can answer it."""
+    first, reason = next(iter(target.goals)), "no results of such a machine"
+    for file, run in runs:
+        if not target.applies(run):
+            continue
+        results = []
+        for measure in target.goals:
+            try:
+                value, detail = (
+                    _variant_value(target, measure, run) if target.stage else _case_value(target, measure, run)
+                )
+            except _BrokenError as error:
+                return TargetResult(target, MISSED, measure, detail=str(error), file=file)
+            except _UnmeasuredError as error:
+                reason = str(error)
+                continue
+            result = TargetResult(target, MET, measure, value, detail, file)
+            results.append(result if (result.shortfall or 0) <= 0 else replace(result, verdict=MISSED))
+        if results:
+            return min(results, key=lambda result: result.shortfall or 0)
+    return TargetResult(target, UNMEASURED, first, detail=reason)
+
+
+def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
+    if (case := run.case(target.subject)) is None:
+        raise _UnmeasuredError("not in any results")
+    mine, seconds = _our_measurement(target, case)
+    if measure == "ratio":
+        peer = case.best(ours=False) if target.peer == BEST else case.of(target.peer or "")
+        if peer is None or peer.seconds is None:
+            raise _UnmeasuredError(f"peer {target.peer}: {peer.status if peer else 'not measured'}")
+        return peer.seconds / seconds, f"{mine} against {peer.backend}"
+    if measure == "percent_of_ceiling":
+        if (bound := case.bound(run.ceilings)) is None:
+            raise _UnmeasuredError("that run measured no ceiling for it")
+        return 100 * bound[1] / seconds, f"{mine}, bound by {bound[0]}"
+    return (case.flops / seconds / 1e12 if measure == "tflops" else seconds), mine
+
+
+def _our_measurement(target: Target, case: CaseResult) -> tuple[str, float]:
+    """Name and seconds of the back-end that a target is about."""
+    chosen = case.of(target.backend) if target.backend else case.best(ours=True)
+    if chosen is not None and chosen.seconds is not None:
+        return chosen.backend, chosen.seconds
+    candidates = [m for m in case.measurements if (m.backend == target.backend if target.backend else m.ours)]
+    for m in candidates:
+        if m.status in (WRONG, ERROR):
+            raise _BrokenError(f"{m.backend} is {'wrong' if m.status == WRONG else 'failing'}: {m.detail}")
+    if not candidates:
+        raise _UnmeasuredError(f"no back-end {target.backend}" if target.backend else "no back-end of ours yet")
+    status = candidates[0].status
+    raise _UnmeasuredError(f"{candidates[0].backend}: {'not timed' if status == OK else status}")
+
+
+def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
+    stage = target.stage or ""
+    mine, value = _best_variant(run, target.subject, stage, least=measure != "at_least")
+    if measure == "ratio":
+        try:
+            peer, theirs = _best_variant(run, target.peer or "", stage, least=True)
+        except _BrokenError as error:
+            raise _UnmeasuredError(f"peer {error}") from error
+        return theirs / value, f"{mine} against {peer}"
+    return value, mine
+
+
+def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:
+    """Name and value of the variant with the least, or most, of a stage."""
+    chosen = [v for v in run.variants if fnmatch.fnmatchcase(v.variant, pattern)]
+    values = {v.variant: x for v in chosen if v.status == OK and (x := stage_value(v, stage)) is not None}
+    if values:
+        return (min if least else max)(values.items(), key=lambda item: item[1])
+    for v in chosen:
+        if v.status in (WRONG, ERROR):
+            raise _BrokenError(f"{v.variant} is {'wrong' if v.status == WRONG else 'failing'}: {v.detail}")
+    raise _UnmeasuredError(f"no {stage} of {pattern}" if chosen else f"no variant {pattern}")
+
+
+def stage_value(variant: VariantResult, stage: str) -> float | None:
+    """The median of a stage over a variant's chunks, see the top of this file; None if it was not measured."""
+    if stage in ("peak_bytes", "gaps"):
+        return getattr(variant, stage)
+    if stage == "fps":
+        return variant.frames / statistics.median(variant.chunk) if variant.chunk else None
+    if stage == "after_denoise":
+        first, steps = stage_value(variant, "first_frame"), variant.per_chunk("denoise/step")
+        return first - statistics.median(steps) if first and steps else None
+    whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, "denoise/step": variant.stages.get(stage, ())}
+    samples = whole[stage] if stage in whole else variant.per_chunk(stage)
+    return statistics.median(samples) if samples else None
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def load_runs(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
+    """The runs in files and folders, as (file, run), the newest first; and what in the folders could not be read."""
+    found, notes = [], []
+    for place in places:
+        if not place.is_dir():
+            if place != RESULTS:
+                found.append((str(place), load(place)))
+            continue
+        for file in sorted(place.glob("*.json")):
+            try:
+                found.append((str(file), load(file)))
+            except UserError as error:
+                notes.append(str(error))
+    return sorted(found, key=lambda item: item[1].started, reverse=True), notes
+
+
+def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
+    """`python -m profiling targets`; 1 unless all targets are met."""
+    targets = read_targets(file)
+    runs, notes = load_runs(files)
+    results = [evaluate(target, runs) for target in targets]
+    counts = Counter(result.verdict for result in results)
+    if as_json:
+        rows = [asdict(o) | {"shortfall": o.shortfall, "stretched": o.stretched} for o in results]
+        print(json.dumps({"counts": dict(counts), "notes": notes, "targets": rows}, indent=1))
+    else:
+        console = terminal()
+        console.print(_table(results))
+        for note in notes:
+            console.print(f"not read: {escape(note)}", soft_wrap=True)
+        console.print(", ".join(f"{counts[v]} {v}" for v in (MET, MISSED, UNMEASURED)), soft_wrap=True)
+    return int(counts[MET] < len(results))
+
+
+def _table(results: Iterable[TargetResult]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("goal", overflow="fold")
+    for heading in ("wanted", "got"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    out.add_column("", overflow="fold")
+    for name, group in groupby(results, lambda o: o.target.name):
+        out.add_section()
+        out.add_row(f"[bold]{escape(name)}[/]")
+        for (verdict, detail), same in groupby(group, lambda o: (o.verdict, o.detail)):
+            answers = list(same)
+            if verdict == UNMEASURED and len(answers) > 1:
+                out.add_row(f"{len(answers)} cases\n  [dim]{escape(detail)}[/]", *_cells(answers[0]))
+                continue
+            for result in answers:
+                target = result.target
+                subject = f"{target.stage} of {target.subject}" if target.stage else target.subject
+                source = f"{detail}, {Path(result.file).name}" if result.file else detail
+                out.add_row(f"{escape(subject)}\n  [dim]{escape(source)}[/]", *_cells(result))
+    return out
+
+
+def _cells(result: TargetResult) -> Iterator[str]:
+    """What was wanted, what was measured, and the verdict."""
+    target, verdict = result.target, result.verdict
+    yield ("≤ " if result.measure in AT_MOST else "≥ ") + _with_unit(
+        target, result.measure, target.goals[result.measure]
+    )
+    yield _with_unit(target, result.measure, result.value)
+    if verdict == MISSED and result.shortfall is not None:
+        verdict += f" by {percent(result.shortfall)}"
+    stretch = ", stretch too" if result.stretched else ""
+    yield f"[{COLOURS[result.verdict]}]{verdict}{stretch}[/]"
+
+
+def _with_unit(target: Target, measure: str, value: float | None) -> str:
+    """A value with its unit."""
+    if value is None:
+        return ""
+    if measure == "seconds":
+        return duration(value)
+    if target.stage == "peak_bytes":
+        return f"{value / 2**30:.2f} GiB"
+    if target.stage == "gaps":
+        return percent(value)
+    unit = {"ratio": "x", "percent_of_ceiling": "%", "tflops": "TFLOP/s"}.get(measure, "")
+    return f"{number(value)} {unit}".strip()

@@ -1,0 +1,332 @@
+"""Audits kernels without a GPU: compiles what a launcher would launch, reads the result, and models what bounds it.
+
+Nothing is described twice. The audit calls a back-end's own `launcher` with tensors that have shapes but no memory,
+under a driver that names a GPU, and Triton's `run` then compiles for that GPU instead of launching. So what is audited
+is what would run: arguments, specialisation, grid, warps, stages, every kernel of the launcher.
+
+*Model* (`bounds`): the least seconds of a launch, unit by unit. The largest is the bound; FLOPs over it are the
+modelled TFLOP/s, an upper bound. It takes clock, rates and bandwidths from devices.toml and assumes that every unit is
+busy all the time and all of them at once: no latency, no dependencies, no power limit. What it counts is the work of
+one pass of the main loop (`ttgir.py`) times the passes that the case's FLOPs need: no prologue, no epilogue, no
+padding. `AuditResult.tile` has, of one pass in one block,
+
+    flops_DTYPE      of matrix products on tensor cores, by operand: flops_bf16, flops_fp8, flops_tf32 ...
+    fma              multiply-adds of matrix products on the ordinary units
+    load_bytes, store_bytes      from and to global memory; all of it passes through L2
+    mufu             elements of special functions: exponentials, divisions, roots
+    fp32             elements of additions, multiplications, maxima, also those of reductions, and `fma`
+    tensor_cycles, mufu_cycles, fp32_cycles, l2_cycles      that it takes each unit of a multiprocessor
+    passes           in the whole launch
+
+and `AuditResult.bounds` seconds by unit: tensor, mufu, fp32, l2, hbm. Not modelled are conversions, selections, address
+arithmetic, shared memory, and what surrounds a special function (`tl.exp2` costs three multiplications for denormals).
+
+Tensors without memory count as aligned to 16 bytes, whatever views a launcher takes of them.
+"""
+
+import contextlib
+import fnmatch
+import io
+import json
+import math
+import re
+import time
+import tomllib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from triton import knobs
+from triton.compiler.errors import CompilationError
+
+from kernels.tuning import GPU, assume_gpu
+from model.errors import UserError
+from profiling.audit import sass, ttgir
+from profiling.cases import Case, own_cases, registry, select
+from profiling.devices import Device, of_target
+from profiling.fake_gpu import FakeCudaMode, KernelLaunch, record_launches
+from profiling.machine import describe_machine
+from profiling.results import AuditResult, Run, build, now, save, to_json
+from profiling.tables import audit_table, terminal
+
+TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
+MIN_TABLE_WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
+SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
+
+
+# --- Budgets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What kernels are held to; budgets.toml says what the fields mean."""
+
+    registers: int | None = None
+    shared: int | None = None
+    spills: int = 0
+    local: int = 0
+    blocks: int = 1
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    mma: tuple[str, ...] = ()
+    target: str | None = None
+
+
+class Budgets:
+    """A budget file: which table holds for which kernel."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file; raises `UserError` if it is missing, malformed, or has a key that means nothing."""
+        try:
+            self._tables = tomllib.loads(path.read_text())
+            for pattern, table in self._tables.items():
+                if (target := build(Budget, table, f"[{pattern}]").target) is not None:
+                    of_target(target)
+        except OSError as error:
+            raise UserError(f"budget {path} cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise UserError(f"budget {path} is malformed: {error}") from error
+        self.unused = set(self._tables)  # those that matched nothing so far
+
+    def of(self, kernel: str, case: str, target: str) -> Budget:
+        """All tables that match, a later one over an earlier one."""
+        merged: dict[str, Any] = {}
+        for pattern, table in self._tables.items():
+            names = fnmatch.fnmatchcase(kernel, pattern) or fnmatch.fnmatchcase(case, pattern)
+            if names and table.get("target", target) == target:
+                merged |= table
+                self.unused.discard(pattern)
+        return build(Budget, merged, "budget")
+
+
+LIMITS = {
+    "registers": "registers a thread",
+    "shared": "bytes of shared memory a block",
+    "spills": "bytes spilled",
+    "local": "bytes of local memory a thread",
+}
+
+
+def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile) -> Iterator[str]:
+    """What of a kernel breaks the budget, in words."""
+    if result.shared > device.shared_bytes_block:
+        yield f"{result.shared} bytes of shared memory, a block on {device.target} has {device.shared_bytes_block}"
+    elif result.blocks < budget.blocks:
+        yield f"room for {result.blocks} blocks on a multiprocessor, wanted {budget.blocks}"
+    for name, what in LIMITS.items():
+        limit, value = getattr(budget, name), getattr(result, name)
+        if limit is not None and value > limit:
+            yield f"{value} {what}, allowed {limit}"
+    yield from (f"no {name} in the SASS" for name in budget.needs if name not in result.instructions)
+    yield from (f"{name} in the SASS" for name in budget.forbids if name in result.instructions)
+    for remark in result.warnings:
+        if f"({SERIALISED}" in remark:
+            yield re.sub(r" (in|for) the function .*", "", remark)
+    if set(TENSOR_CORE_DTYPES) & set(tile.flops):
+        allowed = budget.mma or device.mma
+        others = [name for name in result.instructions if name.endswith("MMA") and name not in allowed]
+        if others or not set(allowed) & set(result.instructions):
+            yield f"matrix products by {', '.join(others) or 'no matrix instruction'}, wanted {' or '.join(allowed)}"
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
+
+
+def work_shares(launches: Sequence[KernelLaunch], tiles: Sequence[ttgir.Tile]) -> list[float]:
+    """Which part of the case's FLOPs and bytes each launch is taken to do.
+
+    By the matrix products of one pass in all its blocks, where any kernel has some; else by its float operations.
+    """
+    blocks = [math.prod(launch.grid) for launch in launches]
+    weights = [n * tile.products for n, tile in zip(blocks, tiles, strict=True)]
+    if not any(weights):
+        weights = [n * (tile.fp32 + tile.mufu) for n, tile in zip(blocks, tiles, strict=True)]
+    if not any(weights):
+        weights = [n * (tile.load_bytes + tile.store_bytes) for n, tile in zip(blocks, tiles, strict=True)]
+    return [weight / (sum(weights) or 1) for weight in weights]
+
+
+def cycles(tile: ttgir.Tile, device: Device) -> dict[str, float]:
+    """Cycles that one pass takes each unit of a multiprocessor; of L2 a multiprocessor has its even part."""
+    l2_cycle = device.l2_bytes_s / device.multiprocessors / device.clock
+    return {
+        "tensor": sum(flops / device.flop_cycle.get(dtype, math.inf) for dtype, flops in tile.flops.items()),
+        "mufu": tile.mufu / device.mufu_cycle,
+        "fp32": tile.fp32 / device.fp32_cycle,
+        "l2": (tile.load_bytes + tile.store_bytes) / l2_cycle,
+    }
+
+
+def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, device: Device) -> dict[str, float]:
+    """Least seconds of a launch by unit, those that do anything.
+
+    Multiprocessors take blocks as they become free, all of one length: the busiest has ceil(blocks / multiprocessors)
+    of them. A persistent grid, no larger than what fits at once, shares the work out evenly.
+    """
+    busiest = passes * math.ceil(blocks / device.multiprocessors) / blocks
+    seconds = {unit: n * busiest / device.clock for unit, n in cycles(tile, device).items() if unit != "l2"}
+    seconds["l2"] = passes * (tile.load_bytes + tile.store_bytes) / device.l2_bytes_s
+    seconds["hbm"] = least_bytes / device.hbm_bytes_s
+    return {unit: value for unit, value in seconds.items() if value}
+
+
+# --- Cases ----------------------------------------------------------------------------------------------------------
+
+
+def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult]:
+    """One result for every kernel that the case's launchers launch, on the GPU that `device` stands for.
+
+    A launcher that raises, or a kernel that does not compile, is a result with a fault; so is a launcher that launches
+    nothing.
+    """
+    results = []
+    for backend in case.backends:
+        if backend.launcher is not None:
+            launches, fault = _record_case(case, backend.launcher, device)
+            results += _results(case, launches, device, budgets)
+            if fault is not None:
+                kernel, message = fault
+                results.append(AuditResult(case.name, kernel or backend.name, device.target, faults=(message,)))
+    return results
+
+
+def _record_case(
+    case: Case, launcher: Callable[..., object], device: Device
+) -> tuple[list[KernelLaunch], tuple[str, str] | None]:
+    """What the launcher launches on the case's inputs; and the kernel that failed, with the reason."""
+    arch = int(device.target.removeprefix("sm_"))
+    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
+    gpu = GPU(device.name, device.capability, device.multiprocessors)
+    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
+        try:
+            launcher(*case.inputs(torch.device("cuda"), None))
+        except Exception as error:
+            return recorder.launches, (recorder.compiling, _compiler_message(error))
+    return recorder.launches, None if recorder.launches else ("", "launches no Triton kernel")
+
+
+def _compiler_message(error: Exception) -> str:
+    """An error in one line: what ptxas says, or where Triton's compiler stopped, or the first line of any other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    told = lines[-1] if isinstance(error, CompilationError) else lines[0]
+    told = next((line for line in lines if line.startswith("ptxas fatal")), told)
+    return f"{type(error).__name__}: {told}"
+
+
+def _results(case: Case, launches: Sequence[KernelLaunch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
+    """Launches as results; the same launch several times is one result, with the bounds of all together."""
+    operations = {launch.compiled: ttgir.parse(launch.compiled.asm["ttgir"]) for launch in launches}
+    tiles = {compiled: ttgir.tile(ops) for compiled, ops in operations.items()}
+    parts = work_shares(launches, [tiles[launch.compiled] for launch in launches])
+    for launch, times in Counter(launches).items():
+        compiled, blocks = launch.compiled, math.prod(launch.grid)
+        tile, part = tiles[compiled], times * parts[launches.index(launch)]
+        passes = part * case.flops / tile.products if tile.products else float(times * blocks)
+        seconds = bounds(tile, passes, blocks, part * case.bytes, device)
+        result = replace(
+            _compiled_result(case, launch, device),
+            tile=tile_fields(tile, device) | {"passes": passes},
+            bounds=seconds,
+            tflops=part * case.flops / max(seconds.values()) / 1e12 if part else None,
+        )
+        budget = budgets.of(launch.kernel, case.name, device.target)
+        miscompiled = ttgir.miscompilations(compiled.asm["ttgir"], operations[compiled])
+        yield replace(result, faults=(*budget_faults(result, budget, device, tile), *miscompiled))
+
+
+def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditResult:
+    """What compiler and assembler say of a kernel."""
+    assembly, metadata = sass.assemble(launch.compiled), launch.compiled.metadata
+    blocks = sass.resident_blocks(device, metadata.num_warps, assembly.registers, metadata.shared)
+    return AuditResult(
+        case.name,
+        launch.kernel,
+        device.target,
+        launch.grid,
+        metadata.num_warps,
+        metadata.num_stages,
+        assembly.registers,
+        assembly.spills,
+        assembly.local,
+        metadata.shared,
+        blocks * metadata.num_warps / device.warps,
+        blocks,
+        assembly.instructions,
+        warnings=assembly.remarks,
+    )
+
+
+def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
+    """`AuditResult.tile`, see the top of this file."""
+    work = {f"flops_{dtype}": flops for dtype, flops in tile.flops.items()}
+    work |= {name: getattr(tile, name) for name in ("fma", "load_bytes", "store_bytes", "mufu", "fp32")}
+    return work | {f"{unit}_cycles": n for unit, n in cycles(tile, device).items()}
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def audit_command(
+    patterns: list[str], targets: list[str], budget: Path, out: Path | None, extra: Path | None, as_json: bool
+) -> int:
+    """`python -m profiling audit`; 1 if any kernel has a fault."""
+    if knobs.runtime.interpret:
+        raise UserError("TRITON_INTERPRET=1 replaces the compiler, so there is nothing to audit; unset it")
+    started, begin = now(), time.monotonic()
+    devices, budgets = [of_target(target) for target in targets], Budgets(budget)
+    selected = _select_cases(extra, patterns)
+    run = Run("audit", started, describe_machine(torch.device("cpu")))
+    if out is not None:
+        save(run, out)  # a place that cannot be written is said now, not after the work
+    with Console(stderr=True).status("") as status:
+        for device in devices:
+            for case in selected:
+                status.update(f"compiling {case.name} for {device.target}")
+                run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
+    run = replace(run, notes=tuple(_notes(selected, patterns, budgets)), seconds=time.monotonic() - begin)
+    if out is not None:
+        save(run, out)
+    if as_json:
+        print(json.dumps(to_json(run), indent=1))
+    else:
+        _print_run(run)
+    return int(any(result.faults for result in run.audit))
+
+
+def _print_run(run: Run) -> None:
+    console = terminal()
+    console.width = max(console.width, MIN_TABLE_WIDTH)
+    if run.audit:
+        console.print(audit_table(run.audit))
+    for result in run.audit:
+        for fault in result.faults:
+            line = f"{result.case} {result.kernel} {result.target}: {fault}"
+            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    for note in run.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _select_cases(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
+    """Cases with a launcher: those that match, or `extra`'s own, or all; `UserError` if none that matches has one."""
+    if patterns:
+        selected = select(registry(extra), patterns)
+    else:
+        selected = list(registry().values()) if extra is None else own_cases(extra)
+    compiled = [case for case in selected if any(backend.launcher for backend in case.backends)]
+    if patterns and not compiled:
+        raise UserError(f"{', '.join(patterns)}: none of these cases has a Triton kernel; without a name all that have")
+    return compiled
+
+
+def _notes(selected: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
+    """What a reader must know besides the results."""
+    if not selected:
+        yield "none of these cases has a Triton kernel"
+    elif not patterns:  # so everything that a budget could be meant for was there
+        yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

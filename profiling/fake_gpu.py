@@ -1,0 +1,112 @@
+"""A GPU that is not there: Triton compiles for it what a launcher would launch, on tensors that have no memory."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.overrides import TorchFunctionMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel launch that did not take place."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    compiled: Any  # triton's CompiledKernel
+
+
+class CompileOnlyDriver:
+    """What Triton asks a driver about the GPU when it compiles, answered for one that is not there."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to compile for."""
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> str:
+        """What Triton keeps its compiled kernels under; no real device has such a name."""
+        return f"audit sm_{self.arch}"
+
+    def get_current_stream(self, _device: object) -> int:
+        """There is none."""
+        return 0
+
+
+class FakeCudaMode(TorchFunctionMode):
+    """While this mode is on, tensors on "cuda" can be made and computed with that have no memory, nor need a GPU.
+
+    It is PyTorch's fake-tensor mode, and mends one thing: where PyTorch was built without CUDA, a few methods
+    (indexing, `contiguous`) ask in vain for the device. They are called again on the "meta" tensors inside.
+    """
+
+    def __enter__(self) -> "FakeCudaMode":
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._fake.__exit__(*raised)
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function."""
+        try:
+            return function(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "not linked with support for cuda" not in str(error):
+                raise
+        with in_kernel_invocation_manager(self._fake):
+            inner = function(*args, **(kwargs or {}))
+        return FakeTensor(self._fake, inner, args[0].device) if isinstance(inner, Tensor) else inner
+
+
+class LaunchRecorder:
+    """What came by while `record_launches`."""
+
+    def __init__(self) -> None:
+        self.launches: list[KernelLaunch] = []
+        self.compiling = ""  # the kernel at work, if any
+
+
+@contextlib.contextmanager
+def record_launches(arch: int) -> Iterator[LaunchRecorder]:
+    """While the body runs, Triton compiles for `arch` (90 is sm_90) what is launched, and launches nothing."""
+    compiler, recorder = CompileOnlyDriver(arch), LaunchRecorder()
+    run, active = JITFunction.run, driver._active
+    kernels: list[JITFunction[Any]] = []
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, **kwargs: Any) -> Any:
+        kernels.append(self)
+        recorder.compiling = self.__name__
+        compiled = run(self, *args, grid=grid, **(kwargs | {"warmup": True}))
+        recorder.launches.append(KernelLaunch(self.__name__, _grid(self, grid, args, kwargs), compiled))
+        recorder.compiling = ""
+        return compiled
+
+    JITFunction.run = compile_only
+    driver.set_active(cast(Any, compiler))
+    try:
+        yield recorder
+    finally:
+        JITFunction.run = run
+        driver.set_active(cast(Any, active))
+        for kernel in kernels:
+            kernel.device_caches.pop(compiler.get_current_device(), None)
+
+
+def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The grid as numbers; a function of the arguments is called with them."""
+    if callable(grid):
+        bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
+        bound.apply_defaults()
+        grid = grid(bound.arguments)
+    return tuple(int(n) for n in grid)

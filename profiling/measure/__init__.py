@@ -1,0 +1,1 @@
+"""Takes measurements on a device: correctness, times, whole chunks, traces, launch parameters."""

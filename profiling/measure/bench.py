@@ -1,0 +1,221 @@
+"""Correctness first, then time: every back-end of a case against the reference, then against each other.
+
+What is wrong (`profiling.measure.check`) gets an error instead of a time.
+
+A case's rounds are spread over several sweeps through all cases, each on fresh inputs: what the machine's mood of the
+minute and the place of the operands in memory do to a time is then within the run, where it can be seen as noise.
+"""
+
+import gc
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from model.compile import raise_recompile_limit
+from model.errors import UserError
+from profiling.cases import TORCH_DTYPES, Call, Case, chosen
+from profiling.cases.linear import prepare_scaled_mm
+from profiling.machine import NvmlMonitor, describe_machine, resolve_device
+from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
+from profiling.measure.timing import CallTimer, interleave, num_input_sets
+from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, now, save, to_json
+from profiling.tables import measurement_rows, measurement_table, terminal
+
+SWEEPS = {"cuda": 2, "cpu": 4}  # over all cases, each with its part of the rounds
+PLACEMENTS = 2  # where there are no sweeps
+
+
+@dataclass(frozen=True)
+class CeilingSizes:
+    """What the ceilings are measured with."""
+
+    copy: int  # bytes read
+    matmul: int  # rows, columns and depth of a product
+    rounds: int
+
+
+CEILING_SIZES = {"cuda": CeilingSizes(2**31, 8192, 10), "cpu": CeilingSizes(2**27, 1024, 10)}
+
+
+def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
+    """What this machine reaches now: a copy of one large tensor, and square products of random matrices by dtype."""
+    sizes = CEILING_SIZES[device.type]
+    source = torch.randn(sizes.copy // 4, device=device)
+    copy = _fastest_seconds(partial(torch.empty_like(source).copy_, source), device, sizes.rounds)
+    rates = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(sizes.matmul, sizes.matmul, device=device, dtype=TORCH_DTYPES[dtype]) for _ in range(2))
+        try:
+            product = prepare_scaled_mm(a, b, torch.zeros_like(a[0])) if dtype == "fp8" else partial(torch.mm, a, b)
+            rates[dtype] = 2 * sizes.matmul**3 / _fastest_seconds(product, device, sizes.rounds)
+        except RuntimeError:  # a GPU without that kind of product has no such ceiling
+            continue
+    return Ceilings(2 * sizes.copy / copy, rates)
+
+
+def _fastest_seconds(call: Call, device: torch.device, rounds: int) -> float:
+    """Seconds of the fastest sample: a ceiling is what can be reached, however busy the machine is now and then."""
+    (samples,) = interleave([CallTimer([call], device)], rounds, 0)
+    return min(samples)
+
+
+def set_benchmark_state() -> None:
+    """Puts torch into the state that all cases are measured in; once a process."""
+    raise_recompile_limit()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference here
+    torch.backends.cudnn.benchmark = True  # a peer's best
+
+
+def bench_case(
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    seed: int,
+    only: Sequence[str] | None = None,
+    on_backend: Callable[[str], None] = lambda _: None,
+) -> CaseResult:
+    """`check_case`, then `time_case` on `PLACEMENTS` sets of inputs, each with its part of the rounds."""
+    result = check_case(case, device, seed, only, on_backend)
+    for i, part in enumerate(split_rounds(rounds, PLACEMENTS)):
+        result = time_case(case, result, device, part, seed + i + 1, on_backend)
+    return result
+
+
+def time_case(
+    case: Case,
+    result: CaseResult,
+    device: torch.device,
+    rounds: int,
+    seed: int,
+    on_backend: Callable[[str], None] = lambda _: None,
+) -> CaseResult:
+    """The result with so many more rounds of those back-ends that are right, on fresh inputs made from `seed`.
+
+    A round is one sample of each back-end. `on_backend` and what is raised are as in `check_case`.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    found = {m.backend: m for m in result.measurements}
+    ready: dict[str, CallTimer] = {}
+    with torch.inference_mode():
+        sets = input_sets(case, device, generator)
+        for backend in case.backends:
+            if (m := found.get(backend.name)) is not None and m.status == OK:
+                on_backend(m.backend)
+                try:
+                    ready[m.backend] = CallTimer([backend.prepare(*inputs) for inputs in sets], device)
+                    found[m.backend] = replace(m, graph=ready[m.backend].graph)
+                except Exception as error:
+                    raise_if_gpu_lost(device)
+                    found[m.backend] = replace(m, status=ERROR, detail=one_line(error), samples=())
+        on_backend("")
+        for name, samples in zip(ready, interleave([*ready.values()], rounds, seed), strict=True):
+            found[name] = replace(found[name], samples=(*found[name].samples, *samples))
+    del sets, ready
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return replace(result, measurements=tuple(found.values()))
+
+
+def input_sets(case: Case, device: torch.device, generator: torch.Generator) -> list[tuple[Any, ...]]:
+    """As many sets of random inputs as calls must take turns over."""
+    first = case.inputs(device, generator)
+    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
+    return [first, *(case.inputs(device, generator) for _ in range(num_input_sets(size, device) - 1))]
+
+
+def split_rounds(rounds: int, sweeps: int) -> list[int]:
+    """So many rounds on at most so many sweeps, as evenly as can be."""
+    sweeps = min(rounds, sweeps)
+    return [rounds * (i + 1) // sweeps - rounds * i // sweeps for i in range(sweeps)]
+
+
+def require_known_backends(cases: Sequence[Case], names: Sequence[str]) -> None:
+    """Raises `UserError` for a back-end that none of the cases has."""
+    known = list(dict.fromkeys(b.name for case in cases for b in case.backends))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--backend {name}: none of these cases has it; they have {', '.join(known)}")
+
+
+def bench_command(
+    patterns: list[str],
+    device_name: str,
+    backends: list[str],
+    rounds: int,
+    out: Path | None,
+    list_: bool,
+    extra: Path | None,
+    as_json: bool,
+) -> int:
+    """`python -m profiling bench`; 1 if a back-end of ours is wrong or raised."""
+    device = resolve_device(device_name)
+    cases = chosen(patterns, device, extra)
+    require_known_backends(cases, backends)
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}: at least 1 is needed")
+    if list_:
+        return _print_list(cases, as_json)
+    started, begin, seed = now(), time.monotonic(), secrets.randbits(31)
+    run = Run("bench", started, describe_machine(device), notes=(f"seed {seed}",))
+    if out is not None:
+        save(run, out)  # a place that cannot be written is said now, not after the work
+    console = Console(stderr=True)
+    console.print(f"seed {seed}", highlight=False)
+    with NvmlMonitor(device) as monitor, console.status("measuring the machine's ceilings") as status:
+        set_benchmark_state()
+        run = replace(run, ceilings=measure_ceilings(device, {case.dtype for case in cases}))
+        results: dict[str, CaseResult] = {}
+        for sweep, share in enumerate(split_rounds(rounds, SWEEPS[device.type])):
+            for case in cases:
+                status.update(f"sweep {sweep + 1}, {case.name}")
+                try:
+                    before = results.get(case.name) or check_case(case, device, seed, backends or None)
+                    results[case.name] = time_case(case, before, device, share, seed + sweep + 1)
+                except torch.AcceleratorError as error:
+                    raise UserError(
+                        f"{case.name} has cost the process its GPU ({one_line(error)}); leave it out, or use"
+                        " gpu --phase bench, which goes on behind it"
+                    ) from error
+                seconds = time.monotonic() - begin
+                run = replace(run, cases=tuple(results.values()), nvml=monitor.nvml, seconds=seconds)
+                if out is not None:
+                    save(run, out)
+    if as_json:
+        print(json.dumps(to_json(run), indent=1))
+    else:
+        terminal().print(measurement_table(measurement_rows(run)))
+        _print_notes(run)
+    return int(any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements))
+
+
+def _print_notes(run: Run) -> None:
+    """What a reader of the table must know: the ceilings, and whether the machine held back."""
+    ceilings, rates = run.ceilings, run.ceilings.matmul_flop_s.items()
+    products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates)
+    print(f"{run.machine.device}: copy {(ceilings.copy_bytes_s or 0) / 1e9:.4g} GB/s, products {products}")
+    if above := sum((row.ceiling or 0) > 1.1 for row in measurement_rows(run)):
+        print(f"{above} results pass their ceiling: their operands stay in a cache, or other programs disturbed it")
+    if run.nvml.throttled:
+        reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.nvml.throttled.items())
+        print(f"throttled: {reasons}", file=sys.stderr)
+
+
+def _print_list(cases: Sequence[Case], as_json: bool) -> int:
+    names = {case.name: [b.name for b in case.backends] for case in cases}
+    if as_json:
+        print(json.dumps(names, indent=1))
+    else:
+        for name, backends in names.items():
+            print(f"{name:<44} {', '.join(backends)}")
+    return 0

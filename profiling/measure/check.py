@@ -1,0 +1,165 @@
+"""Checks back-ends: each output against the reference, on fresh random inputs.
+
+Right means: every element written (outputs are poisoned with NaN before ours run), finite, and within the dtype's bound
+of the reference, computed from the same inputs in float64 on the CPU, and on a GPU in float32 for matrix products and
+in float64 for the rest, as relative Frobenius error ||out - ref|| / ||ref||.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiling.cases import Backend, Case, Output
+from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult, Measurement
+
+
+def check_case(
+    case: Case,
+    device: torch.device,
+    seed: int,
+    only: Sequence[str] | None = None,
+    on_backend: Callable[[str], None] = lambda _: None,
+) -> CaseResult:
+    """Holds all back-ends of a case, or those named in `only`, to its reference on inputs made from `seed`.
+
+    `on_backend` is told the back-end that runs next, and "" at the end, for whoever must know what a process died of.
+    What a back-end raises becomes its measurement's detail, unless it costs the process its GPU
+    (`raise_if_gpu_lost`).
+    """
+    wanted = [backend for backend in case.backends if only is None or backend.name in only]
+    with torch.inference_mode():
+        try:
+            inputs = case.inputs(device, torch.Generator(device).manual_seed(seed))
+            expected = reference_outputs(case, inputs, device)
+        except Exception as raised:  # of the case itself: it costs no other
+            raise_if_gpu_lost(device)
+            why = f"inputs or reference: {one_line(raised)}"
+            return case_result(case, tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
+        found = []
+        for backend in wanted:
+            on_backend(backend.name)
+            found.append(_check_preserving_inputs(case, backend, inputs, expected, device))
+    on_backend("")
+    return case_result(case, tuple(found))
+
+
+def _check_preserving_inputs(
+    case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
+) -> Measurement:
+    """`check_backend`; a back-end that changes its inputs, which the next ones get too, is wrong, and is made good."""
+    before = [(x, x.clone()) for x in inputs if isinstance(x, Tensor)]
+    measurement = check_backend(case, backend, inputs, expected, device)
+    changed = [(x, was) for x, was in before if not torch.equal(x, was)]
+    for x, was in changed:
+        x.copy_(was)
+    return replace(measurement, status=WRONG, detail="changes its inputs") if changed else measurement
+
+
+def reference_outputs(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The expected outputs, in a precision far above that of the case, by library routines that take no short cuts."""
+    wide = device.type == "cpu" or not case.operation.products
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        return as_tuple(case.expected(inputs, torch.float64 if wide else torch.float32))
+
+
+def raise_if_gpu_lost(device: torch.device) -> None:
+    """After something raised: raises RuntimeError if it has left the process without a working GPU.
+
+    Whatever ran next would get the blame.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult:
+    """What a results file says of a case."""
+    shape = case.shape
+    return CaseResult(
+        case.name,
+        case.operation.name,
+        shape.name,
+        case.dtype,
+        case.flops,
+        case.bytes,
+        shape.world,
+        shape.calls,
+        case.operation.products,
+        dict(shape.dims),
+        measurements,
+    )
+
+
+def check_backend(
+    case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
+) -> Measurement:
+    """Holds a back-end to the expected output of these inputs."""
+    blank = Measurement(backend.name, OK, backend.ours)
+    if device.type not in backend.devices:
+        return replace(blank, status=UNSUPPORTED, detail=f"not for {device.type}")
+    if not backend.installed:
+        return replace(blank, status=NOT_INSTALLED, detail=f"{backend.needs} cannot be imported")
+    try:
+        begin = time.perf_counter()
+        call = backend.prepare(*inputs)
+        with poisoned_memory() if backend.ours else nullcontext():
+            got = as_tuple(case.operation.result(call()))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        blank = replace(blank, first_call=time.perf_counter() - begin)
+        error, fault = compare_outputs(got, expected, case.tolerance)
+        if backend.ours and not fault:  # once more: with poison torch may choose other algorithms than are timed
+            again, fault = compare_outputs(as_tuple(case.operation.result(call())), expected, case.tolerance)
+            error = max(error or 0.0, again or 0.0)
+    except Exception as raised:
+        raise_if_gpu_lost(device)
+        return replace(blank, status=ERROR, detail=one_line(raised))
+    return replace(blank, status=WRONG if fault else OK, detail=fault, error=error)
+
+
+def compare_outputs(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> tuple[float | None, str]:
+    """The relative Frobenius error, the largest of all outputs, and in words what is wrong with it, if anything."""
+    if [x.shape for x in got] != [x.shape for x in expected]:
+        return None, f"shapes {[list(x.shape) for x in got]}, wanted {[list(x.shape) for x in expected]}"
+    errors = []
+    for x, want in zip(got, expected, strict=True):
+        if bad := int((~x.isfinite()).sum()):
+            return None, f"{bad} of {x.numel()} elements are NaN or infinite"
+        errors.append(float((x.to(want.dtype) - want).norm() / want.norm()))
+    worst = max(errors, key=lambda error: (math.isnan(error), error))
+    return worst, "" if worst <= tolerance else f"relative error {worst:.1e}, allowed {tolerance:.0e}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """While the body runs, torch hands out new tensors full of NaN, so that what is not written is seen."""
+    switch: Any = torch.utils.deterministic
+    fill, before = switch.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operations that are not deterministic, which is not asked for here
+            torch.use_deterministic_algorithms(True, warn_only=True)  # without it nothing is filled
+            switch.fill_uninitialized_memory = True
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        switch.fill_uninitialized_memory = fill
+
+
+def as_tuple(output: Output) -> tuple[Tensor, ...]:
+    """An operation's outputs, however many."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]

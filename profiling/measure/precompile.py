@@ -1,0 +1,102 @@
+"""Compiles what a GPU is about to run, on all CPU cores at once: Triton keeps it on disk for the processes that follow.
+
+A kernel takes Triton seconds, a GPU's minutes are few, and other processes compile one after the other as they go. The
+launches are recorded as by the audit, on tensors without memory: the GPU is asked for its name only.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kernels.tuning import GPU, LaunchConfig, assume_gpu, gpu_of
+from model.errors import UserError
+from profiling.cases import Case, chosen, registry
+from profiling.fake_gpu import FakeCudaMode, record_launches
+from profiling.machine import resolve_device
+
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """A launch to compile: of a case's back-end, as it is tuned or with these launch parameters."""
+
+    case: str
+    backend: str
+    config: tuple[tuple[str, int], ...] = ()
+
+
+def compile_jobs(cases: Sequence[Case], whole_space: bool) -> Iterator[CompileJob]:
+    """What the cases launch; `whole_space`: and all that tuning would try."""
+    for case in cases:
+        for backend in case.backends:
+            if backend.launcher is not None:
+                yield CompileJob(case.name, backend.name)
+                space = backend.space(case.shape.dims) if whole_space and backend.space else ()
+                yield from (CompileJob(case.name, backend.name, tuple(config.items())) for config in space)
+
+
+@cache
+def _cases(extra: Path | None) -> dict[str, Case]:
+    return registry(extra)
+
+
+def compile_job(job: CompileJob, target: GPU, extra: Path | None) -> str:
+    """Compiles it; what went wrong, if anything: tuning comes upon it again."""
+    case = _cases(extra)[job.case]
+    launcher = next(backend.launcher for backend in case.backends if backend.name == job.backend)
+    assert launcher is not None
+    config: dict[str, LaunchConfig] = {"config": dict(job.config)} if job.config else {}
+    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
+    arch = int(target.capability.replace(".", ""))
+    with record_launches(arch), assume_gpu(target), FakeCudaMode(), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
+        try:
+            launcher(*case.inputs(CUDA, None), **config)
+        except Exception as error:
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
+    return ""
+
+
+def compile_all(todo: Sequence[CompileJob], target: GPU, extra: Path | None, seconds: float) -> tuple[int, list[str]]:
+    """Compiles as many as the seconds allow; how many are done, and what went wrong, in words."""
+    deadline, done, failures = time.monotonic() + seconds, 0, []
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(compile_job, job, target, extra): job for job in todo}
+        for future in as_completed(futures, timeout=max(0.0, deadline - time.monotonic())):
+            done += 1
+            if one_line := future.result():
+                failures.append(f"{futures[future].case} {futures[future].backend}: {one_line}")
+    except TimeoutError:
+        for process in list((pool._processes or {}).values()):  # a compiler does not listen
+            process.kill()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return done, failures
+
+
+def warm_command(patterns: Sequence[str], whole_space: bool, budget: float, extra: Path | None) -> int:
+    """`python -m profiling warm`; 1 if something did not compile."""
+    device = resolve_device("auto")
+    if device.type != "cuda":
+        raise UserError("warm: there is no GPU to compile for; `audit` compiles without one")
+    todo, begin = list(compile_jobs(chosen(patterns, device, extra), whole_space)), time.monotonic()
+    done, failures = compile_all(todo, gpu_of(device), extra, budget)
+    for line in failures:
+        print(line, file=sys.stderr)
+    print(
+        f"{done} of {len(todo)} launches compiled in {time.monotonic() - begin:.0f} s, {len(failures)} of them in vain"
+    )
+    return 1 if failures else 0

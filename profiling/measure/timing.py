@@ -1,0 +1,114 @@
+"""Times calls on a device: CUDA events around graph replays, `perf_counter` on the CPU.
+
+A sample is the mean over as many calls as fill a few milliseconds. Calls of one back-end take turns over several input
+sets, so that operands come from memory and not from the cache; back-ends take turns in rounds, so that a machine whose
+speed drifts is equally unfair to all.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+SAMPLE_SECONDS = {"cuda": 0.010, "cpu": 0.005}  # least length of a sample
+INTERLEAVE_SECONDS = 2.0  # of `interleave`, after which slow back-ends get no further rounds
+MIN_ROUNDS = 4
+L2_MULTIPLE = 4  # a rotation of input sets is this many times the L2 cache
+MAX_INPUT_SETS = 256
+MAX_CALLS_A_SAMPLE = 256  # in a sample
+SPIN_CYCLES = 1_000_000  # GPU cycles, about half a millisecond: the CPU gets ahead, launch gaps stay out
+
+
+def num_input_sets(bytes_a_set: float, device: torch.device) -> int:
+    """How many input sets of that size keep a repeated call from finding its operands in the GPU's L2 cache."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MAX_INPUT_SETS, math.ceil(L2_MULTIPLE * cache / max(bytes_a_set, 1))))
+
+
+class CallTimer:
+    """Calls that do the same on different inputs, warmed up and ready to be timed."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device) -> None:
+        """Runs every call once, then finds how many of them fill a sample; on a GPU it captures these as a graph."""
+        self._cuda = device.type == "cuda"
+        self._turn = itertools.cycle(calls)
+        for call in calls:
+            call()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._count = 1
+        rough = min(self.sample() for _ in range(2))
+        self._count = max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(SAMPLE_SECONDS[device.type] / max(rough, 1e-9))))
+        if self._cuda:
+            self._capture()
+
+    @property
+    def graph(self) -> bool:
+        """Whether samples are replays of a CUDA graph."""
+        return self._graph is not None
+
+    def sample(self) -> float:
+        """Seconds a call."""
+        if not self._cuda:
+            begin = time.perf_counter()
+            self._run()
+            return (time.perf_counter() - begin) / self._count
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SPIN_CYCLES)
+        start.record()
+        self._run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / self._count
+
+    def _run(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        for _ in range(self._count):
+            next(self._turn)()
+
+    def _capture(self) -> None:
+        """Back-ends that wait for the GPU cannot be captured: they stay plain launches, with gaps in their times.
+
+        They are found beforehand, since torch does not recover from every capture that fails. One that fails all the
+        same raises RuntimeError.
+        """
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            next(self._turn)()
+        except RuntimeError:
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # torch 2.11 leaves the capturing one current
+            raise
+        self._graph = graph
+
+
+def interleave(timed: Sequence[CallTimer], rounds: int, seed: int) -> list[list[float]]:
+    """Samples of each, one a round, taken in a new random order every round after one that does not count.
+
+    Slow calls get fewer rounds than asked for, though at least `MIN_ROUNDS`: all cases are to have their turn.
+    """
+    samples: list[list[float]] = [[] for _ in timed]
+    shuffle = random.Random(seed).shuffle
+    order = list(range(len(timed)))
+    begin = time.monotonic()
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and time.monotonic() - begin > INTERLEAVE_SECONDS:
+            break
+        shuffle(order)
+        for i in order:
+            timed[i].sample()  # whoever came before has the caches and the clocks in another state
+            samples[i].append(timed[i].sample())
+    return samples

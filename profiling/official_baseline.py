@@ -1,0 +1,153 @@
+"""Student and VAE as published code runs them: PyTorch's operations wherever model/ calls those of kernels/.
+
+The baseline that whole chunks are held to. Under torch.compile its norms, rotation and residuals are fused, as anyone
+would have it; attention is PyTorch's, audio's projections are not folded. The VAE's convolutions are the library's, on
+clips that are concatenated, padded and channels first; its doubled images are made.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import dit, linear, vae
+from model.dit import rotate
+
+
+@contextmanager
+def official_baseline() -> Iterator[None]:
+    """While the body runs, student and VAE compute by PyTorch alone."""
+    with ExitStack() as stack:
+        for module, functions in _FORMS.items():
+            for function in functions:
+                stack.enter_context(patch.object(module, function.__name__, function))
+        yield
+
+
+def rms_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.norm.rms_norm_rope`."""
+    q, k = (
+        rotate(F.rms_norm(x.flatten(1), weight.shape, weight, eps).unflatten(1, x.shape[1:]), rope)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return q, k
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `kernels.chunk_attention.chunk_attention`."""
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
+
+
+def text_image_attention(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _real: Tensor
+) -> Tensor:
+    """As `kernels.cross_attention.text_image_attention`; all keys, padding too."""
+    return chunk_attention(q, text_k, text_v) + chunk_attention(q, image_k, image_v)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int = 0) -> Tensor:
+    """As `kernels.cross_attention.frame_attention`: the frames are a batch."""
+    q = F.pad(q, (0, 0, 0, 0, first, 0)).unflatten(0, (len(k), per_frame))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[first:]
+
+
+def absorb_audio_projections(
+    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, *_no_scales: None
+) -> tuple[Any, Any, Any]:
+    """Folds nothing: what `absorbed_audio_attention` needs."""
+    return (k, v), (q_weight, q_bias), weight
+
+
+def absorbed_audio_attention(
+    z: Tensor, keys: Any, before: Any, after: Tensor, _group: int, per_frame: int, first: int = 0
+) -> Tensor:
+    """Projection, attention, projection."""
+    k, v = keys
+    q = F.linear(z, *before).unflatten(1, k.shape[2:])
+    return F.linear(frame_attention(q, k, v, per_frame, first).flatten(1), after)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As `kernels.norm.layer_norm`."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """As `kernels.norm.layer_norm_modulate`."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
+    """As `kernels.rms_norm_silu.rms_norm_silu`, not in FP8."""
+    assert factor is None
+    y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
+    return F.silu(y) if silu else y
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.causal_conv3d.conv3d`, not in FP8."""
+    assert scale is None
+    clip = F.pad(x.transpose(0, 1)[None].contiguous(), [weight.shape[3] // 2] * 4)
+    y = F.conv3d(clip, weight.contiguous(), bias, (stride, 1, 1))[0].transpose(0, 1)
+    return y if residual is None else y + residual
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    factor: float | None = None,
+) -> Tensor:
+    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; a clip's leading zero frames are multiplied too."""
+    if past is None:
+        past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
+    y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+    return y if gamma is None else rms_norm_silu(y, gamma, silu=True, factor=factor)
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `kernels.resample_conv2d.downsample_conv2d`."""
+    return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight.contiguous(), bias, stride=2)
+
+
+def _double(self: vae.Upsample, x: Tensor) -> Tensor:
+    """As `model.vae.Upsample._double`, on the doubled image."""
+    double, convolution = self.resample
+    assert isinstance(convolution, nn.Conv2d)
+    return F.conv2d(double.forward(x), convolution.weight.contiguous(), convolution.bias, padding=1)
+
+
+_FORMS = {
+    dit: (
+        rms_norm_rope,
+        chunk_attention,
+        text_image_attention,
+        frame_attention,
+        absorb_audio_projections,
+        absorbed_audio_attention,
+        layer_norm,
+        layer_norm_modulate,
+    ),
+    linear: (layer_norm, layer_norm_modulate),
+    vae: (rms_norm_silu, conv3d, causal_conv3d, downsample_conv2d, chunk_attention),
+    vae.Upsample: (_double,),
+}

@@ -1,0 +1,340 @@
+"""Goals held to runs made up for the purpose, and the file of goals held to the registry."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.errors import UserError
+from profiling.__main__ import TARGETS, main
+from profiling.analyse.targets import MET, MISSED, UNMEASURED, Target, TargetResult, evaluate, read_targets, stage_value
+from profiling.cases import registry
+from profiling.results import (
+    ERROR,
+    NOT_INSTALLED,
+    OK,
+    WRONG,
+    CaseResult,
+    Ceilings,
+    Machine,
+    Measurement,
+    Run,
+    VariantResult,
+    save,
+)
+
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80)
+CPU = Machine("cpu", "some CPU", 2, 8)
+
+
+def timed(backend: str, seconds: float, ours: bool = False) -> Measurement:
+    return Measurement(backend, OK, ours, samples=(0.9 * seconds, seconds, 1.3 * seconds))
+
+
+def case(*measurements: Measurement, name: str = "op/shape/bf16") -> CaseResult:
+    return CaseResult(name, *name.split("/"), flops=6e12, bytes=1e9, measurements=measurements)
+
+
+def run(*cases: CaseResult, machine: Machine = H100, started: str = "2026-01-01", **more: Any) -> Run:
+    return Run("bench", started, machine, cases=cases, ceilings=Ceilings(2e12, {"bf16": 8e14}), **more)
+
+
+def target(**goals: float) -> Target:
+    return Target("a goal", "op/shape/bf16", goals, device="H100|H200", peer="best" if "ratio" in goals else None)
+
+
+def held(goal: Target, *runs: Run) -> TargetResult:
+    newest_first = sorted(runs, key=lambda r: r.started, reverse=True)
+    return evaluate(goal, [(r.started, r) for r in newest_first])
+
+
+RUN = run(case(timed("eager", 0.012, ours=True), timed("triton", 0.01, ours=True), timed("cudnn", 0.011)))
+
+
+@pytest.mark.parametrize(
+    ("goals", "verdict", "value", "shortfall"),
+    [
+        ({"ratio": 1.0}, MET, 1.1, -0.1),
+        ({"ratio": 1.375}, MISSED, 1.1, 0.2),
+        ({"tflops": 500}, MET, 600, -0.2),
+        ({"tflops": 800}, MISSED, 600, 0.25),
+        ({"percent_of_ceiling": 75}, MET, 75, 0.0),  # 7.5 ms at 800 TFLOP/s; the copy would take 0.5
+        ({"percent_of_ceiling": 90}, MISSED, 75, 1 / 6),
+        ({"seconds": 0.02}, MET, 0.01, -0.5),
+        ({"seconds": 0.008}, MISSED, 0.01, 0.25),
+    ],
+)
+def test_a_case_is_held_to_its_goal(goals: dict[str, float], verdict: str, value: float, shortfall: float) -> None:
+    result = held(target(**goals), RUN)
+    assert result.verdict == verdict
+    assert result.value == pytest.approx(value)
+    assert result.shortfall == pytest.approx(shortfall)
+
+
+def test_of_several_goals_one_is_enough() -> None:
+    result = held(target(tflops=620, percent_of_ceiling=70), RUN)
+    assert (result.verdict, result.measure) == (MET, "percent_of_ceiling")
+    nearest = held(target(tflops=620, percent_of_ceiling=99), RUN)
+    assert (nearest.verdict, nearest.measure) == (MISSED, "tflops")
+
+
+def test_a_named_backend_and_a_named_peer_are_the_ones_compared() -> None:
+    goal = dataclasses.replace(target(ratio=1.0), backend="eager", peer="cudnn")
+    assert held(goal, RUN).value == pytest.approx(0.011 / 0.012)
+    assert held(dataclasses.replace(goal, peer="triton"), RUN).value == pytest.approx(0.010 / 0.012)
+
+
+def test_the_stretch_goal_is_told_but_not_required() -> None:
+    goal = target(tflops=500)
+    assert held(dataclasses.replace(goal, stretch=600), RUN).stretched
+    result = held(dataclasses.replace(goal, stretch=700), RUN)
+    assert (result.verdict, result.stretched) == (MET, False)
+    assert held(dataclasses.replace(target(seconds=0.02), stretch=0.01), RUN).stretched
+
+
+@pytest.mark.parametrize("status", [WRONG, ERROR])
+def test_a_wrong_kernel_misses_its_goal(status: str) -> None:
+    broken = Measurement("triton", status, True, "relative error 0.3")
+    result = held(target(ratio=1.0), run(case(broken, timed("cudnn", 0.011))), dataclasses.replace(RUN, started="2025"))
+    assert (result.verdict, result.file, result.shortfall) == (MISSED, "2026-01-01", None)
+    assert "relative error 0.3" in result.detail
+
+
+@pytest.mark.parametrize(
+    ("runs", "detail"),
+    [
+        ([], "no results of such a machine"),
+        ([run(machine=CPU)], "no results of such a machine"),
+        ([run()], "not in any results"),
+        ([run(case(timed("cudnn", 0.01)))], "no back-end of ours yet"),
+        ([run(case(Measurement("triton", OK, True)))], "triton: not timed"),
+        ([run(case(Measurement("triton", NOT_INSTALLED, True)))], "triton: not installed"),
+        ([run(case(timed("triton", 0.01, ours=True)))], "peer best: not measured"),
+        ([run(case(timed("triton", 0.01, ours=True), Measurement("cudnn", WRONG)))], "peer best: not measured"),
+    ],
+)
+def test_what_no_run_can_answer_is_unmeasured(runs: Sequence[Run], detail: str) -> None:
+    result = held(target(ratio=1.0), *runs)
+    assert (result.verdict, result.value, result.detail) == (UNMEASURED, None, detail)
+
+
+def test_without_a_ceiling_its_share_is_unmeasured() -> None:
+    result = held(target(percent_of_ceiling=80), dataclasses.replace(RUN, ceilings=Ceilings()))
+    assert (result.verdict, result.detail) == (UNMEASURED, "that run measured no ceiling for it")
+
+
+def test_the_newest_run_that_measured_it_answers() -> None:
+    newest = run(case(timed("other", 1.0), name="other/shape/bf16"), started="2026-03-01")
+    newer = run(case(timed("triton", 0.02, ours=True), timed("cudnn", 0.011)), started="2026-02-01")
+    h200 = run(
+        case(timed("triton", 0.005, ours=True), timed("cudnn", 0.011)), machine=dataclasses.replace(H100, device="A100")
+    )
+    result = held(target(ratio=1.0), RUN, newest, newer, dataclasses.replace(h200, started="2026-04-01"))
+    assert (result.file, result.verdict) == ("2026-02-01", MISSED)
+
+
+# --- Variants -------------------------------------------------------------------------------------------------------
+
+
+def variant(name: str, step: float, peak: int = 2**30) -> VariantResult:
+    """Two chunks of four steps and nine decodes, of which one is longer; the first frame 50 ms after denoising."""
+    stages = {
+        "denoise/step": (step, step, step, 2 * step) * 2,
+        "decode": (0.02, *(0.01,) * 8) * 2,
+        "emit": (0.001,) * 3,
+    }
+    chunk, first = (5 * step + 0.1, 5 * step + 0.12), (5 * step + 0.05,) * 2
+    return VariantResult(
+        name, OK, stages=stages, chunk=chunk, first_frame=first, frames=28, peak_bytes=peak, gaps=step / 10
+    )
+
+
+VARIANTS = run(
+    variants=(
+        variant("bf16-compiled", 0.9),
+        variant("fp8-eager", 0.6, peak=3 * 2**30),
+        variant("fp8-attn-compiled", 0.4, peak=2 * 2**30),
+        VariantResult("fp8-graphs", ERROR, "OutOfMemoryError", frames=28),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "value"),
+    [
+        ("denoise/step", 0.4),  # of one step, the median
+        ("decode", 0.1),  # of a chunk
+        ("chunk", 2.11),
+        ("first_frame", 2.05),
+        ("after_denoise", 0.05),
+        ("fps", 28 / 2.11),
+        ("peak_bytes", 2**31),
+        ("gaps", 0.04),
+        ("emit", None),  # three calls are no two chunks
+        ("motion", None),
+    ],
+)
+def test_a_stage_has_its_quantity(stage: str, value: float | None) -> None:
+    got = stage_value(VARIANTS.variants[2], stage)
+    assert got is None if value is None else got == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("subject", "stage", "goals", "verdict", "value"),
+    [
+        ("fp8*", "denoise/step", {"seconds": 0.45}, MET, 0.4),  # the best that fits
+        ("fp8*", "denoise/step", {"seconds": 0.39}, MISSED, 0.4),
+        ("fp8-eager", "denoise/step", {"seconds": 0.45}, MISSED, 0.6),
+        ("fp8*", "denoise/step", {"ratio": 2.2}, MET, 2.25),
+        ("fp8*", "fps", {"at_least": 14}, MISSED, 28 / 2.11),
+        ("fp8*", "fps", {"at_least": 13}, MET, 28 / 2.11),
+        ("*", "peak_bytes", {"at_most": 2**30}, MET, 2**30),
+        ("*", "gaps", {"at_most": 0.02}, MISSED, 0.04),
+        ("fp8*", "peak_bytes", {"at_most": 2**30}, MISSED, 2**31),
+        ("fp8-graphs", "chunk", {"seconds": 1.0}, MISSED, None),
+        ("int8*", "chunk", {"seconds": 1.0}, UNMEASURED, None),
+        ("fp8*", "motion", {"seconds": 1.0}, MISSED, None),  # by the one that failed: none of them has it
+        ("bf16*", "motion", {"seconds": 1.0}, UNMEASURED, None),
+    ],
+)
+def test_a_variant_is_held_to_its_goal(
+    subject: str, stage: str, goals: dict[str, float], verdict: str, value: float | None
+) -> None:
+    peer = "bf16-compiled" if "ratio" in goals else None
+    result = held(Target("goal", subject, goals, stage=stage, peer=peer), VARIANTS)
+    assert result.verdict == verdict
+    assert result.value is None if value is None else result.value == pytest.approx(value)
+
+
+def test_against_a_variant_that_failed_nothing_is_measured() -> None:
+    result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="fp8-graphs"), VARIANTS)
+    assert (result.verdict, result.detail) == (UNMEASURED, "peer fp8-graphs is failing: OutOfMemoryError")
+
+
+# --- The file -------------------------------------------------------------------------------------------------------
+
+
+def test_every_case_and_peer_in_the_goals_exists() -> None:
+    cases = registry()
+    for goal in read_targets(TARGETS):
+        if goal.stage is None:
+            assert goal.subject in cases
+            backends = {b.name for b in cases[goal.subject].backends}
+            assert {goal.peer, goal.backend} - {None, "best"} <= backends
+
+
+def test_the_goals_name_real_devices_and_are_no_easier_than_their_stretch() -> None:
+    for goal in read_targets(TARGETS):
+        assert goal.kind == "cpu" or goal.applies(run(machine=H100))
+        measure, wanted = next(iter(goal.goals.items()))
+        if goal.stretch is not None:
+            assert (goal.stretch < wanted) == (measure in ("seconds", "at_most"))
+
+
+BASE = {"name": '"x"', "cases": '["op/shape/bf16"]', "seconds": "1.0"}
+
+
+def toml(**changes: str | None) -> str:
+    return "[[target]]\n" + "".join(f"{k} = {v}\n" for k, v in (BASE | changes).items() if v is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[[target]\n", "is not TOML"),
+        ("", "must consist of [[target]] entries, and has nothing"),
+        ("[target]\nname = 'x'\n", "must consist of [[target]] entries"),
+        (toml() + "[more]\n", "must consist of [[target]] entries, and has target, more"),
+        ("target = [1]\n", "target number 1: is not a table"),
+        (toml(name=None), "target number 1: has no name"),
+        (toml(name="3"), "target 3: name = 3, wanted a text"),
+        (toml(speed="3"), "target 'x': speed is not a key of it; there are name, device"),
+        (toml(seconds=None), "has no goal; there are ratio, percent_of_ceiling, tflops, seconds"),
+        (toml(seconds="-1"), "seconds = -1, wanted a positive number"),
+        (toml(seconds="true"), "seconds = True, wanted a positive number"),
+        (toml(seconds="inf"), "seconds = inf, wanted a positive number"),
+        (toml(stretch='"a"'), "stretch = 'a', wanted a positive number"),
+        (toml(cases='"op/shape/bf16"'), "cases = 'op/shape/bf16', wanted a list of names"),
+        (toml(cases=None), "wants either cases or a variant"),
+        (toml(variant='"a"', stage='"chunk"'), "wants either cases or a variant"),
+        (toml(cases=None, variant='"a"'), "a variant needs one"),
+        (toml(stage='"chunk"'), "a stage goes with a variant"),
+        (toml(ratio="1.0"), "a ratio needs a peer"),
+        (toml(peer='"best"'), "a ratio needs a peer, and a peer a ratio"),
+        (toml(cases=None, variant='"a"', stage='"chunk"', backend='"b"'), "a backend goes with cases"),
+        (toml(kind='"gpu"'), "kind = 'gpu', wanted cuda or cpu"),
+        (toml(device='"H100("'), "device is no regular expression"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_entry(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "targets.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_targets(tmp_path / "targets.toml")
+    assert complaint in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "targets.toml"))
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["profiling", "targets", *map(str, arguments)])
+    return main()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(RUN, tmp_path / "results" / "a.json")
+    (tmp_path / "results" / "broken.json").write_text("{")
+    (tmp_path / "goals.toml").write_text(toml(name='"fast"', stretch="0.001") + toml(name='"faster"', seconds="0.008"))
+    return tmp_path
+
+
+def test_the_command_is_good_only_if_all_goals_are_met(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--results", folder / "results", "--file")
+    assert call(monkeypatch, *common, folder / "goals.toml") == 1
+    out = capsys.readouterr().out
+    assert "missed by 25%" in out
+    assert "a.json" in out
+    assert "1 met, 1 missed, 0 unmeasured" in out
+    assert "broken.json is not JSON" in " ".join(out.split())
+    (folder / "easy.toml").write_text(toml())
+    assert call(monkeypatch, *common, folder / "easy.toml") == 0
+    (folder / "unmeasured.toml").write_text(toml() + toml(cases='["x/y/z", "x/y/w"]'))
+    capsys.readouterr()
+    assert call(monkeypatch, *common, folder / "unmeasured.toml") == 1
+    assert "2 cases" in capsys.readouterr().out
+
+
+def test_the_json_has_value_shortfall_and_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "results" / "a.json"
+    assert call(monkeypatch, "--results", file, "--file", folder / "goals.toml", "--json") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["counts"] == {"met": 1, "missed": 1}
+    met, missed = document["targets"]
+    assert (met["verdict"], met["value"], met["file"], met["stretched"]) == ("met", 0.01, str(file), False)
+    assert missed["shortfall"] == pytest.approx(0.25)
+    assert missed["target"]["name"] == "faster"
+
+
+def test_mistakes_are_told_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, complaint in (
+        (("--file", folder / "none.toml"), "none.toml cannot be read"),
+        (("--file", folder / "goals.toml", "--results", folder / "none"), "none cannot be read"),
+        (("--file", folder / "goals.toml", "--results", folder / "results" / "broken.json"), "is not JSON"),
+    ):
+        assert call(monkeypatch, *arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert complaint in err
+        assert len(err.splitlines()) == 1

@@ -1,0 +1,43 @@
+"""The registry under pytest-benchmark: `pytest --benchmark-only`, with its own JSON (`--benchmark-json`) and compare.
+
+Without `--benchmark-only` these are skipped: the same cases are checked, untimed, in test_bench.py.
+"""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from profiling.cases import Backend, Case, chosen
+from profiling.measure.bench import set_benchmark_state
+from profiling.measure.check import case_result, check_backend, reference_outputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAIRS = [(case, b) for case in chosen([], DEVICE, None) for b in case.backends]
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize(("case", "backend"), PAIRS, ids=[f"{case.name}-{b.name}" for case, b in PAIRS])
+def test_case(benchmark: BenchmarkFixture, case: Case, backend: Backend) -> None:
+    if DEVICE.type not in backend.devices:
+        pytest.skip(f"{backend.name} is not for {DEVICE.type}")
+    if not backend.installed:
+        pytest.skip(f"{backend.name}: {backend.needs} is not installed")
+    set_benchmark_state()
+    with torch.inference_mode():
+        inputs = case.inputs(DEVICE, torch.Generator(DEVICE).manual_seed(0))
+        expected = reference_outputs(case, inputs, DEVICE)
+        assert not check_backend(case, backend, inputs, expected, DEVICE).detail
+        call = backend.prepare(*inputs)
+
+        def whole() -> None:
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        facts = asdict(case_result(case, ()))
+        benchmark.group = case.name
+        benchmark.extra_info |= {k: v for k, v in facts.items() if k != "measurements"}
+        benchmark.extra_info |= {"backend": backend.name, "ours": backend.ours}
+        benchmark.pedantic(whole, rounds=10, warmup_rounds=2)

@@ -1,0 +1,51 @@
+"""Kernels compiled beforehand: all that tuning would try, once, in processes of their own, within the seconds given."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from kernels.tuning import GPU
+from model.errors import UserError
+from profiling.cases import registry
+from profiling.measure import precompile
+from profiling.measure.precompile import CompileJob, compile_job, compile_jobs
+
+H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
+NORM = "rms_norm_silu/14b-w1-level3/bf16"
+
+
+def test_jobs_are_what_is_launched_and_what_tuning_would_try() -> None:
+    case = registry()[NORM]
+    assert list(compile_jobs([case], whole_space=False)) == [CompileJob(NORM, "triton")]
+    whole_space = list(compile_jobs([case], whole_space=True))
+    assert len(whole_space) == 9
+    assert CompileJob(NORM, "triton", (("PIXELS", 32), ("num_warps", 8))) in whole_space
+
+
+def test_what_is_compiled_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # the processes' own, too
+    todo = [CompileJob(NORM, "triton", (("PIXELS", n), ("num_warps", 4))) for n in (4, 8)]
+    assert precompile.compile_all(todo, H100, None, 120) == (2, [])
+    binaries = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
+    assert len(binaries) == 2
+    assert compile_job(todo[0], H100, None) == ""
+    assert binaries == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
+
+
+def test_what_does_not_compile_is_said_in_one_line() -> None:
+    said = compile_job(CompileJob(NORM, "triton", (("PIXELS", 3), ("num_warps", 4))), H100, None)
+    assert "power of 2" in said
+    assert "\n" not in said
+
+
+def test_no_seconds_compile_nothing() -> None:
+    begin = time.monotonic()
+    assert precompile.compile_all([CompileJob(NORM, "triton")] * 100, H100, None, 0.5) == (0, [])
+    assert time.monotonic() - begin < 20
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="warm: there is no GPU to compile for"):
+        precompile.warm_command([], False, 10, None)
