@@ -4,9 +4,9 @@ A results file outlives the names in it: `compare REV1 REV2` reads files as an o
 version therefore has one pure function here that turns its JSON values into the next version's. `profiling.results`
 applies it when it meets an old file.
 
-Version 2 gave operations and dimensions the names that they have in `kernels`. Two operations that differed only in
-their shapes became one: the VAE's attention is `chunk_attention`, and a convolution in time alone is a `causal_conv3d`
-with a kernel of 3 x 1 x 1. What was measured is unchanged.
+Version 2 gave operations, dimensions and back-ends the names that they have in `kernels`. Two operations that differed
+only in their shapes became one: the VAE's attention is `chunk_attention`, and a convolution in time alone is a
+`causal_conv3d` with a kernel of 3 x 1 x 1. What was measured is unchanged.
 """
 
 from typing import Any
@@ -38,6 +38,7 @@ DIMENSIONS = {  # by operation of version 2
     "rms_norm_rope_fp8": _HEADS,
     "norm_attention": _HEADS,
 }
+BACKENDS = {"audio_attention": {"folded": "absorbed"}, "conv_norm": {"apart": "separate"}}  # by operation of version 1
 
 
 def version_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +63,13 @@ def case(values: dict[str, Any]) -> dict[str, Any]:
         new["case"] = _case_name(values["case"])
     if dims := values.get("dims"):  # a case without any has none to complete
         new["dims"] = KERNEL_SIZES.get(old, {}) | _renamed(dims, DIMENSIONS.get(OPERATIONS.get(old, old), {}))
+    backends = BACKENDS.get(old, {})
+    if "backend" in values:  # in extra_info, which is of one back-end
+        new["backend"] = backends.get(values["backend"], values["backend"])
+    if "measurements" in values:
+        new["measurements"] = [
+            m | {"backend": backends.get(m["backend"], m["backend"])} for m in values["measurements"]
+        ]
     return new
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark case, once: for the command line, pytest-benchmark, the audit, the tuner and the GPU phases alike.
+"""The benchmark cases: defined once, then checked, timed, audited, tuned, compared and drawn.
 
 A *case* is an operation at a named shape in a dtype: `chunk_attention/14b-w8/bf16` is the self-attention of one of 8
 GPUs that share flashtalk-14b. It knows how its inputs are made, what the right answer is, how many operations and
@@ -6,12 +6,22 @@ bytes it needs by formula, and which back-ends compute it: ours (what model/ run
 instead).
 
     Operation   inputs, reference, FLOPs, bytes, back-ends by dtype
-    Shape       name, dimensions, GPUs that share the work, calls a chunk
+    Shape       name, dimensions, GPUs that share the work, calls in a chunk
     Case        an operation at a shape in a dtype; `registry` makes them all
 
-Dimensions come from the model's configuration. A dtype is what matrix products run in: "fp8" cases take bf16 inputs and
-are held to the same float reference. FLOPs count a multiply-add as 2; bytes count each operand and result once, those
-of products in the case's dtype, the stream between them in at least 16 bits.
+Dimensions come from the model's configuration. A dtype is that of the matrix products: "fp8" cases take bf16 inputs and
+are held to the same float reference. FLOPs count a multiply-add as 2. Bytes count each operand and result once: matrix
+operands in the case's dtype, the residual stream in at least 16 bits.
+
+Adding an operation takes five files; docs/adding-an-operation.md walks through an example:
+
+    kernels/NAME.py                     reference, kernel, launcher, custom op, public function
+    tests/kernels/test_NAME.py          the operation on a CPU, as torch sees it, and on a GPU
+    tests/kernels/interpreted/NAME.py   the kernel in Triton's interpreter
+    profiling/cases/KIND.py             an `Operation` with our back-ends and their peers
+    profiling/cases/shapes.py           the shapes that a preset needs, and their calls in a chunk
+
+Bounds on its registers and spills (budgets.toml) and goals for its speed (targets.toml) are optional.
 """
 
 from profiling.cases.case import (

@@ -1,4 +1,4 @@
-"""What a case is made of; see the package."""
+"""The dataclasses that describe a case, and helpers to write its back-ends; the package explains the terms."""
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,10 +13,10 @@ from kernels.tuning import LaunchConfig, TunedConfig, tuned_config
 from model.config import PRECISIONS
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of its matrix operands
-TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # relative Frobenius error of one operation
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of an element of its matrix operands
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # default bounds of an operation's relative Frobenius error
 FP8_MAX = 448.0  # largest e4m3 value
-PROMPT = 20  # tokens of a prompt like the published one
+PROMPT = 20  # text tokens before the padding; the published example prompt has about as many
 FP8_LEVELS = PRECISIONS["fp8-vae"].fp8_vae
 
 Dims = Mapping[str, int]
@@ -26,24 +26,35 @@ Call = Callable[[], Output]
 
 @dataclass(frozen=True)
 class Draw:
-    """Makes random inputs: normal, never zeros. Without a generator, under a fake-tensor mode, it makes only shapes."""
+    """Makes normally distributed inputs, on the case's device and in its dtype unless told otherwise.
+
+    The audit passes no generator: its inputs are fake tensors, which have shapes but no values.
+    """
 
     device: torch.device
     dtype: torch.dtype
     generator: torch.Generator | None = None
 
     def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal values of deviation `scale`."""
+        """A tensor of that shape, of mean 0 and standard deviation `scale`."""
         x = torch.randn(*shape, device=self.device, dtype=torch.float32, generator=self.generator)
         return (x * scale).to(dtype or self.dtype)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation.
+    """One way to compute an operation: a kernel of ours, or what a user would run instead.
 
-    `prepare(*inputs)` does what is done once (quantises weights, changes their layout) and returns the call that is
-    timed. It may raise anything; an absent module named in `needs` is noted beforehand.
+    Attributes:
+        name: under which results, targets and tuned tables know it.
+        prepare: called once with the case's inputs. It does the work that does not count, such as quantising weights
+            or changing their layout, and returns the call that is checked and timed. It may raise anything.
+        ours: whether model/ runs it; all others are peers.
+        devices: the device types that it runs on.
+        needs: a module that must be importable, or else it is reported as not installed.
+        launcher: of a Triton kernel, what the operation calls on CUDA tensors. The audit compiles what it launches.
+        space: the launch parameters worth trying at given dimensions, for the tuner. `prepare(*inputs, config=...)`
+            must accept each of them.
     """
 
     name: str
@@ -51,14 +62,12 @@ class Backend:
     ours: bool = False
     devices: tuple[str, ...] = ("cuda", "cpu")
     needs: str | None = None
-    # Of a Triton kernel: what the operation calls on CUDA tensors, for the audit; and for the tuner, the launch
-    # parameters worth trying at given dimensions, any of which `prepare(*inputs, config=...)` takes.
     launcher: Callable[..., object] | None = None
     space: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
 
     @property
     def installed(self) -> bool:
-        """Whether what it needs can be imported."""
+        """Whether the module it needs can be imported."""
         if self.needs is None:
             return True
         try:
@@ -69,28 +78,40 @@ class Backend:
 
 @dataclass(frozen=True)
 class Operation:
-    """What is computed, and by whom."""
+    """A computation, the right answer, its cost by formula, and the back-ends that compute it.
+
+    Attributes:
+        name: of the operation in kernels/, also in tuned tables.
+        inputs: the arguments of a call at given dimensions.
+        reference: the right answer, computed in the precision of the inputs it gets.
+        flops: useful floating-point operations of one call; a multiply-add counts as 2.
+        bytes: least bytes of one call, by dimensions and by bytes of an element of a matrix operand.
+        backends: by dtype, in the order in which they are shown.
+        result: the part of a back-end's output that is held to the reference.
+        products: whether the FLOPs are those of matrix products, whose ceiling is measured.
+        tolerances: bounds of the relative error by dtype, where `TOLERANCES` does not suit.
+    """
 
     name: str
     inputs: Callable[[Dims, Draw], tuple[Any, ...]]
-    reference: Callable[..., Output]  # in the precision of its inputs
+    reference: Callable[..., Output]
     flops: Callable[[Dims], float]
-    bytes: Callable[[Dims, int], float]  # dimensions, bytes of a matrix operand
-    backends: Mapping[str, Sequence[Backend]]  # dtype -> back-ends
-    result: Callable[[Any], Output] = lambda output: output  # what of a back-end's output the reference is held to
-    products: bool = True  # whether the FLOPs are matrix products, whose ceiling is measured
-    tolerances: Mapping[str, float] = field(default_factory=dict)  # by dtype, where they are not those of TOLERANCES
+    bytes: Callable[[Dims, int], float]
+    backends: Mapping[str, Sequence[Backend]]
+    result: Callable[[Any], Output] = lambda output: output
+    products: bool = True
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Named dimensions. `world` GPUs share the work, and one of them makes `calls` such calls in a chunk."""
+    """Named dimensions of an operation's inputs, and how often a chunk needs them."""
 
     name: str
     dims: Dims
-    world: int = 1
-    calls: float = 0
-    stage: str = ""  # of a chunk, that the calls are part of
+    world: int = 1  # GPUs that share the work; the dimensions are one rank's
+    calls: float = 0  # by one rank in one chunk; 0 where other cases already count this work
+    stage: str = ""  # of the chunk, where there are calls
 
 
 @dataclass(frozen=True)
@@ -100,16 +121,16 @@ class Case:
     operation: Operation
     shape: Shape
     dtype: str
-    tolerance: float
+    tolerance: float  # of the relative Frobenius error
 
     @property
     def name(self) -> str:
-        """operation/shape/dtype."""
+        """Its unique name, operation/shape/dtype."""
         return f"{self.operation.name}/{self.shape.name}/{self.dtype}"
 
     @property
     def flops(self) -> float:
-        """Useful operations of one call."""
+        """Useful floating-point operations of one call."""
         return self.operation.flops(self.shape.dims)
 
     @property
@@ -127,28 +148,32 @@ class Case:
         return self.operation.inputs(self.shape.dims, Draw(device, TORCH_DTYPES[self.dtype], generator))
 
     def expected(self, inputs: tuple[Any, ...], precision: torch.dtype) -> Output:
-        """The reference of these inputs, computed in `precision`."""
+        """The right answer for these inputs, computed in `precision`."""
         wide = [x.to(precision) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         return self.operation.reference(*wide)
 
 
-# On the CPU compilation takes seconds a shape; only passes over memory, which it fuses, are worth these.
+# Compiling for a CPU takes seconds a shape. It pays off for elementwise passes, which are fused: these are compiled
+# ANYWHERE, all others only on CUDA.
 ANYWHERE = ("cuda", "cpu")
 CUDA = ("cuda",)
 
 
 def once(function: Callable[..., Output]) -> Callable[..., Call]:
-    """A `prepare` that has nothing to prepare."""
+    """A `prepare` with nothing to set up: the timed call is the function on the inputs as they are."""
     return lambda *inputs: partial(function, *inputs)
 
 
 def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
-    """A `prepare` that hands the function to torch.compile."""
+    """A `prepare` that compiles the function with torch.compile."""
     return lambda *inputs: partial(torch.compile(function, dynamic=False), *inputs)
 
 
 def triton(dtype: str, launcher: Callable[..., Output], space: Callable[[Dims], Iterable[dict[str, Any]]]) -> Backend:
-    """A Triton kernel by its launcher, which takes launch parameters. In float32 it is for tests, not to be audited."""
+    """The back-end of a Triton kernel whose launcher takes the inputs and `config`.
+
+    Float32 is for tests, and no GPU runs it: it is not audited.
+    """
 
     def prepare(*inputs: Any, config: LaunchConfig | None = None) -> Call:
         return partial(launcher, *inputs, config=config)
@@ -159,19 +184,22 @@ def triton(dtype: str, launcher: Callable[..., Output], space: Callable[[Dims], 
 def eager_and_compiled(
     function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
 ) -> tuple[Backend, Backend]:
-    """The arithmetic of model/ as it is and, on some devices, as torch.compile makes it."""
+    """Our function as it is, and compiled on the given devices."""
     return Backend("eager", once(function), ours=True), Backend("compiled", compiled(function), devices=devices)
 
 
 def choose(
     operation: str,
-    form: str,
+    backend: str,
     dims: Dims,
     dtype: str,
     x: Tensor,
     config: LaunchConfig | None,
     match_exactly: Sequence[str] = (),
 ) -> TunedConfig:
-    """One form of an operation on x's device, with those launch parameters, or else as it is tuned."""
-    tuned = None if config else tuned_config(operation, dims, dtype, x.device, (form,), match_exactly)
-    return tuned or TunedConfig(form, config or {})
+    """The configuration that one back-end is launched with on x's device.
+
+    It has the launch parameters `config` if there are any, else those in the tuned table, else the kernel's own.
+    """
+    tuned = None if config else tuned_config(operation, dims, dtype, x.device, (backend,), match_exactly)
+    return tuned or TunedConfig(backend, config or {})

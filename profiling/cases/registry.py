@@ -1,4 +1,4 @@
-"""All cases by name, and those that are meant."""
+"""All cases by name, and the selection that a command line asks for."""
 
 import contextlib
 import difflib
@@ -19,14 +19,14 @@ from profiling.cases.shapes import student_shapes, vae_shapes
 
 @dataclass(frozen=True)
 class Family:
-    """How a preset is measured: its tag in shape names, its world sizes, its dtypes (or those an operation has)."""
+    """The cases of a preset: at which world sizes and in which dtypes it is measured."""
 
-    tag: str
+    tag: str  # of the preset in the names of shapes
     worlds: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # an operation that has none of them is measured in all of its own
 
 
-DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # the cases made for a device
+DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # patterns of the cases that suit a device type
 
 FAMILIES = {
     "tiny": Family("tiny", (1, 2), ("fp32",)),
@@ -45,11 +45,14 @@ def preset_cases(preset: str) -> Iterator[Case]:
 
 
 def own_cases(file: Path) -> list[Case]:
-    """The `CASES` of a Python file: work in progress, tests. Raises `UserError` if it gives none, or one name twice."""
+    """The list `CASES` of a Python file, for work in progress and for tests.
+
+    Raises `UserError` if the file cannot be run, has no such list, or uses a name twice.
+    """
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             cases = list(runpy.run_path(str(file))["CASES"])
-    except Exception as error:  # a file of the user's may raise anything
+    except Exception as error:  # the user's file may raise anything
         raise UserError(f"--cases {file} gives no CASES: {type(error).__name__} {error}") from error
     for case in cases:
         if not isinstance(case, Case):
@@ -62,13 +65,13 @@ def own_cases(file: Path) -> list[Case]:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
+    """The first name that occurs a second time."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def registry(extra: Path | None = None) -> dict[str, Case]:
-    """All cases by name, with those of the Python file `extra`; raises `UserError` if it has a name of ours."""
+    """All cases by name, with those of the Python file `extra`; raises `UserError` if it redefines one of ours."""
     cases = {case.name: case for preset in FAMILIES for case in preset_cases(preset)}
     for case in own_cases(extra) if extra else ():
         if case.name in cases:
@@ -78,19 +81,22 @@ def registry(extra: Path | None = None) -> dict[str, Case]:
 
 
 def chosen(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:
-    """What a command on that device is asked for; without patterns `extra`'s own, or else those made for the device."""
+    """The cases that a command's patterns ask for.
+
+    Without patterns these are the cases of the file `extra`, or without that too, those that suit the device.
+    """
     if extra is not None and not patterns:
         return own_cases(extra)
     return select(registry(extra), patterns or DEFAULTS[device.type], DEFAULTS[device.type])
 
 
 def select(cases: Mapping[str, Case], patterns: Sequence[str], preferred: Sequence[str] = ()) -> list[Case]:
-    """Those whose name matches one of the shell patterns; a pattern without a wildcard may be a part of the name.
+    """The cases whose name matches one of the shell patterns; a pattern without a wildcard may be a part of the name.
 
-    Such a part means cases that match `preferred`, patterns of those made for the device, if there are any: no one asks
-    a CPU for the shapes of eight GPUs by naming an operation.
+    A part of a name selects only cases that also match `preferred`, if any of them do: whoever names an operation on a
+    CPU does not ask for the shapes of eight GPUs.
 
-    Raises `UserError` for a pattern that matches none, with the names nearest to it.
+    Raises `UserError` for a pattern that matches nothing, and suggests the nearest names.
     """
     chosen: dict[str, Case] = {}
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""The shapes that a preset has, by world size."""
+"""Which operations a preset runs at a world size, at which shapes, and how often in a chunk."""
 
 import math
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from profiling.cases.passes import (
 )
 from profiling.cases.vae import whole_vae
 
-# The stages of a chunk that calls are counted in; the VAE's shapes count decoding and encoding together.
+# The stages of a chunk that calls belong to; the VAE's shapes count decoding and encoding together.
 DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
 SPACE_TIME, TIME = {"kt": 3, "k": 3}, {"kt": 3, "k": 1}  # kernel sizes of causal convolutions
 
 
 def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
-    """Into how many rows and columns of equal tiles `world` GPUs split a latent, as square as can be."""
+    """The rows and columns of equal tiles, as square as can be, into which `world` GPUs split a latent."""
     ways = [
         (g, world // g) for g in range(1, world + 1) if world % g == 0 and rows % g == 0 and columns % (world // g) == 0
     ]
@@ -43,7 +43,7 @@ def tile_grid(world: int, rows: int, columns: int) -> tuple[int, int]:
 
 
 def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
-    """The student's operations on one of `world` GPUs: heads split inside self-attention, tokens everywhere else."""
+    """The student's operations on one of `world` GPUs, which split heads in self-attention and tokens elsewhere."""
     dit = config.dit
     tokens, per_frame = math.prod(config.grid), math.prod(config.grid[1:])
     rows, layers = tokens // world, dit.num_layers * config.chunk.sample_steps
@@ -58,14 +58,14 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", dedup_padding=1, **text_image)
     audio = {"queries": rows, "per_frame": per_frame, "keys": dit.context_tokens, **heads}
     yield FRAME_ATTENTION, shape(1, **audio)
-    yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and attention are counted as such
+    yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and its attention are counted above and below
     wide, narrow = dit.ffn_dim, dit.dim
     # Output projections and queries of three attentions: o; cross q, o; audio q, o.
     for name, calls, inputs, outputs in (
         ("qkv", 1, narrow, 3 * narrow), ("out", 5, narrow, narrow), ("up", 1, narrow, wide), ("down", 1, wide, narrow)
     ):  # fmt: skip
         yield LINEAR, shape(calls, f"-{name}", rows=rows, inputs=inputs, outputs=outputs)
-    # Whole sequences, of which the linear layer and the passes around it are parts: no calls of their own.
+    # Sequences of operations have no calls of their own: the linear layer and the passes around it are counted.
     for name, inputs, outputs, gelu in (("qkv", narrow, 3 * narrow, 0), ("up", narrow, wide, 1)):
         yield NORM_LINEAR, shape(0, f"-{name}", rows=rows, inputs=inputs, outputs=outputs, gelu=gelu)
     for name, inputs, quantised in (("out", narrow, 0), ("down", wide, 1)):
@@ -77,16 +77,16 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
         yield NORM_ATTENTION, shape(0, tokens=rows, **heads)
     yield QUANTIZE_ROWS, shape(0, "-narrow", rows=rows, columns=narrow)
     yield QUANTIZE_ROWS, shape(0, "-wide", rows=rows, columns=wide)
-    if world > 1:  # ring attention: a rank's queries, everybody's keys
+    if world > 1:  # ring attention: a rank's queries, the keys of all ranks
         yield SELF_ATTENTION, shape(0, "-ring", queries=rows, keys=tokens, **heads)
 
 
 def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation, Shape]]:
-    """The VAE's operations at the decoder's four levels, on one tile of the picture; and on one GPU all of them.
+    """The VAE's operations at the decoder's four levels, on one tile of the picture; on one GPU also the whole VAE.
 
-    Calls are frames over frames a call, decode of a chunk and re-encode of its motion frames together; a level's
-    first convolution, which may have other input channels, counts as one of the rest. Convolutions of several latents
-    at a time, where the decoder takes them so, are a shape of their own.
+    Calls are those of decoding a chunk and of encoding its motion frames again, together. A level's first convolution,
+    which may have other input channels, is counted as if it were like the rest. Where the decoder takes several latents
+    at a time, its convolutions have a shape of their own.
     """
     vae, chunk = config.vae, config.chunk
     latents, _, rows, columns = config.latent_shape
@@ -111,7 +111,7 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             pair = dims | SPACE_TIME | {"frames": TOGETHER * frames, "outputs": width}
             yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs, DECODE)
         yield RMS_NORM_SILU, Shape(name, dims, world, convolutions, DECODE)
-        if width <= WIDEST:  # half of the two above, together: no calls of its own
+        if width <= WIDEST:  # a sequence of the two above, no calls of its own
             yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, stage=DECODE)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
@@ -134,7 +134,7 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames, COLOR)
             yield LAB_TRANSFER, shown
     if world == 1:
-        # Three latents: a clip's first, its second, and one like all that follow.
+        # Three latents: a clip's first, its second, and a third like all that follow.
         yield whole_vae(vae, "decode"), Shape(tag, {"frames": 3, "rows": rows, "columns": columns})
         pictures = {"frames": chunk.motion_frames_num, "rows": chunk.height, "columns": chunk.width}
         yield whole_vae(vae, "encode"), Shape(tag, pictures)

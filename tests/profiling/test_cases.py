@@ -109,15 +109,15 @@ def test_a_part_of_a_name_means_the_devices_cases_and_a_whole_name_itself() -> N
     def named(pattern: str) -> set[str]:
         return {case.name for case in select(CASES, [pattern], ["*/tiny-w1*"])}
 
-    assert named("rms_norm_rope") == {"rms_norm_rope/tiny-w1/fp32"}
-    assert named("rms_norm_rope/14b-w8/bf16") == {"rms_norm_rope/14b-w8/bf16"}
+    assert named("frame_attention") == {"frame_attention/tiny-w1/fp32"}
+    assert named("frame_attention/14b-w8/bf16") == {"frame_attention/14b-w8/bf16"}
     assert named("14b-w8-ring") == {"chunk_attention/14b-w8-ring/bf16", "chunk_attention/14b-w8-ring/fp8"}
-    assert len(named("rms_norm_rope/*")) == 6
+    assert len(named("frame_attention/*")) == 6
 
 
 def test_an_unknown_case_is_met_with_near_ones() -> None:
     with pytest.raises(UserError, match=r"chunk_atention.*nearest: chunk_attention"):
-        select(CASES, ["self_atention/14b-w1/bf16"])
+        select(CASES, ["chunk_atention/14b-w1/bf16"])
 
 
 @pytest.mark.parametrize("text", ["CASES = [", "x = 1", "raise SystemError('no')"])

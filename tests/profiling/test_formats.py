@@ -1,5 +1,6 @@
 """Results files in the format of another tool: one that pytest-benchmark itself wrote, read as a run."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -92,7 +93,13 @@ def test_a_pytest_benchmark_file_with_names_of_version_1_has_the_present_ones(be
     for benchmark in values["benchmarks"][:2]:
         facts = {"case": "time_conv/tiny/fp32", "operation": "time_conv", "shape": "tiny", "dims": {"rows": 4}}
         benchmark["extra_info"] |= facts
+    facts = {"case": "conv_norm/tiny/fp32", "operation": "conv_norm", "shape": "tiny", "backend": "apart"}
+    values["benchmarks"].append(copy.deepcopy(values["benchmarks"][0]))
+    values["benchmarks"][-1]["extra_info"] |= facts
     run = from_json(values, "file")
+    normed = run.case("causal_conv3d_norm/tiny/fp32")
+    assert normed is not None
+    assert [m.backend for m in normed.measurements] == ["separate"]
     case = run.case("causal_conv3d/tiny-time/fp32")
     assert case is not None
     assert (case.operation, case.shape, case.dims) == ("causal_conv3d", "tiny-time", {"rows": 4, "kt": 3, "k": 1})

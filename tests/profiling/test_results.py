@@ -208,6 +208,17 @@ def test_a_case_of_version_1_is_read_under_its_new_name(
     )
 
 
+@pytest.mark.parametrize(
+    ("operation", "old", "new"),
+    [("audio_attention", "folded", "absorbed"), ("conv_norm", "apart", "separate"), ("linear", "folded", "folded")],
+)
+def test_a_backend_of_version_1_is_read_under_its_new_name(operation: str, old: str, new: str) -> None:
+    measurements = [{"backend": old, "status": "ok", "ours": True}, {"backend": "eager", "status": "ok"}]
+    document = change("cases", [old_case(operation, "s", {}, measurements=measurements)]) | {"version": 1}
+    (found,) = from_json(document, "old.json").cases
+    assert found.measurements == (Measurement(new, "ok", ours=True), Measurement("eager", "ok"))
+
+
 def test_a_run_of_version_1_loses_nothing() -> None:
     document = to_json(RUN) | {"version": 1, "notes": ["a note"]}
     document["gauges"] = document.pop("nvml") | {"watts": [650.0], "note": "one reading"}
