@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.chunk_attention import DEFAULT as ATTENTION
+from kernels.chunk_attention import DEFAULT_CONFIGS as ATTENTION
 from kernels.chunk_attention import DTYPE_NAMES, FP8, LOG2_E, launch_triton
 from kernels.chunk_attention import reference as attention
 from kernels.scheduler import KVRanges, query_tiles_on

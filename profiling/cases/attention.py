@@ -66,7 +66,7 @@ def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, config: Launch
 def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Tensor:
     """That form."""
     choice, scale = choose_attention(form, q, k, attention.DTYPE_NAMES[q.dtype], config), q.shape[2] ** -0.5
-    return attention.launch(q[None], k[None], v[None], None, kv_ranges(len(q), len(k)), scale, q.dtype, choice)[0][0]
+    return attention.dispatch(q[None], k[None], v[None], None, kv_ranges(len(q), len(k)), scale, q.dtype, choice)[0][0]
 
 
 def chunk_attention_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def launch_attention_fp8(form: str, *operands: Tensor, config: LaunchConfig | No
     q, q_scale, k, k_scale, v, v_scale = (x[None] for x in operands)
     seen, scale = kv_ranges(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
     choice = choose_attention(form, q[0], k[0], "fp8", config)
-    return attention.launch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
+    return attention.dispatch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
 
 
 def quantize_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
