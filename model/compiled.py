@@ -80,7 +80,7 @@ def warm(models: Models) -> None:
         return zeros(dit.num_layers, count, dit.num_heads, dit.head_dim, dtype=models.dit.dtype)
 
     context = ContextKV(
-        *map(keys, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), real=zeros(1).int() + 1
+        *map(keys, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=zeros(1).int() + 1
     )
     audio = models.dit.embed_audio(zeros(1, chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels))
     modulation = Modulation(zeros(dit.num_layers, 6, dit.dim), zeros(2, dit.dim))

@@ -27,14 +27,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
 from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
-from kernels.cross_attention import (
-    absorb_audio_projections,
-    absorbed_audio_attention,
-    frame_attention,
-    text_image_attention,
-)
+from kernels.frame_attention import frame_attention
 from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
+from kernels.text_image_attention import text_image_attention
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, Rows, modulated, normed
 from model.slots import Slot, joined_slots
@@ -44,14 +41,14 @@ from model.tensors import visiting
 class ContextKV(NamedTuple):
     """Keys and values of the text + image attention of all blocks, each [block, key, head, head channel].
 
-    `real` int32 [1]: text keys from that one on are the padding's, all the same, and are attended to as one.
+    `num_text_tokens` int32 [1]: text keys from this one on are the padding's, all equal, and are computed as one.
     """
 
     text_k: Tensor
     text_v: Tensor
     image_k: Tensor
     image_v: Tensor
-    real: Tensor
+    num_text_tokens: Tensor
 
 
 class AudioKV(NamedTuple):
@@ -456,8 +453,8 @@ class DiT(nn.Module):
         for attention in (block.cross_attn for block in self._blocks):
             with visiting(padded.device, *attention.context_modules().values()):
                 blocks.append(attention.embed(embedded, image))
-        real = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
-        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), real=real)
+        num_text_tokens = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
+        return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), num_text_tokens=num_text_tokens)
 
     def embed_audio(self, audio: Tensor) -> AudioKV:
         """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel], all blocks."""
@@ -522,7 +519,7 @@ class DiT(nn.Module):
         skip = known * per_frame
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
-            block_context = ContextKV(*keys_values, real=context.real)
+            block_context = ContextKV(*keys_values, num_text_tokens=context.num_text_tokens)
             block_audio = AudioKV(audio.k[i], audio.v[i])
             dropped = skip if i == len(self._blocks) - 1 else 0
             x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, dropped)
