@@ -87,7 +87,8 @@ def counted() -> dict[str, int]:
 
             num_text_tokens = torch.empty(1, dtype=torch.int32)
             context = ContextKV(
-                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=num_text_tokens
+                *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)),
+                num_text_tokens=num_text_tokens,
             )
             audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
             found["keys and values"] = sum(x.nbytes for x in (*context, *audio))
