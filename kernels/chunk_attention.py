@@ -8,9 +8,10 @@ attends to its own chunk in both directions and to the `past` chunks before it, 
 generated chunk by chunk, because a new chunk changes nothing in earlier ones.
 
 Public functions: `chunk_attention`, `chunk_attention_with_lse` and `merge_attention`, which merges the results for
-parts of the keys as ring attention does; and in FP8 `chunk_attention_fp8` and `chunk_attention_fp8_with_lse`.
+parts of the keys as ring attention does; and in FP8 `chunk_attention_fp8` and `chunk_attention_fp8_with_lse`. The model
+calls them without `chunks` and without lse so far; both are for causal students and for ring attention.
 
-FP8 operands, as `kernels.norm.rms_norm_rope_fp8` writes them:
+FP8 operands, as `rms_norm_rope_fp8` writes them:
 
     q ~ q8 q_scale          q8 [tokens, heads, head_dim], q_scale [tokens, heads]
     k ~ k8 k_scale + c      k8 [tokens, heads, head_dim], k_scale [heads]. The offset c [heads, head_dim] is the same
@@ -59,7 +60,7 @@ DEFAULT_CONFIGS: Mapping[torch.dtype, LaunchConfig] = {
     torch.bfloat16: BF16_CONFIG,
     FP8: FP8_CONFIG,
 }
-MAX_HEAD_DIM = 128  # above it, LARGE_HEAD_CONFIG is the default
+LARGE_HEAD_DIM = 128  # a head_dim above this takes LARGE_HEAD_CONFIG
 LARGE_HEAD_CONFIG: LaunchConfig = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -261,7 +262,7 @@ def launch_triton(
     batch, queries, heads, head_dim = q.shape
     split = split_head_dim(head_dim)
     assert split is not None
-    default = DEFAULT_CONFIGS[q.dtype] if head_dim <= MAX_HEAD_DIM else LARGE_HEAD_CONFIG
+    default = DEFAULT_CONFIGS[q.dtype] if head_dim <= LARGE_HEAD_DIM else LARGE_HEAD_CONFIG
     parameters: dict[str, Any] = {
         "SCALED": scales is not None, "D": split[0], "D_TAIL": split[1], **default, **(config or {})
     }  # fmt: skip
@@ -310,7 +311,7 @@ def _has_kernel(q: Tensor, k: Tensor) -> bool:
     """Whether our kernels take this head_dim and, if it is large, one of them was measured to be the fastest."""
     if split_head_dim(q.shape[3]) is None:
         return False
-    if q.shape[3] <= MAX_HEAD_DIM:
+    if q.shape[3] <= LARGE_HEAD_DIM:
         return True
     tuned = _tuned_config(q, k, DTYPE_NAMES[q.dtype])
     return tuned is not None and tuned.backend in BACKENDS
@@ -491,7 +492,7 @@ def chunk_attention_fp8(
     """Attention of each query to its own chunk and to the `past` chunks before it, of e4m3 operands with scales.
 
     Computes softmax(scale (q q_scale) (k k_scale)^T) (v v_scale). The weights are rounded to e4m3, and products are
-    accumulated in float32. `kernels.norm.rms_norm_rope_fp8` makes such operands.
+    accumulated in float32. `rms_norm_rope_fp8` makes such operands.
 
     Args:
         q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
