@@ -1,31 +1,32 @@
-"""Chunk-bidirectional attention: every query sees all keys of its chunk, and those of some chunks before it.
+"""Chunk-bidirectional attention: each query attends to all keys of its own chunk and to those of earlier chunks.
 
-    o[i] = sum_j softmax_j(scale q[i] . k[j]) v[j]          j over the keys that query i may see
-    lse[i] = log sum_j exp(scale q[i] . k[j])               what merges parts: `merge_attention`
+    o[i] = sum_j softmax_j(scale q[i] . k[j]) v[j]          j over the keys that query i attends to
+    lse[i] = log sum_j exp(scale q[i] . k[j])               natural logarithm
 
-Without `chunks` every query sees every key. With `chunks`, lengths that add up to the tokens, a query sees its own
-chunk in both directions, the `past` chunks before it ("all": every one before it), and never a later one: a video
-grows chunk by chunk, and nothing that is made already changes.
+Without `chunks`, every query attends to every key. With `chunks`, lengths that add up to the number of tokens, a query
+attends to its own chunk in both directions and to the `past` chunks before it, never to a later one. Video can then be
+generated chunk by chunk, because a new chunk changes nothing in earlier ones.
 
-`[tokens, heads, channels]`, or with a batch in front; any strides but along the channels. `scale` is channels^-1/2
-unless given; lse is natural, float32 [tokens, heads].
+Public functions: `chunk_attention`, `chunk_attention_with_lse` and `merge_attention`, which merges the results for
+parts of the keys as ring attention does; and in FP8 `chunk_attention_fp8` and `chunk_attention_fp8_with_lse`. The model
+calls them without `chunks` and without lse so far; both are for causal students and for ring attention.
 
-`chunk_attention_fp8` takes e4m3 operands as `kernels.norm.rms_norm_rope_fp8` writes them:
+FP8 operands, as `rms_norm_rope_fp8` writes them:
 
-    q ~ q8 q_scale          [tokens, heads, channels], scale [tokens, heads]
-    k ~ k8 k_scale + c      [tokens, heads, channels], scale [heads]; any c [heads, channels] that is the same for all
-                            keys adds the same to all logits of a query: softmax takes it out again
-    v ~ v8 v_scale          [heads, channels, tokens], scale [heads, channels]; tokens padded with zeros to 16, and in
-                            groups of 16 in the order of `interleave`
+    q ~ q8 q_scale          q8 [tokens, heads, head_dim], q_scale [tokens, heads]
+    k ~ k8 k_scale + c      k8 [tokens, heads, head_dim], k_scale [heads]. The offset c [heads, head_dim] is the same
+                            for all keys. It adds the same number to all logits of a query, so softmax cancels it.
+    v ~ v8 v_scale          v8 [heads, head_dim, tokens], v_scale [heads, head_dim]. The tokens are padded with zeros to
+                            a multiple of 16, and each group of 16 is permuted as `interleave` says.
 
-Operands of the tensor cores' FP8 product come with their summed axis contiguous, so v is transposed; and a thread that
-has just computed the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c (c = 0 .. 3) of 16 has to hand in keys 4c .. 4c + 3: v
-in that order spares shuffling the weights. The weights are rounded to e4m3 as 2^8 exp(s - max), whose sum is taken
-before rounding; their products are accumulated in float32.
+The tensor cores read FP8 operands along the summed axis, so v is transposed. The permutation saves a shuffle: a thread
+that has computed the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c of 16 (c = 0 .. 3) must supply the weights of keys 4c to
+4c + 3 of the next product. The weights are rounded to e4m3 as 2^8 exp(s - max). Their sum is taken before rounding, and
+their products are accumulated in float32.
 
-Forms: `reference` is the definition; on CPUs PyTorch's attention, chunk by chunk; on GPUs the Triton kernel below, and
-on Hopper the one of kernels/chunk_attention_sm90.py, whichever kernels/tuned/ names for the shape; beyond 128 channels
-PyTorch's, until the kernel below is measured to be faster.
+Back-ends: "gluon" for Hopper (kernels/chunk_attention_sm90.py) and "triton" for any GPU (below). kernels/tuned/ selects
+one for a shape. For head_dim above 128 PyTorch's attention is used unless the Triton kernel was measured to be faster.
+CPUs run PyTorch's attention, chunk by chunk.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -33,7 +34,7 @@ PyTorch's, until the kernel below is measured to be faster.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,46 +44,58 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.chunk_attention_sm90 import launch_sm90, supports
+from kernels.common import DTYPE_NAMES, FP8, check, define_op
 from kernels.scheduler import KVRanges, kv_ranges, query_tiles_on
-from kernels.sm90 import FP8
 from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
 LOG2_E = math.log2(math.e)
 
-# Of the Triton kernel, where nothing was tuned. Float32 products run out of registers in large tiles.
-DEFAULT: Mapping[torch.dtype, LaunchConfig] = {
-    torch.float32: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    torch.float16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    FP8: {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+# Launch parameters of the Triton kernel where nothing was tuned. In float32, large tiles would run out of registers.
+FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+BF16_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+FP8_CONFIG: LaunchConfig = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+DEFAULT_CONFIGS: Mapping[torch.dtype, LaunchConfig] = {
+    torch.float32: FP32_CONFIG,
+    torch.float16: BF16_CONFIG,
+    torch.bfloat16: BF16_CONFIG,
+    FP8: FP8_CONFIG,
 }
+LARGE_HEAD_DIM = 128  # a head_dim above this takes LARGE_HEAD_CONFIG
+LARGE_HEAD_CONFIG: LaunchConfig = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
-WIDE = 128  # channels from which on tiles are smaller
-BESIDE: LaunchConfig = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-
-
-# --- Definition -----------------------------------------------------------------------------------------------------
+# --- Reference ------------------------------------------------------------------------------------------------------
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, seen: KVRanges | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse by the definition, in q's precision; `seen`: which queries see which keys, all if None.
+    """Attention and its log-sum-exp by definition, in q's precision.
 
-    q [queries, head, d], k and v [keys, head, d] -> [queries, head, d], [queries, head].
+    Args:
+        q: [queries, heads, head_dim].
+        k: [keys, heads, head_dim].
+        v: like k.
+        ranges: the keys that each group of queries attends to; None means all.
+        scale: factor of the logits; None means head_dim^-1/2.
+
+    Returns:
+        o [queries, heads, head_dim] and lse [queries, heads].
     """
     factor = q.shape[2] ** -0.5 if scale is None else scale
-    outputs, sums = [], []
-    for start, end, first, last in seen or kv_ranges(len(q), len(k)):
-        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[first:last]) * factor
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first:last]))
-        sums.append(scores.logsumexp(-1).T)
-    return torch.cat(outputs), torch.cat(sums)
+    outputs, lses = [], []
+    for q_start, q_end, kv_start, kv_end in ranges or kv_ranges(len(q), len(k)):
+        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_end], k[kv_start:kv_end]) * factor
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[kv_start:kv_end]))
+        lses.append(scores.logsumexp(-1).T)
+    return torch.cat(outputs), torch.cat(lses)
 
 
 def interleave(tokens: int) -> np.ndarray:
-    """Which token lies at each of the places of an FP8 v: its bits 3, (2, 1), 0 are the place's bits 1, (3, 2), 0."""
+    """The order of the tokens in an FP8 v: place i holds token `interleave(tokens)[i]`, with tokens padded to 16.
+
+    Bits 3, (2, 1), 0 of the token are bits 1, (3, 2), 0 of the place.
+    """
     place = np.arange(-(-tokens // 16) * 16)
     return place & ~15 | (place & 2) << 2 | (place & 12) >> 1 | place & 1
 
@@ -90,138 +103,135 @@ def interleave(tokens: int) -> np.ndarray:
 def dequantize(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands of `chunk_attention_fp8` multiplied out, each [tokens, head, d] in `dtype`."""
+    """Multiplies the operands of `chunk_attention_fp8` by their scales: q, k and v [tokens, heads, head_dim]."""
     places = torch.from_numpy(interleave(v.shape[-1])).argsort()[: len(k)].to(v.device)
     values = v.to(dtype)[..., places] * v_scale.to(dtype)[..., None]
     return q.to(dtype) * q_scale.to(dtype)[..., None], k.to(dtype) * k_scale.to(dtype)[:, None], values.permute(2, 0, 1)
 
 
-def merge_attention(outputs: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The attention to all keys, from that to parts of them: o [tokens, head, d] and lse [tokens, head] of each part.
-
-        lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
-
-    In float32, o rounded once to the parts' dtype. Source: the log-sum-exp merge of ring attention.
-    """
-    total = torch.stack(tuple(sums)).logsumexp(0)
-    weighted = [o.float() * (lse - total).exp()[..., None] for o, lse in zip(outputs, sums, strict=True)]
-    return torch.stack(weighted).sum(0).to(outputs[0].dtype), total
-
-
-# --- Triton kernel --------------------------------------------------------------------------------------------------
+# --- Kernel ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def attention_step(acc, more, top, total, q, q_more, factor, k, v, k_row, v_row, start, first, last,
-                   SCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """BLOCK_N keys from `start` on. acc, more, top and total are the products, maximum and sum of the keys before."""
-    keys = start + tl.arange(0, BLOCK_N)
-    wide = keys.to(tl.int64)
-    channels = tl.arange(0, D)
-    inside = (keys >= first) & (keys < last)
-    places = k + wide[None, :] * k_row + channels[:, None]
-    k_tile = tl.load(places, mask=inside[None, :], other=0.0) if MASKED else tl.load(places)  # [D, BLOCK_N]
+def attention_fwd_inner(acc, acc_tail, m_i, l_i, q, q_tail, qk_scale, k, v, k_row, v_row, start, kv_start, kv_end,
+                        SCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D_TAIL: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: BLOCK_N keys from `start` on. If MASKED, some of them are not in the range."""
+    offs_n = start + tl.arange(0, BLOCK_N)
+    offs_i64 = offs_n.to(tl.int64)
+    offs_d = tl.arange(0, D)
+    mask_n = (offs_n >= kv_start) & (offs_n < kv_end)
+    ptrs = k + offs_i64[None, :] * k_row + offs_d[:, None]
+    k_tile = tl.load(ptrs, mask=mask_n[None, :], other=0.0) if MASKED else tl.load(ptrs)  # [D, BLOCK_N]
     scores = tl.dot(q, k_tile, input_precision="ieee")
-    if MORE:
-        places = k + wide[None, :] * k_row + (D + tl.arange(0, MORE))[:, None]
-        k_more = tl.load(places, mask=inside[None, :], other=0.0) if MASKED else tl.load(places)
-        scores = tl.dot(q_more, k_more, scores, input_precision="ieee")
+    if D_TAIL:
+        ptrs = k + offs_i64[None, :] * k_row + (D + tl.arange(0, D_TAIL))[:, None]
+        k_tail = tl.load(ptrs, mask=mask_n[None, :], other=0.0) if MASKED else tl.load(ptrs)
+        scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
     if MASKED:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    shift = 8.0 if SCALED else 0.0  # the weights are rounded as 2^8 p: e4m3 reaches 448
-    new = tl.maximum(top, tl.max(scores, 1) * factor - shift)
-    p = tl.exp2(scores * factor[:, None] - new[:, None])  # one fused multiply-add
-    fade = tl.exp2(top - new)
-    total = total * fade + tl.sum(p, 1)
-    if SCALED:  # v is transposed, and its keys in the order of `interleave`
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
+    shift = 8.0 if SCALED else 0.0  # FP8 weights are rounded as 2^8 p, to use the range of e4m3 up to 448
+    m_ij = tl.maximum(m_i, tl.max(scores, 1) * qk_scale - shift)
+    p = tl.exp2(scores * qk_scale[:, None] - m_ij[:, None])  # one fused multiply-add
+    alpha = tl.exp2(m_i - m_ij)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if SCALED:  # v is transposed, and its keys are in the order of `interleave`
         p = tl.reshape(
             tl.permute(tl.reshape(p, [BLOCK_M, BLOCK_N // 16, 2, 4, 2]), (0, 1, 3, 2, 4)), [BLOCK_M, BLOCK_N]
         )
-        places = v + wide[:, None] + channels[None, :] * v_row
-        held = keys < (last + 15) // 16 * 16
+        ptrs = v + offs_i64[:, None] + offs_d[None, :] * v_row
+        mask_v = offs_n < (kv_end + 15) // 16 * 16
     else:
-        places = v + wide[:, None] * v_row + channels[None, :]
-        held = inside
-    v_tile = tl.load(places, mask=held[:, None], other=0.0) if MASKED else tl.load(places)  # [BLOCK_N, D]
+        ptrs = v + offs_i64[:, None] * v_row + offs_d[None, :]
+        mask_v = mask_n
+    v_tile = tl.load(ptrs, mask=mask_v[:, None], other=0.0) if MASKED else tl.load(ptrs)  # [BLOCK_N, D]
     p = p.to(v_tile.dtype)
-    acc = acc * fade[:, None] + tl.dot(p, v_tile, input_precision="ieee")
-    if MORE:
-        places = v + wide[:, None] * v_row + (D + tl.arange(0, MORE))[None, :]
-        v_more = tl.load(places, mask=held[:, None], other=0.0) if MASKED else tl.load(places)
-        more = more * fade[:, None] + tl.dot(p, v_more, input_precision="ieee")
-    return acc, more, new, total
+    acc = acc * alpha[:, None] + tl.dot(p, v_tile, input_precision="ieee")
+    if D_TAIL:
+        ptrs = v + offs_i64[:, None] * v_row + (D + tl.arange(0, D_TAIL))[None, :]
+        v_tail = tl.load(ptrs, mask=mask_v[:, None], other=0.0) if MASKED else tl.load(ptrs)
+        acc_tail = acc_tail * alpha[:, None] + tl.dot(p, v_tail, input_precision="ieee")
+    return acc, acc_tail, m_ij, l_i
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])
-def attention_forward(q, k, v, o, lse, tiles, q_scale, k_scale, v_scale, scale, heads, queries,
-                      q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
-                      SCALED: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile of queries of one head: it walks over its keys and keeps the running maximum and sum of each row.
+def attention_fwd(q, k, v, o, lse, q_tiles, q_scale, k_scale, v_scale, softmax_scale_log2, heads, queries,
+                  q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
+                  SCALED: tl.constexpr, D: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
+    """FlashAttention forward for one tile of queries of one head.
 
-    There are D + MORE channels, each a power of two or no more.
+    The head_dim is D + D_TAIL, each a power of two, or D_TAIL 0. SCALED: operands have scales, and v is transposed.
     """
-    tile = tiles + 4 * tl.program_id(0)
+    q_tile_ptr = q_tiles + 4 * tl.program_id(0)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    row, end, first, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
-    channels = tl.arange(0, D)
-    valid = rows < end
-    statistics = (batch * queries + rows) * heads + head  # of [batch, query, head]
+    row, row_end = tl.load(q_tile_ptr), tl.load(q_tile_ptr + 1)
+    kv_start, kv_end = tl.load(q_tile_ptr + 2), tl.load(q_tile_ptr + 3)
+    offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_d = tl.arange(0, D)
+    mask_m = offs_m < row_end
+    offs_lse = (batch * queries + offs_m) * heads + head  # in [batch, query, head]
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    places = q + rows[:, None] * q_row
-    q_tile = tl.load(places + channels[None, :], mask=valid[:, None], other=0.0)
-    q_more = q_tile
-    if MORE:
-        q_more = tl.load(places + (D + tl.arange(0, MORE))[None, :], mask=valid[:, None], other=0.0)
+    ptrs = q + offs_m[:, None] * q_row
+    q_tile = tl.load(ptrs + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q_tail = q_tile
+    if D_TAIL:
+        q_tail = tl.load(ptrs + (D + tl.arange(0, D_TAIL))[None, :], mask=mask_m[:, None], other=0.0)
     if SCALED:
-        k_factor = tl.load(k_scale + batch * heads + head) * scale
-        factor = tl.load(q_scale + statistics, mask=valid, other=0.0) * k_factor
+        k_factor = tl.load(k_scale + batch * heads + head) * softmax_scale_log2
+        qk_scale = tl.load(q_scale + offs_lse, mask=mask_m, other=0.0) * k_factor
     else:
-        factor = tl.zeros([BLOCK_M], tl.float32) + scale
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+        qk_scale = tl.zeros([BLOCK_M], tl.float32) + softmax_scale_log2
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    more = tl.zeros([BLOCK_M, MORE if MORE else 16], tl.float32)
-    start = first
-    if SCALED:  # whole groups of 16 keys
-        start = first // 16 * 16
-        if start < first:
-            acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
-                                                   start, first, last, SCALED, True, D, MORE, BLOCK_M,
-                                                   BLOCK_N)  # fmt: skip
+    acc_tail = tl.zeros([BLOCK_M, D_TAIL if D_TAIL else 16], tl.float32)
+    start = kv_start
+    if SCALED:  # v is read in whole groups of 16 keys
+        start = kv_start // 16 * 16
+        if start < kv_start:
+            acc, acc_tail, m_i, l_i = attention_fwd_inner(
+                acc, acc_tail, m_i, l_i, q_tile, q_tail, qk_scale, k, v, k_row, v_row, start, kv_start, kv_end,
+                SCALED, True, D, D_TAIL, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             start += BLOCK_N
-    whole = start + tl.maximum(last - start, 0) // BLOCK_N * BLOCK_N
-    for key in tl.range(start, whole, BLOCK_N):
-        acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
-                                               key, first, last, SCALED, False, D, MORE, BLOCK_M,
-                                               BLOCK_N)  # fmt: skip
-    if whole < last:
-        acc, more, top, total = attention_step(acc, more, top, total, q_tile, q_more, factor, k, v, k_row, v_row,
-                                               whole, first, last, SCALED, True, D, MORE, BLOCK_M,
-                                               BLOCK_N)  # fmt: skip
-    acc *= (1.0 / total)[:, None]
+    whole_end = start + tl.maximum(kv_end - start, 0) // BLOCK_N * BLOCK_N
+    for key in tl.range(start, whole_end, BLOCK_N):
+        acc, acc_tail, m_i, l_i = attention_fwd_inner(
+            acc, acc_tail, m_i, l_i, q_tile, q_tail, qk_scale, k, v, k_row, v_row, key, kv_start, kv_end,
+            SCALED, False, D, D_TAIL, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if whole_end < kv_end:
+        acc, acc_tail, m_i, l_i = attention_fwd_inner(
+            acc, acc_tail, m_i, l_i, q_tile, q_tail, qk_scale, k, v, k_row, v_row, whole_end, kv_start, kv_end,
+            SCALED, True, D, D_TAIL, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc *= (1.0 / l_i)[:, None]
     if SCALED:
-        acc *= tl.load(v_scale + (batch * heads + head) * D + channels)[None, :]
-    places = o + batch * o_batch + head * o_head + rows[:, None] * o_row
-    tl.store(places + channels[None, :], acc.to(o.dtype.element_ty), mask=valid[:, None])
-    if MORE:
-        more *= (1.0 / total)[:, None]
-        tl.store(places + (D + tl.arange(0, MORE))[None, :], more.to(o.dtype.element_ty), mask=valid[:, None])
-    tl.store(lse + statistics, (top + tl.log2(total)) * 0.6931471805599453, mask=valid)
+        acc *= tl.load(v_scale + (batch * heads + head) * D + offs_d)[None, :]
+    ptrs = o + batch * o_batch + head * o_head + offs_m[:, None] * o_row
+    tl.store(ptrs + offs_d[None, :], acc.to(o.dtype.element_ty), mask=mask_m[:, None])
+    if D_TAIL:
+        acc_tail *= (1.0 / l_i)[:, None]
+        tl.store(ptrs + (D + tl.arange(0, D_TAIL))[None, :], acc_tail.to(o.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(lse + offs_lse, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=mask_m)
 
 
-def parts_of(channels: int) -> tuple[int, int] | None:
-    """Channels as a power of two and a smaller one or 0, none below what a product takes; None if they are no such."""
-    first = 1 << channels.bit_length() - 1
-    rest = channels - first
-    return (first, rest) if first >= 16 and (rest == 0 or (rest >= 16 and rest & (rest - 1) == 0)) else None
-
+# --- Launcher -------------------------------------------------------------------------------------------------------
 
 Scales = tuple[Tensor, Tensor, Tensor]
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int] | None:
+    """Splits head_dim into D, a power of two, and D_TAIL, a smaller power of two or 0, each at least 16.
+
+    None if there is no such split: then our kernels do not take this head_dim.
+    """
+    d = 1 << head_dim.bit_length() - 1
+    d_tail = head_dim - d
+    return (d, d_tail) if d >= 16 and (d_tail == 0 or (d_tail >= 16 and d_tail & (d_tail - 1) == 0)) else None
 
 
 def launch_triton(
@@ -229,128 +239,171 @@ def launch_triton(
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    seen: KVRanges,
+    ranges: KVRanges,
     scale: float,
-    dtype: torch.dtype,
+    out_dtype: torch.dtype,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o in `dtype` and lse of [batch, token, head, d] operands, FP8 v [batch, head, d, token] and its `scales`."""
-    batch, queries, heads, d = q.shape
-    parts = parts_of(d)
-    assert parts is not None
-    own = DEFAULT[q.dtype] if d <= WIDE else BESIDE
+    """Attention by the Triton kernel, for a head_dim that `split_head_dim` can split.
+
+    Args:
+        q: [batch, queries, heads, head_dim].
+        k: [batch, keys, heads, head_dim].
+        v: like k, or in FP8 [batch, heads, head_dim, keys].
+        scales: None, or in FP8 the scales of q [batch, queries, heads], k [batch, heads], v [batch, heads, head_dim].
+        ranges: the keys that each group of queries attends to.
+        scale: factor of the logits.
+        out_dtype: the dtype of o.
+        config: launch parameters that replace defaults.
+
+    Returns:
+        o [batch, queries, heads, head_dim] and lse, float32 [batch, queries, heads].
+    """
+    batch, queries, heads, head_dim = q.shape
+    split = split_head_dim(head_dim)
+    assert split is not None
+    default = DEFAULT_CONFIGS[q.dtype] if head_dim <= LARGE_HEAD_DIM else LARGE_HEAD_CONFIG
     parameters: dict[str, Any] = {
-        "SCALED": scales is not None, "D": parts[0], "MORE": parts[1], **own, **(config or {})
+        "SCALED": scales is not None, "D": split[0], "D_TAIL": split[1], **default, **(config or {})
     }  # fmt: skip
-    table = query_tiles_on(q.device, type(q), seen, parameters["BLOCK_M"])
-    o = q.new_empty(q.shape, dtype=dtype)
+    q_tiles = query_tiles_on(q.device, type(q), ranges, parameters["BLOCK_M"])
+    o = q.new_empty(q.shape, dtype=out_dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     v_strides = (v.stride(0), v.stride(2), v.stride(1)) if scales else v.stride()[:3]
-    attention_forward[(len(table), batch * heads)](
-        q, k, v, o, lse, table, *(scales or (lse, lse, lse)), scale * LOG2_E, heads, queries,
+    attention_fwd[(len(q_tiles), batch * heads)](
+        q, k, v, o, lse, q_tiles, *(scales or (lse, lse, lse)), scale * LOG2_E, heads, queries,
         *q.stride()[:3], *k.stride()[:3], *v_strides, *o.stride()[:3], **parameters,
     )  # fmt: skip
     return o, lse
 
 
-# --- Operation ------------------------------------------------------------------------------------------------------
+BACKENDS = {"gluon": launch_sm90, "triton": launch_triton}
 
 
-def launch(
+def dispatch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scales: Scales | None,
-    seen: KVRanges,
+    ranges: KVRanges,
     scale: float,
-    dtype: torch.dtype,
-    choice: TunedConfig | None = None,
+    out_dtype: torch.dtype,
+    tuned: TunedConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By the form that kernels/tuned/ names for the shape, or `choice`; else by the one made for the GPU."""
-    choice = choice or _tuned(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype])
-    hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, seen)
-    wanted = choice.backend if choice is not None and choice.backend in BACKENDS else "gluon"
-    form = BACKENDS[wanted if hopper else "triton"]
-    parameters = choice.config if choice is not None and BACKENDS.get(choice.backend) is form else None
-    return form(q, k, v, scales, seen, scale, dtype, parameters)
+    """Attention by the back-end `tuned`, or else the one in kernels/tuned/, or else the default one of the GPU.
+
+    The other arguments and the results are those of `launch_triton`.
+    """
+    tuned = tuned or _tuned_config(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype])
+    on_hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, ranges)
+    preferred = tuned.backend if tuned is not None and tuned.backend in BACKENDS else "gluon"
+    backend = preferred if on_hopper else "triton"
+    config = tuned.config if tuned is not None and tuned.backend == backend else None
+    return BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
 
 
-def _tuned(q: Tensor, k: Tensor, dtype: str) -> TunedConfig | None:
-    """What kernels/tuned/ names for these tokens and heads, and as many channels."""
+def _tuned_config(q: Tensor, k: Tensor, dtype: str) -> TunedConfig | None:
     dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "head_dim": q.shape[3]}
     return tuned_config("chunk_attention", dims, dtype, q.device, match_exactly=("head_dim",))
 
 
-BACKENDS = {"gluon": launch_sm90, "triton": launch_triton}
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+def _has_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether our kernels take this head_dim and, if it is large, one of them was measured to be the fastest."""
+    if split_head_dim(q.shape[3]) is None:
+        return False
+    if q.shape[3] <= LARGE_HEAD_DIM:
+        return True
+    tuned = _tuned_config(q, k, DTYPE_NAMES[q.dtype])
+    return tuned is not None and tuned.backend in BACKENDS
 
 
-@torch.library.custom_op("flashtalk::chunk_attention", mutates_args=(), device_types="cpu")
-def _chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
-) -> tuple[Tensor, Tensor]:
-    """[batch, token, head, d] -> o, lse (empty unless `with_sums`)."""
-    seen = kv_ranges(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
-    if with_sums:
-        wide = (x.float() for x in (q, k, v))
-        outputs = [reference(a, b, c, seen, scale) for a, b, c in zip(*wide, strict=True)]
-        return torch.stack([o for o, _ in outputs]).to(q.dtype), torch.stack([lse for _, lse in outputs])
-    return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention on [batch, tokens, heads, head_dim]; the result is contiguous."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
-def library(q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, scale: float) -> Tensor:
-    """o [batch, token, head, d] by PyTorch, part by part."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads in front
-    parts = [
-        F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale=scale) for a, b, c, d in seen
+# --- Operation ------------------------------------------------------------------------------------------------------
+
+
+def _sdpa_ranges(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float) -> Tensor:
+    outputs = [
+        sdpa(q[:, q_start:q_end], k[:, kv_start:kv_end], v[:, kv_start:kv_end], scale)
+        for q_start, q_end, kv_start, kv_end in ranges
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(outputs, dim=1)
 
 
-@_chunk_attention.register_kernel("cuda")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
+def _ranges(queries: int, keys: int, chunks: list[int] | None, past: int) -> KVRanges:
+    return kv_ranges(queries, keys, chunks and tuple(chunks), past)
+
+
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float) -> Tensor:
+    return _sdpa_ranges(q, k, v, _ranges(q.shape[1], k.shape[1], chunks, past), scale)
+
+
+def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float) -> Tensor:
+    ranges = _ranges(q.shape[1], k.shape[1], chunks, past)
+    if not _has_kernel(q, k):
+        return _sdpa_ranges(q, k, v, ranges, scale)
+    return dispatch(q, k, v, None, ranges, scale, q.dtype)[0]
+
+
+def _attention_with_lse_cpu(
+    q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    seen = kv_ranges(q.shape[1], k.shape[1], chunks and tuple(chunks), past)
-    if not with_sums and not _ours(q, k):
-        return library(q, k, v, seen, scale), q.new_empty(0, dtype=torch.float32)
-    o, lse = launch(q, k, v, None, seen, scale, q.dtype)
-    return o, lse if with_sums else lse.new_empty(0)
+    ranges = _ranges(q.shape[1], k.shape[1], chunks, past)
+    results = [reference(*operands, ranges, scale) for operands in zip(q.float(), k.float(), v.float(), strict=True)]
+    return torch.stack([o for o, _ in results]).to(q.dtype), torch.stack([lse for _, lse in results])
 
 
-def _ours(q: Tensor, k: Tensor) -> bool:
-    """Whether our kernels take so many channels, and where these are many, were measured to be the fastest."""
-    if parts_of(q.shape[3]) is None or q.shape[3] <= WIDE:
-        return parts_of(q.shape[3]) is not None
-    choice = _tuned(q, k, DTYPE_NAMES[q.dtype])
-    return choice is not None and choice.backend in BACKENDS
-
-
-@_chunk_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float, with_sums: bool
+def _attention_with_lse_cuda(
+    q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if with_sums else 0, dtype=torch.float32)
+    return dispatch(q, k, v, None, _ranges(q.shape[1], k.shape[1], chunks, past), scale, q.dtype)
 
+
+def _attention_fp8_cpu(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
+    past: int, scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    operands = dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32)
+    o, lse = reference(*operands, _ranges(len(q), len(k), chunks, past), scale)
+    return o.to(dtype), lse
+
+
+def _attention_fp8_cuda(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
+    past: int, scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ranges = _ranges(len(q), len(k), chunks, past)
+    o, lse = dispatch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), ranges, scale, dtype)
+    return o[0], lse[0]
+
+
+# The fakes are written out because key ranges are computed from numbers, which symbolic shapes are not.
+chunk_attention_op = define_op(
+    "chunk_attention",
+    cpu=_attention_cpu,
+    cuda=_attention_cuda,
+    fake=lambda q, *_: q.new_empty(q.shape),
+)
+chunk_attention_with_lse_op = define_op(
+    "chunk_attention_with_lse",
+    cpu=_attention_with_lse_cpu,
+    cuda=_attention_with_lse_cuda,
+    fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+)
+chunk_attention_fp8_with_lse_op = define_op(
+    "chunk_attention_fp8_with_lse",
+    cpu=_attention_fp8_cpu,
+    cuda=_attention_fp8_cuda,
+    fake=lambda q, *rest: (q.new_empty(q.shape, dtype=rest[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)),
+)
 
 Past = int | Literal["all"] | None
 
 
-@overload
-def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int] | None = ..., past: Past = ..., scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int] | None = ..., past: Past = ..., scale: float | None = ...,
-    *, return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int] | None = ..., past: Past = ..., scale: float | None = ...,
-    return_lse: bool = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -358,87 +411,72 @@ def chunk_attention(
     chunks: Sequence[int] | None = None,
     past: Past = None,
     scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention inside chunks, and to the `past` chunks before; see the module's first lines.
+) -> Tensor:
+    """Attention of each query to its own chunk and to the `past` chunks before it: softmax(scale q k^T) v.
 
     Args:
-        q: [queries, heads, channels] or [batch, queries, heads, channels], contiguous along the channels; float32,
-            float16, bfloat16, on a CPU also float64.
-        k: like q, its tokens are keys.
+        q: [queries, heads, head_dim] or [batch, queries, heads, head_dim], contiguous along head_dim; float32, float16
+            or bfloat16, on a CPU also float64.
+        k: [keys, heads, head_dim], or with q's batch in front, contiguous along head_dim; q's dtype and device.
         v: like k.
-        chunks: lengths >= 1 that add up to the tokens of q and of k; None is one chunk, then q and k may differ.
-        past: how many chunks before its own a query sees; None is 0, "all" every one.
-        scale: of the logits; channels^-1/2 by default.
-        return_lse: return lse as well.
+        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
+            every key; then q and k may differ in length.
+        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
+        scale: factor of the logits; None means head_dim^-1/2.
 
     Returns:
-        o like q, contiguous; with return_lse also lse, float32 [(batch,) queries, heads].
+        o, contiguous, with the shape and dtype of q.
 
     Raises:
-        ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
+        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
     """
-    if q.ndim not in (3, 4):
-        raise ValueError(f"q: shape {list(q.shape)}, wanted [queries, heads, channels], or with a batch in front")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check(name, x, q, q.dtype)
-    if q.dtype not in DTYPE_NAMES and (q.is_cuda or q.dtype != torch.float64):
-        raise ValueError(f"q: {q.dtype}, wanted float32, float16 or bfloat16; chunk_attention_fp8 takes e4m3")
-    if q.is_cuda and return_lse and parts_of(q.shape[-1]) is None:
-        raise ValueError(f"q: {q.shape[-1]} channels, wanted a power of two or two of them, each 16 or more, for lse")
-    _check_shape("k", k, (*q.shape[:-3], k.shape[-3] if k.ndim == q.ndim else q.shape[-3], *q.shape[-2:]))
-    _check_shape("v", v, k.shape)
-    lengths, seen = _chunks(q.shape[-3], k.shape[-3], chunks, past)
+    lengths, num_past = _check_operands(q, k, v, chunks, past)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.ndim == 4:
-        o, lse = _chunk_attention(q, k, v, lengths, seen, factor, return_lse)
-    else:
-        o, lse = _chunk_attention(q[None], k[None], v[None], lengths, seen, factor, return_lse)
-        o, lse = o[0], lse[0] if return_lse else lse
-    return (o, lse) if return_lse else o
+        return chunk_attention_op(q, k, v, lengths, num_past, factor)
+    return chunk_attention_op(q[None], k[None], v[None], lengths, num_past, factor)[0]
 
 
-@torch.library.custom_op("flashtalk::chunk_attention_fp8", mutates_args=(), device_types="cpu")
-def _chunk_attention_fp8(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
-    past: int, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """No batch -> o, lse."""
-    seen = kv_ranges(len(q), len(k), chunks and tuple(chunks), past)
-    o, lse = reference(*dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32), seen, scale)
-    return o.to(dtype), lse
+def chunk_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: Sequence[int] | None = None,
+    past: Past = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its own chunk and to the `past` chunks before it, with the log-sum-exp of the logits.
 
+    Computes o = softmax(scale q k^T) v and lse = log sum exp(scale q k^T), with the natural logarithm.
+    `merge_attention` merges such results for parts of the keys.
 
-@_chunk_attention_fp8.register_kernel("cuda")
-def _(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
-    past: int, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    seen = kv_ranges(len(q), len(k), chunks and tuple(chunks), past)
-    o, lse = launch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), seen, scale, dtype)
+    Args:
+        q: [queries, heads, head_dim] or [batch, queries, heads, head_dim], contiguous along head_dim; float32, float16
+            or bfloat16, on a CPU also float64. On a GPU, head_dim must be a power of two of at least 16, or a sum of
+            two.
+        k: [keys, heads, head_dim], or with q's batch in front, contiguous along head_dim; q's dtype and device.
+        v: like k.
+        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
+            every key; then q and k may differ in length.
+        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
+        scale: factor of the logits; None means head_dim^-1/2.
+
+    Returns:
+        o, contiguous, with the shape and dtype of q; and lse, float32 [queries, heads], or with the batch in front.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
+    """
+    lengths, num_past = _check_operands(q, k, v, chunks, past)
+    if q.is_cuda and split_head_dim(q.shape[-1]) is None:
+        raise ValueError(f"q: head_dim {q.shape[-1]}, wanted a power of two of at least 16, or a sum of two, for lse")
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.ndim == 4:
+        return chunk_attention_with_lse_op(q, k, v, lengths, num_past, factor)
+    o, lse = chunk_attention_with_lse_op(q[None], k[None], v[None], lengths, num_past, factor)
     return o[0], lse[0]
 
 
-@_chunk_attention_fp8.register_fake
-def _(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
-    past: int, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-@overload
-def chunk_attention_fp8(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor,
-    chunks: Sequence[int] | None = ..., past: Past = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    dtype: torch.dtype = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def chunk_attention_fp8(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor,
-    chunks: Sequence[int] | None = ..., past: Past = ..., scale: float | None = ..., *, return_lse: Literal[True],
-    dtype: torch.dtype = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def chunk_attention_fp8(
     q: Tensor,
     q_scale: Tensor,
@@ -449,75 +487,131 @@ def chunk_attention_fp8(
     chunks: Sequence[int] | None = None,
     past: Past = None,
     scale: float | None = None,
-    return_lse: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`chunk_attention` of e4m3 operands with scales, as the module's first lines describe them; no batch.
+) -> Tensor:
+    """Attention of each query to its own chunk and to the `past` chunks before it, of e4m3 operands with scales.
+
+    Computes softmax(scale (q q_scale) (k k_scale)^T) (v v_scale). The weights are rounded to e4m3, and products are
+    accumulated in float32. `rms_norm_rope_fp8` makes such operands.
 
     Args:
-        q: e4m3 [queries, heads, channels], 64 or 128 channels, contiguous along them.
+        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
         q_scale: float32 [queries, heads], contiguous.
-        k: e4m3 [keys, heads, channels].
+        k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim. The same vector may have been subtracted
+            from all keys: softmax cancels it.
         k_scale: float32 [heads].
-        v: e4m3 [heads, channels, keys rounded up to 16], contiguous, keys in the order of `interleave`.
-        v_scale: float32 [heads, channels].
-        chunks: as in `chunk_attention`.
-        past: as in `chunk_attention`.
-        scale: as in `chunk_attention`.
-        return_lse: return lse as well: that of the smoothed keys, which the mean taken off them shifts.
-        dtype: of o.
+        v: float8_e4m3fn [heads, head_dim, keys rounded up to a multiple of 16], contiguous. The keys are padded with
+            zeros and permuted: place i holds key `interleave(keys)[i]`.
+        v_scale: float32 [heads, head_dim].
+        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
+            every key; then q and k may differ in length.
+        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
+        scale: factor of the logits; None means head_dim^-1/2.
+        dtype: the dtype of o.
 
     Returns:
-        o [queries, heads, channels] in `dtype`; with return_lse also lse, float32 [queries, heads].
+        o [queries, heads, head_dim] in `dtype`, contiguous.
 
     Raises:
-        ValueError: an argument has another shape, dtype, device or stride, or wants a gradient.
+        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
     """
-    for name, x, wanted in (("q", q, FP8), ("k", k, FP8), ("v", v, FP8), ("q_scale", q_scale, torch.float32),
-                            ("k_scale", k_scale, torch.float32), ("v_scale", v_scale, torch.float32)):  # fmt: skip
-        _check(name, x, q, wanted)
-    if q.ndim != 3:
-        raise ValueError(f"q: shape {list(q.shape)}, wanted [queries, heads, channels]")
-    queries, heads, channels = q.shape
-    _check_shape("k", k, (k.shape[0], heads, channels))
-    _check_shape("v", v, (heads, channels, -(-k.shape[0] // 16) * 16))
-    for name, x, shape in (("q_scale", q_scale, (queries, heads)), ("k_scale", k_scale, (heads,)),
-                           ("v_scale", v_scale, (heads, channels)), ("v", v, v.shape)):  # fmt: skip
-        _check_shape(name, x, shape)
-        if not x.is_contiguous():
-            raise ValueError(f"{name}: strides {x.stride()} for shape {list(x.shape)}, wanted contiguous")
-    lengths, seen = _chunks(queries, k.shape[0], chunks, past)
-    scale = channels**-0.5 if scale is None else float(scale)
-    o, lse = _chunk_attention_fp8(q, q_scale, k, k_scale, v, v_scale, lengths, seen, scale, dtype)
-    return (o, lse) if return_lse else o
+    return chunk_attention_fp8_with_lse(q, q_scale, k, k_scale, v, v_scale, chunks, past, scale, dtype)[0]
 
 
-def _check(name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError unless x can go along with q."""
-    if x.dtype != dtype:
-        raise ValueError(f"{name}: {x.dtype}, wanted {dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: on {x.device}, wanted {q.device}, where q is")
-    if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: stride {x.stride(-1)} along the last axis, wanted 1")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")
+def chunk_attention_fp8_with_lse(
+    q: Tensor,
+    q_scale: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    chunks: Sequence[int] | None = None,
+    past: Past = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """Attention of e4m3 operands with scales, within chunks and to the `past` chunks before, with its log-sum-exp.
+
+    Computes o = softmax(s) (v v_scale) and lse = log sum exp(s), where s = scale (q q_scale) (k k_scale)^T. The weights
+    are rounded to e4m3, and products are accumulated in float32. If a vector was subtracted from all keys, lse is that
+    of the remaining keys. `merge_attention` merges such results for parts of the keys.
+
+    Args:
+        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
+        q_scale: float32 [queries, heads], contiguous.
+        k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim.
+        k_scale: float32 [heads].
+        v: float8_e4m3fn [heads, head_dim, keys rounded up to a multiple of 16], contiguous. The keys are padded with
+            zeros and permuted: place i holds key `interleave(keys)[i]`.
+        v_scale: float32 [heads, head_dim].
+        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
+            every key; then q and k may differ in length.
+        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
+        scale: factor of the logits; None means head_dim^-1/2.
+        dtype: the dtype of o.
+
+    Returns:
+        o [queries, heads, head_dim] in `dtype`, contiguous, and lse, float32 [queries, heads].
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
+    """
+    check("q", q, shape=("queries", "heads", "head_dim"), dtype=FP8, layout="rows")
+    queries, heads, head_dim = q.shape
+    check("k", k, shape=("keys", heads, head_dim), dtype=FP8, device=q.device, layout="rows")
+    v_shape = heads, head_dim, -(-len(k) // 16) * 16
+    check("v", v, shape=v_shape, dtype=FP8, device=q.device, layout="contiguous")
+    for name, x, shape in (
+        ("q_scale", q_scale, (queries, heads)),
+        ("k_scale", k_scale, (heads,)),
+        ("v_scale", v_scale, (heads, head_dim)),
+    ):
+        check(name, x, shape=shape, dtype=torch.float32, device=q.device, layout="contiguous")
+    lengths, num_past = _check_chunks(queries, len(k), chunks, past)
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    return chunk_attention_fp8_with_lse_op(q, q_scale, k, k_scale, v, v_scale, lengths, num_past, factor, dtype)
 
 
-def _check_shape(name: str, x: Tensor, wanted: Sequence[int]) -> None:
-    if tuple(x.shape) != tuple(wanted):
-        raise ValueError(f"{name}: shape {list(x.shape)}, wanted {list(wanted)}")
+def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merges attention to parts of the keys into attention to all of them, as ring attention does.
+
+        lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
+
+    The sums are computed in float32, and o is rounded once.
+
+    Args:
+        outputs: o [tokens, heads, head_dim] of each part.
+        lses: lse, float32 [tokens, heads] of each part.
+
+    Returns:
+        o, in the dtype of the parts, and lse.
+    """
+    lse = torch.stack(tuple(lses)).logsumexp(0)
+    weighted = [o.float() * (part - lse).exp()[..., None] for o, part in zip(outputs, lses, strict=True)]
+    return torch.stack(weighted).sum(0).to(outputs[0].dtype), lse
 
 
-def _chunks(queries: int, keys: int, chunks: Sequence[int] | None, past: Past) -> tuple[list[int] | None, int]:
-    """Chunks and past as the operations have them; raises ValueError for those that make no sense."""
-    if queries < 1 or keys < 1:
-        raise ValueError(f"{'q' if queries < 1 else 'k'}: no tokens, wanted at least 1")
-    seen = -1 if past == "all" else 0 if past is None else past
-    if not isinstance(seen, int) or (seen < 0 and past != "all"):
+def _check_operands(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int] | None, past: Past
+) -> tuple[list[int] | None, int]:
+    """Checks the arguments of `chunk_attention`, and returns `chunks` and `past` in the form that the op takes."""
+    if q.ndim not in (3, 4):
+        raise ValueError(f"q: shape {list(q.shape)}, wanted [queries, heads, head_dim], or with a batch in front")
+    batch, (heads, head_dim) = q.shape[:-3], q.shape[-2:]
+    dtypes = DTYPE_NAMES if q.is_cuda else (*DTYPE_NAMES, torch.float64)
+    check("q", q, shape=(*batch, "queries", "heads", "head_dim"), dtype=dtypes, layout="rows")
+    check("k", k, shape=(*batch, "keys", heads, head_dim), dtype=q.dtype, device=q.device, layout="rows")
+    check("v", v, shape=k.shape, dtype=q.dtype, device=q.device, layout="rows")
+    return _check_chunks(q.shape[-3], k.shape[-3], chunks, past)
+
+
+def _check_chunks(queries: int, keys: int, chunks: Sequence[int] | None, past: Past) -> tuple[list[int] | None, int]:
+    """Checks `chunks` and `past`, and returns them in the form that the ops take: past -1 means all earlier chunks."""
+    num_past = -1 if past == "all" else 0 if past is None else past
+    if not isinstance(num_past, int) or (num_past < 0 and past != "all"):
         raise ValueError(f'past: {past!r}, wanted a number of chunks >= 0, or "all"')
     if chunks is None:
-        if seen:
+        if num_past:
             raise ValueError(f"past: {past!r} without chunks")
         return None, 0
     lengths = [int(n) for n in chunks]
@@ -525,4 +619,4 @@ def _chunks(queries: int, keys: int, chunks: Sequence[int] | None, past: Past) -
         raise ValueError(f"chunks: {lengths}, wanted lengths >= 1")
     if (sum(lengths), sum(lengths)) != (queries, keys):
         raise ValueError(f"chunks: {sum(lengths)} tokens in all, wanted those of q and k, {queries} and {keys}")
-    return lengths, seen
+    return lengths, num_past

@@ -1,29 +1,32 @@
-"""The attention of kernels/chunk_attention.py on Hopper: three kinds of warps, in Gluon, Triton's language for what is below.
+"""Warp-specialised FlashAttention-3 forward for Hopper (sm_90) in Gluon: the "gluon" back-end of `chunk_attention`.
 
-A program stays on its multiprocessor and works off a list of *work_tiles*: 64 queries of one head for each of its warp
-groups, and a range of keys. One warp, the producer, copies tiles of queries, keys and values into shared memory with
-the tensor memory accelerator (TMA); warp groups of four, the consumers, multiply (wgmma) and take exponentials. They
-meet at barriers in shared memory alone: a stage of the ring is *full* when its bytes have arrived, and *empty* when all
-consumers have read it.
+Each program is persistent and computes a list of work tiles. A work tile is a tile of queries of one head, 64 for each
+consumer, and a range of keys. One warp, the load partition, copies queries, keys and values into shared memory by TMA.
+Warp groups of four warps, the MMA partitions or consumers, compute products (wgmma) and exponentials. They synchronise
+through mbarriers alone: a stage of the ring is *full* when its bytes have arrived, and *empty* when all consumers have
+read it.
 
-    consumers, 16-bit, 2 of them      scores of tile j and products with tile j - 1 are in flight together; while one
-                                      group takes exponentials, the other one's products have the tensor cores (they
-                                      pass a *turn* to each other, the ping-pong of FlashAttention-3)
-    consumers, FP8, 3 of them         in FP8 a tile's exponentials take as long as its products. Each group goes one
-                                      step at a time, and three of them fill each other's gaps; that leaves registers
-                                      for products that are accumulated outside the tensor cores, whose sums of FP8
-                                      products are short of a float32's bits
+16 bits, 2 consumers:
+    The scores of tile j and the product of the weights of tile j - 1 with its values are in flight together. While one
+    consumer computes exponentials, the other one occupies the tensor cores. The consumers enforce this order with a
+    barrier each, the ping-pong schedule of FlashAttention-3.
+FP8, 3 consumers:
+    The exponentials of a tile take as long as its products. Each consumer computes one step at a time, and the three
+    fill each other's gaps. This leaves registers for accumulating products outside the tensor cores, whose own sums of
+    FP8 products have fewer bits than float32.
 
-All weights are 2^(s - max): one fused multiply-add and one MUFU.EX2 an element. The keys' last tile, which may be cut
-off, comes first, so that no other tile pays for a mask. kernels/scheduler.py shares the work_tiles out; a tile whose keys
-are shared by several programs leaves parts, which `merge_parts` merges.
+The weights are computed as 2^(s - m): one fused multiply-add and one MUFU.EX2 per element. The last tile of keys, which
+may be partial, is computed first, so that only this tile pays for a mask. kernels/scheduler.py distributes the work
+tiles. Where several programs share the keys of an output tile, each stores a partial result, and `combine_partials`
+combines them.
 
-Source of the algorithm: FlashAttention-3 (arXiv 2407.08608); the accumulation, SageAttention2 (arXiv 2411.10958).
+Sources: FlashAttention-3 (arXiv 2407.08608) for the algorithm, SageAttention2 (arXiv 2411.10958) for the FP8
+accumulation.
 """
 
 # Types inside device code are Triton's, not Python's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import math
 from typing import Any
@@ -42,88 +45,182 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate  # as Gluon's own library imports it
 
+from kernels.common import FP8
 from kernels.scheduler import KVRanges, stream_k_schedule_on
-from kernels.sm90 import FP8, GL_DTYPES, WGMMA_M, alloc_barriers, next_stage, read_work_tile, smem_layout, to_e4m3_x4
+from kernels.sm90 import GL_DTYPES, WGMMA_M, alloc_barriers, next_stage, read_work_tile, smem_layout, to_e4m3_x4
 from kernels.tuning import LaunchConfig, gpu_of
 
-SHIFT = gl.constexpr(8.0)  # FP8 weights are rounded as 2^8 p: e4m3 reaches 448, and goes down to 2^-9
+FP8_SHIFT = gl.constexpr(8.0)  # FP8 weights are rounded as 2^8 p, to use the range of e4m3 from 2^-9 to 448
 LN_2 = gl.constexpr(math.log(2))
 
-MERGE_ROWS = 16  # queries that a program of `merge_parts` merges
+COMBINE_ROWS = 16  # queries of a program of `combine_partials`
 
-# Where nothing was tuned; FP8 or not.
-DEFAULT: dict[bool, LaunchConfig] = {False: {"BLOCK_N": 128, "STAGES": 2}, True: {"BLOCK_N": 128, "STAGES": 2}}
+DEFAULT_CONFIG: LaunchConfig = {"BLOCK_N": 128, "STAGES": 2}  # where nothing was tuned
 
 
-# --- Device code ----------------------------------------------------------------------------------------------------
+# --- Kernel ---------------------------------------------------------------------------------------------------------
+
+
+@aggregate
+class WorkQueue:
+    """The work tiles of all programs: program p computes those from work_indptr[p] to work_indptr[p + 1]."""
+
+    work_tiles: gl.tensor
+    work_indptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, work_tiles, work_indptr):
+        self.work_tiles = work_tiles
+        self.work_indptr = work_indptr
+
+
+@aggregate
+class Operands:
+    """TMA descriptors of q, k and v, and how many columns batches and heads are apart in them."""
+
+    q_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    q_batch: gl.tensor
+    q_head: gl.tensor
+    k_batch: gl.tensor
+    k_head: gl.tensor
+    v_batch: gl.tensor
+    v_head: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, q_desc, k_desc, v_desc, q_batch, q_head, k_batch, k_head, v_batch, v_head):
+        self.q_desc = q_desc
+        self.k_desc = k_desc
+        self.v_desc = v_desc
+        self.q_batch = q_batch
+        self.q_head = q_head
+        self.k_batch = k_batch
+        self.k_head = k_head
+        self.v_batch = v_batch
+        self.v_head = v_head
+
+
+@aggregate
+class SharedTiles:
+    """Shared memory: a tile of queries for each consumer, the rings of keys and values, and the barriers of each."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.q_full = q_full
+        self.q_empty = q_empty
+        self.k_full = k_full
+        self.k_empty = k_empty
+        self.v_full = v_full
+        self.v_empty = v_empty
+
+
+@aggregate
+class Outputs:
+    """Where results are stored, the workspace of partial results, the scales of v in FP8, and o's strides."""
+
+    o: gl.tensor
+    lse: gl.tensor
+    partial_o: gl.tensor
+    partial_lse: gl.tensor
+    v_scale: gl.tensor
+    queries: gl.tensor
+    o_batch: gl.tensor
+    o_row: gl.tensor
+    o_head: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, o, lse, partial_o, partial_lse, v_scale, queries, o_batch, o_row, o_head):
+        self.o = o
+        self.lse = lse
+        self.partial_o = partial_o
+        self.partial_lse = partial_lse
+        self.v_scale = v_scale
+        self.queries = queries
+        self.o_batch = o_batch
+        self.o_row = o_row
+        self.o_head = o_head
 
 
 @gluon.jit
 def exp2(x):
-    """2^x by the special function unit; denormal results become zero, which spares three instructions."""
+    """2^x by the special function unit. Denormal results become zero, which saves three instructions."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def produce(work, rows, strides, buffers, q_bars, k_bars, v_bars, heads,
-            FP8: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Copies the tiles of all work_tiles, in the order in which the consumers take them."""
-    work_tiles, work_indptr = work
-    q_rows, k_rows, v_rows = rows
-    q_batch, q_head, k_batch, k_head, v_batch, v_head = strides
-    q_smem, k_smem, v_smem = buffers
-    q_full, q_empty = q_bars
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
-    slot = 0
+def load_partition(work, operands, tiles, heads,
+                   IS_FP8: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+                   STAGES: gl.constexpr):  # fmt: skip
+    """Copies the tiles of the program's work tiles to shared memory, in the order in which the consumers read them."""
+    q_desc, k_desc, v_desc = operands.q_desc, operands.k_desc, operands.v_desc
+    stage = 0
     phase = 0
     q_phase = 0
-    for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
-        column, row, _end, first, last, _part = read_work_tile(work_tiles, i)
+    for i in range(gl.load(work.work_indptr + gl.program_id(0)), gl.load(work.work_indptr + gl.program_id(0) + 1)):
+        column, row, _row_end, kv_start, kv_end, _partial = read_work_tile(work.work_tiles, i)
         batch, head = column // heads, column % heads
-        for group in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(group), q_phase ^ 1)
-            mbarrier.expect(q_full.index(group), q_rows.block_type.nbytes)
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.wait(tiles.q_empty.index(consumer), q_phase ^ 1)
+            mbarrier.expect(tiles.q_full.index(consumer), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q_rows,
-                [row + group * WGMMA_M, batch * q_batch + head * q_head],
-                q_full.index(group),
-                q_smem.index(group),
+                q_desc,
+                [row + consumer * WGMMA_M, batch * operands.q_batch + head * operands.q_head],
+                tiles.q_full.index(consumer),
+                tiles.q.index(consumer),
             )
         q_phase ^= 1
-        k_column = batch * k_batch + head * k_head
-        v_column = batch * v_batch + head * v_head
-        tiles = gl.cdiv(last - first, BLOCK_N)
-        for j in range(tiles):
-            key = first + (tiles - 1 - j) * BLOCK_N
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            mbarrier.expect(k_full.index(slot), k_rows.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_rows, [key, k_column], k_full.index(slot), k_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
-            mbarrier.expect(v_full.index(slot), v_rows.block_type.nbytes)
-            if FP8:  # v is transposed
-                tma.async_copy_global_to_shared(v_rows, [v_column, key], v_full.index(slot), v_smem.index(slot))
+        k_column = batch * operands.k_batch + head * operands.k_head
+        v_column = batch * operands.v_batch + head * operands.v_head
+        num_kv_tiles = gl.cdiv(kv_end - kv_start, BLOCK_N)
+        for j in range(num_kv_tiles):
+            key = kv_start + (num_kv_tiles - 1 - j) * BLOCK_N
+            mbarrier.wait(tiles.k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(tiles.k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [key, k_column], tiles.k_full.index(stage), tiles.k.index(stage))
+            mbarrier.wait(tiles.v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(tiles.v_full.index(stage), v_desc.block_type.nbytes)
+            if IS_FP8:  # v is transposed
+                tma.async_copy_global_to_shared(
+                    v_desc, [v_column, key], tiles.v_full.index(stage), tiles.v.index(stage)
+                )
             else:
-                tma.async_copy_global_to_shared(v_rows, [key, v_column], v_full.index(slot), v_smem.index(slot))
-            slot, phase = next_stage(slot, phase, STAGES)
+                tma.async_copy_global_to_shared(
+                    v_desc, [key, v_column], tiles.v_full.index(stage), tiles.v.index(stage)
+                )
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def hide(scores, count):
-    """The scores, those of keys from `count` on minus infinity."""
-    keys = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    return gl.where((keys < count)[None, :], scores, float("-inf"))
+def mask_scores(scores, num_keys):
+    """Sets the scores of all keys from `num_keys` on to minus infinity."""
+    offs_n = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where((offs_n < num_keys)[None, :], scores, float("-inf"))
 
 
 @gluon.jit
-def left_operand(p, dtype: gl.constexpr, layout: gl.constexpr, FP8: gl.constexpr):
-    """The weights as left operand of their product with v, in the registers in which they are.
+def to_mma_operand(p, dtype: gl.constexpr, layout: gl.constexpr, IS_FP8: gl.constexpr):
+    """Converts the weights to the left operand of their product with v, without moving data between registers.
 
-    In FP8 that takes the keys of 16 in another order, which is that of v as it lies in memory: see `interleave` of
-    kernels/chunk_attention.py. The assembly packs four weights at once; Triton's own conversion takes them apart again.
+    In FP8 this permutes the keys of each group of 16. The values lie in memory in the same order, which `interleave` in
+    kernels/chunk_attention.py defines.
     """
-    if FP8:
+    if IS_FP8:
         N: gl.constexpr = p.shape[1]
         p = p.reshape([WGMMA_M, N // 16, 2, 4, 2]).permute(0, 1, 3, 2, 4).reshape([WGMMA_M, N])
         p = to_e4m3_x4(gl.convert_layout(p, layout, assert_trivial=True))
@@ -133,271 +230,268 @@ def left_operand(p, dtype: gl.constexpr, layout: gl.constexpr, FP8: gl.constexpr
 
 
 @gluon.jit
-def finish(acc, top, total, out, work_tiles, i, heads, CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr,
-           FP8: gl.constexpr):  # fmt: skip
-    """Stores a piece's output and log-sum-exp: into o and lse, or a part's, float32, into the workspace."""
-    o, lse, parts, part_sums, v_scale, queries, o_batch, o_row, o_head = out
-    column, row, end, _first, _last, part = read_work_tile(
-        work_tiles, i
-    )  # again, so as not to hold registers in between
+def epilogue(acc, m_i, l_i, out, work_tiles, i, heads, CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr,
+             IS_FP8: gl.constexpr):  # fmt: skip
+    """Normalises the output of a work tile, and stores it with its log-sum-exp, or a partial result in float32."""
+    # The work tile is read again, so that it holds no registers during the loop.
+    column, row, row_end, _kv_start, _kv_end, partial = read_work_tile(work_tiles, i)
     D: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
     batch, head = column // heads, column % heads
-    acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))[:, None]
-    channels = gl.arange(0, D, gl.SliceLayout(0, layout))
-    if FP8:
-        acc = acc * gl.load(v_scale + column * D + channels)[None, :]
-    sums = (top + gl.log2(total)) * LN_2
-    own = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
-    own_sums = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, top.type.layout)
-    if part < 0:
-        places = o + batch.to(gl.int64) * o_batch + head.to(gl.int64) * o_head
-        places = places + ((row + own).to(gl.int64) * o_row)[:, None] + channels[None, :]
-        gl.store(places, acc.to(o.dtype.element_ty), mask=(row + own < end)[:, None])
-        rows = (batch * queries + row + own_sums).to(gl.int64)
-        gl.store(lse + rows * heads + head, sums, mask=row + own_sums < end)
+    acc = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, layout))[:, None]
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    if IS_FP8:
+        acc = acc * gl.load(out.v_scale + column * D + offs_d)[None, :]
+    lse = (m_i + gl.log2(l_i)) * LN_2
+    offs_m = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
+    offs_lse = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, m_i.type.layout)  # the same rows in the layout of lse
+    if partial < 0:
+        o_ptrs = out.o + batch.to(gl.int64) * out.o_batch + head.to(gl.int64) * out.o_head
+        o_ptrs = o_ptrs + ((row + offs_m).to(gl.int64) * out.o_row)[:, None] + offs_d[None, :]
+        gl.store(o_ptrs, acc.to(out.o.dtype.element_ty), mask=(row + offs_m < row_end)[:, None])
+        rows = (batch * out.queries + row + offs_lse).to(gl.int64)
+        gl.store(out.lse + rows * heads + head, lse, mask=row + offs_lse < row_end)
     else:
-        first = part.to(gl.int64) * (CONSUMERS * WGMMA_M)
-        gl.store(parts + first * D + (own * D)[:, None] + channels[None, :], acc)
-        gl.store(part_sums + first + own_sums, sums)
+        first_row = partial.to(gl.int64) * (CONSUMERS * WGMMA_M)
+        gl.store(out.partial_o + first_row * D + (offs_m * D)[:, None] + offs_d[None, :], acc)
+        gl.store(out.partial_lse + first_row + offs_lse, lse)
 
 
 @gluon.jit
-def attend_by_turns(work, buffers, q_bars, k_bars, v_bars, turns, out, scale, heads,
-                    CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-                    STAGES: gl.constexpr):  # fmt: skip
-    """A consumer in 16 bits: scores of a tile and products with the one before are in flight together."""
-    work_tiles, work_indptr = work
-    q_smem, k_smem, v_smem = buffers
-    q_full, q_empty = q_bars
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
+def mma_partition_pingpong(work, tiles, order_bars, out, qk_scale, heads,
+                           CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+                           D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A consumer in 16 bits: the scores of a tile and the product with the previous tile's values overlap."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    q = q_smem.index(CONSUMER_ID)
-    slot = 0
+    q = tiles.q.index(CONSUMER_ID)
+    stage = 0
     phase = 0
     q_phase = 0
-    turn = 0
-    for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
-        _column, _row, _end, first, last, _part = read_work_tile(work_tiles, i)
-        tiles = gl.cdiv(last - first, BLOCK_N)
-        none = gl.zeros([WGMMA_M, BLOCK_N], gl.float32, s_layout)
-        mbarrier.wait(q_full.index(CONSUMER_ID), q_phase)
+    order_phase = 0
+    for i in range(gl.load(work.work_indptr + gl.program_id(0)), gl.load(work.work_indptr + gl.program_id(0) + 1)):
+        _column, _row, _row_end, kv_start, kv_end, _partial = read_work_tile(work.work_tiles, i)
+        num_kv_tiles = gl.cdiv(kv_end - kv_start, BLOCK_N)
+        zeros = gl.zeros([WGMMA_M, BLOCK_N], gl.float32, s_layout)
+        mbarrier.wait(tiles.q_full.index(CONSUMER_ID), q_phase)
         q_phase ^= 1
-        mbarrier.wait(k_full.index(slot), phase)
-        s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-        s = hide(warpgroup_mma_wait(0, deps=[s]), last - first - (tiles - 1) * BLOCK_N)
-        mbarrier.arrive(k_empty.index(slot))
-        top = gl.max(s, 1) * scale
-        p = exp2(s * scale - top[:, None])
-        total = gl.sum(p, 1)
+        mbarrier.wait(tiles.k_full.index(stage), phase)
+        s = warpgroup_mma(q, tiles.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = mask_scores(warpgroup_mma_wait(0, deps=[s]), kv_end - kv_start - (num_kv_tiles - 1) * BLOCK_N)
+        mbarrier.arrive(tiles.k_empty.index(stage))
+        m_i = gl.max(s, 1) * qk_scale
+        p = exp2(s * qk_scale - m_i[:, None])
+        l_i = gl.sum(p, 1)
         acc = gl.zeros([WGMMA_M, D], gl.float32, o_layout)
-        for _ in range(1, tiles):
-            v_slot, v_phase = slot, phase
-            slot, phase = next_stage(slot, phase, STAGES)
-            mbarrier.wait(k_full.index(slot), phase)
-            mbarrier.wait(turns.index(CONSUMER_ID), turn)
-            turn ^= 1
-            s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_slot), v_phase)
-            left = left_operand(p, v_smem.dtype, p_layout, False)
-            acc = warpgroup_mma(left, v_smem.index(v_slot), acc, is_async=True)
-            mbarrier.arrive(turns.index((CONSUMER_ID + 1) % CONSUMERS))
+        for _ in range(1, num_kv_tiles):
+            v_stage, v_phase = stage, phase
+            stage, phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(tiles.k_full.index(stage), phase)
+            mbarrier.wait(order_bars.index(CONSUMER_ID), order_phase)
+            order_phase ^= 1
+            s = warpgroup_mma(q, tiles.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(tiles.v_full.index(v_stage), v_phase)
+            p_operand = to_mma_operand(p, tiles.v.dtype, p_layout, False)
+            acc = warpgroup_mma(p_operand, tiles.v.index(v_stage), acc, is_async=True)
+            mbarrier.arrive(order_bars.index((CONSUMER_ID + 1) % CONSUMERS))
             s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(slot))
-            new = gl.maximum(top, gl.max(s, 1) * scale)
-            p = exp2(s * scale - new[:, None])
-            fade = exp2(top - new)
-            total = total * fade + gl.sum(p, 1)
-            top = new
+            mbarrier.arrive(tiles.k_empty.index(stage))
+            m_ij = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
+            p = exp2(s * qk_scale - m_ij[:, None])
+            alpha = exp2(m_i - m_ij)
+            l_i = l_i * alpha + gl.sum(p, 1)
+            m_i = m_ij
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(v_slot))
-            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
-        mbarrier.arrive(q_empty.index(CONSUMER_ID))
-        mbarrier.wait(v_full.index(slot), phase)
-        acc = warpgroup_mma(left_operand(p, v_smem.dtype, p_layout, False), v_smem.index(slot), acc, is_async=True)
+            mbarrier.arrive(tiles.v_empty.index(v_stage))
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        mbarrier.arrive(tiles.q_empty.index(CONSUMER_ID))
+        mbarrier.wait(tiles.v_full.index(stage), phase)
+        p_operand = to_mma_operand(p, tiles.v.dtype, p_layout, False)
+        acc = warpgroup_mma(p_operand, tiles.v.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(slot))
-        slot, phase = next_stage(slot, phase, STAGES)
-        finish(acc, top, total, out, work_tiles, i, heads, CONSUMER_ID, CONSUMERS, False)
+        mbarrier.arrive(tiles.v_empty.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, False)
 
 
 @gluon.jit
-def step(acc, top, total, q, factor, buffers, k_bars, v_bars, slot, phase, count,
-         BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
-    """One tile of keys in FP8, of which the first `count` count if MASKED.
+def attention_step_fp8(acc, m_i, l_i, q, qk_scale, tiles, stage, phase, num_keys,
+                       BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
+    """One tile of keys of the online softmax in FP8. If MASKED, only the first `num_keys` keys count.
 
-    The tensor cores add up the products of this tile only, BLOCK_N terms; the sum over tiles is a float32's.
+    The tensor cores sum the BLOCK_N products of this tile alone. The sum over tiles is in float32.
     """
-    _, k_smem, v_smem = buffers
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    mbarrier.wait(k_full.index(slot), phase)
+    mbarrier.wait(tiles.k_full.index(stage), phase)
     s = warpgroup_mma(
-        q, k_smem.index(slot).permute((1, 0)), gl.zeros([WGMMA_M, BLOCK_N], gl.float32, s_layout),
+        q, tiles.k.index(stage).permute((1, 0)), gl.zeros([WGMMA_M, BLOCK_N], gl.float32, s_layout),
         use_acc=False, is_async=True,
     )  # fmt: skip
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(slot))
+    mbarrier.arrive(tiles.k_empty.index(stage))
     if MASKED:
-        s = hide(s, count)
-    new = gl.maximum(top, gl.max(s, 1) * factor - SHIFT)
-    p = exp2(s * factor[:, None] - new[:, None])
-    fade = exp2(top - new)
-    total = total * fade + gl.sum(p, 1)
-    left = left_operand(p, v_smem.dtype, gl.DotOperandLayout(0, o_layout, 4), True)
-    mbarrier.wait(v_full.index(slot), phase)
-    product = warpgroup_mma(
-        left, v_smem.index(slot).permute((1, 0)), gl.zeros([WGMMA_M, D], gl.float32, o_layout),
+        s = mask_scores(s, num_keys)
+    m_ij = gl.maximum(m_i, gl.max(s, 1) * qk_scale - FP8_SHIFT)
+    p = exp2(s * qk_scale[:, None] - m_ij[:, None])
+    alpha = exp2(m_i - m_ij)
+    l_i = l_i * alpha + gl.sum(p, 1)
+    p_operand = to_mma_operand(p, tiles.v.dtype, gl.DotOperandLayout(0, o_layout, 4), True)
+    mbarrier.wait(tiles.v_full.index(stage), phase)
+    pv = warpgroup_mma(
+        p_operand, tiles.v.index(stage).permute((1, 0)), gl.zeros([WGMMA_M, D], gl.float32, o_layout),
         use_acc=False, is_async=True,
     )  # fmt: skip
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
-    acc += warpgroup_mma_wait(0, deps=[product])
-    mbarrier.arrive(v_empty.index(slot))
-    slot, phase = next_stage(slot, phase, STAGES)
-    return acc, new, total, slot, phase
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    acc += warpgroup_mma_wait(0, deps=[pv])
+    mbarrier.arrive(tiles.v_empty.index(stage))
+    stage, phase = next_stage(stage, phase, STAGES)
+    return acc, m_ij, l_i, stage, phase
 
 
 @gluon.jit
-def attend_in_steps(work, buffers, q_bars, k_bars, v_bars, out, q_scale, k_scale, scale, heads,
-                    CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-                    STAGES: gl.constexpr):  # fmt: skip
-    """A consumer in FP8: one tile after the other."""
-    work_tiles, work_indptr = work
-    q_full, q_empty = q_bars
-    queries = out[5]
+def mma_partition_sequential(work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
+                             CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+                             D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A consumer in FP8: it finishes one tile of keys before it starts the next."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q = buffers[0].index(CONSUMER_ID)
-    slot = 0
+    q = tiles.q.index(CONSUMER_ID)
+    stage = 0
     phase = 0
     q_phase = 0
-    for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
-        column, row, end, first, last, _part = read_work_tile(work_tiles, i)
+    for i in range(gl.load(work.work_indptr + gl.program_id(0)), gl.load(work.work_indptr + gl.program_id(0) + 1)):
+        column, row, row_end, kv_start, kv_end, _partial = read_work_tile(work.work_tiles, i)
         batch, head = column // heads, column % heads
-        tiles = gl.cdiv(last - first, BLOCK_N)
+        num_kv_tiles = gl.cdiv(kv_end - kv_start, BLOCK_N)
         rows = row + CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, s_rows)
-        places = q_scale + (batch * queries + rows).to(gl.int64) * heads + head
-        factor = gl.load(places, mask=rows < end, other=0.0) * (gl.load(k_scale + column) * scale)
-        top = gl.full([WGMMA_M], float("-inf"), gl.float32, s_rows)
-        total = gl.zeros([WGMMA_M], gl.float32, s_rows)
+        q_scale_ptrs = q_scale + (batch * out.queries + rows).to(gl.int64) * heads + head
+        q_scales = gl.load(q_scale_ptrs, mask=rows < row_end, other=0.0)
+        qk_scale = q_scales * (gl.load(k_scale + column) * softmax_scale_log2)
+        m_i = gl.full([WGMMA_M], float("-inf"), gl.float32, s_rows)
+        l_i = gl.zeros([WGMMA_M], gl.float32, s_rows)
         acc = gl.zeros([WGMMA_M, D], gl.float32, o_layout)
-        mbarrier.wait(q_full.index(CONSUMER_ID), q_phase)
+        mbarrier.wait(tiles.q_full.index(CONSUMER_ID), q_phase)
         q_phase ^= 1
-        acc, top, total, slot, phase = step(
-            acc, top, total, q, factor, buffers, k_bars, v_bars, slot, phase, last - first - (tiles - 1) * BLOCK_N,
+        acc, m_i, l_i, stage, phase = attention_step_fp8(
+            acc, m_i, l_i, q, qk_scale, tiles, stage, phase, kv_end - kv_start - (num_kv_tiles - 1) * BLOCK_N,
             BLOCK_N, D, STAGES, True,
         )  # fmt: skip
-        for _ in range(1, tiles):
-            acc, top, total, slot, phase = step(
-                acc, top, total, q, factor, buffers, k_bars, v_bars, slot, phase, BLOCK_N, BLOCK_N, D, STAGES, False
+        for _ in range(1, num_kv_tiles):
+            acc, m_i, l_i, stage, phase = attention_step_fp8(
+                acc, m_i, l_i, q, qk_scale, tiles, stage, phase, BLOCK_N, BLOCK_N, D, STAGES, False
             )
-        mbarrier.arrive(q_empty.index(CONSUMER_ID))
-        finish(acc, top, total, out, work_tiles, i, heads, CONSUMER_ID, CONSUMERS, True)
+        mbarrier.arrive(tiles.q_empty.index(CONSUMER_ID))
+        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, True)
 
 
-# What is not specialised is not compiled anew: 1 head, lengths that 16 divides.
+# Without specialisation of these, a single head or lengths divisible by 16 do not compile another kernel.
 @gluon.jit(do_not_specialize=["heads", "queries", "q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head"])
-def attention_hopper(
-    q_rows, k_rows, v_rows, o, lse, parts, part_sums, work_tiles, work_indptr, q_scale, k_scale, v_scale, scale, heads, queries,
-    q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_row, o_head,
-    FP8: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+def attention_fwd_sm90(
+    q_desc, k_desc, v_desc, o, lse, partial_o, partial_lse, work_tiles, work_indptr, q_scale, k_scale, v_scale,
+    softmax_scale_log2, heads, queries, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_row, o_head,
+    IS_FP8: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Works off the work_tiles from work_indptr[program] to work_indptr[program + 1]; the launcher says what the rest is."""
-    CONSUMERS: gl.constexpr = 3 if FP8 else 2
-    q_smem = gl.allocate_shared_memory(q_rows.dtype, [CONSUMERS, WGMMA_M, D], q_rows.layout)
-    k_smem = gl.allocate_shared_memory(k_rows.dtype, [STAGES, BLOCK_N, D], k_rows.layout)
-    v_smem = gl.allocate_shared_memory(v_rows.dtype, [STAGES] + v_rows.block_type.shape, v_rows.layout)  # noqa: RUF005
-    q_bars = alloc_barriers(CONSUMERS, 1), alloc_barriers(CONSUMERS, 1)  # full, empty
-    k_bars = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)
-    v_bars = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)
-    turns = alloc_barriers(CONSUMERS, 1)
+    """A persistent program: allocates shared memory, and starts the load partition and the MMA partitions."""
+    CONSUMERS: gl.constexpr = 3 if IS_FP8 else 2
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, WGMMA_M, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
+    q_full, q_empty = alloc_barriers(CONSUMERS, 1), alloc_barriers(CONSUMERS, 1)
+    k_full, k_empty = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)
+    v_full, v_empty = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)
+    order_bars = alloc_barriers(CONSUMERS, 1)
     fence_async_shared()
-    work = work_tiles, work_indptr
-    buffers = q_smem, k_smem, v_smem
-    out = o, lse, parts, part_sums, v_scale, queries, o_batch, o_row, o_head
-    rows = q_rows, k_rows, v_rows
-    strides = q_batch, q_head, k_batch, k_head, v_batch, v_head
-    # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
-    if FP8:
+    work = WorkQueue(work_tiles, work_indptr)
+    operands = Operands(q_desc, k_desc, v_desc, q_batch, q_head, k_batch, k_head, v_batch, v_head)
+    tiles = SharedTiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    out = Outputs(o, lse, partial_o, partial_lse, v_scale, queries, o_batch, o_row, o_head)
+    # The 65,536 registers are shared by the warp groups; the numbers are registers per thread of all but the first one,
+    # which gets the rest.
+    if IS_FP8:
         gl.warp_specialize([
-            (attend_in_steps, (work, buffers, q_bars, k_bars, v_bars, out, q_scale, k_scale, scale, heads,
-                               0, CONSUMERS, BLOCK_N, D, STAGES)),
-            (attend_in_steps, (work, buffers, q_bars, k_bars, v_bars, out, q_scale, k_scale, scale, heads,
-                               1, CONSUMERS, BLOCK_N, D, STAGES)),
-            (attend_in_steps, (work, buffers, q_bars, k_bars, v_bars, out, q_scale, k_scale, scale, heads,
-                               2, CONSUMERS, BLOCK_N, D, STAGES)),
-            (produce, (work, rows, strides, buffers, q_bars, k_bars, v_bars, heads, FP8, CONSUMERS, BLOCK_N, STAGES)),
+            (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
+                                        0, CONSUMERS, BLOCK_N, D, STAGES)),
+            (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
+                                        1, CONSUMERS, BLOCK_N, D, STAGES)),
+            (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
+                                        2, CONSUMERS, BLOCK_N, D, STAGES)),
+            (load_partition, (work, operands, tiles, heads, IS_FP8, CONSUMERS, BLOCK_N, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
-        mbarrier.arrive(turns.index(0))
+        mbarrier.arrive(order_bars.index(0))
         gl.warp_specialize([
-            (attend_by_turns, (work, buffers, q_bars, k_bars, v_bars, turns, out, scale, heads,
-                               0, CONSUMERS, BLOCK_N, D, STAGES)),
-            (attend_by_turns, (work, buffers, q_bars, k_bars, v_bars, turns, out, scale, heads,
-                               1, CONSUMERS, BLOCK_N, D, STAGES)),
-            (produce, (work, rows, strides, buffers, q_bars, k_bars, v_bars, heads, FP8, CONSUMERS, BLOCK_N, STAGES)),
+            (mma_partition_pingpong, (work, tiles, order_bars, out, softmax_scale_log2, heads,
+                                      0, CONSUMERS, BLOCK_N, D, STAGES)),
+            (mma_partition_pingpong, (work, tiles, order_bars, out, softmax_scale_log2, heads,
+                                      1, CONSUMERS, BLOCK_N, D, STAGES)),
+            (load_partition, (work, operands, tiles, heads, IS_FP8, CONSUMERS, BLOCK_N, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "queries"])
+def combine_partials(o, lse, partial_o, partial_lse, combines, heads, queries, o_batch, o_row, o_head,
+                     D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Combines the partial results of ROWS queries of an output tile: o = sum_i exp(lse_i - lse) o_i.
+
+    A row of `combines` is a row of `StreamKSchedule.combines`. Each partial result has BLOCK_M queries.
+    """
+    combine = combines + 5 * tl.program_id(0)
+    column, row, row_end = tl.load(combine), tl.load(combine + 1), tl.load(combine + 2)
+    first_partial, num_partials = tl.load(combine + 3).to(tl.int64), tl.load(combine + 4)
+    offs_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, D)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    for i in range(num_partials):
+        m_i = tl.maximum(m_i, tl.load(partial_lse + (first_partial + i) * BLOCK_M + offs_m))
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for i in range(num_partials):
+        rows = (first_partial + i) * BLOCK_M + offs_m
+        weight = tl.exp(tl.load(partial_lse + rows) - m_i)
+        l_i += weight
+        acc += weight[:, None] * tl.load(partial_o + rows[:, None] * D + offs_d[None, :])
+    batch, head = (column // heads).to(tl.int64), (column % heads).to(tl.int64)
+    mask_m = row + offs_m < row_end
+    rows = (row + offs_m).to(tl.int64)
+    o_ptrs = o + batch * o_batch + head * o_head + rows[:, None] * o_row + offs_d[None, :]
+    tl.store(o_ptrs, (acc / l_i[:, None]).to(o.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(lse + (batch * queries + rows) * heads + head, m_i + tl.log(l_i), mask=mask_m)
 
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads", "queries"])
-def merge_parts(o, lse, parts, part_sums, merges, heads, queries, o_batch, o_row, o_head,
-                D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """ROWS queries of a tile: o = sum_i exp(lse_i - lse) o_i over the parts of its keys, as in `merge_attention`."""
-    merge = merges + 5 * tl.program_id(0)
-    column, row, end = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
-    first, count = tl.load(merge + 3).to(tl.int64), tl.load(merge + 4)
-    own = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channels = tl.arange(0, D)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for i in range(count):
-        top = tl.maximum(top, tl.load(part_sums + (first + i) * TILE + own))
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for i in range(count):
-        rows = (first + i) * TILE + own
-        weight = tl.exp(tl.load(part_sums + rows) - top)
-        total += weight
-        acc += weight[:, None] * tl.load(parts + rows[:, None] * D + channels[None, :])
-    batch, head = (column // heads).to(tl.int64), (column % heads).to(tl.int64)
-    valid = row + own < end
-    rows = (row + own).to(tl.int64)
-    places = o + batch * o_batch + head * o_head + rows[:, None] * o_row + channels[None, :]
-    tl.store(places, (acc / total[:, None]).to(o.dtype.element_ty), mask=valid[:, None])
-    tl.store(lse + (batch * queries + rows) * heads + head, top + tl.log(total), mask=valid)
+def make_desc(x: Tensor, rows: int, columns: int, stride: int, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of x as [rows, columns] with rows `stride` apart, where batch and head are column offsets."""
+    return TensorDescriptor(x, [rows, columns], [stride, 1], block, smem_layout(tuple(block), x.dtype))
 
 
-def describe(x: Tensor, rows: int, width: int, stride: int, block: list[int]) -> TensorDescriptor:
-    """Boxes of x, seen as [rows, width] with rows `stride` apart: every batch and head is an offset of columns."""
-    return TensorDescriptor(x, [rows, width], [stride, 1], block, smem_layout(tuple(block), x.dtype))
-
-
-def extent(x: Tensor) -> int:
-    """Of [batch, token, head, d]: one past the largest offset of columns."""
+def num_columns(x: Tensor) -> int:
+    """The number of columns of x [batch, tokens, heads, head_dim] in its descriptor: one past the largest offset."""
     return (x.shape[0] - 1) * x.stride(0) + (x.shape[2] - 1) * x.stride(2) + x.shape[3]
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, seen: KVRanges) -> bool:
-    """Whether the kernel takes these operands, [batch, token, head, d] each, or FP8 v [batch, head, d, token].
+def supports(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges) -> bool:
+    """Whether `launch_sm90` takes these operands.
 
-    Copies start at whole 16 bytes, rows lie whole 16 bytes apart, columns are numbers of 31 bits; in FP8, tiles of keys
-    start at whole groups of 16.
+    head_dim must be 64 or 128. TMA needs addresses and row strides divisible by 16 bytes, and column offsets below
+    2^31. In FP8, key ranges must start at multiples of 16, because the values are permuted in groups of 16.
+
+    Args:
+        q: [batch, queries, heads, head_dim].
+        k: [batch, keys, heads, head_dim].
+        v: like k, or in FP8 [batch, heads, head_dim, keys].
+        ranges: the keys that each group of queries attends to.
     """
     fp8 = q.dtype == FP8
-    rows = (q, k) if fp8 else (q, k, v)
     aligned = all(
-        x.data_ptr() % 16 == 0 and x.stride(1) > 0 and x.stride(1) * x.itemsize % 16 == 0 and extent(x) < 2**31
-        for x in rows
+        x.data_ptr() % 16 == 0 and x.stride(1) > 0 and x.stride(1) * x.itemsize % 16 == 0 and num_columns(x) < 2**31
+        for x in ((q, k) if fp8 else (q, k, v))
     )
-    grouped = not fp8 or (v.is_contiguous() and all(first % 16 == 0 for *_, first, _ in seen))
+    grouped = not fp8 or (v.is_contiguous() and all(kv_start % 16 == 0 for *_, kv_start, _ in ranges))
     return q.dtype in GL_DTYPES and q.shape[3] in (64, 128) and aligned and grouped
 
 
@@ -406,38 +500,54 @@ def launch_sm90(
     k: Tensor,
     v: Tensor,
     scales: tuple[Tensor, Tensor, Tensor] | None,
-    seen: KVRanges,
+    ranges: KVRanges,
     scale: float,
-    dtype: torch.dtype,
+    out_dtype: torch.dtype,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o in `dtype` [batch, token, head, d] and lse [batch, token, head] of operands that `supports` approves.
+    """Attention by the Hopper kernel, for operands that `supports` accepts.
 
-    `scales` of q [batch, token, head], k [batch, head] and v [batch, head, d] make it FP8.
+    Args:
+        q: [batch, queries, heads, head_dim].
+        k: [batch, keys, heads, head_dim].
+        v: like k, or in FP8 [batch, heads, head_dim, keys].
+        scales: None, or in FP8 the scales of q [batch, queries, heads], k [batch, heads], v [batch, heads, head_dim].
+        ranges: the keys that each group of queries attends to.
+        scale: factor of the logits.
+        out_dtype: the dtype of o.
+        config: launch parameters that replace defaults.
+
+    Returns:
+        o [batch, queries, heads, head_dim] and lse, float32 [batch, queries, heads].
     """
-    batch, queries, heads, d = q.shape
+    batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    parameters: dict[str, Any] = {**DEFAULT[q.dtype == FP8], **(config or {})}
-    block_n, group = parameters["BLOCK_N"], WGMMA_M.value
-    block_m = group * (3 if scales else 2)
-    programs = gpu_of(q.device).multiprocessors
-    work = stream_k_schedule_on(q.device, type(q), seen, block_m, block_n, batch * heads, programs)
-    q_rows = describe(q, queries, extent(q), q.stride(1), [group, d])
-    k_rows = describe(k, keys, extent(k), k.stride(1), [block_n, d])
+    parameters: dict[str, Any] = {**DEFAULT_CONFIG, **(config or {})}
+    block_n, consumer_m = parameters["BLOCK_N"], WGMMA_M.value
+    block_m = consumer_m * (3 if scales else 2)
+    num_programs = gpu_of(q.device).multiprocessors
+    work = stream_k_schedule_on(q.device, type(q), ranges, block_m, block_n, batch * heads, num_programs)
+    q_desc = make_desc(q, queries, num_columns(q), q.stride(1), [consumer_m, head_dim])
+    k_desc = make_desc(k, keys, num_columns(k), k.stride(1), [block_n, head_dim])
     if scales:
-        v_rows, v_strides = describe(v, batch * heads * d, v.shape[3], v.stride(2), [d, block_n]), (heads * d, d)
+        v_desc = make_desc(v, batch * heads * head_dim, v.shape[3], v.stride(2), [head_dim, block_n])
+        v_strides = heads * head_dim, head_dim
     else:
-        v_rows, v_strides = describe(v, keys, extent(v), v.stride(1), [block_n, d]), (v.stride(0), v.stride(2))
-    o = q.new_empty(q.shape, dtype=dtype)
+        v_desc = make_desc(v, keys, num_columns(v), v.stride(1), [block_n, head_dim])
+        v_strides = v.stride(0), v.stride(2)
+    o = q.new_empty(q.shape, dtype=out_dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    parts, part_sums = lse.new_empty(work.num_partials * block_m, d), lse.new_empty(work.num_partials * block_m)
-    attention_hopper[(programs,)](
-        q_rows, k_rows, v_rows, o, lse, parts, part_sums, work.work_tiles, work.work_indptr, *(scales or (lse, lse, lse)),
-        scale * math.log2(math.e), heads, queries, q.stride(0), q.stride(2), k.stride(0), k.stride(2), *v_strides,
-        *o.stride()[:3], FP8=scales is not None, D=d, num_warps=4, **parameters,
+    partial_o = lse.new_empty(work.num_partials * block_m, head_dim)
+    partial_lse = lse.new_empty(work.num_partials * block_m)
+    attention_fwd_sm90[(num_programs,)](
+        q_desc, k_desc, v_desc, o, lse, partial_o, partial_lse, work.work_tiles, work.work_indptr,
+        *(scales or (lse, lse, lse)), scale * math.log2(math.e), heads, queries,
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), *v_strides, *o.stride()[:3],
+        IS_FP8=scales is not None, D=head_dim, num_warps=4, **parameters,
     )  # fmt: skip
     if len(work.combines):
-        merge_parts[(len(work.combines), block_m // MERGE_ROWS)](
-            o, lse, parts, part_sums, work.combines, heads, queries, *o.stride()[:3], D=d, TILE=block_m, ROWS=MERGE_ROWS
-        )
+        combine_partials[(len(work.combines), block_m // COMBINE_ROWS)](
+            o, lse, partial_o, partial_lse, work.combines, heads, queries, *o.stride()[:3],
+            D=head_dim, BLOCK_M=block_m, ROWS=COMBINE_ROWS,
+        )  # fmt: skip
     return o, lse

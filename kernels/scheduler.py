@@ -6,7 +6,7 @@ lengths, and tile counts that the number of multiprocessors does not divide, cos
 
 The names are those of attention: rows are queries, columns are (batch, head) pairs, and the reduction runs over keys.
 A linear layer uses the same schedule: its rows are rows of the input, its columns are column tiles of the output, and
-its "keys" are positions along the reduction axis K.
+its keys are positions along the reduction axis K.
 
 Source: Stream-K (arXiv 2301.03598).
 """
@@ -19,21 +19,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MIN_SPLIT_TILES = (
-    4  # key tiles in a split at least: every split costs a round trip of its partial output through memory
-)
+# Least number of key tiles in a split: each split costs a round trip of its partial output through memory.
+MIN_SPLIT_TILES = 4
 
-# (first query, end of queries, first key, end of keys) of consecutive groups of queries; ends are exclusive.
+# For each of consecutive groups of queries: (first query, end of queries, first key, end of keys). Ends are exclusive.
 KVRanges = tuple[tuple[int, int, int, int], ...]
 
 
 class StreamKSchedule(NamedTuple):
-    """Which program computes which work tile. All tables are int32; all ends are exclusive.
+    """Which program computes which work tile. All tables are int32, and all ends are exclusive.
 
-    `work_tiles` [n, 6]: column, first row, end of rows, first key, end of keys, index of the partial result or -1.
-    `work_indptr` [num_programs + 1]: program p has work_tiles[work_indptr[p] : work_indptr[p + 1]]. A work tile with a
-    partial index covers only some keys of its output tile. `combines` [m, 5]: column, first row, end of rows, first
-    partial, number of partials of every output tile that was split. `num_partials`: partial results in all.
+    Attributes:
+        work_tiles: [n, 6]. Each row is a column, first row, end of rows, first key, end of keys, and the index of the
+            partial result. The index is -1 for a tile that covers all keys of its output tile.
+        work_indptr: [num_programs + 1]. Program p computes work_tiles[work_indptr[p] : work_indptr[p + 1]].
+        combines: [m, 5], one row for each output tile that was split: column, first row, end of rows, first partial
+            result, number of partial results.
+        num_partials: the total number of partial results.
     """
 
     work_tiles: Tensor
@@ -52,16 +54,16 @@ def kv_ranges(queries: int, keys: int, chunks: tuple[int, ...] | None = None, pa
     if chunks is None:
         return ((0, queries, 0, keys),)
     edges = [0, *itertools.accumulate(chunks)]
-    first = [0 if past < 0 else max(0, i - past) for i in range(len(chunks))]
-    return tuple((edges[i], edges[i + 1], edges[first[i]], edges[i + 1]) for i in range(len(chunks)))
+    first_chunk = [0 if past < 0 else max(0, i - past) for i in range(len(chunks))]
+    return tuple((edges[i], edges[i + 1], edges[first_chunk[i]], edges[i + 1]) for i in range(len(chunks)))
 
 
 def query_tiles(ranges: KVRanges, block_m: int) -> list[tuple[int, int, int, int]]:
-    """Tiles of at most `block_m` queries, none of which crosses two ranges: first row, end, first key, end of keys."""
+    """Tiles of at most `block_m` queries, each within one range: first row, end of rows, first key, end of keys."""
     return [
-        (row, min(row + block_m, end), first_key, end_key)
-        for start, end, first_key, end_key in ranges
-        for row in range(start, end, block_m)
+        (row, min(row + block_m, q_end), kv_start, kv_end)
+        for q_start, q_end, kv_start, kv_end in ranges
+        for row in range(q_start, q_end, block_m)
     ]
 
 
@@ -71,36 +73,45 @@ def stream_k_schedule(
     block_n: int,
     columns: int,
     num_programs: int,
-    group: int = 1,
+    column_group: int = 1,
     split: bool = True,
 ) -> StreamKSchedule:
-    """Distributes tiles of block_m queries, for each of `columns` (batch, head) pairs, by their number of key tiles.
+    """Distributes output tiles over persistent programs, balanced by the number of key tiles.
 
-    Whole tiles go to the program that has the least to do. `group` columns are scheduled together, so that programs
-    which run at the same time share keys in the L2 cache. The last tiles, which do not fill a wave of programs, are
-    split along the keys so that all programs end together; without `split` they stay whole.
+    Whole tiles go to the program with the least work so far. The last tiles, which do not fill a wave of programs, are
+    split along the keys so that all programs finish together.
+
+    Args:
+        ranges: the keys that each group of queries attends to.
+        block_m: queries in a tile.
+        block_n: keys in a tile.
+        columns: the number of (batch, head) pairs, each of which has all queries.
+        num_programs: the number of programs.
+        column_group: how many columns are scheduled together, so that programs which run at the same time share keys
+            in the L2 cache.
+        split: False keeps all tiles whole.
     """
     tiles = [
         (column, *tile)
-        for first in range(0, columns, group)
+        for first_column in range(0, columns, column_group)
         for tile in query_tiles(ranges, block_m)
-        for column in range(first, min(first + group, columns))
+        for column in range(first_column, min(first_column + column_group, columns))
     ]
-    costs = [-(-(end_key - first_key) // block_n) for *_, first_key, end_key in tiles]
+    costs = [-(-(kv_end - kv_start) // block_n) for *_, kv_start, kv_end in tiles]
     unsplit = len(tiles) - len(tiles) % num_programs if split else len(tiles)
     target = -(-sum(costs) // num_programs)
     work: list[list[tuple[int, ...]]] = [[] for _ in range(num_programs)]
     combines: list[tuple[int, ...]] = []
     num_partials = 0
     load = [(0, program) for program in range(num_programs)]  # a heap of (key tiles so far, program)
-    for i, ((column, row, end, first_key, end_key), cost) in enumerate(zip(tiles, costs, strict=True)):
+    for i, ((column, row, row_end, kv_start, kv_end), cost) in enumerate(zip(tiles, costs, strict=True)):
         splits = _assign(cost, load, None if i < unsplit else target)
         is_split = len(splits) > 1
         if is_split:
-            combines.append((column, row, end, num_partials, len(splits)))
-        for program, start, stop in splits:
-            keys = first_key + start * block_n, min(end_key, first_key + stop * block_n)
-            work[program].append((column, row, end, *keys, num_partials if is_split else -1))
+            combines.append((column, row, row_end, num_partials, len(splits)))
+        for program, start, end in splits:
+            keys = kv_start + start * block_n, min(kv_end, kv_start + end * block_n)
+            work[program].append((column, row, row_end, *keys, num_partials if is_split else -1))
             num_partials += is_split
     indptr = list(itertools.accumulate(map(len, work), initial=0))
     flat = [tile for of_program in work for tile in of_program]
@@ -109,9 +120,9 @@ def stream_k_schedule(
 
 
 def _assign(cost: int, load: list[tuple[int, int]], target: int | None) -> list[tuple[int, int, int]]:
-    """Gives `cost` key tiles to the least busy programs: (program, first key tile, end).
+    """Gives `cost` key tiles to the least busy programs, as splits of (program, first key tile, end of key tiles).
 
-    Each program is filled up to `target` key tiles; None gives the whole tile to one program.
+    Each program is filled up to `target` key tiles. A target of None gives the whole tile to one program.
     """
     splits, done = [], 0
     while done < cost:
@@ -126,11 +137,12 @@ def _assign(cost: int, load: list[tuple[int, int]], target: int | None) -> list[
 
 
 @cache
-def query_tiles_on(device: torch.device, _kind: type, ranges: KVRanges, block_m: int) -> Tensor:
-    """`query_tiles` on a device, int32 [tile, 4].
+def query_tiles_on(device: torch.device, _tensor_type: type, ranges: KVRanges, block_m: int) -> Tensor:
+    """The result of `query_tiles` as an int32 tensor [tile, 4] on a device.
 
-    Copied once for a shape: a launch must not wait for a copy, and a CUDA graph cannot capture one. `_kind` is the type
-    of the tensors, since those of an audit have no memory and must not share a table with real ones.
+    It is copied once per shape and kept, because a launch must not wait for a copy and a CUDA graph cannot capture one.
+    `_tensor_type` is the type of the kernel's other tensors. It keeps real tables apart from those of the audit, whose
+    tensors have no memory.
     """
     return torch.tensor(query_tiles(ranges, block_m), dtype=torch.int32).to(device)
 
@@ -138,17 +150,24 @@ def query_tiles_on(device: torch.device, _kind: type, ranges: KVRanges, block_m:
 @cache
 def stream_k_schedule_on(
     device: torch.device,
-    _kind: type,
+    _tensor_type: type,
     ranges: KVRanges,
     block_m: int,
     block_n: int,
     columns: int,
     num_programs: int,
-    group: int = 1,
+    column_group: int = 1,
     split: bool = True,
 ) -> StreamKSchedule:
-    """`stream_k_schedule` on a device, copied once for a shape; `_kind` as in `query_tiles_on`."""
-    made = stream_k_schedule(ranges, block_m, block_n, columns, num_programs, group, split)
+    """The result of `stream_k_schedule` with its tables on a device, copied once per shape and kept.
+
+    `_tensor_type` is the type of the kernel's other tensors. It keeps real tables apart from those of the audit, whose
+    tensors have no memory.
+    """
+    schedule = stream_k_schedule(ranges, block_m, block_n, columns, num_programs, column_group, split)
     return StreamKSchedule(
-        made.work_tiles.to(device), made.work_indptr.to(device), made.combines.to(device), made.num_partials
+        schedule.work_tiles.to(device),
+        schedule.work_indptr.to(device),
+        schedule.combines.to(device),
+        schedule.num_partials,
     )

@@ -27,42 +27,42 @@ WORK_TILE_FIELDS = gl.constexpr(6)  # of a row of `StreamKSchedule.work_tiles`
 
 @cache
 def smem_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """The shared-memory layout of a TMA box of that shape. Cached: every launch asks for it, and it is slow to make."""
+    """The shared-memory layout of a TMA box. Cached, because every launch needs it and it is slow to construct."""
     return gl.NVMMASharedLayout.get_default_for(list(block), GL_DTYPES[dtype])
 
 
 @gluon.jit
-def next_stage(slot, phase, STAGES: gl.constexpr):
-    """The stage of the ring after `slot`, and the parity of its barriers, which flips with every round."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage of the ring after `stage`, and the parity of its barriers, which flips with every round."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
         phase ^= 1
-    return slot, phase
+    return stage, phase
 
 
 @gluon.jit
-def previous_stage(slot, STAGES: gl.constexpr):
-    """The stage of the ring before `slot`.
+def previous_stage(stage, STAGES: gl.constexpr):
+    """The stage of the ring before `stage`.
 
-    Keeping it in a variable that is set to `slot` before a loop fails silently: Triton 3.6 takes a variable that a loop
-    sets to a value which existed before the loop for unchanged, and does not carry it.
+    Do not keep it in a variable that is assigned `stage` before the loop: Triton 3.6 silently fails to carry a variable
+    to which a loop assigns a value from before the loop.
     """
-    return gl.where(slot == 0, STAGES, slot) - 1
+    return gl.where(stage == 0, STAGES, stage) - 1
 
 
 @gluon.jit
 def read_work_tile(work_tiles, i):
-    """Column, first row, end of rows, first key, end of keys, and index of the partial result of work tile i."""
+    """Work tile i: column, first row, end of rows, first key, end of keys, index of its partial result or -1."""
     tile = work_tiles + WORK_TILE_FIELDS * i
-    column, row, end = gl.load(tile), gl.load(tile + 1), gl.load(tile + 2)
-    first_key, end_key, partial = gl.load(tile + 3), gl.load(tile + 4), gl.load(tile + 5)
-    return column, row, end, first_key, end_key, partial
+    column, row, row_end = gl.load(tile), gl.load(tile + 1), gl.load(tile + 2)
+    kv_start, kv_end, partial = gl.load(tile + 3), gl.load(tile + 4), gl.load(tile + 5)
+    return column, row, row_end, kv_start, kv_end, partial
 
 
 @gluon.jit
 def alloc_barriers(n: gl.constexpr, count: gl.constexpr):
-    """n mbarriers in shared memory, each of which `count` arrivals complete."""
+    """Allocates n mbarriers in shared memory, each of which completes a phase after `count` arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(n):
         mbarrier.init(barriers.index(i), count=count)
@@ -71,7 +71,7 @@ def alloc_barriers(n: gl.constexpr, count: gl.constexpr):
 
 @gluon.jit
 def split_columns(x):
-    """The left and the right half of x's columns, without moving a register."""
+    """Splits x into the left and the right half of its columns without moving data between registers."""
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1]
     K: gl.constexpr = x.type.layout.instr_shape[2]
@@ -84,7 +84,7 @@ def split_columns(x):
 
 @gluon.jit
 def to_e4m3_x4(x):
-    """x rounded to e4m3, saturating, four elements at once: Triton's own conversion unpacks them again."""
+    """Rounds x to e4m3, saturating, and packs four elements at once. Triton's own conversion would unpack them."""
     return gl.inline_asm_elementwise(
         "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
         "mov.b32 $0, {low, high}; }",

@@ -46,14 +46,14 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def text_image_attention(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _real: Tensor
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _num_text_tokens: Tensor
 ) -> Tensor:
-    """As `kernels.cross_attention.text_image_attention`; all keys, padding too."""
+    """As `kernels.text_image_attention.text_image_attention`; all keys, padding too."""
     return chunk_attention(q, text_k, text_v) + chunk_attention(q, image_k, image_v)
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int = 0) -> Tensor:
-    """As `kernels.cross_attention.frame_attention`: the frames are a batch."""
+    """As `kernels.frame_attention.frame_attention`: the frames are a batch."""
     q = F.pad(q, (0, 0, 0, 0, first, 0)).unflatten(0, (len(k), per_frame))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[first:]

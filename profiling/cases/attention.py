@@ -1,4 +1,4 @@
-"""Attention: among a chunk's tokens, to text and image, to audio, and the VAE's of one wide head."""
+"""Cases of attention: self-attention of the student and of the VAE, and cross-attention to text, image and audio."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,20 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import chunk_attention as attention
-from kernels import cross_attention
-from kernels.chunk_attention import chunk_attention
-from kernels.cross_attention import (
+from kernels.absorbed_audio_attention import (
     absorb_audio_projections,
     absorbed_audio_attention,
-    frame_attention,
     launch_absorb,
     launch_absorbed,
-    launch_frame,
-    launch_text_image,
-    text_image_attention,
 )
+from kernels.chunk_attention import chunk_attention, dispatch, interleave
+from kernels.common import DTYPE_NAMES, FP8
+from kernels.frame_attention import frame_attention, frame_reference, launch_frame
 from kernels.scheduler import kv_ranges
+from kernels.text_image_attention import launch_text_image, text_image_attention, text_image_reference
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import (
     ANYWHERE,
@@ -44,7 +41,10 @@ from profiling.cases.case import (
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, head by head: q [queries, head, d], k and v [keys, head, d] -> [queries, head, d]."""
+    """softmax(q k^T / sqrt(head_dim)) v, head by head.
+
+    q is [queries, heads, head_dim], k and v are [keys, heads, head_dim]; the result is like q.
+    """
     heads = []
     for h in range(q.shape[1]):
         weights = (q[:, h] @ k[:, h].T * q.shape[2] ** -0.5).softmax(-1)
@@ -52,71 +52,75 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(heads, dim=1)
 
 
-def ours(form: str) -> Callable[..., Call]:
-    """The `prepare` of one form of kernels/chunk_attention.py."""
-    return lambda q, k, v, config=None: partial(launch_attention, form, q, k, v, config)
+def prepare_attention(backend: str) -> Callable[..., Call]:
+    """The `prepare` of one back-end of `chunk_attention`."""
+    return lambda q, k, v, config=None: partial(launch_attention, backend, q, k, v, config)
 
 
-def choose_attention(form: str, q: Tensor, k: Tensor, dtype: str, config: LaunchConfig | None) -> TunedConfig:
-    """That of attention, q and k [tokens, heads, channels]."""
+def choose_attention(backend: str, q: Tensor, k: Tensor, dtype: str, config: LaunchConfig | None) -> TunedConfig:
+    """One back-end of `chunk_attention` with `config`, or else as tuned for q and k [tokens, heads, head_dim]."""
     dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "head_dim": q.shape[2]}
-    return choose("chunk_attention", form, dims, dtype, q, config, ("head_dim",))
+    return choose("chunk_attention", backend, dims, dtype, q, config, ("head_dim",))
 
 
-def launch_attention(form: str, q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Tensor:
-    """That form."""
-    choice, scale = choose_attention(form, q, k, attention.DTYPE_NAMES[q.dtype], config), q.shape[2] ** -0.5
-    return attention.launch(q[None], k[None], v[None], None, kv_ranges(len(q), len(k)), scale, q.dtype, choice)[0][0]
+def launch_attention(backend: str, q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Tensor:
+    """Attention by one back-end of `chunk_attention`."""
+    tuned = choose_attention(backend, q, k, DTYPE_NAMES[q.dtype], config)
+    ranges, scale = kv_ranges(len(q), len(k)), q.shape[2] ** -0.5
+    return dispatch(q[None], k[None], v[None], None, ranges, scale, q.dtype, tuned)[0][0]
 
 
-def chunk_attention_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's attention, whichever it takes for so many channels."""
+def chunk_attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention by the back-end that it selects for this head_dim."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-def ours_fp8(form: str) -> Callable[..., Call]:
-    """The same on e4m3 operands, which are made beforehand."""
+def prepare_attention_fp8(backend: str) -> Callable[..., Call]:
+    """The `prepare` of one back-end of `chunk_attention_fp8`, which quantises the operands."""
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Call:
-        return partial(launch_attention_fp8, form, *quantize_attention(q, k, v), config=config)
+        return partial(launch_attention_fp8, backend, *quantize_attention(q, k, v), config=config)
 
     return prepare
 
 
-def launch_attention_fp8(form: str, *operands: Tensor, config: LaunchConfig | None = None) -> Tensor:
-    """That form of the FP8 attention."""
+def launch_attention_fp8(backend: str, *operands: Tensor, config: LaunchConfig | None = None) -> Tensor:
+    """Attention by one back-end of `chunk_attention_fp8`, whose operands these are."""
     q, q_scale, k, k_scale, v, v_scale = (x[None] for x in operands)
-    seen, scale = kv_ranges(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
-    choice = choose_attention(form, q[0], k[0], "fp8", config)
-    return attention.launch(q, k, v, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)[0][0]
+    ranges, scale = kv_ranges(q.shape[1], k.shape[1]), q.shape[3] ** -0.5
+    tuned = choose_attention(backend, q[0], k[0], "fp8", config)
+    return dispatch(q, k, v, (q_scale, k_scale, v_scale), ranges, scale, torch.bfloat16, tuned)[0][0]
 
 
 def quantize_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Operands of `chunk_attention_fp8`, scaled by their largest values: per token and head, head, head and channel."""
+    """The operands of `chunk_attention_fp8`, scaled by their largest values.
+
+    q has a scale for each token and head, k for each head, v for each head and channel.
+    """
     q_scale, k_scale, v_scale = q.abs().amax(2).float(), k.abs().amax((0, 2)).float(), v.abs().amax(0).float()
     q_scale, k_scale, v_scale = (x.clamp(min=1e-12) / FP8_MAX for x in (q_scale, k_scale, v_scale))
-    order = torch.from_numpy(attention.interleave(len(v))).to(v.device)
+    order = torch.from_numpy(interleave(len(v))).to(v.device)
     values = F.pad(v / v_scale, (0, 0, 0, 0, 0, len(order) - len(v)))[order].permute(1, 2, 0).contiguous()
     scaled = (q / q_scale[..., None], k / k_scale[:, None], values)
-    q8, k8, v8 = (x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in scaled)
+    q8, k8, v8 = (x.clamp(-FP8_MAX, FP8_MAX).to(FP8) for x in scaled)
     return q8, q_scale, k8, k_scale, v8, v_scale
 
 
 def attention_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for Hopper."""
+    """Launch parameters of the Hopper kernel in FP8."""
     for stages in (2, 3, 4):
         yield {"BLOCK_N": 128, "STAGES": stages}
 
 
 def attention_space_16(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """The same in 16 bits, where shared memory holds two stages of 128 keys."""
+    """Launch parameters of the Hopper kernel in 16 bits, where shared memory holds two stages of 128 keys."""
     yield {"BLOCK_N": 128, "STAGES": 2}
     yield {"BLOCK_N": 64, "STAGES": 4}
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's attention by one of its back-ends, which take heads in front of tokens as strides have it."""
+    """PyTorch's attention by one of its back-ends, which read the operands through their strides, without a copy."""
     with sdpa_kernel(backend):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
@@ -141,23 +145,23 @@ def flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 
 def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Call:
-    """SageAttention: q k^T in int8, p v in fp16 or fp8, by version and device."""
+    """SageAttention: q k^T in int8, p v in FP16 or FP8, depending on version and device."""
     from sageattention import sageattn  # type: ignore[import-not-found]
 
     return lambda: sageattn(q[None], k[None], v[None], tensor_layout="NHD")[0]
 
 
-def audit_attention_fp8(form: str) -> Callable[..., Tensor]:
-    """The launcher of an FP8 form, for inputs that have no values to be scaled by."""
+def audit_attention_fp8(backend: str) -> Callable[..., Tensor]:
+    """The launcher of one back-end in FP8 for the audit, whose inputs have no values to compute scales from."""
 
     def launcher(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (queries, heads, d), keys = q.shape, len(k)
-        q8, k8 = (torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in (q, k))
-        v8 = v.new_empty(heads, d, -(-keys // 16) * 16, dtype=torch.float8_e4m3fn)
+        (queries, heads, head_dim), keys = q.shape, len(k)
+        q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
+        v8 = v.new_empty(heads, head_dim, -(-keys // 16) * 16, dtype=FP8)
         q_scale, k_scale, v_scale = (
-            q.new_empty(n, dtype=torch.float32) for n in ((queries, heads), (heads,), (heads, d))
+            q.new_empty(n, dtype=torch.float32) for n in ((queries, heads), (heads,), (heads, head_dim))
         )
-        return launch_attention_fp8(form, q8, q_scale, k8, k_scale, v8, v_scale)
+        return launch_attention_fp8(backend, q8, q_scale, k8, k_scale, v8, v_scale)
 
     return launcher
 
@@ -179,24 +183,35 @@ SELF_ATTENTION = Operation(
     {
         "fp32": (Backend("eager", once(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
         "bf16": (
-            Backend("gluon", ours("gluon"), True, CUDA, None, partial(launch_attention, "gluon"), attention_space_16),
-            Backend("triton", ours("triton"), True, CUDA, None, partial(launch_attention, "triton")),
+            Backend(
+                "gluon",
+                prepare_attention("gluon"),
+                True,
+                CUDA,
+                None,
+                partial(launch_attention, "gluon"),
+                attention_space_16,
+            ),
+            Backend("triton", prepare_attention("triton"), True, CUDA, None, partial(launch_attention, "triton")),
             *_ATTENTION_PEERS,
         ),
         "fp8": (
-            Backend("gluon", ours_fp8("gluon"), True, CUDA, None, audit_attention_fp8("gluon"), attention_space),
-            Backend("triton", ours_fp8("triton"), True, CUDA, None, audit_attention_fp8("triton")),
+            Backend(
+                "gluon", prepare_attention_fp8("gluon"), True, CUDA, None, audit_attention_fp8("gluon"), attention_space
+            ),
+            Backend("triton", prepare_attention_fp8("triton"), True, CUDA, None, audit_attention_fp8("triton")),
             Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
             *_ATTENTION_PEERS[:2],
         ),
     },
-    # Of unrounded inputs: q k^T in e4m3 is off by 3.7 % of a logit's deviation of 1, the weights and v by 2.6 % each.
+    # Against unrounded inputs: q k^T in e4m3 has an error of 3.7 % of a logit's deviation of 1, the weights and v have
+    # 2.6 % each.
     tolerances={"fp8": 6e-2},
 )
 
 
-def wide_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Tiles and stages of the Triton kernel for more than 128 channels."""
+def large_head_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the Triton kernel for a head_dim above 128."""
     for block_m, block_n, warps, stages in (
         (64, 32, 4, 2),
         (64, 32, 8, 2),
@@ -207,22 +222,30 @@ def wide_space(_dims: Dims) -> Iterator[dict[str, Any]]:
         yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-# The VAE's, of one head of all channels: no kernel for Hopper, none of 8 bits.
+# Self-attention of the VAE has one head of all channels, for which there is neither a Hopper nor an FP8 kernel.
 VAE_ATTENTION = replace(
     SELF_ATTENTION,
     name="chunk_attention",
     backends={
         "fp32": SELF_ATTENTION.backends["fp32"],
         "bf16": (
-            Backend("triton", ours("triton"), True, CUDA, None, partial(launch_attention, "triton"), wide_space),
-            Backend("sdpa", once(chunk_attention_library), devices=CUDA),
+            Backend(
+                "triton",
+                prepare_attention("triton"),
+                True,
+                CUDA,
+                None,
+                partial(launch_attention, "triton"),
+                large_head_space,
+            ),
+            Backend("sdpa", once(chunk_attention_sdpa), devices=CUDA),
         ),
     },
 )
 
 
 def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Tiles, warps and stages; 168 registers a thread leave room for three blocks of four warps."""
+    """Launch parameters of text and image attention. 168 registers per thread allow three blocks of four warps."""
     for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2)):
         if block_m == 16 * warps:
             parameters = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
@@ -232,84 +255,84 @@ def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
 
 
 def frame_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Tiles and warps; a frame's keys are one tile."""
+    """Launch parameters of frame attention, where the keys of a frame are one tile."""
     for block_m, warps in ((64, 4), (128, 4), (128, 8)):
         yield {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1}
 
 
 def text_image_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
-    """q, keys and values of text and image; if collapsed, how many text keys come before equal ones: PROMPT."""
+    """q, keys and values of text and image. With dedup_padding, the text keys from number PROMPT on are equal."""
     names = ("queries", "text", "text", "image", "image")
     q, text_k, text_v, image_k, image_v = (draw(d[n], d["heads"], d["head_dim"]) for n in names)
     if not d["dedup_padding"]:
         return q, text_k, text_v, image_k, image_v, None
-    real = min(PROMPT, d["text"] - 1)
+    count = min(PROMPT, d["text"] - 1)
     for x in (text_k, text_v):
-        x[real:] = x[real].clone()
-    return q, text_k, text_v, image_k, image_v, torch.full((1,), real, dtype=torch.int32, device=q.device)
+        x[count:] = x[count].clone()
+    return q, text_k, text_v, image_k, image_v, torch.full((1,), count, dtype=torch.int32, device=q.device)
 
 
-def text_image_library(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _real: Tensor | None
+def text_image_sdpa(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _num_text_tokens: Tensor | None
 ) -> Tensor:
-    """Two calls of torch's attention, all keys, summed."""
+    """The sum of two calls of PyTorch's attention, to all keys."""
     q, text_k, text_v, image_k, image_v = (x.transpose(0, 1)[None] for x in (q, text_k, text_v, image_k, image_v))
     attend = F.scaled_dot_product_attention
     return (attend(q, text_k, text_v) + attend(q, image_k, image_v))[0].transpose(0, 1)
 
 
-def keys_of(d: Dims) -> int:
-    """Text and image keys, those of the padding once."""
+def num_text_image_keys(d: Dims) -> int:
+    """The number of text and image keys that must be read: with dedup_padding, one for the padding."""
     return (min(PROMPT + 1, d["text"]) if d["dedup_padding"] else d["text"]) + d["image"]
 
 
 TEXT_IMAGE_ATTENTION = Operation(
     "text_image_attention",
     text_image_inputs,
-    cross_attention.text_image_reference,
-    lambda d: 4.0 * d["queries"] * keys_of(d) * d["heads"] * d["head_dim"],
-    lambda d, item: 2.0 * (d["queries"] + keys_of(d)) * d["heads"] * d["head_dim"] * item,
+    text_image_reference,
+    lambda d: 4.0 * d["queries"] * num_text_image_keys(d) * d["heads"] * d["head_dim"],
+    lambda d, item: 2.0 * (d["queries"] + num_text_image_keys(d)) * d["heads"] * d["head_dim"] * item,
     {
         dtype: (
             Backend("eager", once(text_image_attention), ours=True, devices=("cpu",)),
             triton(dtype, launch_text_image, text_image_space),
-            Backend("sdpa", once(text_image_library)),
-            Backend("sdpa-compiled", compiled(text_image_library), devices=CUDA),
+            Backend("sdpa", once(text_image_sdpa)),
+            Backend("sdpa-compiled", compiled(text_image_sdpa), devices=CUDA),
         )
         for dtype in ("fp32", "bf16")
     },
 )
 
 
-def frame_library(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
-    """One call of torch's attention with the frames as its batch; a last, shorter frame is padded."""
-    missing = len(k) * per_frame - len(q)
-    whole = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q  # padding by nothing would copy
+def frame_sdpa(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
+    """One call of PyTorch's attention with the frames as its batch. A shorter last frame is padded."""
+    missing = len(k) * tokens_per_frame - len(q)
+    whole = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q  # padding by 0 would copy
     q4, k4, v4 = (x.transpose(1, 2) for x in (whole.unflatten(0, (len(k), -1)), k, v))
     return F.scaled_dot_product_attention(q4, k4, v4).transpose(1, 2).flatten(0, 1)[: len(q)]
 
 
-def frame_keys(d: Dims) -> int:
-    """Frames that the queries lie in."""
-    return -(-d["queries"] // d["per_frame"])
+def num_frames(d: Dims) -> int:
+    """The number of frames that contain the queries."""
+    return -(-d["queries"] // d["tokens_per_frame"])
 
 
 FRAME_ATTENTION = Operation(
     "frame_attention",
     lambda d, draw: (
         draw(d["queries"], d["heads"], d["head_dim"]),
-        *(draw(frame_keys(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
-        d["per_frame"],
+        *(draw(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
+        d["tokens_per_frame"],
     ),
-    cross_attention.frame_reference,
+    frame_reference,
     lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
-    lambda d, item: 2.0 * (d["queries"] + frame_keys(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
+    lambda d, item: 2.0 * (d["queries"] + num_frames(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
     {
         dtype: (
             Backend("eager", once(frame_attention), ours=True, devices=("cpu",)),
             triton(dtype, launch_frame, frame_space),
-            Backend("sdpa", once(frame_library)),
-            Backend("sdpa-compiled", compiled(frame_library), devices=CUDA),
+            Backend("sdpa", once(frame_sdpa)),
+            Backend("sdpa-compiled", compiled(frame_sdpa), devices=CUDA),
         )
         for dtype in ("fp32", "bf16")
     },
@@ -317,15 +340,15 @@ FRAME_ATTENTION = Operation(
 
 
 def audio_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
-    """z, the frames' keys and values, weight and bias of the projection before, weight of the one after."""
+    """z, keys and values of the frames, weight and bias of the query projection, weight of the output projection."""
     width = d["heads"] * d["head_dim"]
     return (
         draw(d["queries"], width),
-        *(draw(frame_keys(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
+        *(draw(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
         draw(width, width, scale=width**-0.5),
         draw(width),
         draw(width, width, scale=width**-0.5),
-        d["per_frame"],
+        d["tokens_per_frame"],
     )
 
 
@@ -336,40 +359,49 @@ def audio_layer(
     v: Tensor,
     q_weight: Tensor,
     q_bias: Tensor,
-    weight: Tensor,
-    per_frame: int,
+    out_weight: Tensor,
+    tokens_per_frame: int,
 ) -> Tensor:
-    """Projection, `attend`, projection."""
+    """The audio layer with `attend` between its projections."""
     q = F.linear(z, q_weight, q_bias).unflatten(1, k.shape[2:])
-    return F.linear(attend(q, k, v, per_frame).flatten(1), weight)
+    return F.linear(attend(q, k, v, tokens_per_frame).flatten(1), out_weight)
 
 
-def audio_folded(
-    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
+def absorbed_audio_layer(
+    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor, tokens_per_frame: int
 ) -> Tensor:
-    """The same, the projections folded into keys and values at each call."""
-    return absorbed_audio_attention(z, *absorb_audio_projections(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+    """The audio layer with its projections absorbed into keys and values at each call."""
+    absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
+    return absorbed_audio_attention(z, *absorbed, k.shape[1], tokens_per_frame)
 
 
-def launch_audio(
-    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, per_frame: int
+def launch_absorbed_audio_layer(
+    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor, tokens_per_frame: int
 ) -> Tensor:
-    """What `audio_folded` launches."""
-    return launch_absorbed(z, *launch_absorb(k, v, q_weight, q_bias, weight), k.shape[1], per_frame)
+    """The launches of `absorbed_audio_layer`, for the audit."""
+    absorbed = launch_absorb(k, v, q_weight, q_bias, out_weight)
+    return launch_absorbed(z, *absorbed, k.shape[1], tokens_per_frame)
 
 
 AUDIO_ATTENTION = Operation(
     "audio_layer",
     audio_inputs,
-    partial(audio_layer, cross_attention.frame_reference),
+    partial(audio_layer, frame_reference),
     lambda d: 4.0 * d["queries"] * (d["heads"] * d["head_dim"]) ** 2 + FRAME_ATTENTION.flops(d),
-    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["head_dim"] + frame_keys(d) * d["keys"])
+    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["head_dim"] + num_frames(d) * d["keys"])
     * d["heads"] * d["head_dim"],
     {
         dtype: (
             Backend("direct", once(partial(audio_layer, frame_attention)), ours=True),
-            Backend("folded", once(audio_folded), True, ANYWHERE, None, launch_audio if dtype == "bf16" else None),
-            Backend("sdpa", once(partial(audio_layer, frame_library))),
+            Backend(
+                "absorbed",
+                once(absorbed_audio_layer),
+                True,
+                ANYWHERE,
+                None,
+                launch_absorbed_audio_layer if dtype == "bf16" else None,
+            ),
+            Backend("sdpa", once(partial(audio_layer, frame_sdpa))),
         )
         for dtype in ("fp32", "bf16")
     },

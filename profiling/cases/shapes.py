@@ -56,7 +56,7 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
     yield TEXT_IMAGE_ATTENTION, shape(1, dedup_padding=0, **text_image)
     yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", dedup_padding=1, **text_image)
-    audio = {"queries": rows, "per_frame": per_frame, "keys": dit.context_tokens, **heads}
+    audio = {"queries": rows, "tokens_per_frame": per_frame, "keys": dit.context_tokens, **heads}
     yield FRAME_ATTENTION, shape(1, **audio)
     yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and its attention are counted above and below
     wide, narrow = dit.ffn_dim, dit.dim

@@ -1,6 +1,6 @@
-"""The attention operations: on the CPU, as torch sees them, and on a GPU in every form.
+"""The chunk attention operations: on the CPU, as torch operators, and on a GPU by every back-end.
 
-The kernel for any GPU also runs in Triton's interpreter: `interpreted/attention.py`.
+`interpreted/chunk_attention.py` runs the Triton kernel in Triton's interpreter.
 """
 
 import math
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from kernels import chunk_attention as attention
 from kernels.chunk_attention import (
-    FP8,
     chunk_attention,
     chunk_attention_fp8,
+    chunk_attention_fp8_with_lse,
+    chunk_attention_with_lse,
     dequantize,
+    dispatch,
     interleave,
-    launch,
     merge_attention,
-    parts_of,
     reference,
+    split_head_dim,
 )
 from kernels.chunk_attention_sm90 import supports
+from kernels.common import FP8
 from kernels.scheduler import KVRanges, kv_ranges
 from kernels.tuning import GPU, TunedConfig
 from profiling.measure.check import poisoned_memory
@@ -42,7 +44,7 @@ def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: s
 
 
 def quantize(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """float32 [tokens, head, d] each -> the operands of chunk_attention_fp8, by plain amax scales."""
+    """The operands of chunk_attention_fp8 of float32 [tokens, heads, head_dim] each, scaled by their largest values."""
     q_scale, k_scale, v_scale = q.abs().amax(2) / 448, k.abs().amax((0, 2)) / 448, v.abs().amax(0) / 448
     order = torch.from_numpy(interleave(len(v))).to(v.device)
     padded = torch.cat((v / v_scale, v.new_zeros(len(order) - len(v), *v.shape[1:])))[order]
@@ -79,22 +81,24 @@ def test_reference_is_the_formula(past, back):
     st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from([None, 0, 1, 3, "all"]), st.booleans(),
     st.booleans(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_cpu_equals_reference(chunks, past, chunked, with_sums, heads, dtype):
+def test_cpu_equals_reference(chunks, past, chunked, with_lse, heads, dtype):
     n = sum(chunks)
     q, k, v = draw(*[(2, n, heads, 64)] * 3, dtype=dtype)
     lengths, past = (chunks, past) if chunked else (None, None)
-    result = chunk_attention(q, k, v, lengths, past, return_lse=with_sums)
-    o, lse = result if isinstance(result, tuple) else (result, None)
+    if with_lse:
+        o, lse = chunk_attention_with_lse(q, k, v, lengths, past)
+    else:
+        o, lse = chunk_attention(q, k, v, lengths, past), None
     assert o.dtype == dtype
     for i in range(2):
-        seen = kv_ranges(n, n, lengths and tuple(lengths), -1 if past == "all" else past or 0)
-        wanted = reference(q[i].double(), k[i].double(), v[i].double(), seen)
-        assert error(o[i], wanted[0]) < TOLERANCES[dtype]
+        ranges = kv_ranges(n, n, lengths and tuple(lengths), -1 if past == "all" else past or 0)
+        expected = reference(q[i].double(), k[i].double(), v[i].double(), ranges)
+        assert error(o[i], expected[0]) < TOLERANCES[dtype]
         if lse is not None:
-            torch.testing.assert_close(lse[i].double(), wanted[1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse[i].double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
-def test_cpu_keys_of_another_number_and_scale():
+def test_cpu_with_another_number_of_keys_and_another_scale():
     q, k, v = draw((5, 2, 64), (11, 2, 64), (11, 2, 64))
     expected = reference(q.double(), k.double(), v.double(), scale=0.3)[0]
     assert error(chunk_attention(q, k, v, scale=0.3), expected) < 1e-5
@@ -109,7 +113,7 @@ def test_chunks_without_a_past_are_independent():
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-def test_merge_of_parts_is_the_whole(queries, parts):
+def test_merged_parts_are_the_whole(queries, parts):
     q, k, v = draw((queries, 2, 64), (sum(parts), 2, 64), (sum(parts), 2, 64), dtype=torch.float64)
     parts_of_keys = [reference(q, a, b) for a, b in zip(k.split(parts), v.split(parts), strict=True)]
     o, lse = merge_attention([o for o, _ in parts_of_keys], [lse for _, lse in parts_of_keys])
@@ -123,9 +127,10 @@ def test_merge_of_parts_is_the_whole(queries, parts):
 def test_fp8_on_the_cpu_is_the_attention_of_its_operands(queries, keys):
     q, k, v = draw((queries, 2, 64), (keys, 2, 64), (keys, 2, 64))
     operands = quantize(q, k, v)
-    o, lse = chunk_attention_fp8(*operands, return_lse=True)
+    o, lse = chunk_attention_fp8_with_lse(*operands)
     expected = reference(*dequantize(*operands, torch.float64))
     assert o.dtype == torch.bfloat16
+    assert torch.equal(chunk_attention_fp8(*operands), o)
     assert error(o, expected[0]) < TOLERANCES[torch.bfloat16]
     torch.testing.assert_close(lse.double(), expected[1], rtol=1e-5, atol=1e-5)
 
@@ -138,7 +143,7 @@ def test_dequantized_operands_are_the_originals_up_to_rounding():
 
 
 def test_interleave_is_what_the_docstring_says():
-    """A thread holds the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c; they are to lie in places 4c to 4c + 3."""
+    """A thread holds the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c, which must lie in places 4c to 4c + 3."""
     order = interleave(20)
     assert sorted(order) == list(range(32))
     for c in range(4):
@@ -153,7 +158,7 @@ def test_extreme_logits_stay_finite(size):
 
 
 @pytest.mark.parametrize(
-    ("capability", "tuned", "d", "form", "parameters"),
+    ("capability", "tuned", "head_dim", "backend", "config"),
     [
         ("9.0", None, 128, "gluon", None),
         ("8.0", None, 128, "triton", None),
@@ -164,24 +169,29 @@ def test_extreme_logits_stay_finite(size):
         ("9.0", TunedConfig("sdpa-cudnn", {}), 128, "gluon", None),
     ],
 )
-def test_the_form_is_the_one_that_was_tuned_or_is_made_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: str, tuned: TunedConfig | None, d: int, form: str, parameters: Any
+def test_dispatch_takes_the_tuned_backend_or_the_default_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    tuned: TunedConfig | None,
+    head_dim: int,
+    backend: str,
+    config: Any,
 ) -> None:
     monkeypatch.setattr(attention, "gpu_of", lambda _: GPU("any", capability, 132))
     monkeypatch.setattr(attention, "tuned_config", lambda *_, **__: tuned)
     monkeypatch.setattr(
         attention, "BACKENDS", {name: lambda *a, name=name: (name, a[-1]) for name in attention.BACKENDS}
     )
-    x = torch.zeros(1, 20, 2, d, dtype=torch.bfloat16)
-    assert launch(x, x, x, None, kv_ranges(20, 20), 0.1, x.dtype) == (form, parameters)
+    x = torch.zeros(1, 20, 2, head_dim, dtype=torch.bfloat16)
+    assert dispatch(x, x, x, None, kv_ranges(20, 20), 0.1, x.dtype) == (backend, config)
 
 
-def test_what_suits_the_form_for_hopper():
-    """The copy engine's alignment, offsets of 31 bits, and whole groups of 16 FP8 keys."""
+def test_what_the_hopper_kernel_supports():
+    """TMA's alignment, offsets of 31 bits, and whole groups of 16 FP8 keys."""
     whole = kv_ranges(32, 32)
 
-    def fits(x: Tensor, seen: KVRanges = whole) -> bool:
-        return supports(x, x, x.transpose(1, 3).contiguous() if x.dtype == FP8 else x, seen)
+    def fits(x: Tensor, ranges: KVRanges = whole) -> bool:
+        return supports(x, x, x.transpose(1, 3).contiguous() if x.dtype == FP8 else x, ranges)
 
     x = torch.zeros(1, 32, 2, 128, dtype=torch.bfloat16)
     assert fits(x)
@@ -201,25 +211,25 @@ def test_what_suits_the_form_for_hopper():
     assert fits(x, kv_ranges(32, 32, (8, 24)))
 
 
-# --- As torch sees them ---------------------------------------------------------------------------------------------
+# --- As torch operators ---------------------------------------------------------------------------------------------
 
 
 def test_opcheck():
     q, k, v = draw(*[(1, 20, 2, 64)] * 3)
-    for sums in (False, True):
-        torch.library.opcheck(attention._chunk_attention, (q, k, v, [8, 12], 1, 0.125, sums))
+    for op in (attention.chunk_attention_op, attention.chunk_attention_with_lse_op):
+        torch.library.opcheck(op.library_op, (q, k, v, [8, 12], 1, 0.125))
     operands = quantize(q[0], k[0], v[0])
-    # The check of the schema multiplies inputs, which torch cannot in FP8.
+    # The check of the schema multiplies inputs, which torch cannot do in FP8.
     tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if name != "test_schema"]
     arguments = (*operands, None, 0, 0.125, torch.bfloat16)
-    torch.library.opcheck(attention._chunk_attention_fp8, arguments, test_utils=tests)
+    torch.library.opcheck(attention.chunk_attention_fp8_with_lse_op.library_op, arguments, test_utils=tests)
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_a_graph_break():
     q, k, v = draw(*[(20, 2, 64)] * 3)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o, lse = chunk_attention(q, k, v, [8, 12], "all", return_lse=True)
+        o, lse = chunk_attention_with_lse(q, k, v, [8, 12], "all")
         return o * lse[..., None]
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True)(q, k, v), run(q, k, v))
@@ -235,15 +245,15 @@ Q = torch.zeros(6, 2, 64)
     ("arguments", "words"),
     [
         ((Q, Q, Q[:5]), "v: shape [5, 2, 64], wanted [6, 2, 64]"),
-        ((Q, Q[:, :1], Q), "k: shape [6, 1, 64], wanted [6, 2, 64]"),
+        ((Q, Q[:, :1], Q), "k: shape [6, 1, 64], wanted [keys, 2, 64]"),
         ((Q, Q[None], Q), "k: shape [1, 6, 2, 64], wanted"),
         ((Q[0, 0], Q, Q), "q: shape [64], wanted"),
         ((Q, Q.double(), Q), "k: torch.float64, wanted torch.float32"),
-        ((Q.int(), Q.int(), Q.int()), "q: torch.int32, wanted float32, float16 or bfloat16"),
+        ((Q.int(), Q.int(), Q.int()), "q: torch.int32, wanted torch.float32 or torch.float16 or torch.bfloat16"),
         ((Q, Q, Q.to("meta")), "v: on meta, wanted cpu"),
-        ((Q.transpose(1, 2), Q, Q), "q: stride 64 along the last axis, wanted 1"),
-        ((Q[:0], Q, Q), "q: no tokens"),
-        ((Q, Q[:0], Q[:0]), "k: no tokens"),
+        ((Q.transpose(1, 2), Q, Q), "q: strides (128, 1, 64) for shape [6, 64, 2], wanted stride 1 along"),
+        ((Q[:0], Q, Q), "q: shape [0, 2, 64], wanted [queries, heads, head_dim]"),
+        ((Q, Q[:0], Q[:0]), "k: shape [0, 2, 64], wanted [keys, 2, 64]"),
         ((Q, Q, Q, [3, 0, 3]), "chunks: [3, 0, 3], wanted lengths >= 1"),
         ((Q, Q, Q, [3, 4]), "chunks: 7 tokens in all, wanted those of q and k, 6 and 6"),
         ((Q, Q[:5], Q[:5], [6]), "chunks: 6 tokens in all, wanted those of q and k, 6 and 5"),
@@ -254,9 +264,10 @@ Q = torch.zeros(6, 2, 64)
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments: Any, words: str):
-    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
-        chunk_attention(*arguments)
-    assert words in str(raised.value)
+    for function in (chunk_attention, chunk_attention_with_lse):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+            function(*arguments)
+        assert words in str(raised.value)
 
 
 def test_a_gradient_is_only_refused_where_one_would_be_kept():
@@ -268,7 +279,7 @@ def test_a_gradient_is_only_refused_where_one_would_be_kept():
     ("position", "change", "words"),
     [
         (0, lambda x: x.float(), "q: torch.float32, wanted torch.float8_e4m3fn"),
-        (0, lambda x: x[None], "q: shape [1, 20, 2, 64], wanted [queries, heads, channels]"),
+        (0, lambda x: x[None], "q: shape [1, 20, 2, 64], wanted [queries, heads, head_dim]"),
         (1, lambda x: x[:, :1], "q_scale: shape [20, 1], wanted [20, 2]"),
         (1, lambda x: torch.cat((x, x), 1)[:, :2], "q_scale: strides (4, 1) for shape [20, 2], wanted contiguous"),
         (3, lambda x: x.double(), "k_scale: torch.float64, wanted torch.float32"),
@@ -286,121 +297,127 @@ def test_bad_fp8_arguments(position, change, words):
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
 
-# Of log-sum-exps: the tensor cores' own sums of FP8 products, 64 or 128 of them in a logit, have fewer bits.
-SUMS = {torch.float32: 1e-4, torch.float16: 1e-4, torch.bfloat16: 1e-4, FP8: 1e-3}
-BACKENDS = [("gluon", torch.bfloat16), ("gluon", torch.float16), ("gluon", FP8), ("triton", torch.float32),
-         ("triton", torch.bfloat16), ("triton", FP8)]  # fmt: skip
+# The tensor cores' own sums of FP8 products, 64 or 128 of them in a logit, have fewer bits than float32.
+LSE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-4, torch.bfloat16: 1e-4, FP8: 1e-3}
+BACKENDS = [
+    ("gluon", torch.bfloat16),
+    ("gluon", torch.float16),
+    ("gluon", FP8),
+    ("triton", torch.float32),
+    ("triton", torch.bfloat16),
+    ("triton", FP8),
+]
 
 
-def on_gpu(form: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, parameters: Any = None):
-    """One form on float32 [batch, token, head, d], poisoned; its o and lse, and what they should be, in float64."""
-    if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+def on_gpu(backend: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges):
+    """o and lse by one back-end of float32 operands [batch, tokens, heads, head_dim], and both in float64."""
+    if backend == "gluon" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    choice = TunedConfig(form, parameters or {})
+    tuned = TunedConfig(backend, {})
     scale = q.shape[3] ** -0.5
     with poisoned_memory():
         if dtype == FP8:
             operands = quantize(q[0], k[0], v[0])
             q8, q_scale, k8, k_scale, v8, v_scale = (x[None] for x in operands)
-            o, lse = launch(q8, k8, v8, (q_scale, k_scale, v_scale), seen, scale, torch.bfloat16, choice)
+            o, lse = dispatch(q8, k8, v8, (q_scale, k_scale, v_scale), ranges, scale, torch.bfloat16, tuned)
             wide = [dequantize(*operands, torch.float64)]
         else:
             q, k, v = (x.to(dtype) for x in (q, k, v))
-            o, lse = launch(q, k, v, None, seen, scale, dtype, choice)
+            o, lse = dispatch(q, k, v, None, ranges, scale, dtype, tuned)
             wide = zip(q.double(), k.double(), v.double(), strict=True)
-    expected = [reference(a, b, c, seen, scale) for a, b, c in wide]
+    expected = [reference(a, b, c, ranges, scale) for a, b, c in wide]
     return o, lse, torch.stack([o for o, _ in expected]), torch.stack([lse for _, lse in expected])
 
 
-def check_on_gpu(form: str, dtype: torch.dtype, *arguments: Any) -> None:
-    o, lse, wanted, sums = on_gpu(form, dtype, *arguments)
-    assert error(o, wanted) < TOLERANCES[dtype]
-    torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
+def check_on_gpu(backend: str, dtype: torch.dtype, *arguments: Any) -> None:
+    o, lse, expected, expected_lse = on_gpu(backend, dtype, *arguments)
+    assert error(o, expected) < TOLERANCES[dtype]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=LSE_TOLERANCES[dtype], atol=LSE_TOLERANCES[dtype])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (129, 65), (193, 640), (64, 129), (300, 1000), (1512, 3024)])
-@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
-def test_gpu_sizes(form, dtype, queries, keys, d):
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_gpu_sizes(backend, dtype, queries, keys, head_dim):
     batch = 1 if dtype == FP8 else 2
-    q, k, v = draw(*((batch, n, 3, d) for n in (queries, keys, keys)), device="cuda")
-    check_on_gpu(form, dtype, q, k, v + 0.5, kv_ranges(queries, keys))
+    q, k, v = draw(*((batch, n, 3, head_dim) for n in (queries, keys, keys)), device="cuda")
+    check_on_gpu(backend, dtype, q, k, v + 0.5, kv_ranges(queries, keys))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("past", [0, 1, -1])
 @pytest.mark.parametrize("chunks", [(200, 7, 500), (1,) * 9, (128, 192, 1344), (48, 16, 304)])
-@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
-def test_gpu_chunks(form, dtype, chunks, past):
-    """Of FP8's, the last two go to the form for Hopper: their chunks begin at whole groups of 16."""
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_gpu_chunks(backend, dtype, chunks, past):
+    """In FP8 the Hopper kernel takes the last two, whose chunks begin at multiples of 16."""
     n = sum(chunks)
     q, k, v = draw(*[(1, n, 2, 128)] * 3, device="cuda")
-    check_on_gpu(form, dtype, q, k, v, kv_ranges(n, n, chunks, past))
+    check_on_gpu(backend, dtype, q, k, v, kv_ranges(n, n, chunks, past))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["gluon", "triton"])
-def test_gpu_views_are_read_where_they_are(form):
+@pytest.mark.parametrize("backend", ["gluon", "triton"])
+def test_gpu_views_are_read_where_they_are(backend):
     qkv = torch.randn(1, 333, 3, 2, 128, device="cuda")
     heads_first = torch.randn(1, 2, 333, 128, device="cuda").to(torch.bfloat16).transpose(1, 2)
-    seen, choice = kv_ranges(333, 333), TunedConfig(form, {})
+    ranges, tuned = kv_ranges(333, 333), TunedConfig(backend, {})
     q, k, _ = qkv.to(torch.bfloat16).unbind(2)
-    o, _ = launch(q, k, heads_first, None, seen, 0.1, torch.bfloat16, choice)
+    o, _ = dispatch(q, k, heads_first, None, ranges, 0.1, torch.bfloat16, tuned)
     expected = reference(q[0].double(), k[0].double(), heads_first[0].double(), scale=0.1)[0]
     assert error(o[0], expected) < 5e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("size", [30.0, 1e-3])
-def test_gpu_extreme_logits_stay_finite(form, dtype, size):
+def test_gpu_extreme_logits_stay_finite(backend, dtype, size):
     """Logits up to about +-1e4."""
     q, k, v = draw(*[(1, 400, 2, 128)] * 3, device="cuda")
-    o, lse, *_ = on_gpu(form, dtype, q * size, k * size, v, kv_ranges(400, 400))
+    o, lse, *_ = on_gpu(backend, dtype, q * size, k * size, v, kv_ranges(400, 400))
     assert o.isfinite().all()
     assert lse.isfinite().all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "dtype"), BACKENDS[:3])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS[:3])
 @pytest.mark.parametrize("heads", [2, 5])
-def test_gpu_production_length(form, dtype, heads):
-    """Values of one sign add up to what the tensor cores' own FP8 sums would lose; and the same bits every time."""
+def test_gpu_production_length(backend, dtype, heads):
+    """Values of one sign would lose bits in the tensor cores' own FP8 sums. Results are the same bits every time."""
     q, k, v = draw(*[(1, 12096, heads, 128)] * 3, device="cuda")
-    seen = kv_ranges(12096, 12096)
-    o, lse, wanted, sums = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
-    assert error(o, wanted) < (1e-2 if dtype == FP8 else 5e-3)
-    torch.testing.assert_close(lse.double(), sums, rtol=SUMS[dtype], atol=SUMS[dtype])
+    ranges = kv_ranges(12096, 12096)
+    o, lse, expected, expected_lse = on_gpu(backend, dtype, q * 1.5, k, v + 0.5, ranges)
+    assert error(o, expected) < (1e-2 if dtype == FP8 else 5e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=LSE_TOLERANCES[dtype], atol=LSE_TOLERANCES[dtype])
     for _ in range(3):
-        again = on_gpu(form, dtype, q * 1.5, k, v + 0.5, seen)
+        again = on_gpu(backend, dtype, q * 1.5, k, v + 0.5, ranges)
         assert torch.equal(again[0], o)
         assert torch.equal(again[1], lse)
 
 
 @pytest.mark.parametrize(
-    ("channels", "parts"),
+    ("head_dim", "split"),
     [(16, (16, 0)), (128, (128, 0)), (384, (256, 128)), (48, (32, 16)), (40, None), (8, None), (112, None)],
 )
-def test_channels_in_parts(channels, parts):
-    assert parts_of(channels) == parts
+def test_split_head_dim(head_dim, split):
+    assert split_head_dim(head_dim) == split
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [384, 192, 40])
-def test_gpu_many_channels(channels, dtype):
-    """By our kernel, where it takes them, and by the operation, whoever computes it."""
-    q, k, v = (x.to(dtype) for x in draw(*[(2, 300, 1, channels)] * 3, device="cuda"))
+@pytest.mark.parametrize("head_dim", [384, 192, 40])
+def test_gpu_large_head_dim(head_dim, dtype):
+    """By the Triton kernel where it takes head_dim, and by the operation, which may take PyTorch's attention."""
+    q, k, v = (x.to(dtype) for x in draw(*[(2, 300, 1, head_dim)] * 3, device="cuda"))
     bound = 1e-5 if dtype == torch.float32 else 5e-3
     for i in range(2):
-        expected, sums = reference(q[i].double(), k[i].double(), v[i].double())
+        expected, expected_lse = reference(q[i].double(), k[i].double(), v[i].double())
         assert error(chunk_attention(q, k, v)[i], expected) < bound
-        if parts_of(channels) is not None:
+        if split_head_dim(head_dim) is not None:
             with poisoned_memory():
-                o, lse = chunk_attention(q, k, v, return_lse=True)
+                o, lse = chunk_attention_with_lse(q, k, v)
             assert error(o[i], expected) < bound
-            torch.testing.assert_close(lse[i].double(), sums, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(lse[i].double(), expected_lse, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

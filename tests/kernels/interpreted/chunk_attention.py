@@ -1,4 +1,4 @@
-"""The attention kernel for any GPU against its definition in float64."""
+"""The Triton kernels of chunk attention against the reference in float64."""
 
 # pyright: reportArgumentType=false
 
@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import chunk_attention as attention
-from kernels.chunk_attention import interleave, launch_triton, merge_attention, reference
-from kernels.chunk_attention_sm90 import merge_parts
+from kernels.chunk_attention import dequantize, interleave, launch_triton, merge_attention, reference
+from kernels.chunk_attention_sm90 import combine_partials
 from kernels.scheduler import KVRanges, kv_ranges
 from profiling.measure.check import poisoned_memory
 
@@ -22,7 +21,7 @@ EXAMPLES = settings(deadline=None, max_examples=25)
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What is not written is NaN."""
+    """Memory that a kernel does not write is NaN."""
     with poisoned_memory():
         assert torch.ones(1).new_empty(3).isnan().all()
         yield
@@ -36,19 +35,19 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, seen: KVRanges, scale: float, bound: float = 1e-5) -> None:
-    """[batch, token, head, d]."""
-    o, lse = launch_triton(q, k, v, None, seen, scale, q.dtype, SMALL)
+def check(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float, bound: float = 1e-5) -> None:
+    """Of operands [batch, tokens, heads, head_dim]."""
+    o, lse = launch_triton(q, k, v, None, ranges, scale, q.dtype, SMALL)
     for i in range(len(q)):
-        expected = reference(q[i].double(), k[i].double(), v[i].double(), seen, scale)
+        expected = reference(q[i].double(), k[i].double(), v[i].double(), ranges, scale)
         assert error(o[i], expected[0]) < bound
         torch.testing.assert_close(lse[i].double(), expected[1], rtol=bound, atol=bound)
 
 
 @EXAMPLES
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 48, 64]), st.integers(0, 99))
-def test_full(queries, keys, heads, d, seed):
-    q, k, v = (draw(2, n, heads, d, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
+def test_full(queries, keys, heads, head_dim, seed):
+    q, k, v = (draw(2, n, heads, head_dim, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
     check(q, k, v, kv_ranges(queries, keys), 0.3)
 
 
@@ -103,17 +102,17 @@ def test_equal_keys_give_the_mean():
 @EXAMPLES
 @given(st.integers(1, 30), st.integers(1, 50), st.integers(0, 99))
 def test_scaled_operands(queries, keys, seed):
-    """The path of FP8 with its scales and transposed values; in float32, since the interpreter cannot round to e4m3."""
-    heads, d = 2, 16
-    q, k, v = (draw(n, heads, d, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
+    """The FP8 path with scales and transposed values, in float32 because the interpreter cannot round to e4m3."""
+    heads, head_dim = 2, 16
+    q, k, v = (draw(n, heads, head_dim, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
     q_scale, k_scale = draw(queries, heads, seed=seed + 3).exp(), draw(heads, seed=seed + 4).exp()
-    v_scale = draw(heads, d, seed=seed + 5).exp()
+    v_scale = draw(heads, head_dim, seed=seed + 5).exp()
     order = torch.from_numpy(interleave(keys))
-    padded = torch.cat((v, torch.zeros(len(order) - keys, heads, d)))
+    padded = torch.cat((v, torch.zeros(len(order) - keys, heads, head_dim)))
     values = padded[order].permute(1, 2, 0).contiguous()
-    seen = kv_ranges(queries, keys)
-    o, lse = launch_triton(q[None], k[None], values[None], (q_scale, k_scale, v_scale), seen, 0.25, q.dtype, SMALL)
-    wide = attention.dequantize(q, q_scale, k, k_scale, values, v_scale, torch.float64)
+    ranges = kv_ranges(queries, keys)
+    o, lse = launch_triton(q[None], k[None], values[None], (q_scale, k_scale, v_scale), ranges, 0.25, q.dtype, SMALL)
+    wide = dequantize(q, q_scale, k, k_scale, values, v_scale, torch.float64)
     torch.testing.assert_close(wide[2], v.double() * v_scale.double())
     expected = reference(*wide, scale=0.25)
     assert error(o[0], expected[0]) < 1e-5
@@ -124,22 +123,23 @@ def test_scaled_operands_in_chunks_of_any_length():
     q, k, v = (draw(41, 1, 16, seed=i) for i in range(3))
     values = torch.cat((v, torch.zeros(7, 1, 16)))[torch.from_numpy(interleave(41))].permute(1, 2, 0).contiguous()
     ones = torch.ones(41, 1), torch.ones(1), torch.ones(1, 16)
-    seen = kv_ranges(41, 41, (5, 18, 18), 1)
-    o, _ = launch_triton(q[None], k[None], values[None], ones, seen, 0.25, q.dtype, SMALL)
-    assert error(o[0], reference(q.double(), k.double(), v.double(), seen, 0.25)[0]) < 1e-5
+    ranges = kv_ranges(41, 41, (5, 18, 18), 1)
+    o, _ = launch_triton(q[None], k[None], values[None], ones, ranges, 0.25, q.dtype, SMALL)
+    assert error(o[0], reference(q.double(), k.double(), v.double(), ranges, 0.25)[0]) < 1e-5
 
 
-def test_merge_parts():
-    """Parts of a tile's keys, as a program on Hopper leaves them; two tiles, the second one cut off at row 40."""
-    heads, d, tile, rows = 2, 16, 32, 16
-    parts, sums = draw(5, tile, d, seed=0), draw(5, tile, seed=1) * 3
-    o, lse = torch.full((1, 40, heads, d), math.nan), torch.full((1, 40, heads), math.nan)
-    merges = torch.tensor([[0, 0, 32, 0, 2], [1, 32, 40, 2, 3]], dtype=torch.int32)
-    merge_parts[(2, tile // rows)](o, lse, parts, sums, merges, heads, 40, *o.stride()[:3], D=d, TILE=tile, ROWS=rows)
-    first = merge_attention([parts[i][:, None] for i in (0, 1)], [sums[i][:, None] for i in (0, 1)])
-    second = merge_attention([parts[i, :8, None] for i in (2, 3, 4)], [sums[i, :8, None] for i in (2, 3, 4)])
-    for rows_, head, (wanted, total) in ((slice(0, 32), 0, first), (slice(32, 40), 1, second)):
-        torch.testing.assert_close(o[0, rows_, head], wanted[:, 0])
-        torch.testing.assert_close(lse[0, rows_, head], total[:, 0])
+def test_combine_partials():
+    """Partial results as a program of the Hopper kernel leaves them, of two tiles. The second one ends at row 40."""
+    heads, head_dim, block_m, rows = 2, 16, 32, 16
+    partial_o, partial_lse = draw(5, block_m, head_dim, seed=0), draw(5, block_m, seed=1) * 3
+    o, lse = torch.full((1, 40, heads, head_dim), math.nan), torch.full((1, 40, heads), math.nan)
+    combines = torch.tensor([[0, 0, 32, 0, 2], [1, 32, 40, 2, 3]], dtype=torch.int32)
+    combine_partials[(2, block_m // rows)](o, lse, partial_o, partial_lse, combines, heads, 40, *o.stride()[:3],
+                                           D=head_dim, BLOCK_M=block_m, ROWS=rows)  # fmt: skip
+    first = merge_attention([partial_o[i][:, None] for i in (0, 1)], [partial_lse[i][:, None] for i in (0, 1)])
+    second = merge_attention([partial_o[i, :8, None] for i in (2, 3, 4)], [partial_lse[i, :8, None] for i in (2, 3, 4)])
+    for tile, head, (expected, expected_lse) in ((slice(0, 32), 0, first), (slice(32, 40), 1, second)):
+        torch.testing.assert_close(o[0, tile, head], expected[:, 0])
+        torch.testing.assert_close(lse[0, tile, head], expected_lse[:, 0])
     assert o[0, :32, 1].isnan().all()
     assert o[0, 32:, 0].isnan().all()

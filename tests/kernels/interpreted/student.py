@@ -1,4 +1,4 @@
-"""The student through the Triton kernels: within the pass marks of the golden cases, and equal to its CPU path."""
+"""The student on the Triton kernels: within the tolerances of the golden cases, and equal to the student on the CPU."""
 
 # pyright: reportCallIssue=false
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.absorbed_audio_attention import launch_absorb, launch_absorbed
 from kernels.chunk_attention import launch_triton
-from kernels.cross_attention import launch_absorb, launch_absorbed, launch_frame, launch_text_image
+from kernels.frame_attention import launch_frame
 from kernels.norm import launch_rms_norm_rope, launch_rows
 from kernels.scheduler import kv_ranges
+from kernels.text_image_attention import launch_text_image
 from model import dit, linear
 from model.config import DiTConfig
 from tests.parity import cases, test_golden
@@ -22,20 +24,22 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    seen = kv_ranges(len(q), len(k))
-    return launch_triton(q[None], k[None], v[None], None, seen, q.shape[2] ** -0.5, q.dtype, SMALL)[0][0]
+    ranges = kv_ranges(len(q), len(k))
+    return launch_triton(q[None], k[None], v[None], None, ranges, q.shape[2] ** -0.5, q.dtype, SMALL)[0][0]
 
 
-def unfolded(k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Any, ...]:
-    """What the next function needs for the layer as it is, where a frame's keys are too few to be folded."""
+def absorb_nothing(k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Any, ...]:
+    """The arguments of `audio_layer`, for frames with too few keys to absorb the projections."""
     return (k, v), weights[:3], None  # not quantised
 
 
-def audio_layer(z: Tensor, kv: Any, weights: Any, _: None, _group: int, per_frame: int, first: int) -> Tensor:
-    q_weight, q_bias, weight = weights
+def audio_layer(
+    z: Tensor, kv: Any, weights: Any, _: None, _keys_per_frame: int, tokens_per_frame: int, first_token: int
+) -> Tensor:
+    q_weight, q_bias, out_weight = weights
     q = torch.nn.functional.linear(z, q_weight, q_bias).unflatten(1, kv[0].shape[2:])
     k, v = kv
-    return launch_frame(q, k, v, per_frame, first).flatten(1) @ weight.T
+    return launch_frame(q, k, v, tokens_per_frame, first_token).flatten(1) @ out_weight.T
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
@@ -44,7 +48,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operations' launchers instead of what the CPU runs."""
+    """Replaces the operations by the launchers of their Triton kernels."""
     launchers = {
         "chunk_attention": attend,
         "rms_norm_rope": launch_rms_norm_rope,
@@ -63,14 +67,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["dit_forward", "dit_forward_two_people"])
 def test_golden_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dit, "absorb_audio_projections", unfolded)  # the golden student has 6 audio tokens a frame
+    monkeypatch.setattr(
+        dit, "absorb_audio_projections", absorb_nothing
+    )  # the golden student has 6 audio tokens a frame
     monkeypatch.setattr(dit, "absorbed_audio_attention", audio_layer)
     assert name in cases.RUN
     test_golden.test_case(GOLDEN / f"{name}.json")
 
 
 @torch.inference_mode()
-def test_folded_audio_and_known_frames(request: pytest.FixtureRequest) -> None:
+def test_absorbed_audio_and_known_frames(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     config = DiTConfig(
         dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=24, text_len=9, img_dim=20, img_tokens=7, freq_dim=32,

@@ -1,0 +1,145 @@
+"""The audio layer with absorbed projections: on the CPU, as torch operators, and on a GPU.
+
+`interpreted/absorbed_audio_attention.py` runs the kernels in Triton's interpreter.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.absorbed_audio_attention import (
+    absorb_audio_projections,
+    absorb_audio_projections_op,
+    absorbed_audio_attention,
+    absorbed_audio_attention_op,
+    launch_absorb,
+)
+from kernels.frame_attention import frame_attention, frame_reference
+from kernels.linear import dequantize, quantize_rows
+from profiling.measure.check import poisoned_memory
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+# --- On the CPU -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 45), st.sampled_from([16, 32]))
+def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys):
+    """The layer is projection, attention, projection."""
+    heads, head_dim, width = 2, 16, 24
+    frames = -(-(first_token + tokens) // tokens_per_frame)
+    z, k, v = draw((tokens, width), (frames, keys, heads, head_dim), (frames, keys, heads, head_dim))
+    q_weight, q_bias, out_weight = draw((heads * head_dim, width), (heads * head_dim,), (width, heads * head_dim))
+    q = (z.double() @ q_weight.double().T + q_bias.double()).unflatten(1, (heads, head_dim))
+    attended = frame_reference(q, k.double(), v.double(), tokens_per_frame, first_token)
+    expected = attended.flatten(1) @ out_weight.double().T
+    absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
+    y = absorbed_audio_attention(z, *absorbed, keys, tokens_per_frame, first_token)
+    assert error(y, expected) < 1e-5
+
+
+def test_absorbs_quantised_weights():
+    layer = audio_layer()
+    k, v, q_weight, q_bias, out_weight = (layer[name] for name in ("k", "v", "q_weight", "q_bias", "out_weight"))
+    (q8, q_scale), (w8, scale) = quantize_rows(q_weight), quantize_rows(out_weight)
+    absorbed = absorb_audio_projections(k, v, q8, q_bias, w8, q_scale, scale)
+    expected = absorb_audio_projections(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
+    for x, y in zip(absorbed, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# --- As torch operators ---------------------------------------------------------------------------------------------
+
+
+def audio_layer() -> dict[str, Tensor]:
+    names = ("z", "k", "v", "q_weight", "q_bias", "out_weight")
+    shapes = (12, 24), (3, 16, 2, 16), (3, 16, 2, 16), (32, 24), (32,), (24, 32)
+    return dict(zip(names, draw(*shapes), strict=True))
+
+
+def test_opcheck():
+    layer = audio_layer()
+    arguments = [layer[name] for name in ("k", "v", "q_weight", "q_bias", "out_weight")]
+    torch.library.opcheck(absorb_audio_projections_op.library_op, (*arguments, None, None))
+    absorbed = absorb_audio_projections(*arguments)
+    torch.library.opcheck(absorbed_audio_attention_op.library_op, (layer["z"], *absorbed, 16, 4, 0))
+
+
+def test_compiles_without_a_graph_break():
+    layer = audio_layer()
+
+    def run(z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor) -> Tensor:
+        q = (z @ q_weight.T + q_bias).view(len(z), 2, 16)
+        absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
+        y = absorbed_audio_attention(z, *absorbed, 16, 4)
+        return y + frame_attention(q, k, v, 4).flatten(1) @ out_weight.T
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(**layer), run(**layer), rtol=1e-4, atol=1e-4)
+
+
+Q, Z = torch.zeros(6, 2, 16), torch.zeros(6, 5)
+K, WEIGHT, BIAS = torch.zeros(3, 16, 2, 16), torch.zeros(32, 5), torch.zeros(32)
+KEYS, KEY_BIAS = torch.zeros(3, 32, 5), torch.zeros(3, 32)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "words"),
+    [
+        (absorb_audio_projections, (Q, Q, Q[0], Q, Q), "k: shape [6, 2, 16], wanted [frames, keys, heads, head_dim]"),
+        (launch_absorb, (K[:, :3], K[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
+        (absorb_audio_projections, (K, K, WEIGHT[:30], BIAS, Q), "q_weight: shape [30, 5], wanted [32, width]"),
+        (
+            absorb_audio_projections,
+            (K, K, WEIGHT, BIAS, WEIGHT.T, BIAS),
+            "q_weight: torch.float32, wanted torch.float8_e4m3fn",
+        ),
+        (absorbed_audio_attention, (Z, KEYS[..., :4], Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
+        (absorbed_audio_attention, (Z, KEYS[:, :30], Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
+        (absorbed_audio_attention, (Z, KEYS, KEY_BIAS, KEYS.mT, 16, 2), "values: shape [3, 5, 32], wanted [3, 32, out"),
+        (absorbed_audio_attention, (Z, KEYS.mT.contiguous().mT, KEY_BIAS, KEYS, 16, 2), "keys: strides (160, 1, 32)"),
+        (absorbed_audio_attention, (Z, KEYS, KEY_BIAS, KEYS, 16, 1), "keys: 3 frames, tokens up to 6 need 6"),
+    ],
+)
+def test_bad_arguments(function: Any, arguments: Any, words: str):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+        function(*arguments)
+    assert words in str(raised.value)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "tokens_per_frame", "first_token"), [(1, 1, 0), (700, 336, 100), (1512, 1344, 3024)]
+)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 5e-3)])
+def test_gpu_absorbed_layer(tokens, tokens_per_frame, first_token, dtype, bound):
+    heads, head_dim, keys, width = 3, 128, 32, 384
+    frames = -(-(first_token + tokens) // tokens_per_frame)
+    options: Any = {"dtype": dtype, "device": "cuda"}
+    shape = frames, keys, heads, head_dim
+    z, k, v = draw((tokens, width), shape, shape, **options)
+    shapes = (heads * head_dim, width), (heads * head_dim,), (width, heads * head_dim)
+    q_weight, q_bias, out_weight = draw(*shapes, **options)
+    q_weight, out_weight = q_weight / width**0.5, out_weight / (heads * head_dim) ** 0.5
+    with poisoned_memory():
+        absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
+        y = absorbed_audio_attention(z, *absorbed, keys, tokens_per_frame, first_token)
+    q = (z.double() @ q_weight.double().T + q_bias.double()).unflatten(1, (heads, head_dim))
+    attended = frame_reference(q, k.double(), v.double(), tokens_per_frame, first_token)
+    assert error(y, attended.flatten(1) @ out_weight.double().T) < 2 * bound
