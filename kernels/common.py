@@ -1,4 +1,4 @@
-"""What every operation of kernels/ is built from: dtypes, argument checks, and the definition of a `torch.library` op.
+"""What every operation of kernels/ is built from: dtypes, e4m3 rounding, argument checks, and `torch.library` ops.
 
 An operation's file has this order: reference (the definition, in PyTorch), kernel, launcher, op, public function. The
 op is what `torch.compile` sees as one node; `define_op` makes it from a CPU form and a CUDA form of one signature. The
@@ -9,20 +9,34 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest finite e4m3 value
-MIN_SCALE = 1e-12  # the least quantisation scale, so that rows of zeros can be divided by theirs
+MIN_SCALE = 1e-12  # the smallest quantisation scale, so that rows of zeros can be divided by theirs
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as cases and tuned tables say
 
-Layout = Literal["rows", "contiguous", "channels_last"]
+Layout = Literal["rows", "tokens", "contiguous", "channels_last"]
 
 OPS: dict[str, "Op"] = {}  # every operation that `define_op` has made, by name
 
 
+@triton.jit
+def to_e4m3(x, out):
+    """x in the dtype that `out` points to, after clamping it to the range of e4m3."""
+    return tl.clamp(x, -448.0, 448.0).to(out.dtype.element_ty)
+
+
+@triton.jit
+def e4m3_scale(largest):
+    """The quantisation scale of values of at most `largest` in magnitude: `largest` / 448, and at least 1e-12."""
+    return tl.maximum(largest / 448.0, 1e-12)
+
+
 class Op:
-    """A `torch.library` operation `flashtalk::NAME`: callable, differentiable by nobody, one node to `torch.compile`."""
+    """A `torch.library` operation `flashtalk::NAME`: one node to `torch.compile`, without a gradient."""
 
     def __init__(
         self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
@@ -74,8 +88,8 @@ def check(
             `("tokens", heads, head_dim)`.
         dtype: the one, or those, allowed.
         device: where x must be.
-        layout: "rows" is stride 1 along the last axis; "contiguous" is row-major; "channels_last" is
-            `torch.channels_last` of [frame, channel, row, column].
+        layout: "rows" is stride 1 along the last axis; "tokens" is contiguous memory of every x[i]; "contiguous" is
+            row-major; "channels_last" is `torch.channels_last` of [frame, channel, row, column].
     """
     if shape is not None and not _fits(x.shape, shape):
         wanted = ", ".join(map(str, shape))
@@ -100,6 +114,7 @@ def _fits(actual: Sequence[int], wanted: Sequence[int | str]) -> bool:
 
 _LAYOUTS = {
     "rows": "stride 1 along the last axis",
+    "tokens": "contiguous memory of each token",
     "contiguous": "contiguous memory",
     "channels_last": "channels-last memory",
 }
@@ -108,4 +123,6 @@ _LAYOUTS = {
 def _laid_out(x: Tensor, layout: Layout) -> bool:
     if layout == "rows":
         return not x.ndim or x.shape[-1] <= 1 or x.stride(-1) == 1
+    if layout == "tokens":
+        return x[0].is_contiguous()
     return x.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)

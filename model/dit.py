@@ -34,7 +34,8 @@ from kernels.cross_attention import (
     frame_attention,
     text_image_attention,
 )
-from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
+from kernels.layer_norm import layer_norm, layer_norm_modulate
+from kernels.rms_norm_rope import key_scale, rms_norm_rope, rms_norm_rope_fp8
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, Rows, modulated, normed
 from model.slots import Slot, joined_slots

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
 from kernels.linear import linear, linear_fp8, linear_fp8_quantized, output_bound, quantize_rows
-from kernels.norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
 from kernels.sm90 import FP8
 
 

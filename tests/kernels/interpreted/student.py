@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels.chunk_attention import launch_triton
 from kernels.cross_attention import launch_absorb, launch_absorbed, launch_frame, launch_text_image
-from kernels.norm import launch_rms_norm_rope, launch_rows
+from kernels.layer_norm import launch_layer_norm
+from kernels.rms_norm_rope import launch_rms_norm_rope
 from kernels.scheduler import kv_ranges
 from model import dit, linear
 from model.config import DiTConfig
@@ -39,7 +40,7 @@ def audio_layer(z: Tensor, kv: Any, weights: Any, _: None, _group: int, per_fram
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
-    return launch_rows(x, (weight, bias, eps, one), fp8=False)[0]
+    return launch_layer_norm(x, weight, bias, eps, one)
 
 
 @pytest.fixture
