@@ -389,6 +389,7 @@ def test_launchers_return_what_fakes_promise(name: str, gpu: GPU, monkeypatch: p
     monkeypatch.setattr(Op, "__call__", compare)
     monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
     with assume_gpu(gpu), Shapes():
+        assert name in SAMPLES, "a new operation needs sample arguments"
         for function, arguments in SAMPLES[name]():
             compared.clear()
             function(*arguments)
