@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import conv_sm90
-from kernels.chunk_attention import DTYPE_NAMES
+from kernels.common import DTYPE_NAMES, FP8_MAX, MIN_SCALE
 from kernels.conv_sm90 import WHOLE, supports
-from kernels.norm import FP8_MAX, MIN_SCALE
 from kernels.rms_norm_silu import check_gamma, launch_rms_norm_silu
 from kernels.rms_norm_silu import reference as pixel_norm_reference
 from kernels.sm90 import FP8

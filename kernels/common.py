@@ -1,7 +1,7 @@
-"""What every operation of kernels/ is built from: dtypes, argument checks, and the definition of a `torch.library` op.
+"""What every operation of kernels/ is built from: dtypes, e4m3 rounding, argument checks, and `torch.library` ops.
 
-An operation's file has this order: reference (the definition, in PyTorch), kernel, launcher, op, public function. The
-op is what `torch.compile` sees as one node; `define_op` makes it from a CPU form and a CUDA form of one signature. The
+An operation's file is ordered: reference (the definition, in PyTorch), kernel, launcher, op, public function. The op is
+one node to `torch.compile`; `define_op` makes it from a CPU and a CUDA implementation with the same signature. The
 public function checks its arguments with `check` and calls the op.
 """
 
@@ -9,20 +9,34 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest finite e4m3 value
-MIN_SCALE = 1e-12  # the least quantisation scale, so that rows of zeros can be divided by theirs
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as cases and tuned tables say
+MIN_SCALE = 1e-12  # the smallest quantisation scale, so that rows of zeros can be divided by theirs
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as in cases and tuned tables
 
-Layout = Literal["rows", "contiguous", "channels_last"]
+Layout = Literal["rows", "tokens", "contiguous", "channels_last"]
 
-OPS: dict[str, "Op"] = {}  # every operation that `define_op` has made, by name
+OPS: dict[str, "Op"] = {}  # all operations that `define_op` has made, by name
+
+
+@triton.jit
+def to_e4m3(x, out):
+    """x in the dtype that `out` points to, after clamping it to the range of e4m3."""
+    return tl.clamp(x, -448.0, 448.0).to(out.dtype.element_ty)
+
+
+@triton.jit
+def e4m3_scale(largest):
+    """The quantisation scale of values of at most `largest` in magnitude: `largest` / 448, and at least 1e-12."""
+    return tl.maximum(largest / 448.0, 1e-12)
 
 
 class Op:
-    """A `torch.library` operation `flashtalk::NAME`: callable, differentiable by nobody, one node to `torch.compile`."""
+    """A `torch.library` operation `flashtalk::NAME`: one node to `torch.compile`, without a gradient."""
 
     def __init__(
         self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
@@ -33,21 +47,22 @@ class Op:
         self.library_op.register_fake(self.fake)
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the form made for the device that the tensors are on."""
+        """Runs the implementation for the tensors' device."""
         return self.library_op(*args)
 
 
 def define_op(
     name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None = None
 ) -> Op:
-    """Registers `flashtalk::NAME`, whose schema is that of `cpu`'s annotations.
+    """Registers the op `flashtalk::NAME`, with the schema that the annotations of `cpu` give.
 
     Args:
         name: the public function's name.
-        cpu: the form for CPU tensors. Its results must not alias its arguments.
-        cuda: the form for CUDA tensors; same arguments, and results of the same shapes, dtypes and strides.
-        fake: gives results without values under `FakeTensorMode`. None takes `cpu`, whose own operations then say
-            what comes out; name one where `cpu` reads values, makes tensors from host data, or costs too much to trace.
+        cpu: the implementation for CPU tensors. Its results must not alias its arguments.
+        cuda: the implementation for CUDA tensors, with the same arguments, and results of the same shapes, dtypes and
+            strides.
+        fake: returns results without values under `FakeTensorMode`. None uses `cpu`; pass another where `cpu` reads
+            values, makes tensors from host data, or costs too much to trace.
 
     Returns:
         The operation, to be called with positional arguments.
@@ -65,17 +80,17 @@ def check(
     device: torch.device | None = None,
     layout: Layout | None = None,
 ) -> None:
-    """Raises ValueError, in one line that begins with `name`, unless x is such a tensor and wants no gradient.
+    """Raises a one-line ValueError that begins with `name` unless x is as described and requires no gradient.
 
     Args:
-        name: what the caller knows the argument by.
+        name: the argument's name in the caller's signature.
         x: the tensor.
         shape: a number fixes the length of an axis; a word stands for any length of at least 1, as in
             `("tokens", heads, head_dim)`.
-        dtype: the one, or those, allowed.
-        device: where x must be.
-        layout: "rows" is stride 1 along the last axis; "contiguous" is row-major; "channels_last" is
-            `torch.channels_last` of [frame, channel, row, column].
+        dtype: the allowed dtype, or several.
+        device: the device that x must be on.
+        layout: "rows" is stride 1 along the last axis; "tokens" is contiguous memory of every x[i]; "contiguous" is
+            row-major; "channels_last" is `torch.channels_last` of [frame, channel, row, column].
     """
     if shape is not None and not _fits(x.shape, shape):
         wanted = ", ".join(map(str, shape))
@@ -100,6 +115,7 @@ def _fits(actual: Sequence[int], wanted: Sequence[int | str]) -> bool:
 
 _LAYOUTS = {
     "rows": "stride 1 along the last axis",
+    "tokens": "contiguous memory of each token",
     "contiguous": "contiguous memory",
     "channels_last": "channels-last memory",
 }
@@ -108,4 +124,6 @@ _LAYOUTS = {
 def _laid_out(x: Tensor, layout: Layout) -> bool:
     if layout == "rows":
         return not x.ndim or x.shape[-1] <= 1 or x.stride(-1) == 1
+    if layout == "tokens":
+        return x[0].is_contiguous()
     return x.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)

@@ -1,22 +1,24 @@
-"""The linear layer of kernels/linear.py on Hopper: three kinds of warps, in Gluon, Triton's language for what is below.
+"""Warp-specialised linear layer for Hopper, written in Gluon; a back-end of kernels/linear.py.
 
-A program stays on its multiprocessor and works off a list of *work_tiles*: a tile of 64 rows for each of its consumers by
-BLOCK_N columns of the output, over a range of the summed axis. kernels/sm90.py says what roles its warps have.
+The kernel is persistent: a program works through a list of work tiles, each of which is 64 rows for each consumer by
+BLOCK_N columns of the output, over a range of the reduction axis. kernels/sm90.py describes the ring of stages through
+which the warps of a program communicate:
 
-    producer     one warp: copies tiles of x and w (TMA, 128 bytes of the summed axis) into the ring, and of a residual
-                 the tile that the epilogue will read, while the last stages are multiplied
-    consumers    two or three groups of four warps: multiply (wgmma), scale, add, gate, round; the result goes through
-                 shared memory, where the residual lay, and out by TMA while the next tile is multiplied
+    load partition   one warp, which copies tiles of x and w (TMA, 128 bytes of the reduction axis) into the ring, and
+                     the residual's tile while the last stages are being multiplied
+    MMA partitions   two or three consumers of four warps, which multiply (wgmma) and apply the epilogue; the result
+                     replaces the residual in shared memory and leaves by TMA while the next tile is multiplied
 
-FP8 products are summed by the tensor cores with 13 bits behind the point of the largest term, cut off, not rounded: the
-sum of many terms comes out too small. FP32_ACCUM adds the products of every 128 terms to a float32 outside of them; it
-needs registers for both, so that a consumer's columns are multiplied in two halves, one after the other.
+The tensor cores sum FP8 products with 13 fraction bits relative to the largest term, and truncate rather than round, so
+that sums of many terms come out too small. FP32_ACCUM instead adds the products of every 128 terms to a float32
+accumulator in registers (DeepSeek's "promotion"). This needs registers for both, so a consumer multiplies the halves of
+its columns one after the other.
 
-The order of work_tiles keeps what programs read at one time in the L2 cache: GROUP_N columns of tiles, row by row. With
-SPLIT_K, the tiles left over for a last round that would not be full are cut along the summed axis, and leave parts, which
-`merge_linear` of kernels/linear.py adds up.
+Work tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time
+share data in the L2 cache. With SPLIT_K, the tiles of a last wave that would not fill the GPU are split along the
+reduction axis; they leave partial results, which `combine_linear_partials` of kernels/linear.py adds up.
 
-Source of the roles and of promotion: CUTLASS, DeepGEMM, DeepSeek-V3 (arXiv 2412.19437, 3.3.2).
+Source: CUTLASS and DeepGEMM for the roles; DeepSeek-V3 (arXiv 2412.19437, 3.3.2) for the promotion.
 """
 
 # Types inside device code are Triton's, not Python's.
@@ -40,7 +42,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.scheduler import StreamKSchedule, kv_ranges, stream_k_schedule_on
 from kernels.sm90 import (
-    FP8,
     GL_DTYPES,
     WGMMA_M,
     alloc_barriers,
@@ -52,164 +53,171 @@ from kernels.sm90 import (
 )
 from kernels.tuning import LaunchConfig, gpu_of
 
-BYTES_K = 128  # of the summed axis in a stage: a row of the widest swizzle
+BYTES_K = 128  # bytes of the reduction axis in a stage: a row of the widest swizzle
 
-# Where nothing was tuned.
-DEFAULT: LaunchConfig = {"BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "FP32_ACCUM": 0, "SPLIT_K": 0}
-LONG = 8192  # FP8 terms from which sums are promoted where nothing was tuned
+DEFAULT_CONFIG: LaunchConfig = {
+    "BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "FP32_ACCUM": 0, "SPLIT_K": 0
+}  # fmt: skip
 
 
-# --- Device code ----------------------------------------------------------------------------------------------------
+# --- Kernel ---------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
 def tanh(x):
-    """By the special function unit: 11 bits."""
+    """tanh(x) by the special function unit, exact to 11 bits."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def produce(work, rows, buffers, stage_bars, residual_bars,
-            RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-            STAGES: gl.constexpr):  # fmt: skip
-    """Copies the tiles of all work_tiles, in the order in which the consumers take them."""
+def load_partition(work, descs, buffers, stage_bars, residual_bars,
+                   RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                   STAGES: gl.constexpr):  # fmt: skip
+    """Copies the operands of all work tiles, in the order in which the consumers read them."""
     work_tiles, work_indptr = work
-    x_rows, w_rows, _y_rows, residual_rows = rows
+    x_desc, w_desc, _y_desc, residual_desc = descs
     x_smem, w_smem, y_smem = buffers
     full, empty = stage_bars
     residual_full, residual_empty = residual_bars
     slot = 0
     phase = 0
-    turn = 0
+    residual_phase = 0
     for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
-        column, row, _end, first, last, part = read_work_tile(work_tiles, i)
-        for k in range(first, last, BLOCK_K):
+        column, row, _end, k_start, k_end, partial = read_work_tile(work_tiles, i)
+        for k in range(k_start, k_end, BLOCK_K):
             mbarrier.wait(empty.index(slot), phase ^ 1)
             bar = full.index(slot)
-            mbarrier.expect(bar, CONSUMERS * x_rows.block_type.nbytes + w_rows.block_type.nbytes)
-            for group in gl.static_range(CONSUMERS):
-                x = x_smem.index(slot * CONSUMERS + group)
-                tma.async_copy_global_to_shared(x_rows, [row + group * WGMMA_M, k], bar, x)
-            tma.async_copy_global_to_shared(w_rows, [column * BLOCK_N, k], bar, w_smem.index(slot))
+            mbarrier.expect(bar, CONSUMERS * x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            for consumer in gl.static_range(CONSUMERS):
+                x = x_smem.index(slot * CONSUMERS + consumer)
+                tma.async_copy_global_to_shared(x_desc, [row + consumer * WGMMA_M, k], bar, x)
+            tma.async_copy_global_to_shared(w_desc, [column * BLOCK_N, k], bar, w_smem.index(slot))
             slot, phase = next_stage(slot, phase, STAGES)
-        if RESIDUAL:  # now, as consumers still have all stages to read: earlier it would wait for the output before
-            if part < 0:
-                for group in gl.static_range(CONSUMERS):
-                    mbarrier.wait(residual_empty.index(group), turn ^ 1)
-                    mbarrier.expect(residual_full.index(group), 4 * residual_rows.block_type.nbytes)
+        # Only now, while the consumers still have all stages to read: earlier it would wait for the previous output.
+        if RESIDUAL:
+            if partial < 0:
+                for consumer in gl.static_range(CONSUMERS):
+                    mbarrier.wait(residual_empty.index(consumer), residual_phase ^ 1)
+                    mbarrier.expect(residual_full.index(consumer), 4 * residual_desc.block_type.nbytes)
                     for quarter in gl.static_range(4):
                         tma.async_copy_global_to_shared(
-                            residual_rows, [row + group * WGMMA_M, column * BLOCK_N + quarter * (BLOCK_N // 4)],
-                            residual_full.index(group), y_smem.index(4 * group + quarter),
+                            residual_desc, [row + consumer * WGMMA_M, column * BLOCK_N + quarter * (BLOCK_N // 4)],
+                            residual_full.index(consumer), y_smem.index(4 * consumer + quarter),
                         )  # fmt: skip
-                turn ^= 1
+                residual_phase ^= 1
 
 
 @gluon.jit
 def epilogue(y, column, row, scales, vectors, sizes, out, SCALED: gl.constexpr, BIAS: gl.constexpr,
-             GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
-    """Turns the sums y of rows from `row` and columns from `column` on into `out`, where the residual lies."""
+             GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr, QUANTIZE: gl.constexpr):  # fmt: skip
+    """Applies the epilogue to the sums y, whose first element is at (row, column), and stores the result in `out`.
+
+    `out` is shared memory that holds the residual, if there is one.
+    """
     x_scale, w_scale, bound, _y_scale = scales
     bias, gate = vectors
     m, n = sizes
     layout: gl.constexpr = y.type.layout
-    rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, layout))
-    within = columns < n
-    factor = gl.full([y.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, layout))
-    weight = gl.full([y.shape[1]], 1.0, gl.float32, gl.SliceLayout(0, layout))
+    offs_m = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, layout))
+    offs_n = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, layout))
+    mask_n = offs_n < n
+    row_scale = gl.full([y.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    column_scale = gl.full([y.shape[1]], 1.0, gl.float32, gl.SliceLayout(0, layout))
     if SCALED:
-        factor = gl.load(x_scale + rows, mask=rows < m, other=0.0)
-        weight = gl.load(w_scale + columns, mask=within, other=0.0)
-    offset = gl.zeros([y.shape[1]], gl.float32, gl.SliceLayout(0, layout))
+        row_scale = gl.load(x_scale + offs_m, mask=offs_m < m, other=0.0)
+        column_scale = gl.load(w_scale + offs_n, mask=mask_n, other=0.0)
+    shift = gl.zeros([y.shape[1]], gl.float32, gl.SliceLayout(0, layout))
     if BIAS:
-        offset = gl.load(bias + columns, mask=within, other=0.0).to(gl.float32)
+        shift = gl.load(bias + offs_n, mask=mask_n, other=0.0).to(gl.float32)
     if GATED:
-        strength = gl.load(gate + columns, mask=within, other=0.0)
-        weight = weight * strength
-        offset = offset * strength
-    y = y * factor[:, None] * weight[None, :] + offset[None, :]
+        gate_n = gl.load(gate + offs_n, mask=mask_n, other=0.0)
+        column_scale = column_scale * gate_n
+        shift = shift * gate_n
+    y = y * row_scale[:, None] * column_scale[None, :] + shift[None, :]
     if GELU:
         y = 0.5 * y * (1.0 + tanh(0.7978845608028654 * y * (1.0 + 0.044715 * y * y)))
     if RESIDUAL:
         y = y + out.load(layout).to(gl.float32)
-    if ROUND:
-        scale = factor * gl.load(bound) + gl.load(bound + 1)
+    if QUANTIZE:
+        scale = row_scale * gl.load(bound) + gl.load(bound + 1)
         out.store(to_e4m3_x4(y * (1.0 / scale)[:, None]))
     else:
         out.store(y.to(out.dtype))
 
 
 @gluon.jit
-def finish(left, right, part, column, row, end, rows, scales, vectors, sizes, parts, y_smem, residual_full, turn,
-           CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SCALED: gl.constexpr,
-           BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
-           ROUND: gl.constexpr):  # fmt: skip
-    """Stores a piece: the output's tile by TMA, or a part's sums, float32, into the workspace."""
-    HALF: gl.constexpr = BLOCK_N // 2
+def store_tile(left, right, partial, column, row, end, y_desc, scales, vectors, sizes, partials, y_smem, residual_full,
+               residual_phase, CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+               SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
+               GATED: gl.constexpr, QUANTIZE: gl.constexpr):  # fmt: skip
+    """Stores a work tile: a whole tile of the output by TMA, or the float32 sums of a split one into `partials`."""
+    HALF_N: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = left.type.layout
-    own = gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
-    if part < 0:
+    offs_m = gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
+    if partial < 0:
         if RESIDUAL:
-            mbarrier.wait(residual_full.index(CONSUMER_ID), turn)
+            mbarrier.wait(residual_full.index(CONSUMER_ID), residual_phase)
         else:
-            tma.store_wait(0)  # of the tile before: its bytes have left
-        first = row + CONSUMER_ID * WGMMA_M
+            tma.store_wait(0)  # the store of the previous tile has read the buffer
+        first_row = row + CONSUMER_ID * WGMMA_M
         column = column * BLOCK_N
         quarters = split_columns(left) + split_columns(right)
         for i in gl.static_range(4):
             gl.thread_barrier()  # or ptxas loads all quarters' vectors first, and runs out of registers
-            epilogue(quarters[i], column + i * (BLOCK_N // 4), first, scales, vectors, sizes,
-                     y_smem.index(4 * CONSUMER_ID + i), SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
-        if ROUND:
+            epilogue(quarters[i], column + i * (BLOCK_N // 4), first_row, scales, vectors, sizes,
+                     y_smem.index(4 * CONSUMER_ID + i), SCALED, BIAS, GELU, RESIDUAL, GATED, QUANTIZE)  # fmt: skip
+        if QUANTIZE:
             if column == 0:
                 x_scale, _w_scale, bound, y_scale = scales
-                inside = first + own < end
-                scale = gl.load(x_scale + first + own, mask=inside, other=0.0) * gl.load(bound) + gl.load(bound + 1)
-                gl.store(y_scale + first + own, scale, mask=inside)
+                mask_m = first_row + offs_m < end
+                scale = gl.load(x_scale + first_row + offs_m, mask=mask_m, other=0.0) * gl.load(bound) + gl.load(
+                    bound + 1
+                )
+                gl.store(y_scale + first_row + offs_m, scale, mask=mask_m)
         fence_async_shared()
         for i in gl.static_range(4):
             tma.async_copy_shared_to_global(
-                rows, [first, column + i * (BLOCK_N // 4)], y_smem.index(4 * CONSUMER_ID + i)
+                y_desc, [first_row, column + i * (BLOCK_N // 4)], y_smem.index(4 * CONSUMER_ID + i)
             )
     else:
-        places = (part.to(gl.int64) * CONSUMERS + CONSUMER_ID) * (WGMMA_M * BLOCK_N)
-        places = parts + places + (own * BLOCK_N)[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, layout))[None, :]
-        gl.store(places, left)
-        gl.store(places + HALF, right)
+        offs = (partial.to(gl.int64) * CONSUMERS + CONSUMER_ID) * (WGMMA_M * BLOCK_N)
+        ptrs = partials + offs + (offs_m * BLOCK_N)[:, None] + gl.arange(0, HALF_N, gl.SliceLayout(0, layout))[None, :]
+        gl.store(ptrs, left)
+        gl.store(ptrs + HALF_N, right)
 
 
 @gluon.jit
-def multiply(work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts,
-             CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-             STAGES: gl.constexpr, FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
-             GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
-    """A consumer."""
+def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials,
+                  CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                  STAGES: gl.constexpr, FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
+                  GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
+                  QUANTIZE: gl.constexpr):  # fmt: skip
+    """One consumer: multiplies its 64 rows of every work tile and stores the results."""
     work_tiles, work_indptr = work
     x_smem, w_smem, y_smem = buffers
     full, empty = stage_bars
     residual_full, residual_empty = residual_bars
-    HALF: gl.constexpr = BLOCK_N // 2
-    K: gl.constexpr = 256 // x_smem.dtype.primitive_bitwidth  # terms that one instruction multiplies
-    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, K])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, K])
+    HALF_N: gl.constexpr = BLOCK_N // 2
+    WGMMA_K: gl.constexpr = 256 // x_smem.dtype.primitive_bitwidth  # terms that one instruction multiplies
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, WGMMA_K])
+    half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_N, WGMMA_K])
     slot = 0
     phase = 0
-    turn = 0
+    residual_phase = 0
     for i in range(gl.load(work_indptr + gl.program_id(0)), gl.load(work_indptr + gl.program_id(0) + 1)):
-        _column, _row, _end, first, last, _part = read_work_tile(work_tiles, i)
-        blocks = gl.cdiv(last - first, BLOCK_K)
+        _column, _row, _end, k_start, k_end, _partial = read_work_tile(work_tiles, i)
+        blocks = gl.cdiv(k_end - k_start, BLOCK_K)
         if FP32_ACCUM:
-            left = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
-            right = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
+            left = gl.zeros([WGMMA_M, HALF_N], gl.float32, half_layout)
+            right = gl.zeros([WGMMA_M, HALF_N], gl.float32, half_layout)
             for _ in range(blocks):
                 mbarrier.wait(full.index(slot), phase)
                 x = x_smem.index(slot * CONSUMERS + CONSUMER_ID)
                 w = w_smem.index(slot)
-                none = gl.zeros([WGMMA_M, HALF], gl.float32, layout)
-                y = warpgroup_mma(x, w.slice(0, HALF).permute((1, 0)), none, use_acc=False, is_async=True)
+                zeros = gl.zeros([WGMMA_M, HALF_N], gl.float32, half_layout)
+                y = warpgroup_mma(x, w.slice(0, HALF_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 left += warpgroup_mma_wait(0, deps=[y])
-                y = warpgroup_mma(x, w.slice(HALF, HALF).permute((1, 0)), none, use_acc=False, is_async=True)
+                y = warpgroup_mma(x, w.slice(HALF_N, HALF_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[y])
                 mbarrier.arrive(empty.index(slot))
                 right += y
@@ -218,10 +226,10 @@ def multiply(work, rows, buffers, stage_bars, residual_bars, scales, vectors, si
             mbarrier.wait(full.index(slot), phase)
             y = warpgroup_mma(
                 x_smem.index(slot * CONSUMERS + CONSUMER_ID), w_smem.index(slot).permute((1, 0)),
-                gl.zeros([WGMMA_M, BLOCK_N], gl.float32, whole), use_acc=False, is_async=True,
+                gl.zeros([WGMMA_M, BLOCK_N], gl.float32, acc_layout), use_acc=False, is_async=True,
             )  # fmt: skip
             y = warpgroup_mma_wait(1, deps=[y])
-            before = slot
+            previous = slot
             slot, phase = next_stage(slot, phase, STAGES)
             for _ in range(1, blocks):
                 mbarrier.wait(full.index(slot), phase)
@@ -229,86 +237,95 @@ def multiply(work, rows, buffers, stage_bars, residual_bars, scales, vectors, si
                     x_smem.index(slot * CONSUMERS + CONSUMER_ID), w_smem.index(slot).permute((1, 0)), y, is_async=True
                 )
                 y = warpgroup_mma_wait(1, deps=[y])
-                mbarrier.arrive(empty.index(before))
-                before = slot
+                mbarrier.arrive(empty.index(previous))
+                previous = slot
                 slot, phase = next_stage(slot, phase, STAGES)
             y = warpgroup_mma_wait(0, deps=[y])
-            mbarrier.arrive(empty.index(before))
+            mbarrier.arrive(empty.index(previous))
             left, right = split_columns(y)
-        column, row, end, _first, _last, part = read_work_tile(
-            work_tiles, i
-        )  # again, so as not to hold registers in between
-        finish(left, right, part, column, row, end, rows[2], scales, vectors, sizes, parts, y_smem, residual_full, turn,
-               CONSUMER_ID, CONSUMERS, BLOCK_N, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)  # fmt: skip
+        # Read again rather than held in registers during the main loop.
+        column, row, end, _k_start, _k_end, partial = read_work_tile(work_tiles, i)
+        store_tile(left, right, partial, column, row, end, descs[2], scales, vectors, sizes, partials, y_smem,
+                   residual_full, residual_phase, CONSUMER_ID, CONSUMERS, BLOCK_N, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                   QUANTIZE)  # fmt: skip
         if RESIDUAL:
-            if part < 0:
-                turn ^= 1
+            if partial < 0:
+                residual_phase ^= 1
                 tma.store_wait(0)
                 mbarrier.arrive(residual_empty.index(CONSUMER_ID))
     tma.store_wait(0)
 
 
-# What is not specialised is not compiled anew: 1 row, lengths that 16 divides.
+# m and n are not specialised, so that neither 1 row nor lengths that 16 divides compile another kernel.
 @gluon.jit(do_not_specialize=["m", "n"])
-def linear_hopper(
-    x_rows, w_rows, y_rows, residual_rows, work_tiles, work_indptr, parts, x_scale, w_scale, bound, y_scale, bias, gate, m, n,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+def linear_sm90_forward(
+    x_desc, w_desc, y_desc, residual_desc, work_tiles, work_indptr, partials, x_scale, w_scale, bound, y_scale, bias,
+    gate, m, n, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
-    GATED: gl.constexpr, ROUND: gl.constexpr,
+    GATED: gl.constexpr, QUANTIZE: gl.constexpr,
 ):  # fmt: skip
-    """Works off the work_tiles from work_indptr[program] to work_indptr[program + 1]; the launcher says what the rest is."""
-    x_smem = gl.allocate_shared_memory(x_rows.dtype, [STAGES * CONSUMERS, WGMMA_M, BLOCK_K], x_rows.layout)
-    w_smem = gl.allocate_shared_memory(w_rows.dtype, [STAGES, BLOCK_N, BLOCK_K], w_rows.layout)
-    y_smem = gl.allocate_shared_memory(y_rows.dtype, [CONSUMERS * 4, WGMMA_M, BLOCK_N // 4], y_rows.layout)
+    """Program p computes the work tiles from work_indptr[p] to work_indptr[p + 1], see `StreamKSchedule`."""
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CONSUMERS, WGMMA_M, BLOCK_K], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
+    y_smem = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * 4, WGMMA_M, BLOCK_N // 4], y_desc.layout)
     stage_bars = alloc_barriers(STAGES, 1), alloc_barriers(STAGES, CONSUMERS)  # full, empty
     residual_bars = alloc_barriers(CONSUMERS, 1), alloc_barriers(CONSUMERS, 1)
     fence_async_shared()
     work = work_tiles, work_indptr
-    rows = x_rows, w_rows, y_rows, residual_rows
+    descs = x_desc, w_desc, y_desc, residual_desc
     buffers = x_smem, w_smem, y_smem
     scales = x_scale, w_scale, bound, y_scale
     vectors = bias, gate
     sizes = m, n
-    # Registers a thread: 65,536 are shared out among the groups of four warps; the first one gets what is left.
+    # The last argument of `warp_specialize` is registers a thread: the warps of a program share 65,536, and the first
+    # partition gets what the others leave.
     if CONSUMERS == 3:
         gl.warp_specialize([
-            (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 0, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
-            (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 1, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
-            (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 2, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
-            (produce, (work, rows, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K, STAGES)),
+            (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 0,
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                             QUANTIZE)),
+            (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 1,
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                             QUANTIZE)),
+            (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 2,
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                             QUANTIZE)),
+            (load_partition, (work, descs, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K,
+                              STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 0, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
-            (multiply, (work, rows, buffers, stage_bars, residual_bars, scales, vectors, sizes, parts, 1, CONSUMERS,
-                        BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED, ROUND)),
-            (produce, (work, rows, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K, STAGES)),
+            (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 0,
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                             QUANTIZE)),
+            (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 1,
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
+                             QUANTIZE)),
+            (load_partition, (work, descs, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K,
+                              STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
 
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
 
-def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """Boxes of x [rows, columns], whose rows may lie apart; what is beyond the end is zero, and is not stored."""
+def make_desc(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of boxes of x [rows, columns]; beyond the ends it reads zeros and stores nothing."""
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, smem_layout(tuple(block), x.dtype))
 
 
 def supports(x: Tensor, w: Tensor, dtype: torch.dtype, residual: Tensor | None) -> bool:
-    """Whether the kernel takes these operands: copies start at whole 16 bytes, rows lie whole 16 bytes apart."""
-    others = () if residual is None else (residual,)
+    """Whether the kernel takes these operands: TMA needs addresses and row strides that are multiples of 16 bytes."""
+    residuals = () if residual is None else (residual,)
     aligned = all(
-        y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 and max(y.shape) < 2**31 for y in (x, w, *others)
+        y.data_ptr() % 16 == 0 and y.stride(0) * y.itemsize % 16 == 0 and max(y.shape) < 2**31
+        for y in (x, w, *residuals)
     )
-    typed = all(y in GL_DTYPES for y in (x.dtype, dtype)) and all(y.dtype == dtype for y in others)
+    typed = all(y in GL_DTYPES for y in (x.dtype, dtype)) and all(y.dtype == dtype for y in residuals)
     return aligned and typed and x.dtype == w.dtype and len(w) * dtype.itemsize % 16 == 0
 
 
-def launch_sm90(
+def launch(
     x: Tensor,
     w: Tensor,
     scales: tuple[Tensor, Tensor] | None,
@@ -318,32 +335,34 @@ def launch_sm90(
     residual: Tensor | None,
     bound: Tensor | None,
     dtype: torch.dtype,
-    config: LaunchConfig | None = None,
+    config: LaunchConfig,
 ) -> tuple[Tensor, Tensor, StreamKSchedule, Tensor]:
-    """y [m, n] in `dtype` of operands that `supports` approves, its scale [m] if `bound` asks for one, and what is split:
+    """Launches the kernel on operands that `supports` accepts.
 
-    the plan, and the sums of its parts, float32 [part x rows of a tile, BLOCK_N], that have yet to be merged into y.
+    Returns y [m, n] in `dtype`; its scales [m], empty without `bound`; the schedule; and the partials of the tiles that
+    the schedule splits, float32 [partials * rows of a tile, BLOCK_N]. The caller combines these into y.
     """
     (m, k), n = x.shape, len(w)
-    parameters: dict[str, Any] = {**DEFAULT, **(config or {"FP32_ACCUM": int(x.dtype == FP8 and k >= LONG)})}
-    block_k, group = BYTES_K // x.itemsize, WGMMA_M.value
+    parameters: dict[str, Any] = {**DEFAULT_CONFIG, **config}
+    block_k, block_m = BYTES_K // x.itemsize, WGMMA_M.value
     block_n, consumers = parameters["BLOCK_N"], parameters["CONSUMERS"]
-    programs = gpu_of(x.device).multiprocessors
+    num_sms = gpu_of(x.device).multiprocessors
     schedule = stream_k_schedule_on(
-        x.device, type(x), kv_ranges(m, k), consumers * group, block_k, -(-n // block_n), programs,
+        x.device, type(x), kv_ranges(m, k), consumers * block_m, block_k, -(-n // block_n), num_sms,
         parameters.pop("GROUP_N"), bool(parameters.pop("SPLIT_K")),
     )  # fmt: skip
     y = x.new_empty(m, n, dtype=dtype)
     y_scale = x.new_empty(m if bound is not None else 0, dtype=torch.float32)
-    parts = x.new_empty(schedule.num_partials * consumers * group, block_n, dtype=torch.float32)
-    y_rows = describe(y, [group, block_n // 4])
+    partials = x.new_empty(schedule.num_partials * consumers * block_m, block_n, dtype=torch.float32)
+    x_desc, w_desc = make_desc(x, [block_m, block_k]), make_desc(w, [block_n, block_k])
+    y_desc = make_desc(y, [block_m, block_n // 4])
+    residual_desc = y_desc if residual is None else make_desc(residual, [block_m, block_n // 4])
     x_scale, w_scale = scales or (y_scale, y_scale)
-    linear_hopper[(programs,)](
-        describe(x, [group, block_k]), describe(w, [block_n, block_k]), y_rows,
-        y_rows if residual is None else describe(residual, [group, block_n // 4]), schedule.work_tiles, schedule.work_indptr, parts,
-        x_scale, w_scale, y_scale if bound is None else bound, y_scale, y_scale if bias is None else bias,
+    linear_sm90_forward[(num_sms,)](
+        x_desc, w_desc, y_desc, residual_desc, schedule.work_tiles, schedule.work_indptr, partials, x_scale, w_scale,
+        y_scale if bound is None else bound, y_scale, y_scale if bias is None else bias,
         y_scale if gate is None else gate, m, n, BLOCK_K=block_k, SCALED=scales is not None, BIAS=bias is not None,
-        GELU=gelu, RESIDUAL=residual is not None, GATED=gate is not None, ROUND=bound is not None, num_warps=4,
+        GELU=gelu, RESIDUAL=residual is not None, GATED=gate is not None, QUANTIZE=bound is not None, num_warps=4,
         **parameters,
     )  # fmt: skip
-    return y, y_scale, schedule, parts
+    return y, y_scale, schedule, partials

@@ -1,10 +1,11 @@
-"""The video VAE's norm and activation, in front of a convolution: one pass over memory.
+"""RMSNorm over the channels of each pixel, then SiLU, in one pass over memory: the video VAE's before convolutions.
 
-    y = x / max(||x||, 1e-12) sqrt(C) gamma          the norm over the C channels of a pixel
+    y = x / max(||x||, 1e-12) * sqrt(C) * gamma      the norm over the C channels of a pixel
     y = y / (1 + exp(-y))                            SiLU, if asked for
 
-With `factor`, y comes out as e4m3 of y factor: |y| is at most max |gamma| sqrt(C), so that a factor of 448 over that
-never saturates, see `fp8_factor`. Statistics in float32 or wider, rounded once.
+With `out_scale` the result is y * out_scale in e4m3, which the next convolution divides by again. |y| is at most
+max |gamma| * sqrt(C), so that an out_scale of 448 over that never saturates (`fp8_out_scale`). The kernel computes in
+float32 and rounds once.
 
 Tensors are frames first, [frame, channel, row, column], in channels-last memory. Source: Wan2.1's RMS_norm.
 """
@@ -12,74 +13,71 @@ Tensors are frames first, [frame, channel, row, column], in channels-last memory
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunk_attention import DTYPE_NAMES
-from kernels.norm import FP8_MAX
-from kernels.sm90 import FP8
-from kernels.tuning import LaunchConfig, tuned_config
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, check, define_op
+from kernels.tuning import LaunchConfig, launch_config
 
-DEFAULT: LaunchConfig = {"PIXELS": 8, "num_warps": 4}
+DEFAULT_CONFIG: LaunchConfig = {"PIXELS": 8, "num_warps": 4}
 
 
-# --- Definition -----------------------------------------------------------------------------------------------------
+# --- Reference ------------------------------------------------------------------------------------------------------
 
 
-def reference(x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None) -> Tensor:
-    """Arguments as in `rms_norm_silu`."""
+def reference(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None) -> Tensor:
+    """The definition of `rms_norm_silu`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
     y = (x / norm).mul_(gamma.to(dtype).view(-1, 1, 1) * x.shape[1] ** 0.5)
-    if factor is None:
+    if out_scale is None:
         y = y.to(x.dtype)
     y = F.silu(y, inplace=True) if silu else y
-    if factor is not None:
-        y = y.mul_(factor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    if out_scale is not None:
+        y = y.mul_(out_scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
     return y
 
 
-# --- Triton kernel --------------------------------------------------------------------------------------------------
+# --- Kernel ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def rms_norm_silu_forward(x, gamma, out, root, factor, pixels, channels, SILU: tl.constexpr, PIXELS: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
-    """PIXELS pixels of [pixels, channels]. root: sqrt(C)."""
-    row = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    column = tl.arange(0, BLOCK)
-    within = column < channels
-    mask = (row < pixels)[:, None] & within[None, :]
-    places = row[:, None] * channels + column[None, :]
-    y = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 1e-12)
-    scale = tl.load(gamma + column, mask=within, other=0.0).to(tl.float32) * root
-    y = y * (1.0 / length)[:, None] * scale[None, :]
+def rms_norm_silu_forward(x, gamma, out, sqrt_channels, out_scale, pixels, channels, SILU: tl.constexpr,
+                          PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """PIXELS rows of x [pixels, channels], each in registers. BLOCK channels, a power of two, hold a row."""
+    offs_m = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    offs_n = tl.arange(0, BLOCK)
+    mask_n = offs_n < channels
+    mask = (offs_m < pixels)[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * channels + offs_n[None, :]
+    y = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 1e-12)
+    weight = tl.load(gamma + offs_n, mask=mask_n, other=0.0).to(tl.float32) * sqrt_channels
+    y = y * (1.0 / norm)[:, None] * weight[None, :]
     if SILU:
         y *= tl.sigmoid(y)
-    tl.store(out + places, (y * factor).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offs, (y * out_scale).to(out.dtype.element_ty), mask=mask)
 
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
 
 def launch_rms_norm_silu(
-    x: Tensor, gamma: Tensor, silu: bool, factor: float | None = None, config: LaunchConfig | None = None
+    x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None, config: LaunchConfig | None = None
 ) -> Tensor:
     """`rms_norm_silu` by its kernel."""
     frames, channels, rows, columns = x.shape
-    dims = {"frames": frames, "channels": channels, "rows": rows, "columns": columns}
-    tuned = tuned_config("rms_norm_silu", dims, DTYPE_NAMES[x.dtype], x.device, ("triton",))
-    parameters: dict[str, Any] = {**DEFAULT, **(config or (tuned.config if tuned else {}))}
-    out = torch.empty_like(x, dtype=x.dtype if factor is None else FP8)
+    parameters = launch_config(
+        "rms_norm_silu", {"frames": frames, "channels": channels, "rows": rows, "columns": columns},
+        DTYPE_NAMES[x.dtype], x.device, default=DEFAULT_CONFIG, given=config,
+    )  # fmt: skip
+    out = torch.empty_like(x, dtype=x.dtype if out_scale is None else FP8)
     pixels = frames * rows * columns
     rms_norm_silu_forward[(triton.cdiv(pixels, parameters["PIXELS"]),)](
-        x, gamma, out, channels**0.5, factor or 1.0, pixels, channels, SILU=silu,
+        x, gamma, out, channels**0.5, out_scale or 1.0, pixels, channels, SILU=silu,
         BLOCK=triton.next_power_of_2(channels), **parameters,
     )  # fmt: skip
     return out
@@ -88,58 +86,41 @@ def launch_rms_norm_silu(
 # --- Operation ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashtalk::rms_norm_silu", mutates_args=(), device_types="cpu")
-def _pixel_norm(x: Tensor, gamma: Tensor, silu: bool, factor: float | None) -> Tensor:
-    return reference(x, gamma, silu, factor)
+rms_norm_silu_op = define_op("rms_norm_silu", cpu=reference, cuda=launch_rms_norm_silu)
 
 
-@_pixel_norm.register_kernel("cuda")
-def _(x: Tensor, gamma: Tensor, silu: bool, factor: float | None) -> Tensor:
-    return launch_rms_norm_silu(x, gamma, silu, factor)
+def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None) -> Tensor:
+    """RMSNorm over the channels of every pixel, then SiLU.
 
-
-@_pixel_norm.register_fake
-def _(x: Tensor, _gamma: Tensor, _silu: bool, factor: float | None) -> Tensor:
-    return torch.empty_like(x, dtype=x.dtype if factor is None else FP8)
-
-
-def fp8_factor(gamma: Tensor) -> float:
-    """The largest factor with which no `rms_norm_silu` of any x saturates."""
-    return FP8_MAX / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
-
-
-def check_gamma(gamma: Tensor, channels: int, device: torch.device) -> None:
-    """Raises ValueError unless gamma is [channels], or with axes of length 1 behind, contiguous, on that device."""
-    if gamma.numel() != channels or gamma.shape[0] != channels or not gamma.is_contiguous():
-        raise ValueError(f"gamma: shape {list(gamma.shape)}, wanted [{channels}], contiguous")
-    if gamma.device != device:
-        raise ValueError(f"gamma: on {gamma.device}, wanted {device}, where x is")
-
-
-def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
-    """The norm of every pixel, SiLU of it if asked for; see the module's first lines.
+    y = x / max(||x||, 1e-12) * sqrt(channels) * gamma, with the norm over a pixel's channels, and then
+    y / (1 + exp(-y)). The norm is computed in float32 or wider.
 
     Args:
         x: [frames, channels, rows, columns] in channels-last memory; any floating-point dtype on a CPU, float32,
             float16 or bfloat16 on a GPU.
-        gamma: [channels], or with axes of length 1 behind; contiguous.
-        silu: whether to apply it.
-        factor: if there is one, the result is e4m3, that many times larger.
+        gamma: [channels], which further axes of length 1 may follow; contiguous.
+        silu: False leaves SiLU out.
+        out_scale: makes the result e4m3, that many times larger; `fp8_out_scale(gamma)` never saturates.
 
     Returns:
-        Like x, in its dtype or e4m3.
+        [frames, channels, rows, columns] in channels-last memory, in x's dtype, or e4m3 with `out_scale`.
 
     Raises:
-        ValueError: an argument has another shape, dtype, device or memory format, or wants a gradient.
+        ValueError: an argument has another shape, dtype, device or memory format, or requires a gradient.
     """
-    if x.ndim != 4 or not x.numel():
-        raise ValueError(f"x: shape {list(x.shape)}, wanted [frames, channels, rows, columns], at least 1 of each")
-    if x.is_cuda and x.dtype not in DTYPE_NAMES:
-        raise ValueError(f"x: {x.dtype}, wanted float32, float16 or bfloat16")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"x: strides {x.stride()} for shape {list(x.shape)}, wanted channels-last memory")
+    check(
+        "x", x, shape=("frames", "channels", "rows", "columns"), dtype=DTYPE_NAMES if x.is_cuda else None,
+        layout="channels_last",
+    )  # fmt: skip
     check_gamma(gamma, x.shape[1], x.device)
-    for name, y in (("x", x), ("gamma", gamma)):
-        if y.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires a gradient, and there is none: use torch.no_grad()")
-    return _pixel_norm(x, gamma, silu, factor)
+    return rms_norm_silu_op(x, gamma, silu, out_scale)
+
+
+def fp8_out_scale(gamma: Tensor) -> float:
+    """The largest `out_scale` with which `rms_norm_silu` saturates for no x: 448 / (max |gamma| * sqrt(channels))."""
+    return FP8_MAX / (float(gamma.abs().max()) * gamma.numel() ** 0.5)
+
+
+def check_gamma(gamma: Tensor, channels: int, device: torch.device) -> None:
+    """Raises ValueError unless gamma is [channels], with axes of length 1 behind if any, contiguous, on that device."""
+    check("gamma", gamma, shape=(channels, *[1] * (gamma.ndim - 1)), device=device, layout="contiguous")

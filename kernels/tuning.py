@@ -1,19 +1,18 @@
 """Tuned launch parameters: which back-end computes an operation fastest on a GPU, and with which parameters.
 
-Everything that was measured lies in `tuned/`, one JSON file per device. `python -m profiling tune` writes these files;
-nobody edits them by hand:
+The measurements are in `tuned/`, one JSON file per device, written by `python -m profiling tune` and never by hand:
 
     {"schema": "flashtalk-tuned", "version": 2, "device": "NVIDIA H100 80GB HBM3", "capability": "9.0", "entries": [
       {"operation": "chunk_attention", "dtype": "bf16", "dims": {"queries": 12096, ...},
-       "backend": "gluon",                                   the fastest of all that were measured
-       "configs": {"gluon": {"BLOCK_N": 128, ...}},          the best parameters of every back-end that has some
-       "seconds": {"gluon": 0.004, "sdpa-cudnn": 0.005},     of one call, all measured in the same interleaved rounds
+       "backend": "gluon",                                   the fastest back-end measured
+       "configs": {"gluon": {"BLOCK_N": 128, ...}},          the best parameters of every back-end that has parameters
+       "seconds": {"gluon": 0.004, "sdpa-cudnn": 0.005},     time of one call, measured in the same interleaved rounds
        "measured": "2026-01-31T09:30:00+00:00", "versions": {"torch": "2.11.0", ...}}]}
 
-A shape that was not measured takes the entry of the nearest measured shape of the same operation and dtype, nearest in
-the logarithm of its dimensions. A device without a file takes the file of another device of the same compute
-capability, as an H200 does from an H100, and never one of another capability. Where nothing was measured, an operation
-has a default of its own.
+A shape that was not measured uses the entry of the nearest measured shape of the same operation and dtype, where
+distance is measured between the logarithms of the dimensions. A device without a file uses that of another device of
+the same compute capability, as an H200 does with the H100's, but never one of another capability. Where nothing
+suitable was measured, operations use their own defaults.
 """
 
 import json
@@ -39,13 +38,13 @@ LaunchConfig = Mapping[str, int | float | str]  # launch parameters: tile sizes,
 class TunedConfig:
     """A back-end, and the launch parameters to run it with."""
 
-    backend: str  # may be one that the operation does not have: then the operation takes its own default
+    backend: str  # an operation that does not have this back-end uses its own default
     config: LaunchConfig  # empty for a back-end without parameters
 
 
 @dataclass(frozen=True)
 class TunedEntry:
-    """The measurements of one operation at one shape; the fields are those of the file."""
+    """The measurements of one operation at one shape, with the fields of the JSON file."""
 
     operation: str
     dtype: str
@@ -85,7 +84,7 @@ _assumed: ContextVar[GPU | None] = ContextVar("assumed", default=None)
 
 @contextmanager
 def assume_gpu(gpu: GPU) -> Iterator[None]:
-    """While the body runs, launchers launch for that GPU, whatever is installed: to compile for it elsewhere."""
+    """While the body runs, launchers choose parameters for `gpu`, whatever is installed, as for compiling elsewhere."""
     token = _assumed.set(gpu)
     try:
         yield
@@ -114,7 +113,17 @@ def launch_config(
     given: LaunchConfig | None = None,
     match_exactly: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The launch parameters of an operation's only kernel: `default`, updated by `given` or by the tuned ones."""
+    """The launch parameters of an operation with a single kernel: `default`, updated by `given` or the tuned ones.
+
+    Args:
+        operation: the operation's public name.
+        dims: the shape, under the names that the operation's cases use.
+        dtype: the dtype as cases spell it: "bf16", "fp8".
+        device: where the kernel runs.
+        default: parameters for shapes that were not tuned; all that the kernel needs.
+        given: the caller's parameters. None or empty uses the tuned ones.
+        match_exactly: dimensions that must equal the entry's.
+    """
     if given:
         return {**default, **given}
     tuned = tuned_config(operation, dims, dtype, device, ("triton",), match_exactly)
@@ -132,13 +141,13 @@ def tuned_config(
     """The fastest back-end for a shape on a device, with its launch parameters; None if nothing suitable was measured.
 
     Args:
-        operation: its public name.
+        operation: the operation's public name.
         dims: the shape, under the names that the operation's cases use.
-        dtype: as cases say: "bf16", "fp8".
-        device: where it runs. A CPU has no entries: references run there.
-        backends: leaves only these to choose from.
-        match_exactly: dimensions that must be equal to the entry's, such as a head_dim that a kernel is compiled for;
-            the others may differ.
+        dtype: the dtype as cases spell it: "bf16", "fp8".
+        device: where the operation runs. A CPU, which runs the reference, has no entries.
+        backends: the back-ends to choose from; none means all.
+        match_exactly: dimensions that must equal the entry's, such as a head_dim that a kernel is compiled for; the
+            others may differ.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -146,7 +155,7 @@ def tuned_config(
     return _tuned_config(gpu_of(device), operation, tuple(dims.items()), dtype, tuple(backends), tuple(match_exactly))
 
 
-@cache  # a launch must not wait for a search
+@cache  # so that launches do not search the table
 def _tuned_config(
     gpu: GPU,
     operation: str,
@@ -172,7 +181,7 @@ def nearest_config(
     backends: Collection[str] = (),
     match_exactly: Collection[str] = (),
 ) -> TunedConfig | None:
-    """`tuned_config` in a given table. Of several entries that are equally near, the first one counts."""
+    """`tuned_config` in a given table. Of several entries that are equally near, the first one is used."""
     candidates = [
         entry
         for entry in table.entries
@@ -189,14 +198,14 @@ def nearest_config(
 
 
 def distance(a: Mapping[str, int], b: Mapping[str, int]) -> float:
-    """Euclidean distance of log(1 + size): twice as long is as far as half as long, and flags 0 and 1 lie apart."""
+    """Euclidean distance of log(1 + size), by which twice and half a size are equally far, and flags 0 and 1 differ."""
     return math.hypot(*(math.log1p(a[name]) - math.log1p(b[name]) for name in a))
 
 
 def table_for(name: str, capability: str, folder: Path) -> TunedTable | None:
-    """The table of the device of that name, or else the first table of the same compute capability.
+    """The table of the device called `name`, or else the first table of the same compute capability.
 
-    Raises ValueError, naming file and entry, for a table that is damaged.
+    Raises ValueError, naming file and entry, if a table is damaged.
     """
     own = folder / f"{device_slug(name)}.json"
     others = (path for path in sorted(folder.glob("*.json")) if path != own)
@@ -207,7 +216,7 @@ def table_for(name: str, capability: str, folder: Path) -> TunedTable | None:
 
 
 def device_slug(name: str) -> str:
-    """A device's name as part of a file name: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    """Converts a device's name to a file name's stem: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -215,7 +224,7 @@ def device_slug(name: str) -> str:
 
 
 def to_json(table: TunedTable) -> str:
-    """The text of a table's file. Equal tables give equal texts: entries and keys are in order."""
+    """The JSON text of a table. Equal tables give equal texts: entries are sorted."""
     fields = {"schema": SCHEMA, "version": VERSION, "device": table.device, "capability": table.capability}
     entries = [
         {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(entry).items()}
@@ -254,7 +263,7 @@ _FILE = {"schema": str, "version": int, "device": str, "capability": str, "entri
 
 
 def _check_json(value: Any, wanted: Any, where: str) -> None:
-    """Raises ValueError, naming the place, unless a JSON value has the wanted form."""
+    """Raises ValueError, naming the place, unless a JSON value matches the schema `wanted`."""
     kind = type(wanted) if isinstance(wanted, dict | list) else wanted
     if not isinstance(value, kind):
         raise ValueError(f"{where} is {value!r:.40}, wanted {getattr(kind, '__name__', kind)}")
@@ -265,5 +274,5 @@ def _check_json(value: Any, wanted: Any, where: str) -> None:
         fields = dict.fromkeys(value, wanted[...]) if ... in wanted else wanted
         for name in sorted(fields.keys() ^ value.keys()):
             raise ValueError(f"{where} {'lacks' if name in fields else 'has the unknown field'} {name}")
-        for name, form in fields.items():
-            _check_json(value[name], form, f"{where}.{name}")
+        for name, schema in fields.items():
+            _check_json(value[name], schema, f"{where}.{name}")

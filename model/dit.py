@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
 from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
 from kernels.frame_attention import frame_attention
-from kernels.norm import key_scale, layer_norm, layer_norm_modulate, rms_norm_rope, rms_norm_rope_fp8
+from kernels.layer_norm import layer_norm, layer_norm_modulate
+from kernels.rms_norm_rope import key_scale, rms_norm_rope, rms_norm_rope_fp8
 from kernels.text_image_attention import text_image_attention
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear

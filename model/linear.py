@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.common import FP8
+from kernels.layer_norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
 from kernels.linear import linear, linear_fp8, linear_fp8_quantized, output_bound, quantize_rows
-from kernels.norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
 
 
 class QuantizedRows(NamedTuple):

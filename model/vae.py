@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels.causal_conv3d import causal_conv3d, conv3d, quantize_conv
 from kernels.chunk_attention import chunk_attention
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
-from kernels.rms_norm_silu import fp8_factor, rms_norm_silu
+from kernels.rms_norm_silu import fp8_out_scale, rms_norm_silu
 from model.config import VAEConfig
 
 TOGETHER = 2  # latents decoded in one step, once frames are on their way: larger launches, less often
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A fresh tensor like x [T, C, H, W]."""
-        return rms_norm_silu(x, self.gamma)
+        return rms_norm_silu(x, self.gamma, silu=False)
 
 
 class Head(nn.ModuleDict):
@@ -90,7 +90,7 @@ class Head(nn.ModuleDict):
     def forward(self, x: Tensor, past: Tensor | None, shown: bool = True) -> tuple[Tensor, Tensor]:
         """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past. Not shown, y are no frames [0, O, H, W]."""
         norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
-        x = rms_norm_silu(x, norm.gamma, True)
+        x = rms_norm_silu(x, norm.gamma)
         return conv(x, past) if shown else (x[:0, : len(conv.weight)], conv.follow(x, past))
 
 
@@ -112,13 +112,13 @@ class ResidualBlock(nn.Module):
     def quantize(self) -> None:
         """From now on both convolutions in FP8."""
         for norm, conv in zip(*self._layers(), strict=True):
-            conv.quantize(fp8_factor(norm.gamma))
+            conv.quantize(fp8_out_scale(norm.gamma))
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
         past1, past2 = state or (None, None)
         (norm1, norm2), (conv1, conv2) = self._layers()
-        y = rms_norm_silu(x, norm1.gamma, True, conv1.factor)
+        y = rms_norm_silu(x, norm1.gamma, out_scale=conv1.factor)
         y, past1 = conv1(y, past1, None, norm2.gamma, conv2.factor)
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
         y, past2 = conv2(y, past2, residual)

@@ -31,7 +31,7 @@ def official_baseline() -> Iterator[None]:
 def rms_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.norm.rms_norm_rope`."""
+    """As `kernels.rms_norm_rope.rms_norm_rope`."""
     q, k = (
         rotate(F.rms_norm(x.flatten(1), weight.shape, weight, eps).unflatten(1, x.shape[1:]), rope)
         for x, weight in ((q, q_weight), (k, k_weight))
@@ -76,18 +76,18 @@ def absorbed_audio_attention(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As `kernels.norm.layer_norm`."""
+    """As `kernels.layer_norm.layer_norm`."""
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """As `kernels.norm.layer_norm_modulate`."""
+    """As `kernels.layer_norm.layer_norm_modulate`."""
     return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
-def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = False, factor: float | None = None) -> Tensor:
+def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None) -> Tensor:
     """As `kernels.rms_norm_silu.rms_norm_silu`, not in FP8."""
-    assert factor is None
+    assert out_scale is None
     y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
     return F.silu(y) if silu else y
 
@@ -121,7 +121,7 @@ def causal_conv3d(
     if past is None:
         past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
     y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
-    return y if gamma is None else rms_norm_silu(y, gamma, silu=True, factor=factor)
+    return y if gamma is None else rms_norm_silu(y, gamma, out_scale=factor)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

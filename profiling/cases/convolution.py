@@ -14,10 +14,10 @@ from kernels import resample_conv2d as resample_conv
 from kernels.causal_conv3d import causal_conv3d
 from kernels.causal_conv3d import reference as causal_conv3d_reference
 from kernels.resample_conv2d import fold_upsampling
-from kernels.rms_norm_silu import fp8_factor
+from kernels.rms_norm_silu import fp8_out_scale
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import ANYWHERE, CUDA, FP8_MAX, Backend, Call, Dims, Operation, compiled, once
-from profiling.cases.passes import pixels, rms_norm_silu_library
+from profiling.cases.elementwise import pixels, rms_norm_silu_library
 
 
 def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def ours_conv_norm(form: str, fp8: bool) -> Backend:
         x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Call:  # fmt: skip
         x, past, w, scale = conv_operands(x, past, w, fp8)
-        factor = fp8_factor(gamma) if fp8 else None
+        factor = fp8_out_scale(gamma) if fp8 else None
         call = partial(run, x, past, w, bias, scale, gamma, factor, config)
         if factor is None:
             return call

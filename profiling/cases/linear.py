@@ -1,4 +1,4 @@
-"""Linear layers, alone and with what is around them in the student."""
+"""Cases of linear layers, alone and with the operations around them in the student."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import chunk_attention as attention
-from kernels import linear, norm
-from kernels.linear_sm90 import LONG
+from kernels import linear
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
+from kernels.layer_norm import launch_layer_norm_fp8, launch_quantize_rows, layer_norm_modulate_fp8
+from kernels.linear import FP32_ACCUM_MIN_K
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling import official_baseline
 from profiling.cases.case import (
     ANYWHERE,
     CUDA,
-    FP8_MAX,
     Backend,
     Call,
     Dims,
@@ -34,11 +34,11 @@ from profiling.cases.case import (
 def quantize_library(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, columns] as e4m3 and the float32 scale of each row [rows, 1]: x ~ quantised * scale."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
-    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def dequantized(output: tuple[Tensor, Tensor]) -> Tensor:
-    """What values and the scales of their rows stand for, to be held to what was quantised."""
+    """The float32 values that quantised values and the scales of their rows represent."""
     quantised, scale = output
     return quantised.float() * scale.view(-1, 1)
 
@@ -52,60 +52,60 @@ def scaled_mm(x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], bias: Tensor, 
 
 
 def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-    """The product alone: activations as well as weights are quantised beforehand."""
+    """Only the product is timed: activations and weights are quantised beforehand."""
     xq, wq = quantize_library(x), quantize_library(w)
     return lambda: scaled_mm(xq, wq, bias, x.dtype)
 
 
-def ours_linear(form: str, fp8: bool) -> Backend:
-    """One form of kernels/linear.py; in FP8, activations as well as weights are quantised beforehand."""
+def linear_backend(name: str, fp8: bool) -> Backend:
+    """One back-end of kernels/linear.py; in FP8, activations and weights are quantised beforehand."""
 
-    def choose_linear(x: Tensor, w: Tensor, config: LaunchConfig | None) -> TunedConfig:
+    def tuned_linear(x: Tensor, w: Tensor, config: LaunchConfig | None) -> TunedConfig:
         dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-        return choose("linear", form, dims, "fp8" if fp8 else attention.DTYPE_NAMES[x.dtype], x, config)
+        return choose("linear", name, dims, "fp8" if fp8 else DTYPE_NAMES[x.dtype], x, config)
 
     def launch(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        choice, epilogue = choose_linear(x, w, config), linear.Epilogue(bias)
+        tuned, epilogue = tuned_linear(x, w, config), linear.Epilogue(bias)
         if not fp8:
-            return linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
+            return linear.dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
         (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
-        return linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
+        return linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
-        choice, epilogue = choose_linear(x, w, config), linear.Epilogue(bias)
+        tuned, epilogue = tuned_linear(x, w, config), linear.Epilogue(bias)
         if not fp8:
-            return lambda: linear.launch(x, w, None, epilogue, x.dtype, choice)[0]
+            return lambda: linear.dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
         (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
-        return lambda: linear.launch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, choice)[0]
+        return lambda: linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
-    space = {"gluon": partial(linear_space, fp8), "triton": partial(linear_space_triton, fp8)}.get(form)
-    return Backend(form, prepare, True, CUDA, None, launch if space else None, space)
+    space = {"gluon": partial(linear_space, fp8), "triton": partial(linear_space_triton, fp8)}.get(name)
+    return Backend(name, prepare, True, CUDA, None, launch if space else None, space)
 
 
 def operand(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for what `quantize_rows` makes of x: for the audit, whose inputs have no values."""
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+    """Empty tensors like the results of `quantize_rows(x)`: the audit has no values to quantise."""
+    return torch.empty_like(x, dtype=FP8), x.new_empty(len(x), dtype=torch.float32)
 
 
 def linear_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for Hopper; tiles are cut where the last round of programs tells."""
-    few = dims["rows"] * dims["outputs"] < 512 * 128 * 256
-    promoted = int(fp8 and dims["inputs"] >= LONG)  # a matter of accuracy, not of speed
+    """Launch parameters of the Hopper kernel; SPLIT_K is tried where the last wave of programs matters."""
+    few_tiles = dims["rows"] * dims["outputs"] < 512 * 128 * 256
+    fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)  # chosen for accuracy, not for speed
     for (consumers, block_n, stages), width in itertools.product(((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16)):
-        for split in (0, 1) if few else (0,):
+        for split in (0, 1) if few_tiles else (0,):
             yield {
-                "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width, "FP32_ACCUM": promoted,
-                "SPLIT_K": split,
+                "BLOCK_N": block_n, "CONSUMERS": consumers, "STAGES": stages, "GROUP_N": width,
+                "FP32_ACCUM": fp32_accum, "SPLIT_K": split,
             }  # fmt: skip
 
 
 def linear_space_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for any GPU: as many bytes of a stage's row in 8 bits as in 16."""
-    promoted = int(fp8 and dims["inputs"] >= LONG)
-    for block_n, width in itertools.product((128,) if promoted or not fp8 else (128, 256), (4, 8, 16)):
+    """Launch parameters of the Triton kernel; a row of a stage has 128 bytes in 8 bits and in 16."""
+    fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)
+    for block_n, width in itertools.product((128,) if fp32_accum or not fp8 else (128, 256), (4, 8, 16)):
         yield {
-            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width, "FP32_ACCUM": promoted,
-            "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
+            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width,
+            "FP32_ACCUM": fp32_accum, "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
         }  # fmt: skip
 
 
@@ -122,11 +122,11 @@ LINEAR = Operation(
     {
         "fp32": (Backend("eager", once(F.linear), ours=True),),
         "bf16": (
-            *(ours_linear(form, fp8=False) for form in linear.BACKENDS),
+            *(linear_backend(name, fp8=False) for name in linear.BACKENDS),
             Backend("eager", once(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            *(ours_linear(form, fp8=True) for form in linear.BACKENDS),
+            *(linear_backend(name, fp8=True) for name in linear.BACKENDS),
             Backend("scaled-mm-row", prepare_scaled_mm),
         ),
     },
@@ -134,7 +134,7 @@ LINEAR = Operation(
 
 
 def torchao_linear(w: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """torchao's float8 linear layer: weights quantised by row beforehand, activations by row at each call."""
+    """torchao's float8 linear layer: weights are quantised by row beforehand, activations by row in each call."""
     from torchao.quantization import (  # type: ignore[import-not-found]
         Float8DynamicActivationFloat8WeightConfig,
         PerRow,
@@ -151,24 +151,24 @@ EPS = 1e-6  # of every layer norm of the student
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm and modulation by torch, in float32, rounded once."""
+    """LayerNorm and modulation by PyTorch, in float32, rounded once."""
     return official_baseline.layer_norm_modulate(x, shift, scale, EPS)
 
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """LayerNorm, modulation, linear layer, and tanh-GELU if asked for: what comes before attention and in the FFN."""
+    """LayerNorm, modulation, a linear layer and optionally tanh-GELU, as before attention and in the FFN."""
     y = F.linear(norm_modulate(x, shift, scale), w, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def norm_linear_reference(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """`norm_linear` in the precision of its inputs throughout."""
+    """`norm_linear` in the precision of its inputs, without rounding in between."""
     y = (F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift) @ w.T + bias
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, wq: Tensor, ws: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """`norm_linear` on e4m3 weights, with the activations quantised by row in a pass of their own."""
+    """`norm_linear` on e4m3 weights; the activations are quantised by row in a separate pass."""
     y = scaled_mm(quantize_library(norm_modulate(x, shift, scale)), (wq, ws), bias, x.dtype)
     return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -179,7 +179,7 @@ def prepare_norm_scaled_mm(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, b
 
 
 def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
-    """The same sequence around torchao's layer, compiled as torchao asks for."""
+    """LayerNorm, modulation and GELU around torchao's layer, compiled as torchao recommends."""
     layer = torchao_linear(w, bias)
 
     def run(x: Tensor) -> Tensor:
@@ -190,12 +190,12 @@ def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bia
 
 
 def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
-    """Ours: two kernels. What GELU makes is handed to the next layer in e4m3, as the model does."""
+    """This repository's two kernels. As in the model, the output of GELU is e4m3 for the next layer."""
     w8, w_scale = linear.quantize_rows(w)
     bound = linear.output_bound(w8, w_scale, bias)
 
     def run() -> Output:
-        x8, x_scale = norm.layer_norm_modulate_fp8(x, shift, scale, EPS)
+        x8, x_scale = layer_norm_modulate_fp8(x, shift, scale, EPS)
         if gelu:
             return linear.linear_fp8_quantized(x8, x_scale, w8, w_scale, bound, bias, "gelu_tanh")
         return linear.linear_fp8(x8, x_scale, w8, w_scale, bias, dtype=x.dtype)
@@ -204,16 +204,16 @@ def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, 
 
 
 def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Output:
-    """What it launches, for Hopper."""
-    x8, x_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8=True)
+    """The launches of `prepare_norm_linear_fp8` on Hopper."""
+    x8, x_scale = launch_layer_norm_fp8(x, scale, shift, EPS, 1.0)
     w8, w_scale = operand(w)
     bound = x_scale.new_empty(2) if gelu else None
-    epilogue, dtype = linear.Epilogue(bias, gelu, bound=bound), torch.float8_e4m3fn if gelu else x.dtype
-    return linear.launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
+    epilogue, dtype = linear.Epilogue(bias, gelu, bound=bound), FP8 if gelu else x.dtype
+    return linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
 
 
 def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, quantised: bool) -> Call:
-    """Ours; `quantised`: y comes in e4m3 from the layer before."""
+    """This repository's kernels; with `quantised`, the previous layer has already made y e4m3."""
     (w8, w_scale), (y8, y_scale) = linear.quantize_rows(w), linear.quantize_rows(y)
 
     def run() -> Output:
@@ -224,17 +224,17 @@ def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Te
 
 
 def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Output:
-    """What it launches, for Hopper."""
-    y8, y_scale = norm.launch_rows(y, None, fp8=True)
+    """The launches of `prepare_residual_fp8` on Hopper."""
+    y8, y_scale = launch_quantize_rows(y)
     w8, w_scale = operand(w)
     epilogue = linear.Epilogue(bias, False, gate, x)
-    return linear.launch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
+    return linear.dispatch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
 
 
 def residual_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
-    """y [rows, inputs], w, bias, the stream x [rows, outputs] that the result is added to, its gate [outputs].
+    """y [rows, inputs], w, bias, the residual x [rows, outputs], gate [outputs], and whether y arrives in e4m3.
 
-    At last, whether the layer before hands y over in e4m3: peers quantise it themselves.
+    Peers ignore the last one and quantise y themselves.
     """
     return (
         *LINEAR.inputs(d, draw),

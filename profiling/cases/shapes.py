@@ -15,8 +15,7 @@ from profiling.cases.attention import (
 )
 from profiling.cases.case import Operation, Shape
 from profiling.cases.convolution import CAUSAL_CONV3D, CAUSAL_CONV3D_NORM, DOWNSAMPLE_CONV2D, TIME_CONV, UPSAMPLE_CONV2D
-from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
-from profiling.cases.passes import (
+from profiling.cases.elementwise import (
     LAB_TRANSFER,
     LAYER_NORM_MODULATE,
     NORM_ATTENTION,
@@ -25,6 +24,7 @@ from profiling.cases.passes import (
     RMS_NORM_ROPE_FP8,
     RMS_NORM_SILU,
 )
+from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
 from profiling.cases.vae import whole_vae
 
 # The stages of a chunk that calls belong to; the VAE's shapes count decoding and encoding together.

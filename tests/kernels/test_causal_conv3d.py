@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import causal_conv3d as conv
 from kernels.causal_conv3d import causal_conv3d, conv3d, reference
 from kernels.conv_sm90 import THIN, supports
-from kernels.rms_norm_silu import fp8_factor
+from kernels.rms_norm_silu import fp8_out_scale
 from kernels.rms_norm_silu import reference as pixel_norm_reference
 from kernels.sm90 import FP8
 from kernels.tuning import GPU, TunedConfig, assume_gpu
@@ -248,7 +248,7 @@ def test_normed_for_the_next_convolution(kernel, frames, inputs, outputs, rows, 
     y = reference(x, weight, bias, past)
     normed = y / y.square().sum(1, keepdim=True).sqrt() * outputs**0.5 * gamma.view(-1, 1, 1)
     assert_like(causal_conv3d(x, weight, bias, past, gamma=gamma), normed * normed.sigmoid())
-    factor = fp8_factor(gamma)
+    factor = fp8_out_scale(gamma)
     narrow = causal_conv3d(x, weight, bias, past, gamma=gamma, factor=factor)
     torch.testing.assert_close(narrow.double() / factor, normed * normed.sigmoid(), rtol=2**-4, atol=2**-9 / factor)
     assert narrow.dtype == FP8
@@ -415,7 +415,7 @@ def test_gpu_norm_on_the_way_out(channels, launch, before, narrow, fp8):
         (x, past), (weight, scale) = ((t * 64).to(FP8) for t in (x, past)), conv.quantize_conv(weight, 64.0)
         wide = torch.cat([past.double(), x.double()]) / 64
         filters = weight.double() * 64 * scale.double().view(-1, 1, 1, 1, 1)
-    factor = fp8_factor(gamma) if narrow else None
+    factor = fp8_out_scale(gamma) if narrow else None
     given = (x, past, weight, bias, None, scale, launch, gamma, factor)
     with poisoned_memory():
         y = conv.launch_sm90(*given)

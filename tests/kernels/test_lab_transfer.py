@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import lab_transfer as color
+from kernels import lab_transfer as module
 from kernels.lab_transfer import lab_statistics, lab_to_rgb, lab_transfer, reference, rgb_to_lab, to_bytes
 from profiling.measure.check import poisoned_memory
 
@@ -102,7 +102,7 @@ def test_any_memory_format_and_dtype() -> None:
 
 def test_opcheck_and_compilation() -> None:
     video, (mean, std) = torch.rand(2, 3, 5, 6) * 2 - 1, lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
-    torch.library.opcheck(color._lab_transfer, (video, mean, std, 0.5))
+    torch.library.opcheck(module.lab_transfer_op.library_op, (video, mean, std, 0.5))
     for x, y in zip(
         torch.compile(lab_transfer, fullgraph=True)(video, mean, std), lab_transfer(video, mean, std), strict=True
     ):
@@ -116,15 +116,13 @@ STATISTICS = torch.ones(1, 3, 1, 1)
     ("arguments", "words"),
     [
         ((torch.zeros(1, 3, 4, 4), STATISTICS, STATISTICS, 1.5), "strength: got 1.5, want 0..1"),
-        ((torch.zeros(3, 4, 4), STATISTICS, STATISTICS), "pixels: torch.float32 [3, 4, 4], wanted float32 [frame, 3"),
-        ((torch.zeros(1, 4, 4, 4), STATISTICS, STATISTICS), "pixels: torch.float32 [1, 4, 4, 4], wanted"),
+        ((torch.zeros(3, 4, 4), STATISTICS, STATISTICS), "pixels: shape [3, 4, 4], wanted [frames, 3, height, width]"),
+        ((torch.zeros(1, 4, 4, 4), STATISTICS, STATISTICS), "pixels: shape [1, 4, 4, 4], wanted"),
         ((torch.zeros(1, 3, 4, 4).double(), STATISTICS, STATISTICS), "pixels: torch.float64"),
-        ((torch.zeros(1, 3, 4, 8)[..., :4], STATISTICS, STATISTICS), "wanted rows one behind the other"),
-        (
-            (torch.zeros(1, 3, 4, 4), STATISTICS[0], STATISTICS),
-            "mean: torch.float32 [3, 1, 1] on cpu, wanted contiguous",
-        ),
-        ((torch.zeros(1, 3, 4, 4), STATISTICS, STATISTICS.double()), "std: torch.float64 [1, 3, 1, 1] on cpu, wanted"),
+        ((torch.zeros(1, 3, 4, 8)[..., :4], STATISTICS, STATISTICS), "wanted a frame's rows adjacent in memory"),
+        ((torch.zeros(1, 3, 4, 4), STATISTICS[0], STATISTICS), "mean: shape [3, 1, 1], wanted [1, 3, 1, 1]"),
+        ((torch.zeros(1, 3, 4, 4), STATISTICS, STATISTICS.double()), "std: torch.float64, wanted torch.float32"),
+        ((torch.zeros(1, 3, 4, 4), STATISTICS.to("meta"), STATISTICS), "mean: on meta, wanted cpu"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], words: str) -> None:

@@ -1,6 +1,6 @@
-"""Linear layers in FP8 and in 16 bits: on the CPU, as torch sees them, and on a GPU.
+"""Linear layers in FP8 and in 16 bits: on the CPU, as torch ops, and on a GPU.
 
-The kernels also run in Triton's interpreter: `interpreted/linear.py`.
+The Triton kernels also run in Triton's interpreter: `interpreted/linear.py`.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import linear as module
-from kernels.chunk_attention import FP8
+from kernels.common import FP8
 from kernels.linear import (
     BACKENDS,
     Epilogue,
     dequantize,
-    launch,
+    dispatch,
     linear,
     linear_fp8,
     linear_fp8_quantized,
@@ -54,7 +54,7 @@ def operands(m: int, k: int, n: int, outliers: float = 1.0, device: str = "cpu")
     st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.sampled_from(["", "gelu", "gate", "residual"]),
     st.integers(0, 99),
 )  # fmt: skip
-def test_is_the_definition(m, groups, n, what, seed):
+def test_equals_the_formula(m, groups, n, what, seed):
     torch.manual_seed(seed)
     x, w, bias = operands(m, 16 * groups, n)
     gate = torch.randn(n) if what in ("gate", "residual") else None
@@ -72,7 +72,7 @@ def test_is_the_definition(m, groups, n, what, seed):
 
 
 @pytest.mark.parametrize("outliers", [1.0, 10.0, 100.0])
-def test_quantised_operands_are_exact_to_four_bits(outliers):
+def test_quantisation_keeps_four_bits(outliers):
     x, _, _ = operands(64, 512, 8, outliers)
     values, scale = quantize_rows(x)
     assert values.dtype == FP8
@@ -80,7 +80,7 @@ def test_quantised_operands_are_exact_to_four_bits(outliers):
     assert error(dequantize(values, scale), x) < 3.5e-2
 
 
-def test_what_cannot_be_quantised_stays_finite():
+def test_extreme_rows_stay_finite():
     x = torch.zeros(5, 16)
     x[1] = 1e-42
     x[2, 3] = 3e38
@@ -93,8 +93,8 @@ def test_what_cannot_be_quantised_stays_finite():
     assert (values[3].float() == -448).all()
 
 
-def test_what_a_wrong_bound_lets_through_is_clamped():
-    """In e4m3 itself, which has no infinity: by the clamp, and by torch's cast, which saturates here as well."""
+def test_values_beyond_a_wrong_bound_are_clamped():
+    """e4m3 has no infinity: such values become 448."""
     x, w, _ = operands(8, 64, 32)
     bound = torch.tensor([1e-6, 1e-6])
     y, _ = linear_fp8_quantized(*quantize_rows(x), *quantize_rows(w), bound)
@@ -104,8 +104,8 @@ def test_what_a_wrong_bound_lets_through_is_clamped():
 
 @pytest.mark.parametrize("outliers", [1.0, 30.0])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_a_rounded_output_costs_one_rounding(outliers, gelu):
-    """The room that its bound leaves costs nothing: the error is that of rounding to 4 bits, 2.6 %, in any case."""
+def test_quantised_output_loses_one_rounding(outliers, gelu):
+    """A loose bound costs no precision: the error is always that of rounding to 4 bits, 2.6 %."""
     torch.manual_seed(0)
     x, w, bias = operands(64, 1024, 512, outliers)
     (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
@@ -116,7 +116,7 @@ def test_a_rounded_output_costs_one_rounding(outliers, gelu):
 
 
 def test_two_layers_stay_near_float32():
-    """A feed-forward layer: quantised, multiplied, rounded, multiplied."""
+    """A feed-forward layer whose hidden values stay in e4m3."""
     torch.manual_seed(0)
     x, up, bias = operands(48, 512, 1024, 20.0)
     _, down, _ = operands(1, 1024, 512)
@@ -127,32 +127,38 @@ def test_two_layers_stay_near_float32():
     assert error(linear_fp8(*hidden, down8, down_scale, dtype=torch.float32), expected) < 6e-2
 
 
-# --- As torch sees them ---------------------------------------------------------------------------------------------
+# --- As torch ops ---------------------------------------------------------------------------------------------------
 
 
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Each operation with arguments."""
+    """Every op with arguments."""
     x, w, bias = operands(5, 32, 16)
     (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
     gate, residual = torch.randn(16), torch.randn(5, 16)
     bound = output_bound(w8, w_scale, bias)
     return {
-        "linear": (module._linear, (x, w, bias, False, gate, residual)),
-        "linear_fp8": (module._linear_fp8, (x8, x_scale, w8, w_scale, bias, False, gate, residual, torch.float32)),
-        "linear_fp8_quantized": (module._linear_fp8_quantized, (x8, x_scale, w8, w_scale, bound, bias, True)),
+        "linear": (module.linear_op.library_op, (x, w, bias, False, gate, residual)),
+        "linear_fp8": (
+            module.linear_fp8_op.library_op,
+            (x8, x_scale, w8, w_scale, bias, False, gate, residual, torch.float32),
+        ),
+        "linear_fp8_quantized": (
+            module.linear_fp8_quantized_op.library_op,
+            (x8, x_scale, w8, w_scale, bound, bias, True),
+        ),
     }
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_fp8", "linear_fp8_quantized"])
 def test_opcheck(name):
     operation, arguments = calls()[name]
-    # The check of the schema multiplies inputs, which torch cannot in FP8.
+    # `test_schema` multiplies the inputs, which PyTorch cannot do in FP8.
     skipped = "" if name == "linear" else "test_schema"
     tests = [test for test in torch.library._OPCHECK_DEFAULT_UTILS if test != skipped]
     torch.library.opcheck(operation, arguments, test_utils=tests)
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_graph_breaks():
     x, w, bias = operands(5, 32, 16)
     (w8, w_scale), residual = quantize_rows(w), torch.randn(5, 16)
     bound = output_bound(w8, w_scale, bias)
@@ -176,27 +182,25 @@ EIGHT = {
 @pytest.mark.parametrize(
     ("function", "change", "words"),
     [
-        (linear, {"x": torch.zeros(16)}, "x: shape [16], wanted [rows, columns], at least 1 of each"),
-        (linear, {"x": torch.zeros(4, 16).double()}, "x: torch.float64, wanted float32, float16 or bfloat16"),
-        (linear, {"x": torch.zeros(4, 17)[:, :16]}, "x: strides (17, 1), wanted rows whole 16 bytes apart"),
-        (linear, {"w": torch.zeros(8, 12)}, "w: shape [8, 12], wanted [8, 16]"),
+        (linear, {"x": torch.zeros(16)}, "x: shape [16], wanted [rows, columns]"),
+        (linear, {"x": torch.zeros(0, 16)}, "x: shape [0, 16], wanted [rows, columns]"),
+        (linear, {"x": torch.zeros(4, 16).double()}, "x: torch.float64, wanted torch.float32 or torch.float16 or"),
+        (linear, {"x": torch.zeros(4, 17)[:, :16]}, "x: strides (17, 1), wanted contiguous rows, a multiple of 16"),
+        (linear, {"w": torch.zeros(8, 12)}, "w: shape [8, 12], wanted [outputs, 16]"),
         (linear, {"w": torch.zeros(8, 16).half()}, "w: torch.float16, wanted torch.float32"),
-        (linear, {"w": torch.zeros(8, 16, device="meta")}, "w: on meta, wanted cpu, where x is"),
+        (linear, {"w": torch.zeros(8, 16, device="meta")}, "w: on meta, wanted cpu"),
         (linear, {"bias": torch.zeros(4)}, "bias: shape [4], wanted [8]"),
         (linear, {"activation": "relu"}, "activation: 'relu', wanted 'gelu_tanh' or None"),
         (linear, {"gate": torch.zeros(8).half()}, "gate: torch.float16, wanted torch.float32"),
-        (linear, {"gate": torch.zeros(8), "activation": "gelu_tanh"}, "gate: not with an activation"),
+        (linear, {"gate": torch.zeros(8), "activation": "gelu_tanh"}, "gate: not together with an activation"),
         (linear, {"residual": torch.zeros(4, 8).half()}, "residual: torch.float16, wanted torch.float32"),
-        (linear, {"residual": torch.zeros(8, 4).T}, "residual: strides (1, 4), wanted 1 along its last axis"),
+        (linear, {"residual": torch.zeros(8, 4).T}, "residual: strides (1, 4) for shape [4, 8], wanted stride 1"),
         (linear, {"bias": torch.zeros(8, requires_grad=True)}, "bias: requires a gradient"),
         (linear_fp8, {"x": torch.zeros(4, 16)}, "x: torch.float32, wanted torch.float8_e4m3fn"),
-        (
-            linear_fp8,
-            {"x_scale": torch.ones(4, 1)},
-            "x_scale: torch.float32 [4, 1], wanted contiguous torch.float32 [4]",
-        ),
-        (linear_fp8, {"w_scale": torch.ones(8).half()}, "w_scale: torch.float16 [8], wanted contiguous"),
-        (linear_fp8, {"dtype": FP8}, "dtype: torch.float8_e4m3fn, wanted float32, float16 or bfloat16"),
+        (linear_fp8, {"x_scale": torch.ones(4, 1)}, "x_scale: shape [4, 1], wanted [4]"),
+        (linear_fp8, {"x_scale": torch.ones(8)[::2]}, "x_scale: strides (2,) for shape [4], wanted contiguous memory"),
+        (linear_fp8, {"w_scale": torch.ones(8).half()}, "w_scale: torch.float16, wanted torch.float32"),
+        (linear_fp8, {"dtype": FP8}, "dtype: torch.float8_e4m3fn, wanted torch.float32 or torch.float16 or"),
         (linear_fp8, {"residual": torch.zeros(4, 8)}, "residual: torch.float32, wanted torch.bfloat16"),
         (linear_fp8_quantized, {"bound": torch.zeros(3)}, "bound: shape [3], wanted [2]"),
     ],
@@ -208,19 +212,19 @@ def test_bad_arguments(function, change, words):
     assert words in str(raised.value)
 
 
-def test_what_the_form_for_hopper_takes():
+def test_operands_that_the_hopper_kernel_supports():
     x, w = torch.zeros(4, 32).to(FP8), torch.zeros(16, 32).to(FP8)
     residual = torch.zeros(4, 16, dtype=torch.bfloat16)
     assert supports(x, w, torch.bfloat16, residual)
     assert supports(x, w, FP8, None)
-    assert not supports(x[:, 1:17], w[:, 1:17], torch.bfloat16, None)  # begins anywhere
-    assert not supports(x, w[:12], FP8, None)  # rows of the output 12 bytes apart
+    assert not supports(x[:, 1:17], w[:, 1:17], torch.bfloat16, None)  # an address that is no multiple of 16
+    assert not supports(x, w[:12], FP8, None)  # output rows 12 bytes apart
     assert not supports(x, w, torch.float32, None)
     assert not supports(x, w, torch.bfloat16, residual.float())
 
 
-def test_the_form_is_the_tables(monkeypatch):
-    """Where nothing was measured, the library in 16 bits and Triton in FP8."""
+def test_dispatch_follows_the_tuned_table(monkeypatch):
+    """Untuned shapes use the library in 16 bits and the Triton kernel in FP8."""
     taken: list[tuple[str, object]] = []
 
     def take(name: str, *arguments: object) -> None:
@@ -239,10 +243,10 @@ def test_the_form_is_the_tables(monkeypatch):
     ):
         tables["fp8"] = found
         with assume_gpu(GPU("any", capability, 132)):
-            launch(x8, w8, scales, Epilogue(), torch.bfloat16)
+            dispatch(x8, w8, scales, Epilogue(), torch.bfloat16)
         assert taken.pop() == expected
     with assume_gpu(GPU("any", "9.0", 132)):
-        launch(x.bfloat16(), w.bfloat16(), None, Epilogue(), torch.bfloat16)
+        dispatch(x.bfloat16(), w.bfloat16(), None, Epilogue(), torch.bfloat16)
     assert taken.pop() == ("library", None)
 
 
@@ -255,20 +259,20 @@ HOPPER = [
     {"FP32_ACCUM": 0, "SPLIT_K": 1},
     {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4, "FP32_ACCUM": 1, "SPLIT_K": 1, "GROUP_N": 3},
 ]
-WAYS = [("gluon", parameters) for parameters in HOPPER] + [("triton", {}), ("library", {})]
+BACKEND_PARAMETERS = [("gluon", parameters) for parameters in HOPPER] + [("triton", {}), ("library", {})]
 
 
-def skip_unless_hopper(form: str) -> None:
-    if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the form for Hopper needs one")
+def skip_unless_hopper(backend: str) -> None:
+    if backend == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel needs a Hopper GPU")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("form", "parameters"), WAYS)
+@pytest.mark.parametrize(("backend", "parameters"), BACKEND_PARAMETERS)
 @pytest.mark.parametrize("what", ["plain", "gelu", "residual", "round"])
-def test_gpu_fp8(shape, form, parameters, what):
-    skip_unless_hopper(form)
+def test_gpu_fp8(shape, backend, parameters, what):
+    skip_unless_hopper(backend)
     m, k, n = shape
     x, w, bias = operands(m, k, n, 10.0, "cuda")
     scales = (quantize_rows(x), quantize_rows(w))
@@ -282,7 +286,7 @@ def test_gpu_fp8(shape, form, parameters, what):
     }[what]
     dtype = FP8 if what == "round" else torch.bfloat16
     with poisoned_memory():
-        y, y_scale = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(form, parameters))
+        y, y_scale = dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(backend, parameters))
     wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
     expected = reference(x8, w8, (x_scale.double(), w_scale.double()), wide, torch.float64)
     assert y.dtype == dtype
@@ -290,48 +294,50 @@ def test_gpu_fp8(shape, form, parameters, what):
     # Numbers just above a power of two are rounded to e4m3 with an error of up to 2^-4, 3.6 % in the mean square; a
     # single row of outputs, dominated by a few, was seen at 3.56 %.
     assert error(got, expected) < (4e-2 if what == "round" else 1e-2)
-    again = launch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(form, parameters))[0]
+    again = dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(backend, parameters))[0]
     assert torch.equal(y.view(torch.uint8), again.view(torch.uint8))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("form", "parameters"), WAYS)
+@pytest.mark.parametrize(("backend", "parameters"), BACKEND_PARAMETERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_16_bits(shape, form, parameters, dtype):
-    skip_unless_hopper(form)
+def test_gpu_16_bits(shape, backend, parameters, dtype):
+    skip_unless_hopper(backend)
     m, k, n = shape
     x, w, bias = (t.to(dtype) for t in operands(m, k, n, 1.0, "cuda"))
     gate, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda").to(dtype)
     parameters = {**parameters, "FP32_ACCUM": 0} if parameters else parameters
     for epilogue in (Epilogue(bias, True), Epilogue(bias, False, gate, residual)):
         with poisoned_memory():
-            y, _ = launch(x, w, None, epilogue, dtype, TunedConfig(form, parameters))
+            y, _ = dispatch(x, w, None, epilogue, dtype, TunedConfig(backend, parameters))
         wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
         assert error(y, reference(x.double(), w.double(), None, wide, torch.float64)) < 6e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("form", "promoted", "bound"), [("gluon", 1, 2e-3), ("triton", 1, 2e-3), ("gluon", 0, 0.25)])
-def test_gpu_sums_of_many_terms(form, promoted, bound):
-    """Of one sign, where sums that are cut off drift the most: by 22 % (an H100), unless they are promoted."""
-    skip_unless_hopper(form)
+@pytest.mark.parametrize(
+    ("backend", "fp32_accum", "bound"), [("gluon", 1, 2e-3), ("triton", 1, 2e-3), ("gluon", 0, 0.25)]
+)
+def test_gpu_sums_of_many_terms(backend, fp32_accum, bound):
+    """Of one sign, where truncated sums drift the most: by 22 % on an H100, unless accumulated in float32."""
+    skip_unless_hopper(backend)
     x8, w8 = (torch.rand(s, 13824, device="cuda").to(FP8) for s in (256, 512))
     scales = (torch.ones(256, device="cuda"), torch.ones(512, device="cuda"))
-    parameters = {"FP32_ACCUM": promoted} if form == "gluon" else module.EXACT
-    y, _ = launch(x8, w8, scales, Epilogue(), torch.bfloat16, TunedConfig(form, parameters))
+    parameters = {"FP32_ACCUM": fp32_accum} if backend == "gluon" else module.FP8_ACC32_CONFIG
+    y, _ = dispatch(x8, w8, scales, Epilogue(), torch.bfloat16, TunedConfig(backend, parameters))
     assert error(y, x8.double() @ w8.double().T) < bound + 2e-3  # and the output's rounding
 
 
 @pytest.mark.parametrize("more", [{}, {"gelu": True}, {"gate": 1, "residual": 1}, {"residual": 1}, {"bound": 1}])
-def test_the_library_is_chosen_only_where_it_takes_one_pass(more, monkeypatch):
-    """The tables have it faster for some products, and its passes over the output are not in them."""
+def test_the_library_is_considered_only_for_products_with_a_bias(more, monkeypatch):
+    """Tuned times of the library do not include the further passes that other epilogues cost it."""
     x, w = torch.ones(4, 32), torch.ones(8, 32)
     epilogue = module.Epilogue(**{k: v if v is True else torch.ones(8) for k, v in more.items()})
     asked = Mock(return_value=TunedConfig("triton", {}))
-    forms = {name: Mock(return_value=name) for name in module.BACKENDS}
+    backends = {name: Mock(return_value=name) for name in module.BACKENDS}
     monkeypatch.setattr(module, "tuned_config", asked)
-    monkeypatch.setattr(module, "BACKENDS", forms)
-    assert module.launch(x, w, None, epilogue, torch.float32) == "triton"
+    monkeypatch.setattr(module, "BACKENDS", backends)
+    assert module.dispatch(x, w, None, epilogue, torch.float32) == "triton"
     assert ("library" in asked.call_args.kwargs["backends"]) == (not more)
     assert {"gluon", "triton"} <= set(asked.call_args.kwargs["backends"])

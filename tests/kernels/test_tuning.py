@@ -1,4 +1,4 @@
-"""Tuned tuning parameters: which entry answers for which shape and device, and what a damaged table says."""
+"""Tuned launch parameters: the entry used for a shape and device, and the errors of damaged tables."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -22,6 +22,7 @@ from kernels.tuning import (
     device_slug,
     distance,
     gpu_of,
+    launch_config,
     nearest_config,
     read_table,
     table_for,
@@ -34,7 +35,7 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
 
 
 def entry(dims: Mapping[str, int], block: int, operation: str = "attention", dtype: str = "bf16") -> TunedEntry:
-    """Ours is the faster one up to 1000 tokens."""
+    """An entry whose Triton back-end is the fastest up to 1000 tokens."""
     seconds = {"triton": 1.0, "cudnn": 0.5 if dims["tokens"] > 1000 else 2.0}
     fastest = min(seconds, key=lambda name: seconds[name])
     return TunedEntry(operation, dtype, dims, fastest, {"triton": {"BLOCK": block}}, seconds, "2026-01-31", VERSIONS)
@@ -69,12 +70,12 @@ TABLE = TunedTable(
         (10**7, 128, TunedConfig("cudnn", {})),
     ],
 )
-def test_the_nearest_shape_answers(tokens: int, size: int, wanted: TunedConfig) -> None:
+def test_the_nearest_shape_is_used(tokens: int, size: int, wanted: TunedConfig) -> None:
     assert nearest_config(TABLE, "attention", dims(tokens, size), "bf16") == wanted
 
 
-def test_dimensions_may_be_held_equal() -> None:
-    """The nearest shape has another head size: it answers unless the size must be equal."""
+def test_dimensions_can_be_matched_exactly() -> None:
+    """The nearest shape has another size: it is used unless the size must match exactly."""
     assert nearest_config(TABLE, "attention", dims(990, 65), "bf16") == TunedConfig("triton", {"BLOCK": 96})
     assert nearest_config(TABLE, "attention", dims(990, 128), "bf16", match_exactly=["size"]) == TunedConfig(
         "triton", {"BLOCK": 32}
@@ -82,7 +83,7 @@ def test_dimensions_may_be_held_equal() -> None:
     assert nearest_config(TABLE, "attention", dims(990, 65), "bf16", match_exactly=["size"]) is None
 
 
-def test_the_parameters_of_a_slower_back_end_can_be_asked_for() -> None:
+def test_a_slower_back_end_can_be_selected() -> None:
     assert nearest_config(TABLE, "attention", dims(10000), "bf16", ["triton"]) == TunedConfig("triton", {"BLOCK": 64})
     assert nearest_config(TABLE, "attention", dims(100), "bf16", ["cudnn"]) == TunedConfig("cudnn", {})
     assert nearest_config(TABLE, "attention", dims(100), "bf16", ["gluon"]) is None
@@ -95,7 +96,7 @@ def test_the_parameters_of_a_slower_back_end_can_be_asked_for() -> None:
     ("operation", "shape", "dtype"),
     [("attention", dims(100), "fp32"), ("conv", dims(100), "bf16"), ("attention", {"rows": 100}, "bf16")],
 )
-def test_other_operations_dtypes_and_dimensions_have_no_answer(operation: str, shape: dict, dtype: str) -> None:
+def test_other_operations_dtypes_and_dimensions_are_not_used(operation: str, shape: dict, dtype: str) -> None:
     assert nearest_config(TABLE, operation, shape, dtype) is None
 
 
@@ -110,7 +111,7 @@ def test_the_distance_is_a_metric(a: dict, b: dict, c: dict) -> None:
 
 
 @given(sizes)
-def test_a_measured_shape_answers_for_itself(shape: dict) -> None:
+def test_a_measured_shape_uses_its_own_entry(shape: dict) -> None:
     exact = entry(shape, 256)
     assert nearest_config(replace(TABLE, entries=(*TABLE.entries, exact)), "attention", shape, "bf16", ["triton"]) in (
         TunedConfig("triton", {"BLOCK": 256}),
@@ -126,12 +127,12 @@ def save(folder: Path, device: str, capability: str, block: int) -> None:
     (folder / f"{device_slug(device)}.json").write_text(to_json(table))
 
 
-def test_slugs_are_file_names() -> None:
+def test_device_slugs() -> None:
     assert device_slug(H100) == "nvidia-h100-80gb-hbm3"
     assert device_slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-r-xeon-r-cpu-2-20ghz"
 
 
-def test_a_device_takes_its_own_table_or_that_of_its_capability(tmp_path: Path) -> None:
+def test_a_device_uses_its_own_table_or_one_of_its_capability(tmp_path: Path) -> None:
     assert table_for(H100, "9.0", tmp_path) is None
     save(tmp_path, "NVIDIA B200", "10.0", 1)
     assert table_for("NVIDIA H200", "9.0", tmp_path) is None
@@ -145,11 +146,11 @@ def test_a_device_takes_its_own_table_or_that_of_its_capability(tmp_path: Path) 
     assert table_for("NVIDIA A", "8.0", tmp_path) is None
 
 
-def test_a_missing_folder_is_no_table(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_table(tmp_path: Path) -> None:
     assert table_for(H100, "9.0", tmp_path / "none") is None
 
 
-def test_text_is_the_same_whatever_the_order_of_entries(tmp_path: Path) -> None:
+def test_the_text_does_not_depend_on_the_order_of_entries(tmp_path: Path) -> None:
     text = to_json(TABLE)
     assert to_json(replace(TABLE, entries=TABLE.entries[::-1])) == text
     (tmp_path / "t.json").write_text(text)
@@ -160,7 +161,7 @@ def test_text_is_the_same_whatever_the_order_of_entries(tmp_path: Path) -> None:
 
 @pytest.fixture
 def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """A machine with two H100; gives the list of tables that were read_table."""
+    """A machine with two H100s; yields the list of tables that were read."""
     opened: list[Path] = []
 
     def counted(path: Path) -> TunedTable:
@@ -179,7 +180,7 @@ def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]
         cached.cache_clear()
 
 
-def test_lookups_read_a_table_once_a_kind_of_device(tmp_path: Path, h100: list[Path]) -> None:
+def test_a_table_is_read_once_per_kind_of_device(tmp_path: Path, h100: list[Path]) -> None:
     save(tmp_path, H100, "9.0", 48)
     wanted = TunedConfig("triton", {"BLOCK": 48})
     assert tuned_config("attention", dims(100), "bf16", "cuda") == wanted
@@ -190,7 +191,7 @@ def test_lookups_read_a_table_once_a_kind_of_device(tmp_path: Path, h100: list[P
     assert len(h100) == 1
 
 
-def test_a_gpu_that_is_not_there_can_be_launched_for(tmp_path: Path, h100: list[Path]) -> None:
+def test_assume_gpu_replaces_the_installed_gpu(tmp_path: Path, h100: list[Path]) -> None:
     save(tmp_path, "NVIDIA B200", "10.0", 48)
     assert gpu_of(torch.device("cuda")) == GPU(H100, "9.0", 132)
     with assume_gpu(GPU("B200", "10.0", 148)):
@@ -200,10 +201,29 @@ def test_a_gpu_that_is_not_there_can_be_launched_for(tmp_path: Path, h100: list[
     assert h100
 
 
-def test_a_cpu_and_an_unmeasured_gpu_have_no_choice(h100: list[Path]) -> None:
+def test_a_cpu_and_an_unmeasured_gpu_have_no_config(h100: list[Path]) -> None:
     assert tuned_config("attention", dims(100), "bf16", "cpu") is None
     assert tuned_config("attention", dims(100), "bf16", "cuda") is None
     assert h100 == []
+
+
+def test_launch_config_takes_the_given_then_the_tuned_then_the_default(tmp_path: Path, h100: list[Path]) -> None:
+    save(tmp_path, H100, "9.0", 48)
+    default = {"BLOCK": 16, "num_warps": 4}
+    for device, override, expected in (
+        ("cuda", {"BLOCK": 8}, {"BLOCK": 8, "num_warps": 4}),
+        ("cuda", None, {"BLOCK": 48, "num_warps": 4}),
+        ("cuda", {}, {"BLOCK": 48, "num_warps": 4}),
+        ("cpu", None, default),
+    ):
+        assert (
+            launch_config("attention", dims(100), "bf16", torch.device(device), default=default, given=override)
+            == expected
+        )
+    assert launch_config("conv", dims(100), "bf16", torch.device("cuda"), default=default) == default
+    unlike = dims(100, 64)
+    exactly = launch_config("attention", unlike, "bf16", torch.device("cuda"), default=default, match_exactly=["size"])
+    assert exactly == default
 
 
 def damaged(change: Mapping[str, Any], where: str | None = "entries") -> str:
@@ -221,16 +241,17 @@ def damaged(change: Mapping[str, Any], where: str | None = "entries") -> str:
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a flashtalk-tuning file of version 1"),
-        (damaged({"version": 2}, None), "is not a flashtalk-tuning file of version 1"),
+        ("[]", "is not a flashtalk-tuned file of version 2"),
+        (damaged({"schema": "flashtalk-results"}, None), "is not a flashtalk-tuned file of version 2"),
+        (damaged({"version": 1}, None), "is not a flashtalk-tuned file of version 2"),
         (damaged({"device": 3}, None), "table.device is 3, wanted str"),
         (damaged({"entries": {}}, None), "table.entries is {}, wanted list"),
         (damaged({"capability": ...}, None), "table lacks capability"),
         (damaged({"note": "by hand"}), r"table.entries[2] has the unknown field note"),
         (damaged({"dtype": ...}), r"table.entries[2] lacks dtype"),
         (damaged({"dims": {"tokens": "many"}}), r"table.entries[2].dims.tokens is 'many', wanted int"),
-        (damaged({"tuning": {"triton": {"BLOCK": None}}}), r"table.entries[2].tuning.triton.BLOCK is None"),
-        (damaged({"tuning": {"triton": 3}}), r"table.entries[2].tuning.triton is 3, wanted dict"),
+        (damaged({"configs": {"triton": {"BLOCK": None}}}), r"table.entries[2].configs.triton.BLOCK is None"),
+        (damaged({"configs": {"triton": 3}}), r"table.entries[2].configs.triton is 3, wanted dict"),
         (damaged({"backend": "gluon"}), r"table.entries[2].seconds lacks gluon"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.norm import layer_norm_modulate
+from kernels.layer_norm import layer_norm_modulate
 from model.config import DiTConfig, FP8Policy
 from model.dit import AudioKV, DiT, group_audio, rope_table, rotate
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from kernels.absorbed_audio_attention import launch_absorb, launch_absorbed
 from kernels.chunk_attention import launch_triton
 from kernels.frame_attention import launch_frame
-from kernels.norm import launch_rms_norm_rope, launch_rows
+from kernels.layer_norm import launch_layer_norm
+from kernels.rms_norm_rope import launch_rms_norm_rope
 from kernels.scheduler import kv_ranges
 from kernels.text_image_attention import launch_text_image
 from model import dit, linear
@@ -43,7 +44,7 @@ def audio_layer(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
-    return launch_rows(x, (weight, bias, eps, one), fp8=False)[0]
+    return launch_layer_norm(x, weight, bias, eps, one)
 
 
 @pytest.fixture

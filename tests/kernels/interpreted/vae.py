@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]
         return rms_norm_silu.launch_rms_norm_silu(x, gamma, silu, *more, config={"PIXELS": 4096})
 
     monkeypatch.setattr(conv, "launch_library", convolve)
-    monkeypatch.setattr(rms_norm_silu, "reference", norm)
+    monkeypatch.setattr(rms_norm_silu, "rms_norm_silu_op", norm)
     monkeypatch.setattr(conv, "pixel_norm_reference", norm)
     with poisoned_memory():
         yield convolved, normed

@@ -1,4 +1,4 @@
-"""Passes over memory: quantisation, norms, rotation, colour."""
+"""Cases of memory-bound operations: quantisation, norms, rotary embedding, colour transfer."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,13 +11,29 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from kernels import chunk_attention as attention
-from kernels import linear, norm
 from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
-from kernels.lab_transfer import lab_statistics, lab_transfer, launch_transfer
-from kernels.lab_transfer import reference as lab_reference
-from kernels.norm import key_scale, launch_rms_norm_rope
+from kernels.lab_transfer import lab_statistics, lab_transfer, launch_lab_transfer
+from kernels.lab_transfer import reference as lab_transfer_reference
+from kernels.layer_norm import (
+    launch_layer_norm,
+    launch_layer_norm_fp8,
+    launch_quantize_rows,
+    layer_norm_modulate,
+    layer_norm_modulate_fp8,
+    quantize_rows,
+)
+from kernels.rms_norm_rope import (
+    key_scale,
+    launch_rms_norm_rope,
+    launch_rms_norm_rope_fp8,
+    reference_fp8,
+    rms_norm_rope,
+    rms_norm_rope_fp8,
+    sample_tokens,
+)
+from kernels.rms_norm_rope import reference as rms_norm_rope_reference
 from kernels.rms_norm_silu import launch_rms_norm_silu, rms_norm_silu
-from kernels.rms_norm_silu import reference as pixel_norm_reference
+from kernels.rms_norm_silu import reference as rms_norm_silu_reference
 from kernels.tuning import LaunchConfig
 from profiling import official_baseline
 from profiling.cases.attention import attention_reference, sdpa
@@ -26,14 +42,9 @@ from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_lib
 
 
 def rows_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Rows a program, warps."""
+    """Launch parameters: rows per program, warps."""
     for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
         yield {"ROWS": rows, "num_warps": warps}
-
-
-def launch_quantize(x: Tensor, config: LaunchConfig | None = None) -> Output:
-    """Our kernel."""
-    return norm.launch_rows(x, None, fp8=True, config=config)
 
 
 QUANTIZE_ROWS = Operation(
@@ -44,8 +55,8 @@ QUANTIZE_ROWS = Operation(
     lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
     {
         "fp8": (
-            Backend("ours", once(linear.quantize_rows), ours=True, devices=("cpu",)),
-            triton("fp8", launch_quantize, rows_space),
+            Backend("ours", once(quantize_rows), ours=True, devices=("cpu",)),
+            triton("fp8", launch_quantize_rows, rows_space),
             Backend("torch", once(quantize_library)),
             Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
         )
@@ -55,14 +66,13 @@ QUANTIZE_ROWS = Operation(
 )
 
 
-def launch_norm(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, config: LaunchConfig | None = None) -> Output:
-    """Our kernel."""
-    out, out_scale = norm.launch_rows(x, (scale, shift, EPS, 1.0), fp8, config)
-    return (out, out_scale) if fp8 else out
+def launch_modulate(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, config: LaunchConfig | None = None) -> Output:
+    """LayerNorm and modulation by this repository's kernel, quantised if `fp8`."""
+    return (launch_layer_norm_fp8 if fp8 else launch_layer_norm)(x, scale, shift, EPS, 1.0, config)
 
 
 def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
-    """Norm, modulation and quantisation by torch."""
+    """LayerNorm, modulation and quantisation by PyTorch."""
     return quantize_library(norm_modulate(x, shift, scale))
 
 
@@ -78,16 +88,16 @@ LAYER_NORM_MODULATE = Operation(
     {
         **{
             dtype: (
-                Backend("eager", once(norm.layer_norm_modulate), ours=True, devices=("cpu",)),
-                triton(dtype, partial(launch_norm, False), rows_space),
+                Backend("eager", once(layer_norm_modulate), ours=True, devices=("cpu",)),
+                triton(dtype, partial(launch_modulate, False), rows_space),
                 Backend("torch", once(norm_modulate)),
                 Backend("torch-compiled", compiled(norm_modulate), devices=ANYWHERE),
             )
             for dtype in ("fp32", "bf16")
         },
         "fp8": (
-            Backend("ours", once(norm.layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
-            triton("fp8", partial(launch_norm, True), rows_space),
+            Backend("ours", once(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
+            triton("fp8", partial(launch_modulate, True), rows_space),
             Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
         ),
     },
@@ -97,44 +107,44 @@ LAYER_NORM_MODULATE = Operation(
 
 
 def rotations(draw: Draw, tokens: int, pairs: int) -> Tensor:
-    """Cosines and sines of random angles, float32 [token, pair, 2], as in a rotary table."""
+    """Cosines and sines of random angles, float32 [token, pair, 2], as in a rotary embedding's table."""
     angles = draw(tokens, pairs, dtype=torch.float32)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def split_qkv(qkv: Tensor, rope: Tensor) -> list[Tensor]:
-    """q, k and v [S, head, d] of a fused projection [S, 3 D], in place."""
+    """Views of q, k and v [tokens, heads, head_dim] in a fused projection [tokens, 3 * heads * head_dim]."""
     return list(qkv.unflatten(1, (3, -1, 2 * rope.shape[1])).unbind(1))
 
 
 def norm_rope_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm and rotation by torch: q and k, [S, head, d] each."""
+    """RMSNorm and rotary embedding of q and k by PyTorch."""
     q, k, _ = split_qkv(qkv, rope)
     return official_baseline.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
 
 
 def norm_rope_ours(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """The operation of kernels/norm.py."""
+    """RMSNorm and rotary embedding of q and k by this repository's operation."""
     q, k, _ = split_qkv(qkv, rope)
-    return norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+    return rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
 
 
 def norm_rope_launch(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What it launches."""
+    """RMSNorm and rotary embedding of q and k by this repository's kernel."""
     q, k, _ = split_qkv(qkv, rope)
     return launch_rms_norm_rope(q, k, q_weight, k_weight, rope, EPS, config=config)
 
 
 def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-    """The same in the precision of its inputs."""
+    """RMSNorm and rotary embedding of q and k in the precision of the inputs."""
     q, k, _ = split_qkv(qkv, rope)
-    return tuple(norm.reference(q, k, q_weight, k_weight, rope, EPS))
+    return rms_norm_rope_reference(q, k, q_weight, k_weight, rope, EPS)
 
 
 def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
-    """A fused projection, two weights, rotations."""
+    """A fused projection, the weights of q and k, and a rotary table."""
     return (
         draw(d["tokens"], 3 * d["heads"] * d["head_dim"]),
         *(1 + draw(d["heads"] * d["head_dim"], scale=0.1) for _ in range(2)),
@@ -143,7 +153,7 @@ def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
 
 
 def norm_rope_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Heads a pass, tokens a program."""
+    """Launch parameters: heads per iteration, tokens per program, warps."""
     for block_h, tokens, warps in itertools.product((4, 8, 16), (1, 2, 4), (4, 8)):
         yield {"BLOCK_H": block_h, "TOKENS": tokens, "num_warps": warps}
 
@@ -170,42 +180,44 @@ RMS_NORM_ROPE = Operation(
 def norm_rope_fp8(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The operands of FP8 attention; `scale` of the keys if it was made beforehand."""
+    """The operands of FP8 attention; `scale` is that of the keys, if computed beforehand."""
     q, k, v = split_qkv(qkv, rope)
     scale = key_scale(k_weight, q.shape[1]) if scale is None else scale
-    return norm.rms_norm_rope_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+    return rms_norm_rope_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
 
 
 def prepare_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
-    """The keys' scale comes from the weight, once."""
+    """Computes the keys' scale, which depends on the weight only, beforehand."""
     return partial(
         norm_rope_fp8, qkv, q_weight, k_weight, rope, key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
     )
 
 
 def launch_norm_rope_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-    """What it launches."""
+    """The operands of FP8 attention by this repository's kernels."""
     q, k, v = split_qkv(qkv, rope)
-    return norm.launch_fp8(q, k, v, q_weight, k_weight, q.new_empty(q.shape[1], dtype=torch.float32), rope, EPS)
+    return launch_rms_norm_rope_fp8(
+        q, k, v, q_weight, k_weight, q.new_empty(q.shape[1], dtype=torch.float32), rope, EPS
+    )
 
 
 def norm_rope_fp8_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-    """The definition, in torch."""
+    """The operands of FP8 attention by the reference, in PyTorch."""
     q, k, v = split_qkv(qkv, rope)
     scale = key_scale(k_weight, q.shape[1])
-    q8, q_scale, k8, v8, v_scale = norm.reference_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
+    q8, q_scale, k8, v8, v_scale = reference_fp8(q, k, v, q_weight, k_weight, scale, rope, EPS)
     return q8, q_scale, k8, scale, v8, v_scale
 
 
 def norm_rope_smoothed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-    """q, k less the mean of its sample, and v, in the precision of the inputs."""
+    """q, k without the mean key of the sampled tokens, and v, in the precision of the inputs."""
     q, k, v = split_qkv(qkv, rope)
-    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
-    return q, k - k[norm.sample(len(k))].mean(0), v
+    q, k = rms_norm_rope_reference(q, k, q_weight, k_weight, rope, EPS)
+    return q, k - k[sample_tokens(len(k))].mean(0), v
 
 
-def multiplied_out(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the quantised operands stand for."""
+def dequantized_operands(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The float32 values that the quantised operands represent."""
     q8, q_scale, k8, k_scale, v8, v_scale = output
     return attention.dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
 
@@ -222,45 +234,45 @@ RMS_NORM_ROPE_FP8 = Operation(
             Backend("torch-compiled", compiled(norm_rope_fp8_library), devices=CUDA),
         )
     },
-    multiplied_out,
+    dequantized_operands,
     products=False,
 )
 
 
 def norm_attention_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
-    """Norm, rotation and attention of a fused projection, in the precision of its inputs."""
+    """RMSNorm, rotary embedding and attention of a fused projection, in the precision of its inputs."""
     q, k, v = split_qkv(qkv, rope)
-    q, k = norm.reference(q, k, q_weight, k_weight, rope, EPS)
+    q, k = rms_norm_rope_reference(q, k, q_weight, k_weight, rope, EPS)
     return attention_reference(q, k, v)
 
 
 def norm_attention(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
-    """Ours, in 16 bits."""
+    """RMSNorm, rotary embedding and attention by this repository, in 16 bits."""
     q, k, v = split_qkv(qkv, rope)
-    q, k = norm.rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
+    q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, EPS)
     return chunk_attention(q, k, v)
 
 
 def norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
-    """Ours, in FP8 from the norm on."""
+    """RMSNorm, rotary embedding and attention by this repository, in FP8 from the norm on."""
     q8, q_scale, k8, k_scale, v8, v_scale = norm_rope_fp8(qkv, q_weight, k_weight, rope, scale)
     return chunk_attention_fp8(q8, q_scale, k8, k_scale, v8, v_scale)
 
 
 def prepare_norm_attention_fp8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Call:
-    """The keys' scale comes from the weight, once."""
+    """Computes the keys' scale, which depends on the weight only, beforehand."""
     scale = key_scale(k_weight, qkv.shape[1] // 6 // rope.shape[1])
     return partial(norm_attention_fp8, qkv, q_weight, k_weight, rope, scale)
 
 
 def norm_attention_sdpa(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
-    """All of it by torch."""
+    """RMSNorm, rotary embedding and FlashAttention by PyTorch."""
     q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
     return sdpa(SDPBackend.FLASH_ATTENTION, q, k, split_qkv(qkv, rope)[2])
 
 
 def norm_attention_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> Tensor:
-    """Compiled norm and rotation, cuDNN's attention."""
+    """RMSNorm and rotary embedding by PyTorch, attention by cuDNN."""
     q, k = norm_rope_library(qkv, q_weight, k_weight, rope)
     return sdpa(SDPBackend.CUDNN_ATTENTION, q, k, split_qkv(qkv, rope)[2])
 
@@ -288,22 +300,17 @@ NORM_ATTENTION = Operation(
 
 
 def rms_norm_silu_library(x: Tensor, gamma: Tensor) -> Tensor:
-    """The VAE's norm and SiLU by torch: silu(x / ||x|| sqrt(C) gamma), the norm over the C channels of a pixel."""
-    return pixel_norm_reference(x, gamma, silu=True)
+    """The VAE's norm and SiLU by PyTorch: silu(x / ||x|| * sqrt(C) * gamma), the norm over a pixel's C channels."""
+    return rms_norm_silu_reference(x, gamma)
 
 
 def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:
-    """Random [frame, channel, row, column] in channels-last memory."""
+    """Random [frames, channels, rows, columns] in channels-last memory."""
     return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
 
 
-def norm_silu_launch(x: Tensor, gamma: Tensor, config: LaunchConfig | None = None) -> Tensor:
-    """Our kernel."""
-    return launch_rms_norm_silu(x, gamma, True, config=config)
-
-
 def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Pixels a program, warps."""
+    """Launch parameters: pixels per program, warps."""
     for pixels, warps in itertools.product((4, 8, 16, 32), (4, 8)):
         yield {"PIXELS": pixels, "num_warps": warps}
 
@@ -319,8 +326,8 @@ RMS_NORM_SILU = Operation(
     lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     {
         dtype: (
-            Backend("eager", once(partial(rms_norm_silu, silu=True)), ours=True, devices=("cpu",)),
-            triton(dtype, norm_silu_launch, norm_silu_space),
+            Backend("eager", once(rms_norm_silu), ours=True, devices=("cpu",)),
+            triton(dtype, launch_rms_norm_silu, norm_silu_space),
             Backend("torch", once(rms_norm_silu_library)),
             Backend("torch-compiled", compiled(rms_norm_silu_library), devices=ANYWHERE),
         )
@@ -331,17 +338,17 @@ RMS_NORM_SILU = Operation(
 
 
 def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Output:
-    """Our kernels; pixels and bytes."""
-    return launch_transfer(pixels, mean, std, 1.0, config)
+    """Colour transfer at full strength by this repository's kernels."""
+    return launch_lab_transfer(pixels, mean, std, 1.0, config)
 
 
-def prepare_transfer(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Call:
-    """Nothing is prepared."""
+def prepare_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Call:
+    """A call of the launcher; nothing is prepared."""
     return partial(launch_lab, pixels, mean, std, config)
 
 
 def lab_space(_dims: Dims) -> Iterator[dict[str, Any]]:
-    """Pixels a program, warps."""
+    """Launch parameters: pixels per program, warps."""
     for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
         yield {"BLOCK": block, "num_warps": warps}
 
@@ -352,15 +359,15 @@ LAB_TRANSFER = Operation(
         draw(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
         *lab_statistics(draw(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
     ),
-    partial(lab_reference, strength=1.0),
+    partial(lab_transfer_reference, strength=1.0),
     lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
     lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
     {
         "fp32": (
             Backend("eager", once(lab_transfer), ours=True, devices=("cpu",)),
-            Backend("triton", prepare_transfer, True, CUDA, None, launch_lab, lab_space),
-            Backend("torch", once(partial(lab_reference, strength=1.0))),
-            Backend("torch-compiled", compiled(partial(lab_reference, strength=1.0)), devices=ANYWHERE),
+            Backend("triton", prepare_lab, True, CUDA, None, launch_lab, lab_space),
+            Backend("torch", once(partial(lab_transfer_reference, strength=1.0))),
+            Backend("torch-compiled", compiled(partial(lab_transfer_reference, strength=1.0)), devices=ANYWHERE),
         )
     },
     lambda output: output[0] if isinstance(output, tuple) else output,

@@ -1,6 +1,6 @@
-"""RMSNorm, rotation and quantisation: on the CPU, as torch sees them, and on a GPU.
+"""RMSNorm, rotary embedding and their quantisation: on the CPU, as torch ops, and on a GPU.
 
-The kernels also run in Triton's interpreter: `interpreted/norm.py`.
+The kernels also run in Triton's interpreter: `interpreted/rms_norm_rope.py`.
 """
 
 # pyright: reportCallIssue=false, reportReturnType=false
@@ -13,23 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import norm
-from kernels.chunk_attention import FP8, chunk_attention_fp8, dequantize
+from kernels import rms_norm_rope as module
+from kernels.chunk_attention import chunk_attention_fp8, dequantize
 from kernels.chunk_attention import reference as attention_reference
-from kernels.norm import (
-    SAMPLE,
+from kernels.common import FP8
+from kernels.rms_norm_rope import (
+    NUM_SAMPLES,
     key_scale,
-    layer_norm,
-    layer_norm_fp8,
-    layer_norm_modulate,
-    layer_norm_modulate_fp8,
-    layer_norm_reference,
-    quantize_rows,
     reference,
     reference_fp8,
     rms_norm_rope,
     rms_norm_rope_fp8,
-    sample,
+    sample_tokens,
 )
 from model.dit import rope_table, rotate
 from profiling.measure.check import poisoned_memory
@@ -64,7 +59,7 @@ def wide(*x: Tensor) -> list[Tensor]:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.sampled_from([16, 128]))
-def test_is_the_models_norm_and_rotation(frames, rows, columns, heads, d):
+def test_equals_the_models_norm_and_rotation(frames, rows, columns, heads, d):
     q, k, _, *weights, rope = inputs((frames, rows, columns), heads, d)
     turned = rms_norm_rope(q, k, *weights, rope, EPS)
     for x, weight, y in zip((q, k), weights, turned, strict=True):
@@ -80,19 +75,19 @@ def test_bf16_is_rounded_once():
 
 
 @pytest.mark.parametrize("outliers", [1.0, 5.0, 20.0])
-def test_quantised_operands_are_exact_to_four_bits(outliers):
+def test_quantisation_keeps_four_bits(outliers):
     q, k, v, *weights, rope = inputs((4, 8, 8), 4, outliers=outliers)
     operands = rms_norm_rope_fp8(q, k, v, *weights, key_scale(weights[1], 4), rope, EPS)
     turned_q, turned_k = reference(*wide(q, k, *weights, rope), EPS)
     q8, k8, v8 = dequantize(*operands, torch.float64)
     assert error(q8, turned_q) < 3.5e-2
     assert error(v8, v) < 3.5e-2
-    centre = turned_k[sample(len(k))].mean(0)
+    centre = turned_k[sample_tokens(len(k))].mean(0)
     assert error(k8 + centre, turned_k) < 3.5e-2
 
 
 def test_attention_of_quantised_operands():
-    """Within what e4m3 gives: relative errors of a sixteenth at most in every operand."""
+    """The error is what e4m3 causes: at most a sixteenth, relative, in every operand."""
     q, k, v, *weights, rope = inputs((4, 8, 8), 2, outliers=5.0)
     operands = rms_norm_rope_fp8(q, k, v, *weights, key_scale(weights[1], 2), rope, EPS)
     turned = reference(*wide(q, k, *weights, rope), EPS)
@@ -100,15 +95,15 @@ def test_attention_of_quantised_operands():
     assert error(chunk_attention_fp8(*operands), expected) < 0.15
 
 
-def test_smoothing_makes_a_common_key_harmless():
-    """A channel that all keys share, many times as large as what tells them apart: what it costs the logits.
+def test_smoothing_removes_a_common_key():
+    """The error of the logits where all keys share a channel that is much larger than their differences.
 
-    What is the same for all keys of a query does not count: the softmax takes it out.
+    An error that is the same for all keys of a query does not count: the softmax removes it.
     """
     q, k, v, *weights, rope = inputs((4, 8, 8), 2)
     weights = [torch.ones_like(w) for w in weights]
     k = k.clone()
-    k[:, :, 2 * 40] += 60  # a pair that hardly turns
+    k[:, :, 2 * 40] += 60  # a pair that hardly rotates
     turned_q, turned_k = reference(*wide(q, k, *weights, rope), EPS)
     _, _, k8, k_scale, _, _ = rms_norm_rope_fp8(q, k, v, *weights, key_scale(weights[1], 2), rope, EPS)
 
@@ -119,9 +114,9 @@ def test_smoothing_makes_a_common_key_harmless():
     assert lost(k8.double()) < 0.4 * lost((turned_k / k_scale.double()[:, None]).to(FP8).double())
 
 
-def test_a_value_beyond_the_sample_saturates():
+def test_values_beyond_the_sampled_range_saturate():
     q, k, v, *weights, rope = inputs((3, 8, 8), 1)
-    late = next(i for i in range(len(v)) if i not in sample(len(v)))
+    late = next(i for i in range(len(v)) if i not in sample_tokens(len(v)))
     v = v.clone()
     v[late] = 1e6
     *_, v8, _ = rms_norm_rope_fp8(q, k, v, *weights, key_scale(weights[1], 1), rope, EPS)
@@ -130,19 +125,19 @@ def test_a_value_beyond_the_sample_saturates():
 
 
 @given(st.integers(1, 20000))
-def test_a_sample_has_no_token_twice(tokens):
-    chosen = sample(tokens)
-    assert len(set(chosen)) == len(chosen) == min(tokens, SAMPLE)
+def test_sampled_tokens_are_distinct(tokens):
+    chosen = sample_tokens(tokens)
+    assert len(set(chosen)) == len(chosen) == min(tokens, NUM_SAMPLES)
     assert all(0 <= i < tokens for i in chosen)
 
 
-def test_a_sample_is_spread_over_rows_and_columns():
-    chosen = torch.tensor(sample(9 * 48 * 28))
-    for period, count in ((28, 28), (48 * 28, 100), (9 * 48 * 28, SAMPLE)):
+def test_sampled_tokens_spread_over_rows_and_columns():
+    chosen = torch.tensor(sample_tokens(9 * 48 * 28))
+    for period, count in ((28, 28), (48 * 28, 100), (9 * 48 * 28, NUM_SAMPLES)):
         assert len((chosen % period).unique()) >= count
 
 
-def test_no_key_is_beyond_its_scale():
+def test_keys_never_exceed_their_scale():
     weight = (torch.randn(256) * 2).exp()
     k = torch.zeros(1, 2, 128)
     k[0, int(weight.argmax()) // 128, int(weight.argmax()) % 128] = 1e3
@@ -150,42 +145,18 @@ def test_no_key_is_beyond_its_scale():
     assert (2 * turned.abs().amax(2) <= 448 * key_scale(weight, 2) * (1 + 1e-5)).all()
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_layer_norm(rows, columns, dtype):
-    x, weight, bias = (3 * torch.randn(rows, columns)).to(dtype), *torch.randn(2, columns)
-    y = torch.nn.functional.layer_norm(x.double(), (columns,), eps=EPS)
-    close: Any = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-2}
-    torch.testing.assert_close(layer_norm(x, weight, bias, EPS), (y * weight + bias).to(dtype), **close)
-    torch.testing.assert_close(layer_norm_modulate(x, bias, weight, EPS), (y * (1 + weight) + bias).to(dtype), **close)
-
-
-@pytest.mark.parametrize("function", [layer_norm_fp8, layer_norm_modulate_fp8])
-def test_quantised_layer_norm(function):
-    x = torch.randn(40, 96).bfloat16()
-    x[:, 5] *= 50
-    first, second = torch.randn(2, 96)
-    values, scale = function(x, first, second, EPS)
-    weight, bias, one = (first, second, 0.0) if function is layer_norm_fp8 else (second, first, 1.0)
-    exact = layer_norm_reference(x.double(), weight.double(), bias.double(), EPS, one)
-    assert error(values.double() * scale[:, None], exact) < 3.5e-2
-    assert (values.float().abs().amax(1) == 448).all()
-
-
-# --- As torch sees them ---------------------------------------------------------------------------------------------
+# --- As torch ops ---------------------------------------------------------------------------------------------------
 
 
 def test_opcheck():
     q, k, v, *weights, rope = inputs((2, 3, 4), 2)
-    torch.library.opcheck(norm._rms_norm_rope, (q, k, *weights, rope, EPS))
-    torch.library.opcheck(norm._rms_norm_rope_fp8, (q, k, v, *weights, key_scale(weights[1], 2), rope, EPS))
-    x, weight, bias = torch.randn(3, 16), *torch.randn(2, 16)
-    torch.library.opcheck(norm._layer_norm, (x, weight, bias, EPS, 1.0))
-    torch.library.opcheck(norm._layer_norm_fp8, (x, weight, bias, EPS, 0.0))
-    torch.library.opcheck(norm._quantize_rows, (x,))
+    torch.library.opcheck(module.rms_norm_rope_op.library_op, (q, k, *weights, rope, EPS))
+    torch.library.opcheck(
+        module.rms_norm_rope_fp8_op.library_op, (q, k, v, *weights, key_scale(weights[1], 2), rope, EPS)
+    )
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_graph_breaks():
     q, k, v, *weights, rope = inputs((2, 3, 4), 2)
     scale = key_scale(weights[1], 2)
     for function, arguments in ((rms_norm_rope, (q, k)), (rms_norm_rope_fp8, (q, k, v))):
@@ -198,17 +169,22 @@ def test_compiles_without_a_break():
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("q", lambda x: x[0], "q: shape [2, 16], wanted [tokens, heads, channels]"),
-        ("q", lambda x: x.double(), "q: torch.float64, wanted float32, float16 or bfloat16"),
+        ("q", lambda x: x[0], "q: shape [2, 16], wanted [tokens, heads, head_dim]"),
+        ("q", lambda x: x.double(), "q: torch.float64, wanted torch.float32 or torch.float16 or torch.bfloat16"),
         ("k", lambda x: x[:5], "k: shape [5, 2, 16], wanted [6, 2, 16]"),
         ("k", lambda x: x.half(), "k: torch.float16, wanted torch.float32"),
         ("k", lambda x: x.to("meta"), "k: on meta, wanted cpu"),
-        ("k", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "k: strides (32, 1, 2)"),
+        (
+            "k",
+            lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+            "k: strides (32, 1, 2) for shape [6, 2, 16], wanted contiguous memory of each token",
+        ),
         ("v", lambda x: x[:, :1], "v: shape [6, 1, 16], wanted [6, 2, 16]"),
         ("q_weight", lambda x: x[:16], "q_weight: shape [16], wanted [32]"),
         ("rope", lambda x: x[:5], "rope: shape [5, 8, 2], wanted [6, 8, 2]"),
         ("rope", lambda x: x.double(), "rope: torch.float64, wanted torch.float32"),
-        ("k_scale", lambda x: x[:1], "k_scale: torch.float32 [1], wanted torch.float32 [2]"),
+        ("q", lambda x: x[..., :15].contiguous(), "q: head_dim 15, wanted an even number"),
+        ("k_scale", lambda x: x[:1], "k_scale: shape [1], wanted [2]"),
         ("v", lambda x: x.clone().requires_grad_(), "v: requires a gradient"),
     ],
 )
@@ -218,34 +194,6 @@ def test_bad_arguments(name, change, words):
     given["k_scale"] = key_scale(k_weight, 2)
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
         rms_norm_rope_fp8(**given | {name: change(given[name])})
-    assert words in str(raised.value)
-
-
-def test_layer_norm_compiles_without_a_break():
-    x, weight, bias = torch.randn(3, 16), *torch.randn(2, 16)
-
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        return (*layer_norm_fp8(x, weight, bias), *quantize_rows(layer_norm_modulate(x, bias, weight)))
-
-    for y, expected in zip(torch.compile(run, fullgraph=True)(x), run(x), strict=True):
-        torch.testing.assert_close(y.float(), expected.float())
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("x", lambda x: x[0], "x: shape [16], wanted [rows, columns]"),
-        ("x", lambda x: x.double(), "x: torch.float64, wanted float32, float16 or bfloat16"),
-        ("x", lambda x: x.T.contiguous().T, "x: strides (1, 3) for shape [3, 16], wanted a row's values in a row"),
-        ("weight", lambda x: x[:3], "weight: shape [3], wanted [16]"),
-        ("bias", lambda x: x.to("meta"), "bias: on meta, wanted cpu, where x is"),
-        ("bias", lambda x: x.clone().requires_grad_(), "bias: requires a gradient"),
-    ],
-)
-def test_bad_rows(name, change, words):
-    given: dict[str, Any] = {"x": torch.randn(3, 16), "weight": torch.randn(16), "bias": torch.randn(16)}
-    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
-        layer_norm(**given | {name: change(given[name])})
     assert words in str(raised.value)
 
 
@@ -271,22 +219,3 @@ def test_gpu(grid, heads, dtype):
         assert (x.float() - y.float()).norm() <= 1e-2 * y.float().norm(), name
     again = rms_norm_rope_fp8(q, k, v, *weights, scale, rope, EPS)
     assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(operands, again, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 5120), (1000, 5120), (77, 13824)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_rows(rows, columns, dtype):
-    x = torch.randn(rows, columns, device="cuda")
-    x[:, :: columns // 4] *= 30
-    x, weight, bias = x.to(dtype), *torch.randn(2, columns, device="cuda")
-    with poisoned_memory():
-        y = layer_norm_modulate(x, bias, weight, EPS)
-        values, scale = layer_norm_fp8(x, weight, bias, EPS)
-        own, own_scale = quantize_rows(x)
-    wide_x, wide_weight, wide_bias = wide(x, weight, bias)
-    assert error(y, layer_norm_reference(wide_x, wide_weight, wide_bias, EPS, 1.0)) < 5e-3
-    assert error(values.double() * scale[:, None], layer_norm_reference(wide_x, wide_weight, wide_bias, EPS)) < 3.5e-2
-    expected, expected_scale = norm.quantize_reference(x)
-    torch.testing.assert_close(own_scale, expected_scale)
-    assert (own.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()

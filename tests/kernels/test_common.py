@@ -1,0 +1,398 @@
+"""What all operations share: argument checks, the definition of ops, and their promises to `torch.compile`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from kernels import (
+    absorbed_audio_attention,
+    causal_conv3d,
+    chunk_attention,
+    frame_attention,
+    lab_transfer,
+    layer_norm,
+    linear,
+    resample_conv2d,
+    rms_norm_rope,
+    rms_norm_silu,
+    text_image_attention,
+)
+from kernels.common import FP8, OPS, Layout, Op, check, define_op
+from kernels.tuning import GPU, assume_gpu
+from profiling.fake_gpu import FakeCudaMode
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((2, 3), True),
+        (("rows", 3), True),
+        (("rows", "columns"), True),
+        ((2, 4), False),
+        ((2,), False),
+        ((2, 3, 1), False),
+        (("rows", 4), False),
+    ],
+)
+def test_shapes_are_numbers_or_words(shape: Sequence[int | str], fits: bool) -> None:
+    if fits:
+        check("x", torch.zeros(2, 3), shape=shape)
+    else:
+        with pytest.raises(ValueError, match=r"^x: shape \[2, 3\], wanted \["):
+            check("x", torch.zeros(2, 3), shape=shape)
+
+
+def test_a_word_stands_for_at_least_one() -> None:
+    with pytest.raises(ValueError, match=r"^q: shape \[0, 3\], wanted \[tokens, 3\]$"):
+        check("q", torch.zeros(0, 3), shape=("tokens", 3))
+    check("q", torch.zeros(0, 3), shape=(0, 3))
+
+
+LAYOUTS: dict[Layout, tuple[list[Tensor], list[Tensor]]] = {
+    "rows": (
+        [torch.zeros(4, 6), torch.zeros(4, 6)[:, :3], torch.zeros(4, 2, 6)[:, 0], torch.zeros(6, 1, 4)[:, :, :1]],
+        [torch.zeros(4, 6).T, torch.zeros(6)[::2]],
+    ),
+    "tokens": (
+        [torch.zeros(4, 2, 6), torch.zeros(4, 3, 2, 6)[:, 1], torch.zeros(4, 2, 6)[::2]],
+        [torch.zeros(4, 2, 6)[..., :3], torch.zeros(4, 6, 2).transpose(1, 2)],
+    ),
+    "contiguous": ([torch.zeros(4, 6), torch.zeros(())], [torch.zeros(4, 6)[:, :3], torch.zeros(4, 2, 6)[:, 0]]),
+    "channels_last": (
+        [torch.zeros(2, 4, 5, 3).permute(0, 3, 1, 2), torch.zeros(2, 1, 4, 5)],
+        [torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, 6).permute(0, 3, 1, 2)[:, :3]],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: Layout) -> None:
+    good, bad = LAYOUTS[layout]
+    for x in good:
+        check("x", x, layout=layout)
+    for x in bad:
+        with pytest.raises(ValueError, match=r"^x: strides \(.*\) for shape \[.*\], wanted "):
+            check("x", x, layout=layout)
+
+
+def test_dtypes_devices_and_gradients() -> None:
+    x = torch.zeros(3)
+    check("x", x, dtype=torch.float32, device=x.device)
+    check("x", x, dtype=(torch.float16, torch.float32))
+    with pytest.raises(ValueError, match=r"^x: torch\.float32, wanted torch\.float16$"):
+        check("x", x, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"^x: torch\.float32, wanted torch\.float16 or torch\.bfloat16$"):
+        check("x", x, dtype=(torch.float16, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^x: on cpu, wanted meta$"):
+        check("x", x, device=torch.device("meta"))
+    x.requires_grad_()
+    with pytest.raises(ValueError, match=r"^x: requires a gradient"):
+        check("x", x)
+    with torch.no_grad():
+        check("x", x)
+
+
+# --- define_op ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that a test defines are not left among the real ones."""
+    for name in ("test_double", "test_pad"):
+        monkeypatch.setitem(OPS, name, None)
+
+
+def double(x: Tensor, times: int) -> Tensor:
+    return x * 2**times
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_cpu_form_is_also_the_fake() -> None:
+    def never(x: Tensor, times: int) -> Tensor:
+        raise AssertionError("not on a CPU")
+
+    op = define_op("test_double", cpu=double, cuda=never)
+    assert OPS["test_double"] is op
+    x = torch.randn(3, 4)
+    assert torch.equal(op(x, 3), 8 * x)
+    torch.library.opcheck(op.library_op, (x, 3))
+    assert torch.equal(torch.compile(lambda x: op(x, 1) + 1, fullgraph=True, backend="aot_eager")(x), 2 * x + 1)
+    assert str(op.library_op._opoverload._schema) == "flashtalk::test_double(Tensor x, SymInt times) -> Tensor"
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_fake_of_its_own_is_used_where_values_are_not_known() -> None:
+    def pad(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor([*x.tolist(), 0.0]), x.clone()
+
+    def fake(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(len(x) + 1), x.new_empty(x.shape)
+
+    op = define_op("test_pad", cpu=pad, cuda=pad, fake=fake)
+    x = torch.randn(3)
+    torch.library.opcheck(op.library_op, (x,))
+    for y, expected in zip(torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")(x), pad(x), strict=True):
+        assert torch.equal(y, expected)
+
+
+# --- Every operation: what the CUDA launcher returns is what the fake promises --------------------------------------
+
+H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
+L4 = GPU("NVIDIA L4", "8.9", 58)  # without a tuned table
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a public function and its arguments
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, device="cuda")
+
+
+def image(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[frames, channels, rows, columns] in channels-last memory."""
+    frames, channels, rows, columns = shape
+    return rand(frames, rows, columns, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def kernel(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[outputs, channels, kt, k, k] in channels-last memory."""
+    outputs, channels, kt, rows, columns = shape
+    return rand(outputs, kt, rows, columns, channels, dtype=dtype).permute(0, 4, 1, 2, 3)
+
+
+def fused(tokens: int, heads: int, head_dim: int) -> list[Tensor]:
+    """q, k and v as slices of a fused projection."""
+    return list(rand(tokens, 3, heads, head_dim).unbind(1))
+
+
+def angles(tokens: int, head_dim: int) -> Tensor:
+    return ones(tokens, head_dim // 2, 2)
+
+
+def norm_rope_samples(function: Callable[..., Any]) -> list[Call]:
+    q, k, v = fused(40, 3, 64)
+    weights, rope = (ones(192), ones(192)), angles(40, 64)
+    if function is rms_norm_rope.rms_norm_rope:
+        return [(function, (q, k, *weights, rope)), (function, (q[:1], k[:1], *weights, rope[:1]))]
+    return [
+        (function, (q, k, v, *weights, ones(3), rope)),
+        (function, (q[:1], k[:1], v[:1], *weights, ones(3), rope[:1])),
+    ]
+
+
+def row_norm_samples(function: Callable[..., Any]) -> list[Call]:
+    x, vectors = rand(7, 96), (ones(64), ones(64))
+    if function is layer_norm.quantize_rows:
+        return [(function, (x,)), (function, (x[:, :64],)), (function, (x[:1].float(),))]
+    return [(function, (x[:, :64], *vectors)), (function, (x[:, :64].contiguous().float(), *vectors))]
+
+
+def linear_samples() -> list[Call]:
+    x, w, bias, gate, residual = rand(40, 128), rand(96, 128), rand(96), ones(96), rand(40, 192)[:, :96]
+    return [
+        (linear.linear, (x, w)),
+        (linear.linear, (x, w, bias, "gelu_tanh")),
+        (linear.linear, (x, w, bias, None, gate, residual)),
+        (linear.linear, (x.float(), w.float(), bias.float(), None, gate)),
+    ]
+
+
+def linear_fp8_samples() -> list[Call]:
+    x, w, scales = rand(40, 128, dtype=FP8), rand(96, 128, dtype=FP8), (ones(40), ones(96))
+    operands = x, scales[0], w, scales[1]
+    return [
+        (linear.linear_fp8, operands),
+        (linear.linear_fp8, (*operands, ones(96), "gelu_tanh", None, None, torch.float32)),
+        (linear.linear_fp8, (*operands, ones(96), None, ones(96), rand(40, 96))),
+    ]
+
+
+def linear_fp8_quantized_samples() -> list[Call]:
+    x, w, scales = rand(40, 128, dtype=FP8), rand(96, 128, dtype=FP8), (ones(40), ones(96))
+    operands = x, scales[0], w, scales[1], ones(2)
+    return [
+        (linear.linear_fp8_quantized, operands),
+        (linear.linear_fp8_quantized, (*operands, ones(96), "gelu_tanh")),
+    ]
+
+
+def rms_norm_silu_samples() -> list[Call]:
+    x, gamma = image(2, 24, 4, 6), rand(24)
+    return [
+        (rms_norm_silu.rms_norm_silu, (x, gamma)),
+        (rms_norm_silu.rms_norm_silu, (x.float(), rand(24, 1, 1), False)),
+        (rms_norm_silu.rms_norm_silu, (x[:1], gamma, True, 3.0)),
+    ]
+
+
+def lab_transfer_samples() -> list[Call]:
+    statistics = ones(1, 3, 1, 1), ones(1, 3, 1, 1)
+    return [
+        (lab_transfer.lab_transfer, (rand(2, 3, 4, 6, dtype=torch.float32), *statistics)),
+        (lab_transfer.lab_transfer, (image(2, 3, 4, 6), *statistics, 0.5)),
+    ]
+
+
+def chunk_attention_samples() -> list[Call]:
+    q, k, v = fused(40, 3, 64)
+    return [
+        (chunk_attention.chunk_attention, (q, k, v)),
+        (chunk_attention.chunk_attention, (q, k, v, [16, 24], 1)),
+        (chunk_attention.chunk_attention, (rand(2, 8, 1, 384), rand(2, 8, 1, 384), rand(2, 8, 1, 384))),
+        (chunk_attention.chunk_attention, tuple(x.float() for x in (q, k, v))),
+        (chunk_attention.chunk_attention, (rand(5, 1, 40), rand(7, 1, 40), rand(7, 1, 40))),
+    ]
+
+
+def chunk_attention_fp8_samples() -> list[Call]:
+    q, k = rand(40, 3, 64, dtype=FP8), rand(40, 3, 64, dtype=FP8)
+    operands = q, ones(40, 3), k, ones(3), rand(3, 64, 48, dtype=FP8), ones(3, 64)
+    return [
+        (chunk_attention.chunk_attention_fp8, operands),
+        (chunk_attention.chunk_attention_fp8, (*operands, [16, 24], "all")),
+    ]
+
+
+def text_image_attention_samples() -> list[Call]:
+    q, text, image_keys = rand(40, 3, 64), rand(32, 3, 64), rand(17, 3, 64)
+    length = torch.ones(1, dtype=torch.int32, device="cuda")
+    operands = q, text, text.clone(), image_keys, image_keys.clone()
+    return [
+        (text_image_attention.text_image_attention, operands),
+        (text_image_attention.text_image_attention, (*operands, length)),
+        (text_image_attention.text_image_attention, (*fused(40, 3, 64)[:1], *operands[1:])),
+    ]
+
+
+def frame_attention_samples() -> list[Call]:
+    k, v = rand(3, 16, 3, 64), rand(3, 16, 3, 64)
+    return [
+        (frame_attention.frame_attention, (rand(60, 3, 64), k, v, 20)),
+        (frame_attention.frame_attention, (rand(30, 3, 64), k, v, 20, 10)),
+    ]
+
+
+def absorb_samples() -> list[Call]:
+    k, v = rand(3, 16, 2, 64), rand(3, 16, 2, 64)
+    weights, weights8 = (
+        (rand(128, 96), rand(128), rand(80, 128)),
+        (rand(128, 96, dtype=FP8), rand(128), rand(80, 128, dtype=FP8)),
+    )
+    return [
+        (absorbed_audio_attention.absorb_audio_projections, (k, v, *weights)),
+        (absorbed_audio_attention.absorb_audio_projections, (k, v, *weights8, ones(128), ones(80))),
+    ]
+
+
+def absorbed_samples() -> list[Call]:
+    keys, key_bias, values = rand(3, 32, 96), ones(3, 32), rand(3, 32, 80)
+    return [
+        (absorbed_audio_attention.absorbed_audio_attention, (rand(60, 96), keys, key_bias, values, 16, 20)),
+        (absorbed_audio_attention.absorbed_audio_attention, (rand(30, 96), keys, key_bias, values, 16, 20, 10)),
+    ]
+
+
+def causal_conv3d_samples() -> list[Call]:
+    x, past, w, bias = image(2, 96, 8, 8), image(2, 96, 8, 8), kernel(96, 96, 3, 3, 3), rand(96)
+    x8, past8, w8 = image(2, 96, 8, 8, dtype=FP8), image(2, 96, 8, 8, dtype=FP8), kernel(96, 96, 3, 3, 3, dtype=FP8)
+    return [
+        (causal_conv3d.causal_conv3d, (x, w, bias)),
+        (causal_conv3d.causal_conv3d, (x, w, bias, past, image(2, 96, 8, 8))),
+        (causal_conv3d.causal_conv3d, (x.float(), w.float(), bias.float(), past.float())),
+        (causal_conv3d.causal_conv3d, (x8, w8, bias, past8, image(2, 96, 8, 8), ones(96))),
+        (causal_conv3d.causal_conv3d, (x, kernel(3, 96, 3, 3, 3), rand(3), past)),
+        (causal_conv3d.conv3d, (x, kernel(48, 96, 1, 1, 1), None)),
+    ]
+
+
+def causal_conv3d_norm_samples() -> list[Call]:
+    x, past, w, bias, gamma = (
+        image(2, 96, 8, 8),
+        image(2, 96, 8, 8),
+        kernel(96, 96, 3, 3, 3),
+        rand(96),
+        rand(96, 1, 1, 1),
+    )
+    x8, past8, w8 = image(2, 96, 8, 8, dtype=FP8), image(2, 96, 8, 8, dtype=FP8), kernel(96, 96, 3, 3, 3, dtype=FP8)
+    return [
+        (causal_conv3d.causal_conv3d, (x, w, bias, past, None, None, gamma)),
+        (causal_conv3d.causal_conv3d, (x8, w8, bias, past8, None, ones(96), gamma, 3.0)),
+    ]
+
+
+SAMPLES: dict[str, Callable[[], list[Call]]] = {
+    "layer_norm": lambda: row_norm_samples(layer_norm.layer_norm) + row_norm_samples(layer_norm.layer_norm_modulate),
+    "layer_norm_fp8": lambda: (
+        row_norm_samples(layer_norm.layer_norm_fp8) + row_norm_samples(layer_norm.layer_norm_modulate_fp8)
+    ),
+    "quantize_rows": lambda: row_norm_samples(layer_norm.quantize_rows),
+    "rms_norm_rope": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope),
+    "rms_norm_rope_fp8": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope_fp8),
+    "linear": linear_samples,
+    "linear_fp8": linear_fp8_samples,
+    "linear_fp8_quantized": linear_fp8_quantized_samples,
+    "rms_norm_silu": rms_norm_silu_samples,
+    "lab_transfer": lab_transfer_samples,
+    "chunk_attention": chunk_attention_samples,
+    "chunk_attention_fp8": chunk_attention_fp8_samples,
+    "text_image_attention": text_image_attention_samples,
+    "frame_attention": frame_attention_samples,
+    "absorb_audio_projections": absorb_samples,
+    "absorbed_audio_attention": absorbed_samples,
+    "causal_conv3d": causal_conv3d_samples,
+    "causal_conv3d_norm": causal_conv3d_norm_samples,
+    "upsample_conv2d": lambda: [
+        (
+            resample_conv2d.upsample_conv2d,
+            (image(2, 96, 8, 8), rand(2, 2, 48, 2, 2, 96).permute(0, 1, 2, 5, 3, 4), rand(48)),
+        )
+    ],
+    "downsample_conv2d": lambda: [
+        (
+            resample_conv2d.downsample_conv2d,
+            (image(2, 96, 8, 8), rand(96, 3, 3, 96).permute(0, 3, 1, 2), rand(96)),
+        )
+    ],
+}
+
+
+def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+    """Shape, dtype, device type and strides of each result; the stride of an axis of length 1 means nothing."""
+    return [
+        (
+            tuple(x.shape), x.dtype, x.device.type,
+            tuple(stride for stride, length in zip(x.stride(), x.shape, strict=True) if length > 1),
+        )
+        for x in ((results,) if isinstance(results, Tensor) else results)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", [H100, L4], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_launchers_return_what_fakes_promise(name: str, gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not launched and tensors have no memory, so this needs no GPU. A new operation needs a sample."""
+    compared: list[str] = []
+
+    def compare(self: Op, *args: Any) -> Any:
+        launched, promised = self.cuda(*args), self.fake(*args)
+        assert described(launched) == described(promised), self.name
+        compared.append(self.name)
+        return launched
+
+    monkeypatch.setattr(Op, "__call__", compare)
+    monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
+    with assume_gpu(gpu), FakeCudaMode():
+        assert name in SAMPLES, "a new operation needs sample arguments"
+        for function, arguments in SAMPLES[name]():
+            compared.clear()
+            function(*arguments)
+            assert compared == [name]
