@@ -20,7 +20,7 @@ from model.checkpoint import Models, load_models, random_models
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
 from model.machine import cache_folder
-from model.vae import VAE, decode_groups
+from model.vae import VAE, decode_schedule
 
 GLANCE = 1.0  # seconds that loading is given to fail
 LAYERS = 2  # of a student that stands in for another
@@ -93,9 +93,9 @@ def warm(models: Models) -> None:
     for count in {1, known}:
         models.dit(latents, condition, modulation, rope, context, audio, known=count)
     state = None
-    for group in decode_groups(frames, chunk.unseen_frames, config.vae.temporal_stride):
-        pixels, state = vae.decode_step(latents[group.latents].to(dtype), state, group.shown)
-        if group.shown:
+    for step in decode_schedule(frames, chunk.warmup_frames, config.vae.temporal_stride):
+        pixels, state = vae.decode_step(latents[step.latents].to(dtype), state, step.emit)
+        if step.emit:
             lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
 
 

@@ -170,8 +170,8 @@ class ChunkConfig:
         return self.frame_num - self.motion_frames_num
 
     @property
-    def unseen_frames(self) -> int:
-        """Video frames at the beginning of a chunk that are neither shown nor fed back to the next."""
+    def warmup_frames(self) -> int:
+        """Video frames at the beginning of a chunk that are neither shown nor fed back to the next chunk."""
         return min(self.motion_frames_num, self.new_frames)
 
     @property

@@ -71,7 +71,7 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
 
     def prepare_ours(levels: Sequence[int], x: Tensor, values: Tensor) -> Call:
         vae = vae_of(config, values)
-        vae.lay_out()
+        vae.prepare_weights()
         vae.quantize(levels)
         return partial(coded, half, vae, x)
 
