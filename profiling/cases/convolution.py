@@ -1,4 +1,4 @@
-"""The VAE's convolutions in time and space, and its resampling."""
+"""Cases of the VAE's convolutions: causal, with the norm after it, and those that double or halve the picture."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -35,14 +35,14 @@ from profiling.cases.passes import pixels, rms_norm_silu_library
 
 
 def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
-    """The published form: cached frames concatenated, padded, one library convolution, channels first."""
+    """As the published code: cached frames concatenated, padding, one convolution of the library, channels first."""
     k = w.shape[3]
     clip = torch.cat([past, x]).transpose(0, 1)[None].contiguous()
     return F.conv3d(F.pad(clip, [k // 2] * 4), w, bias)[0].transpose(0, 1)
 
 
 def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Call:
-    """The same library convolution on channels-last memory, weights laid out beforehand."""
+    """The same convolution on channels-last memory, with weights converted beforehand."""
     last, k = w.contiguous(memory_format=torch.channels_last_3d), w.shape[3]
 
     def call() -> Tensor:

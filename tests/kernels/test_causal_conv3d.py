@@ -280,7 +280,7 @@ def test_says_that_there_is_no_gradient():
         operands = [x, weight, bias, gamma]
         operands[i] = operands[i].clone().requires_grad_()
         with pytest.raises(ValueError, match=f"{name}: requires a gradient"):
-            causal_conv3d_norm(*operands)
+            causal_conv3d_norm(operands[0], operands[1], operands[2], operands[3])
 
 
 def test_opcheck_and_compilation():
