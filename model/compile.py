@@ -19,7 +19,7 @@ from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
 from model.machine import device_cache_dir
-from model.vae import VAE, decode_groups
+from model.vae import VAE, decode_schedule
 from model.weights.checkpoint import Models, load_models, random_models
 
 FAIL_FAST_SECONDS = 1.0  # time in which most errors in a checkpoint are found, before compilation starts
@@ -94,9 +94,9 @@ def warm_up(models: Models) -> None:
     for count in {1, num_motion_latents}:
         models.dit(latents, condition, modulation, rope, context, audio, num_motion_latents=count)
     state = None
-    for group in decode_groups(frames, chunk.warmup_frames, config.vae.temporal_stride):
-        pixels, state = vae.decode_step(latents[group.latents].to(dtype), state, group.shown)
-        if group.shown:
+    for step in decode_schedule(frames, chunk.warmup_frames, config.vae.temporal_stride):
+        pixels, state = vae.decode_step(latents[step.latents].to(dtype), state, step.emit)
+        if step.emit:
             lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
 
 

@@ -1,101 +1,102 @@
-"""The video VAE of Wan2.1: pixels <-> latents, 4 x 8 x 8 times smaller, streaming with its state passed in and out.
+"""The video VAE of Wan2.1, for streaming: pixels <-> latents that are 4 x 8 x 8 times smaller, one step at a time.
 
-The first frame of a clip makes one latent frame, every further four frames one more, and back. All is causal in time,
-so a clip is coded step by step, and what a step must know of the frames before it is its *state*: nested tuples of the
-last input frames of every convolution in time, None at the start of a clip. At full size those of the decoder are
-1.6 GB, so a step writes the next state over the one that it gets, which is spent, also by a step that fails: to go on
-from it twice, copy it. One made under `torch.inference_mode()` stays there. Shapes below are of one step: T frames in,
-and T varies by layer.
+The first frame of a clip is one latent frame, and every further four frames are one more. Every layer is causal in
+time, so a clip is encoded or decoded step by step. What a step needs of earlier frames is its *state*: nested tuples of
+*caches*, which are the last input frames of a convolution in time. The state is None at the start of a clip.
+
+A step overwrites the state that it is given, because the decoder's caches take 1.6 GB at full size. So a state can be
+used once, and is lost if the step fails: copy it to continue from it twice. A state made under
+`torch.inference_mode()` can only be used there.
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
-the dtype of the parameters; norms and SiLU are computed in float32 or wider.
+the dtype of the parameters; norms and SiLU are computed in float32 or wider. In the shapes below, T is the number of
+frames that a layer gets in one step.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.causal_conv3d import causal_conv3d, conv3d, quantize_conv
+from kernels.causal_conv3d import causal_conv3d, causal_conv3d_norm, conv3d, quantize_conv_weight
 from kernels.chunk_attention import chunk_attention
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
 from kernels.rms_norm_silu import fp8_out_scale, rms_norm_silu
 from model.config import VAEConfig
 
-TOGETHER = 2  # latents decoded in one step, once frames are on their way: larger launches, less often
+LATENTS_PER_STEP = 2  # decoded in one step once the first frames are out: fewer and larger launches
 
-State: TypeAlias = tuple[Any, ...]  # of tensors and further such tuples
+State: TypeAlias = tuple[Any, ...]  # of caches, which are tensors, and of further such tuples
 
 
 class CausalConv3d(nn.Module):
-    """Causal convolution of kernel kt x k x k; its state is its last kt - 1 input frames."""
+    """Causal convolution with a kernel of kt x k x k. Its cache is its last kt - 1 input frames."""
 
     def __init__(self, in_channels: int, out_channels: int, kt: int, k: int) -> None:
         super().__init__()
         bound = (in_channels * kt * k * k) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kt, k, k).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
-        self.factor: float | None = None  # of the e4m3 input that the norm before it makes, once it is quantised
-        self.register_buffer("scale", None, persistent=False)  # [out channels], then: undoes all factors
+        self.in_scale: float | None = None  # in FP8: what its e4m3 input is multiplied by
+        self.register_buffer("scale", None, persistent=False)  # in FP8: [out channels], undoes all scales
 
-    def quantize(self, factor: float) -> None:
-        """From now on e4m3 weights, each output channel by its largest, and e4m3 inputs that are `factor` too large."""
-        self.weight.data, self.scale = quantize_conv(self.weight.data, factor)
-        self.factor = factor
+    def quantize(self, in_scale: float) -> None:
+        """Makes the weight e4m3. From now on the input must be e4m3, too, and multiplied by `in_scale`."""
+        self.weight.data, self.scale = quantize_conv_weight(self.weight.data, in_scale)
+        self.in_scale = in_scale
 
-    def forward(
-        self,
-        x: Tensor,
-        past: Tensor | None,
-        residual: Tensor | None = None,
-        gamma: Tensor | None = None,
-        factor: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, C, H, W], past [kt - 1, C, H, W] -> y [T, O, H, W], with the residual if there is one, next past.
+    def forward(self, x: Tensor, cache: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], cache [kt - 1, C, H, W] -> y [T, O, H, W], plus the residual if any, and the next cache.
 
-        With gamma, and a factor or none, y is the input of a next convolution: see `causal_conv3d`. The next past lies
-        where the one before lay.
+        The cache is updated in place.
         """
-        y = causal_conv3d(x, self.weight, self.bias, past, residual, self.scale, gamma, factor)
-        return y, self.follow(x, past)
+        y = causal_conv3d(x, self.weight, self.bias, cache, residual, self.scale)
+        return y, self.update_cache(x, cache)
 
-    def follow(self, x: Tensor, past: Tensor | None) -> Tensor:
-        """The next past alone."""
+    def forward_norm(
+        self, x: Tensor, cache: Tensor | None, gamma: Tensor, out_scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, then RMS norm and SiLU; the result is e4m3 and multiplied by `out_scale` if there is one."""
+        y = causal_conv3d_norm(x, self.weight, self.bias, gamma, cache, self.scale, out_scale)
+        return y, self.update_cache(x, cache)
+
+    def update_cache(self, x: Tensor, cache: Tensor | None) -> Tensor:
+        """The cache after the input x. Overwrites `cache`, or makes one at the start of a clip."""
         keep = self.weight.shape[2] - 1
-        if past is None:
+        if cache is None:
             return torch.cat([_zeros(max(0, keep - len(x)), x), x[-keep:]])
-        return past.copy_(x[-keep:] if len(x) >= keep else torch.cat([past[len(x) :], x]))
+        return cache.copy_(x[-keep:] if len(x) >= keep else torch.cat([cache[len(x) :], x]))
 
 
 class RMSNorm(nn.Module):
-    """y = x / max(||x||, 1e-12) * sqrt(C) * gamma, with the norm over a pixel's C channels."""
+    """RMS norm of a pixel's C channels: y = x / max(||x||, 1e-12) * sqrt(C) * gamma."""
 
     def __init__(self, channels: int, axes: int = 3) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A fresh tensor like x [T, C, H, W]."""
+        """x [T, C, H, W] -> y [T, C, H, W]."""
         return rms_norm_silu(x, self.gamma, silu=False)
 
 
 class Head(nn.ModuleDict):
-    """Norm, SiLU, causal 3 x 3 x 3 convolution."""
+    """The last layers of encoder and decoder: norm, SiLU, causal 3 x 3 x 3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__({"0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels, 3, 3)})
 
-    def forward(self, x: Tensor, past: Tensor | None, shown: bool = True) -> tuple[Tensor, Tensor]:
-        """x [T, C, H, W], past [2, C, H, W] -> y [T, O, H, W], next past. Not shown, y are no frames [0, O, H, W]."""
+    def forward(self, x: Tensor, cache: Tensor | None, emit: bool = True) -> tuple[Tensor, Tensor]:
+        """x [T, C, H, W], cache [2, C, H, W] -> y [T, O, H, W], or [0, O, H, W] without `emit`, and the next cache."""
         norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
         x = rms_norm_silu(x, norm.gamma)
-        return conv(x, past) if shown else (x[:0, : len(conv.weight)], conv.follow(x, past))
+        return conv(x, cache) if emit else (x[:0, : len(conv.weight)], conv.update_cache(x, cache))
 
 
 class ResidualBlock(nn.Module):
-    """Twice (norm, SiLU, causal 3 x 3 x 3 convolution), plus the input or a 1 x 1 x 1 convolution of it."""
+    """Norm, SiLU and causal 3 x 3 x 3 convolution, twice; plus the input, or a 1 x 1 x 1 convolution of it."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -110,28 +111,28 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_channels, out_channels, 1, 1) if in_channels != out_channels else None
 
     def quantize(self) -> None:
-        """From now on both convolutions in FP8."""
+        """Makes both 3 x 3 x 3 convolutions compute in FP8."""
         for norm, conv in zip(*self._layers(), strict=True):
             conv.quantize(fp8_out_scale(norm.gamma))
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """x [T, C, H, W], state of two pasts -> y [T, O, H, W], next state."""
-        past1, past2 = state or (None, None)
+        """x [T, C, H, W], state of two caches -> y [T, O, H, W], next state."""
+        cache1, cache2 = state or (None, None)
         (norm1, norm2), (conv1, conv2) = self._layers()
-        y = rms_norm_silu(x, norm1.gamma, out_scale=conv1.factor)
-        y, past1 = conv1(y, past1, None, norm2.gamma, conv2.factor)
+        y = rms_norm_silu(x, norm1.gamma, True, conv1.in_scale)
+        y, cache1 = conv1.forward_norm(y, cache1, norm2.gamma, conv2.in_scale)
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
-        y, past2 = conv2(y, past2, residual)
-        return y, (past1, past2)
+        y, cache2 = conv2(y, cache2, residual)
+        return y, (cache1, cache2)
 
     def _layers(self) -> tuple[tuple[RMSNorm, ...], tuple[CausalConv3d, ...]]:
-        """The two norms, and the convolutions behind them."""
+        """The two norms, and the two convolutions that follow them."""
         norms, convolutions = (self.residual[name] for name in "03"), (self.residual[name] for name in "26")
         return tuple(cast(RMSNorm, norm) for norm in norms), tuple(cast(CausalConv3d, conv) for conv in convolutions)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention among the pixels of each frame, with one head of all channels, plus the input."""
+    """Self-attention among the pixels of each frame, with one head that has all channels; plus the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:  # noqa: ARG002
-        """x [T, C, H, W] -> y [T, C, H, W]; the state, there because all layers have one, is empty."""
+        """x [T, C, H, W] -> y [T, C, H, W]. `state` is unused; it keeps the layer interface uniform."""
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, :, None]  # [T, H * W, 1, 3 * C]
         q, k, v = qkv.chunk(3, dim=-1)
         y = chunk_attention(q, k, v)  # [T, H * W, 1, C]
@@ -149,10 +150,10 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves rows and columns (zero padding right and below only), then, if `temporal`, frames.
+    """Halves rows and columns, with zero padding right and below only, and then, if `temporal`, frames.
 
-    In time the clip's first frame passes as it is; output j >= 1 is a convolution of frames 2j - 2, 2j - 1, 2j. The
-    state is the last frame.
+    In time, the first frame of a clip passes unchanged, and output j >= 1 is a convolution of frames 2j - 2, 2j - 1 and
+    2j. The state is the last frame.
     """
 
     def __init__(self, channels: int, temporal: bool) -> None:
@@ -173,10 +174,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles frames, if `temporal`, then rows and columns (nearest), halving the channels.
+    """Doubles frames, if `temporal`, and then rows and columns (nearest); halves the channels.
 
-    In time the clip's first frame passes as it is and leaves nothing behind. From the second on, each gives two frames
-    by a causal convolution that has zeros as its past at that second frame: channels 0 .. C - 1 are the earlier one.
+    In time, the first frame of a clip passes unchanged and does not enter the cache. Each later frame becomes two, by a
+    causal convolution with 2 C output channels, whose first C are the earlier frame. The second frame of a clip sees
+    zeros as the frames before it.
     """
 
     def __init__(self, channels: int, temporal: bool) -> None:
@@ -185,11 +187,11 @@ class Upsample(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1) if temporal else None
-        self.register_buffer("phases", None, persistent=False)  # of the second step's convolution, once it is folded
+        self.register_buffer("phase_weights", None, persistent=False)  # `fold_upsampling` of the 2-D convolution
 
-    def fold(self) -> None:
-        """From now on without the doubled image."""
-        self.phases = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
+    def prepare_weights(self) -> None:
+        """Folds the doubling of rows and columns into the convolution after it."""
+        self.phase_weights = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T or, after the first step, 2 T, C / 2, 2 H, 2 W], next state."""
@@ -197,40 +199,46 @@ class Upsample(nn.Module):
             return self._double(x), ()
         if state is None:
             return self._double(x), (_zeros(2, x),)
-        y, past = self.time_conv(x, state[0])
+        y, cache = self.time_conv(x, state[0])
         y = rearrange(y, "t (two c) h w -> (t two) h w c", two=2).contiguous()
-        return self._double(y.permute(0, 3, 1, 2)), (past,)
+        return self._double(y.permute(0, 3, 1, 2)), (cache,)
 
     def _double(self, x: Tensor) -> Tensor:
-        if self.phases is None:
+        """Doubles rows and columns: x [T, C, H, W] -> y [T, C / 2, 2 H, 2 W]."""
+        if self.phase_weights is None:
             return self.resample(x).contiguous(memory_format=torch.channels_last)  # it is not where H = W = 1
-        return upsample_conv2d(x, self.phases, cast(Tensor, self.resample[1].bias))
+        return upsample_conv2d(x, self.phase_weights, cast(Tensor, self.resample[1].bias))
 
 
-class Group(NamedTuple):
-    """Latent frames of a clip that are decoded in one step, and the frames that come of them."""
+class DecodeStep(NamedTuple):
+    """Latent frames of a clip that are decoded in one step, and the pixel frames that they become."""
 
     latents: slice
     frames: slice
-    shown: bool
+    emit: bool  # whether any of the frames is needed
 
 
-def decode_groups(latents: int, unseen: int, stride: int) -> Iterator[Group]:
-    """How a clip of so many latents is decoded, `stride` frames each but for the first one's single frame.
+def decode_schedule(latents: int, warmup_frames: int, stride: int) -> Iterator[DecodeStep]:
+    """The steps in which a clip is decoded.
 
-    One by one until there is something beyond the first `unseen` frames, which nobody looks at, so that it comes early;
-    then `TOGETHER` at a time.
+    Steps have one latent until the first frame that is needed is out, so that it is out early, and then
+    `LATENTS_PER_STEP`.
+
+    Args:
+        latents: latent frames of the clip.
+        warmup_frames: frames at the beginning of the clip that are not needed.
+        stride: frames per latent frame, other than the first one, which is a single frame.
     """
     done = end = 0
     while done < latents:
-        count = min(TOGETHER if end > unseen else 1, latents - done)
-        begin, end = end, end + (stride * count if done else 1)
-        yield Group(slice(done, done + count), slice(begin, end), end > unseen)
+        count = min(LATENTS_PER_STEP if end > warmup_frames else 1, latents - done)
+        start, end = end, end + (stride * count if done else 1)
+        yield DecodeStep(slice(done, done + count), slice(start, end), end > warmup_frames)
         done += count
 
 
 class Encoder(nn.Module):
-    """Pixels -> mean and log-variance of the latent, up to the last 1 x 1 x 1 convolution (`VAE.conv1`)."""
+    """Pixels -> mean and log-variance of the latent, before the last 1 x 1 x 1 convolution, which is `VAE.conv1`."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -247,11 +255,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Pixels [1 or 4, 3, H, W] -> [1, 2 z, H / 8, W / 8], next state."""
-        return _run((self.conv1, *self.downsamples, *self.middle, self.head), x, state)
+        return _run_layers((self.conv1, *self.downsamples, *self.middle, self.head), x, state)
 
 
 class Decoder(nn.Module):
-    """Latents, after the first 1 x 1 x 1 convolution (`VAE.conv2`) -> pixels, not yet clamped."""
+    """Latents, after the first 1 x 1 x 1 convolution, which is `VAE.conv2` -> pixels, not yet clamped."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -269,22 +277,24 @@ class Decoder(nn.Module):
         self.head = Head(widths[-1], 3)
         self.stride = config.temporal_stride
         doubling = (i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample) and layer.time_conv)
-        self.cut = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
+        self.num_batched = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
 
-    def forward(self, x: Tensor, state: State | None, shown: bool = True) -> tuple[Tensor, State]:
-        """Latents [n, z, h, w] -> [n times 4, or 1, 3, 8 h, 8 w], or no frames if they are not to be shown; next state.
+    def forward(self, x: Tensor, state: State | None, emit: bool = True) -> tuple[Tensor, State]:
+        """Latents [n, z, h, w] -> frames, and the next state.
 
-        From the last doubling of frames on, where they are large, one latent's go through after another's.
+        Frames are [1, 3, 8 h, 8 w] at the start of a clip, then [4 n, 3, 8 h, 8 w]; [0, 3, 8 h, 8 w] without `emit`.
+        The first `num_batched` layers process all latents at once, the others the frames of one latent after another,
+        because frames are large there.
         """
         layers = (self.conv1, *self.middle, *self.upsamples)
-        *before, past = state or (None,)
-        x, small = _run(layers[: self.cut], x, tuple(before[: self.cut]))
-        large, frames = tuple(before[self.cut :]), []
+        *states, cache = state or (None,)
+        x, batched_states = _run_layers(layers[: self.num_batched], x, tuple(states[: self.num_batched]))
+        large_states, frames = tuple(states[self.num_batched :]), []
         for part in x.split(len(x) if state is None else self.stride):
-            y, large = _run(layers[self.cut :], part, large)
-            y, past = self.head(y, past, shown)
+            y, large_states = _run_layers(layers[self.num_batched :], part, large_states)
+            y, cache = self.head(y, cache, emit)
             frames.append(y)
-        return frames[0] if len(frames) == 1 else torch.cat(frames), (*small, *large, past)
+        return frames[0] if len(frames) == 1 else torch.cat(frames), (*batched_states, *large_states, cache)
 
 
 class VAE(nn.Module):
@@ -297,21 +307,24 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1, 1)
         self.decoder = Decoder(config)
-        self._made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._statistics_cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
-    def lay_out(self) -> None:
-        """Weights as convolutions want them, once and for all: in channels-last memory, and up-sampling folded in."""
+    def prepare_weights(self) -> None:
+        """Prepares the weights for fast convolutions: channels-last memory, and up-sampling folded in.
+
+        To be called once, after loading. Results and state-dict stay the same, but for rounding.
+        """
         for weight in self.parameters():
             if weight.ndim in (4, 5):
                 last = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
                 weight.data = weight.data.contiguous(memory_format=last)
         for module in self.decoder.upsamples:
             if isinstance(module, Upsample):
-                module.fold()
+                module.prepare_weights()
 
     def quantize(self, levels: Collection[int]) -> None:
-        """From now on the residual blocks of these levels of the decoder, 0 being the latent's, multiply in FP8."""
+        """Makes the residual blocks of these levels of the decoder compute in FP8. Level 0 has the latent's size."""
         level = 0
         for module in self.decoder.upsamples:
             if isinstance(module, Upsample):
@@ -320,11 +333,18 @@ class VAE(nn.Module):
                 cast(ResidualBlock, module).quantize()
 
     def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """The next latent frame (mean, normalised) and the state after it.
+        """Encodes the frames of one latent frame.
 
-        frames [1, 3, H, W] at the start of a clip, where `state` is None, [temporal_stride, 3, H, W] after it; RGB in
-        [-1, 1], H and W multiples of spatial_stride, any memory format. The latent is [1, z, H / 8, W / 8].
-        Raises ValueError for another shape or dtype than the parameters'.
+        Args:
+            frames: RGB in [-1, 1], [1, 3, H, W] at the start of a clip and [temporal_stride, 3, H, W] after it, in any
+                memory format and the parameters' dtype. H and W are multiples of spatial_stride.
+            state: None at the start of a clip, or what the step before returned. It is overwritten.
+
+        Returns:
+            The latent frame [1, z, H / 8, W / 8], which is the normalised mean, and the next state.
+
+        Raises:
+            ValueError: an argument has another shape or dtype.
         """
         count, stride = 1 if state is None else self.config.temporal_stride, self.config.spatial_stride
         wrong = frames.ndim != 4 or frames.shape[:2] != (count, 3) or not frames.numel()
@@ -333,20 +353,27 @@ class VAE(nn.Module):
                 f"frames: shape {list(frames.shape)}, wanted [{count}, 3, height, width], multiples of {stride}"
             )
         self._check_dtype("frames", frames)
-        x, after = self.encoder(frames.contiguous(memory_format=torch.channels_last), state)
+        x, next_state = self.encoder(frames.contiguous(memory_format=torch.channels_last), state)
         z = self.config.z_dim
         mean = conv3d(x, self.conv1.weight[:z], self.conv1.bias[:z])  # the other half would be the log-variance
         shift, scale = self._statistics()
-        return (mean - shift) * scale, after
+        return (mean - shift) * scale, next_state
 
-    def decode_step(self, latent: Tensor, state: State | None = None, shown: bool = True) -> tuple[Tensor, State]:
-        """The next pixel frames and the state after them.
+    def decode_step(self, latent: Tensor, state: State | None = None, emit: bool = True) -> tuple[Tensor, State]:
+        """Decodes the next latent frame, or the next few, to pixel frames.
 
-        latent [1, z, h, w], normalised, any memory format; the frames are [1, 3, 8 h, 8 w] at the start of a clip,
-        where `state` is None, [temporal_stride, 3, 8 h, 8 w] after it; RGB clamped to [-1, 1]. After the start several
-        latents may come together: as many times the frames, in fewer and larger launches. Frames that are not to be
-        `shown` are spared the last convolution, and left out: [0, 3, 8 h, 8 w].
-        Raises ValueError for another shape or dtype than the parameters'.
+        Args:
+            latent: [n, z, h, w], normalised, in any memory format and the parameters' dtype; n is 1 at the start of a
+                clip. Several latents together take fewer and larger launches.
+            state: None at the start of a clip, or what the step before returned. It is overwritten.
+            emit: whether the frames are needed. Without them the last convolution is skipped.
+
+        Returns:
+            RGB frames clamped to [-1, 1], and the next state. Frames are [1, 3, 8 h, 8 w] at the start of a clip,
+            [n temporal_stride, 3, 8 h, 8 w] after it, and [0, 3, 8 h, 8 w] without `emit`.
+
+        Raises:
+            ValueError: an argument has another shape or dtype.
         """
         fits = state is not None or len(latent) == 1
         if latent.ndim != 4 or latent.shape[1] != self.config.z_dim or not latent.numel() or not fits:
@@ -354,11 +381,14 @@ class VAE(nn.Module):
         self._check_dtype("latent", latent)
         shift, scale = self._statistics()
         x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
-        frames, after = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, shown)
-        return frames.clamp_(-1, 1), after
+        frames, next_state = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, emit)
+        return frames.clamp_(-1, 1), next_state
 
     def encode(self, frames: Tensor) -> Iterator[Tensor]:
-        """Each latent frame [1, z, H / 8, W / 8] of a clip [1 + temporal_stride * k, 3, H, W], as in `encode_step`."""
+        """Encodes a whole clip of RGB frames in [-1, 1], [1 + temporal_stride * k, 3, H, W].
+
+        Yields each normalised latent frame [1, z, H / 8, W / 8]. Raises ValueError for another shape or dtype.
+        """
         stride = self.config.temporal_stride
         if len(frames) % stride != 1 % stride:
             raise ValueError(f"frames: {len(frames)} of them, wanted 1 + a multiple of {stride}")
@@ -368,7 +398,11 @@ class VAE(nn.Module):
             yield latent
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """The pixel frames of each latent frame of a clip [F, z, h, w], as in `decode_step`."""
+        """Decodes a whole clip of normalised latent frames [F, z, h, w], one by one.
+
+        Yields the RGB frames of each, clamped to [-1, 1]: first [1, 3, 8 h, 8 w], then [temporal_stride, 3, 8 h, 8 w].
+        Raises ValueError for another shape or dtype.
+        """
         state = None
         for latent in latents.split(1):
             frames, state = self.decode_step(latent, state)
@@ -379,16 +413,16 @@ class VAE(nn.Module):
             raise ValueError(f"{name}: dtype {x.dtype}, wanted the parameters', {self.conv1.weight.dtype}")
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal deviation of a latent, [z, 1, 1], each rounded to the dtype of the parameters.
+        """Mean and reciprocal standard deviation of a latent, [z, 1, 1], each rounded to the parameters' dtype.
 
-        Made once for a device and dtype: a copy to a GPU waits for it.
+        They are made once for a device and dtype, because copying them to a GPU synchronises with it.
         """
         like = self.conv1.bias
-        place = (like.device, like.dtype)
-        if place not in self._made:
+        key = (like.device, like.dtype)
+        if key not in self._statistics_cache:
             shift, deviation = like.new_tensor(self.config.latent_mean), like.new_tensor(self.config.latent_std)
-            self._made[place] = shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
-        return self._made[place]
+            self._statistics_cache[key] = shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
+        return self._statistics_cache[key]
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -397,14 +431,13 @@ def _middle(channels: int) -> nn.ModuleList:
     )
 
 
-def _run(layers: Iterable[nn.Module], x: Tensor, state: State | None) -> tuple[Tensor, State]:
-    """All layers one after the other; the state is the tuple of theirs."""
-    layers = tuple(layers)
-    after = []
-    for layer, before in zip(layers, state or (None,) * len(layers), strict=True):
-        x, new = layer(x, before)
-        after.append(new)
-    return x, tuple(after)
+def _run_layers(layers: Sequence[nn.Module], x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """Runs layers one after another. The state is the tuple of the layers' states."""
+    next_state = []
+    for layer, layer_state in zip(layers, state or (None,) * len(layers), strict=True):
+        x, new_state = layer(x, layer_state)
+        next_state.append(new_state)
+    return x, tuple(next_state)
 
 
 def _zeros(frames: int, like: Tensor) -> Tensor:

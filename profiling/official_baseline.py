@@ -114,14 +114,24 @@ def causal_conv3d(
     past: Tensor | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
-    gamma: Tensor | None = None,
-    factor: float | None = None,
 ) -> Tensor:
-    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; a clip's leading zero frames are multiplied too."""
+    """As `kernels.causal_conv3d.causal_conv3d`, not in FP8; zero frames are multiplied too."""
     if past is None:
         past = x.new_zeros(weight.shape[2] - 1, *x.shape[1:])
-    y = conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
-    return y if gamma is None else rms_norm_silu(y, gamma, out_scale=factor)
+    return conv3d(torch.cat([past, x]), weight, bias, residual=residual, scale=scale)
+
+
+def causal_conv3d_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    past: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_scale: float | None = None,
+) -> Tensor:
+    """As `kernels.causal_conv3d.causal_conv3d_norm`, not in FP8."""
+    return rms_norm_silu(causal_conv3d(x, weight, bias, past, None, scale), gamma, True, out_scale)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -148,6 +158,6 @@ _FORMS = {
         layer_norm_modulate,
     ),
     linear: (layer_norm, layer_norm_modulate),
-    vae: (rms_norm_silu, conv3d, causal_conv3d, downsample_conv2d, chunk_attention),
+    vae: (rms_norm_silu, conv3d, causal_conv3d, causal_conv3d_norm, downsample_conv2d, chunk_attention),
     vae.Upsample: (_double,),
 }

@@ -26,7 +26,7 @@ from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
-from model.vae import decode_groups
+from model.vae import decode_schedule
 from model.weights.checkpoint import Models
 from model.weights.offload import on_device
 from streaming.cuda_graphs import Capture, GraphPool, StaticInput
@@ -108,7 +108,7 @@ class ChunkGenerator:
             self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
             self._rope = rope_table(config.grid, config.dit.head_dim, device)
         latents, stride = config.latent_shape[0], config.vae.temporal_stride
-        self._decode_steps = tuple(decode_groups(latents, config.chunk.warmup_frames, stride))
+        self._decode_steps = tuple(decode_schedule(latents, config.chunk.warmup_frames, stride))
 
         student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
         self._encode_audio = student.graphed(models.dit.embed_audio, timer="audio")
@@ -181,7 +181,7 @@ class ChunkGenerator:
         overlap, last_frames = self.config.chunk.motion_frames_num, []
         for step, group in enumerate(self._decode_steps[decoded:], decoded):
             frames, cache = self._decode_step(step, latents[group.latents], cache)
-            if not group.shown:
+            if not group.emit:
                 continue
             frames, rgb = self._correct_color(step, frames, conditions.lab)
             last_frames.append(frames[max(self.config.chunk.new_frames - group.frames.start, 0) :])
@@ -210,7 +210,7 @@ class ChunkGenerator:
 
     def _decode(self, step: int, latents: Tensor, cache: VAECache | None) -> tuple[Tensor, VAECache]:
         """The frames of one decode step, and the VAE's cache after it."""
-        return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].shown)
+        return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].emit)
 
     def _correct(self, step: int, frames: Tensor, lab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """The frames of one decode step in the portrait's colors, as pixels and as bytes."""
@@ -238,7 +238,7 @@ class ChunkGenerator:
 
         Returns how many decode steps that were and the VAE's cache after them, for use after `_decode_stream.join()`.
         """
-        steps = [g for g in self._decode_steps if g.latents.stop <= len(motion) and not g.shown]
+        steps = [g for g in self._decode_steps if g.latents.stop <= len(motion) and not g.emit]
         cache = None
         with self._decode_stream.fork():
             for step, group in enumerate(steps):

@@ -102,7 +102,7 @@ def random_models(
         )
     for module in (models.text.encoder, models.image, *models.dit.offloadable_modules().values()):
         module.to(offload_device)
-    models.vae.lay_out()
+    models.vae.prepare_weights()
     models.vae.quantize(precision.fp8_vae)
     return models
 
@@ -154,7 +154,7 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not is_unused_key(name, config.image))
     load(vae, identity_map(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae)
-    vae.lay_out()
+    vae.prepare_weights()
     vae.quantize(precision.fp8_vae)
     return Models(
         config,

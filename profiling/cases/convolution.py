@@ -1,6 +1,6 @@
-"""The VAE's convolutions in time and space, and its resampling."""
+"""Cases of the VAE's convolutions: causal, with the norm after it, and those that double or halve the picture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,26 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import causal_conv3d as conv
-from kernels import resample_conv2d as resample_conv
-from kernels.causal_conv3d import causal_conv3d
-from kernels.causal_conv3d import reference as causal_conv3d_reference
-from kernels.resample_conv2d import fold_upsampling
+from kernels.causal_conv3d import (
+    causal_conv3d,
+    causal_conv3d_norm,
+    causal_conv3d_reference,
+    dispatch,
+    dispatch_norm,
+    quantize_conv_weight,
+    tuned_conv_config,
+)
+from kernels.common import FP8, FP8_MAX
+from kernels.resample_conv2d import (
+    dispatch_downsample,
+    dispatch_upsample,
+    downsample_conv2d_reference,
+    downsample_library,
+    fold_upsampling,
+    upsample_conv2d_reference,
+    upsample_library,
+)
 from kernels.rms_norm_silu import fp8_out_scale
 from kernels.tuning import LaunchConfig, TunedConfig
-from profiling.cases.case import ANYWHERE, CUDA, FP8_MAX, Backend, Call, Dims, Operation, compiled, once
+from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, once
 from profiling.cases.elementwise import pixels, rms_norm_silu_library
 
 
 def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
-    """The published form: cached frames concatenated, padded, one library convolution, channels first."""
+    """As the published code: cached frames concatenated, padding, one convolution of the library, channels first."""
     k = w.shape[3]
     clip = torch.cat([past, x]).transpose(0, 1)[None].contiguous()
     return F.conv3d(F.pad(clip, [k // 2] * 4), w, bias)[0].transpose(0, 1)
 
 
 def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Call:
-    """The same library convolution on channels-last memory, weights laid out beforehand."""
+    """The same convolution on channels-last memory, with weights converted beforehand."""
     last, k = w.contiguous(memory_format=torch.channels_last_3d), w.shape[3]
 
     def call() -> Tensor:
@@ -38,55 +52,59 @@ def conv3d_channels_last(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Ca
     return call
 
 
-def ours_conv(k: int, form: str, fp8: bool = False) -> Backend:
-    """One form of kernels/causal_conv3d.py, as it is tuned; FP8 operands are rounded beforehand."""
+def config_of(
+    operation: str, backend: str, x: Tensor, w: Tensor, config: LaunchConfig | None, kernel_dims: Sequence[str] = ()
+) -> TunedConfig:
+    """One backend of a convolution with those launch parameters, or else with the tuned ones."""
+    tuned = None if config else tuned_conv_config(operation, x, w, (backend,), kernel_dims)
+    return tuned or TunedConfig(backend, config or {})
+
+
+def ours_conv(k: int, backend: str, fp8: bool = False) -> Backend:
+    """One backend of `causal_conv3d`, as it is tuned; FP8 operands are rounded beforehand."""
 
     def run(
-        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, config: LaunchConfig | None = None
+        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, scale: Tensor | None, config: LaunchConfig | None = None
     ) -> Tensor:
-        choice = (
-            TunedConfig(form, config)
-            if config
-            else conv.tuned("causal_conv3d", x, len(w), (form,), conv.kernel_size(w)) or TunedConfig(form, {})
-        )
-        return conv.launch(x, past, w, bias, None, scale, choice)
+        tuned = config_of("causal_conv3d", backend, x, w, config, ("kt", "k"))
+        return dispatch(x, w, bias, past, None, scale, tuned)
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Call:
-        x, past, w, scale = conv_operands(x, past, w, fp8)
-        return partial(run, x, past, w, bias, scale, config)
+        x, w, past, scale = conv_operands(x, w, past, fp8)
+        return partial(run, x, w, bias, past, scale, config)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        return run(*conv_shapes(x, past, w, bias, fp8), config)
+        x, w, past, scale = conv_shapes(x, w, past, fp8)
+        return run(x, w, bias, past, scale, config)
 
-    space = partial(conv_space, fp8, k) if form == "gluon" else None
-    return Backend(form, prepare, True, CUDA, None, launcher if form == "gluon" else None, space)
+    space = partial(conv_space, fp8, k) if backend == "gluon" else None
+    return Backend(backend, prepare, True, CUDA, None, launcher if backend == "gluon" else None, space)
 
 
-def conv_operands(x: Tensor, past: Tensor, w: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, past, weights laid out, and their scale in FP8, where all three are rounded."""
+def conv_operands(x: Tensor, w: Tensor, past: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, the weight in channels-last memory, past, and the scale of FP8, in which all three are rounded."""
     if not fp8:
-        return x, past, w.contiguous(memory_format=torch.channels_last_3d), None
-    factor = FP8_MAX / float(max(x.abs().max(), past.abs().max()))
-    x, past = ((t * factor).to(torch.float8_e4m3fn) for t in (x, past))
-    return x, past, *conv.quantize_conv(w, factor)
+        return x, w.contiguous(memory_format=torch.channels_last_3d), past, None
+    in_scale = FP8_MAX / float(max(x.abs().max(), past.abs().max()))
+    x, past = ((t * in_scale).to(FP8) for t in (x, past))
+    w, scale = quantize_conv_weight(w, in_scale)
+    return x, w, past, scale
 
 
-def conv_shapes(
-    x: Tensor, past: Tensor, w: Tensor, bias: Tensor, fp8: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What `conv_operands` makes, and the bias, of tensors without values."""
-    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+def conv_shapes(x: Tensor, w: Tensor, past: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What `conv_operands` makes, of tensors without values."""
+    dtype = FP8 if fp8 else x.dtype
     last = torch.empty_like(w, dtype=dtype, memory_format=torch.channels_last_3d)
     scale = w.new_empty(len(w), dtype=torch.float32) if fp8 else None
-    return torch.empty_like(x, dtype=dtype), torch.empty_like(past, dtype=dtype), last, bias, scale
+    return torch.empty_like(x, dtype=dtype), last, torch.empty_like(past, dtype=dtype), scale
 
 
 def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the form for Hopper: tiles that divide the channels, as many stages as shared memory has.
+    """Launch parameters of the Hopper kernel: tiles that divide the output channels, and the stages that fit.
 
-    Rows of channels that reach beyond the last one cost multiplications with zeros, but copies are fewer and longer.
+    A BLOCK_K that does not divide the input channels multiplies zeros, but makes copies fewer and longer.
     """
-    for left, right, row_bytes, stages, tall, lines in (
+    for block_n0, block_n1, row_bytes, stages, reuse_rows, tile_h in (
         (128, 64, 128, 3, 0, 8), (128, 64, 64, 6, 0, 8), (128, 64, 64, 2, 1, 8), (128, 0, 128, 4, 0, 8),
         (128, 0, 64, 4, 1, 8), (64, 32, 128, 5, 0, 8), (64, 32, 128, 2, 1, 8), (64, 32, 64, 10, 0, 8),
         (64, 32, 64, 5, 1, 8), (64, 32, 32, 11, 1, 8), (64, 32, 64, 3, 1, 16), (64, 32, 64, 5, 0, 16),
@@ -95,14 +113,14 @@ def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
         block_k, outputs = row_bytes if fp8 else row_bytes // 2, dims["outputs"]
         waste = -dims["channels"] % block_k / dims["channels"]
         if (
-            (outputs <= 16) == (left == 16)
-            and (left == 16 or outputs % (left + right) == 0)
+            (outputs <= 16) == (block_n0 == 16)
+            and (block_n0 == 16 or outputs % (block_n0 + block_n1) == 0)
             and block_k >= 32
             and waste < 0.5
-            and (k > 1 or not tall)
+            and (k > 1 or not reuse_rows)
         ):
-            tile = {"BLOCK_N0": left, "BLOCK_N1": right, "TILE_H": lines}
-            yield tile | {"BLOCK_K": block_k, "STAGES": stages, "REUSE_ROWS": tall}
+            tile = {"BLOCK_N0": block_n0, "BLOCK_N1": block_n1, "TILE_H": tile_h}
+            yield tile | {"BLOCK_K": block_k, "STAGES": stages, "REUSE_ROWS": reuse_rows}
 
 
 def convolution(k: int) -> Operation:
@@ -137,123 +155,107 @@ def convolution(k: int) -> Operation:
 CAUSAL_CONV3D, TIME_CONV = convolution(3), convolution(1)
 
 
-def causal_conv3d_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor) -> Tensor:
-    """The VAE's norm and SiLU of a causal convolution, in two passes."""
+def conv_then_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor) -> Tensor:
+    """A causal convolution, then RMS norm and SiLU, as PyTorch's operations."""
     return rms_norm_silu_library(causal_conv3d_reference(x, w, bias, past), gamma)
 
 
-def ours_conv_norm(form: str, fp8: bool) -> Backend:
-    """The norm on the convolution's way out, or apart; in FP8 the result is e4m3, with what undoes its factor.
+def ours_conv_norm(backend: str, fp8: bool) -> Backend:
+    """One backend of `causal_conv3d_norm`; "eager" is the public function, for CPUs.
 
-    "eager" is the operation as a CPU has it.
+    In FP8 the result is e4m3, together with the reciprocal of its scale.
     """
 
     def run(
-        x: Tensor, past: Tensor, w: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None,
+        x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None, out_scale: float | None,
         config: LaunchConfig | None = None,
     ) -> Tensor:  # fmt: skip
-        if form == "eager":
-            return causal_conv3d(x, w, bias, past, None, scale, gamma, factor)
-        choice = (
-            TunedConfig(form, config)
-            if config
-            else conv.tuned("causal_conv3d_norm", x, len(w), (form,), conv.kernel_size(w)) or TunedConfig(form, {})
-        )
-        return conv.launch_normed(x, past, w, bias, scale, gamma, factor, choice)
+        if backend == "eager":
+            return causal_conv3d_norm(x, w, bias, gamma, past, scale, out_scale)
+        tuned = config_of("causal_conv3d_norm", backend, x, w, config, ("kt", "k"))
+        return dispatch_norm(x, w, bias, gamma, past, scale, out_scale, tuned)
 
     def prepare(
         x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Call:  # fmt: skip
-        x, past, w, scale = conv_operands(x, past, w, fp8)
-        factor = fp8_out_scale(gamma) if fp8 else None
-        call = partial(run, x, past, w, bias, scale, gamma, factor, config)
-        if factor is None:
+        x, w, past, scale = conv_operands(x, w, past, fp8)
+        out_scale = fp8_out_scale(gamma) if fp8 else None
+        call = partial(run, x, w, bias, gamma, past, scale, out_scale, config)
+        if out_scale is None:
             return call
-        undo = torch.tensor(1 / factor)
+        undo = torch.tensor(1 / out_scale)
         return lambda: (call(), undo)
 
     def launcher(
         x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Tensor:  # fmt: skip
-        return run(*conv_shapes(x, past, w, bias, fp8), gamma, 1.0 if fp8 else None, config)
+        x, w, past, scale = conv_shapes(x, w, past, fp8)
+        return run(x, w, bias, gamma, past, scale, 1.0 if fp8 else None, config)
 
-    if form != "fused":
-        return Backend(form, prepare, True, CUDA if form == "apart" else ("cpu",))
-    return Backend(form, prepare, True, CUDA, None, launcher, partial(conv_norm_space, fp8))
+    if backend != "fused":
+        return Backend(backend, prepare, True, CUDA if backend == "separate" else ("cpu",))
+    return Backend(backend, prepare, True, CUDA, None, launcher, partial(conv_norm_space, fp8))
 
 
 def conv_norm_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Of `conv_space`, tiles that have all output channels."""
-    return (launch for launch in conv_space(fp8, 3, dims) if launch["BLOCK_N0"] + launch["BLOCK_N1"] >= dims["outputs"])
+    """The tiles of `conv_space` that hold all output channels."""
+    return (config for config in conv_space(fp8, 3, dims) if config["BLOCK_N0"] + config["BLOCK_N1"] >= dims["outputs"])
 
 
 CAUSAL_CONV3D_NORM = replace(
     CAUSAL_CONV3D,
     name="causal_conv3d_norm",
     inputs=lambda d, draw: (*CAUSAL_CONV3D.inputs(d, draw), 1 + draw(d["outputs"], scale=0.1)),
-    reference=causal_conv3d_norm,
+    reference=conv_then_norm,
     backends={
         "bf16": (
-            *(ours_conv_norm(form, fp8=False) for form in ("fused", "apart", "eager")),
-            Backend("torch-compiled", compiled(causal_conv3d_norm), devices=ANYWHERE),
+            *(ours_conv_norm(backend, fp8=False) for backend in ("fused", "separate", "eager")),
+            Backend("torch-compiled", compiled(conv_then_norm), devices=ANYWHERE),
         ),
-        "fp8": tuple(ours_conv_norm(form, fp8=True) for form in ("fused", "apart", "eager")),
+        "fp8": tuple(ours_conv_norm(backend, fp8=True) for backend in ("fused", "separate", "eager")),
     },
     result=lambda output: output if isinstance(output, Tensor) else output[0].float() * output[1],
     tolerances={"fp8": 6e-2},  # of e4m3 in and out
 )
 
 
-def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    """Nearest 2x up-sampling, then a 3 x 3 convolution: [T, C, H, W] -> [T, O, 2 H, 2 W]."""
-    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), w, bias, padding=1)
-
-
-def downsample_conv2d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    """A row and a column of zeros added, then a 3 x 3 convolution of stride 2: [T, C, H, W] -> [T, O, H / 2, W / 2]."""
-    return F.conv2d(F.pad(x, (0, 1, 0, 1)), w, bias, stride=2)
-
-
-def laid_out(operation: str, w: Tensor) -> Tensor:
-    """Weights as the operation takes them: folded, or in channels-last memory."""
+def prepare_weight(operation: str, w: Tensor) -> Tensor:
+    """The weight as the operation takes it: folded, or in channels-last memory."""
     last = torch.channels_last
     return fold_upsampling(w) if operation == "upsample_conv2d" else w.contiguous(memory_format=last)
 
 
-def ours_resampling(operation: str, form: str) -> Backend:
-    """One form of kernels/resample_conv2d.py, as it is tuned; weights are laid out beforehand."""
+def ours_resampling(operation: str, backend: str) -> Backend:
+    """One backend of `upsample_conv2d` or `downsample_conv2d`, as it is tuned; weights are prepared beforehand."""
+    up = operation == "upsample_conv2d"
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        choice = (
-            TunedConfig(form, config)
-            if config
-            else conv.tuned(operation, x, len(bias), (form,)) or TunedConfig(form, {})
-        )
-        return resample_conv.launch(operation, x, weight, bias, choice)
+        tuned = config_of(operation, backend, x, weight[0, 0] if up else weight, config)
+        return (dispatch_upsample if up else dispatch_downsample)(x, weight, bias, tuned)
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
-        return partial(run, x, laid_out(operation, w), bias, config)
+        return partial(run, x, prepare_weight(operation, w), bias, config)
 
     def prepare_library(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-        return partial(resample_conv.BACKENDS[operation][form], x, laid_out(operation, w), bias)
+        return partial(upsample_library if up else downsample_library, x, prepare_weight(operation, w), bias)
 
     def launcher(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        return run(x, laid_out(operation, w), bias, config)
+        return run(x, prepare_weight(operation, w), bias, config)
 
-    if form == "library":
-        return Backend(form, prepare_library, ours=True)
-    return Backend(form, prepare, True, CUDA, None, launcher, partial(resampling_space, operation))
+    if backend == "library":
+        return Backend(backend, prepare_library, ours=True)
+    return Backend(backend, prepare, True, CUDA, None, launcher, partial(resampling_space, operation))
 
 
 def resampling_space(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
-    """As `conv_space`; blocks of channels end with the pixel where pixels are taken by twos."""
-    for launch in conv_space(False, 2, dims):
-        if operation == "upsample_conv2d" or (dims["channels"] % launch["BLOCK_K"] == 0 and not launch["REUSE_ROWS"]):
-            yield launch
+    """`conv_space`; with a stride of 2 BLOCK_K must divide the channels, and rows cannot be reused."""
+    for config in conv_space(False, 2, dims):
+        if operation == "upsample_conv2d" or (dims["channels"] % config["BLOCK_K"] == 0 and not config["REUSE_ROWS"]):
+            yield config
 
 
-def resampling(operation: str, function: Callable[..., Tensor], taps: float, scale: float) -> Operation:
-    """A 3 x 3 convolution that doubles or halves: taps a pixel of x; scale: pixels of y for each."""
+def resampling(operation: str, function: Callable[..., Tensor], taps: float, pixels_out: float) -> Operation:
+    """A 3 x 3 convolution that doubles or halves rows and columns: taps per pixel of x, pixels of y per pixel of x."""
     return Operation(
         operation,
         lambda d, draw: (
@@ -264,7 +266,7 @@ def resampling(operation: str, function: Callable[..., Tensor], taps: float, sca
         function,
         lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
         lambda d, item: (
-            item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + scale * d["outputs"]))
+            item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + pixels_out * d["outputs"]))
             + 9.0 * item * d["channels"] * d["outputs"]
         ),
         {
@@ -279,6 +281,6 @@ def resampling(operation: str, function: Callable[..., Tensor], taps: float, sca
     )
 
 
-# As four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of it.
-UPSAMPLE_CONV2D = resampling("upsample_conv2d", upsample_conv2d, 16, 4)
-DOWNSAMPLE_CONV2D = resampling("downsample_conv2d", downsample_conv2d, 9 / 4, 1 / 4)
+# Counted as four phases of 2 x 2 taps on the small image; nine taps on the large one would be 9 / 4 of that.
+UPSAMPLE_CONV2D = resampling("upsample_conv2d", upsample_conv2d_reference, 16, 4)
+DOWNSAMPLE_CONV2D = resampling("downsample_conv2d", downsample_conv2d_reference, 9 / 4, 1 / 4)

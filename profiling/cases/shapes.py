@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from kernels.conv_sm90 import WIDEST
+from kernels.conv_sm90 import MAX_FUSED_CHANNELS
 from model.config import Config
-from model.vae import TOGETHER, decode_groups
+from model.vae import LATENTS_PER_STEP, decode_schedule
 from profiling.cases.attention import (
     AUDIO_ATTENTION,
     FRAME_ATTENTION,
@@ -95,23 +95,24 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
     widths = [vae.dim * mult for mult in reversed(vae.dim_mult)]
     temporal = (*reversed(vae.temperal_downsample), False)
     motion = (chunk.motion_frames_num - 1) // vae.temporal_stride
-    groups = decode_groups(latents, chunk.warmup_frames, vae.temporal_stride)
-    sizes = [group.latents.stop - group.latents.start for group in groups]
+    steps = decode_schedule(latents, chunk.warmup_frames, vae.temporal_stride)
+    sizes = [step.latents.stop - step.latents.start for step in steps]
     for level, (width, doubles) in enumerate(zip(widths, temporal, strict=True)):
         decoded, encoded = (1 / frames + latents - 1), (1 / frames + motion)
         middle = 4 if level == 0 else 0
-        together = sizes.count(TOGETHER) if any(temporal[level:]) else 0
+        together = sizes.count(LATENTS_PER_STEP) if any(temporal[level:]) else 0
         convolutions = 2 * (vae.num_res_blocks + 1) + middle
         in_pairs = convolutions * together
-        convolutions = convolutions * (decoded - TOGETHER * together) + (2 * vae.num_res_blocks + middle) * encoded
+        alone = decoded - LATENTS_PER_STEP * together
+        convolutions = convolutions * alone + (2 * vae.num_res_blocks + middle) * encoded
         name = f"{tag}-level{level}"
         dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
         yield CAUSAL_CONV3D, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, convolutions, DECODE)
         if in_pairs:
-            pair = dims | SPACE_TIME | {"frames": TOGETHER * frames, "outputs": width}
+            pair = dims | SPACE_TIME | {"frames": LATENTS_PER_STEP * frames, "outputs": width}
             yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs, DECODE)
         yield RMS_NORM_SILU, Shape(name, dims, world, convolutions, DECODE)
-        if width <= WIDEST:  # a sequence of the two above, no calls of its own
+        if width <= MAX_FUSED_CHANNELS:  # a sequence of the two above, no calls of its own
             yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, stage=DECODE)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]

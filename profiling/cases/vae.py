@@ -1,4 +1,4 @@
-"""The whole decoder and encoder."""
+"""Cases of the whole VAE: decoding and encoding of a clip, step by step."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import VAEConfig
 from model.vae import VAE
 from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, Draw, Operation
-from profiling.official_baseline import official_baseline
 
 
 def vae_of(config: VAEConfig, values: Tensor) -> VAE:
-    """A VAE whose weights are the normal `values`, scaled so that what passes through keeps its size."""
+    """A VAE with random weights, taken from the normal `values`, whose layers keep the magnitude of their input."""
     with torch.device("meta"):
         vae = VAE(config)
     vae.to_empty(device=values.device).to(values.dtype)
@@ -31,7 +30,7 @@ def vae_of(config: VAEConfig, values: Tensor) -> VAE:
 
 @cache
 def vae_size(config: VAEConfig, half: str | None = None) -> int:
-    """Numbers in its parameters, or in those that one half of it uses."""
+    """Number of parameters of a VAE, or of those that its decoder or encoder uses."""
     used = {None: "", "decode": ("conv2.", "decoder."), "encode": ("encoder.", "conv1.")}[half]
     with torch.device("meta"):
         return sum(parameter.numel() for name, parameter in VAE(config).named_parameters() if name.startswith(used))
@@ -39,14 +38,14 @@ def vae_size(config: VAEConfig, half: str | None = None) -> int:
 
 @cache
 def vae_flops(config: VAEConfig, half: str, frames: int, rows: int, columns: int) -> float:
-    """Of the published form: zero frames and doubled images are multiplied."""
+    """FLOPs of the published code, which also multiplies zero frames and doubled images."""
     with torch.device("meta"), official_baseline(), FlopCounterMode(display=False) as counter:
         coded(half, VAE(config), torch.empty(frames, config.z_dim if half == "decode" else 3, rows, columns))
     return counter.get_total_flops()
 
 
 def vae_bytes(config: VAEConfig, half: str, dims: Dims, item: int) -> float:
-    """Of latents, frames and weights, once."""
+    """Bytes of latents, frames and weights, each moved once."""
     time, area = config.temporal_stride, config.spatial_stride**2
     count, size = dims["frames"], dims["rows"] * dims["columns"]
     if half == "decode":
@@ -57,7 +56,7 @@ def vae_bytes(config: VAEConfig, half: str, dims: Dims, item: int) -> float:
 
 
 def coded(half: str, vae: VAE, x: Tensor) -> Tensor:
-    """Frames of latents, or latents of frames, step by step."""
+    """Decodes latents to frames, or encodes frames to latents, step by step."""
     return torch.cat(list(getattr(vae, half)(x)))
 
 
@@ -71,7 +70,7 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
 
     def prepare_ours(levels: Sequence[int], x: Tensor, values: Tensor) -> Call:
         vae = vae_of(config, values)
-        vae.lay_out()
+        vae.prepare_weights()
         vae.quantize(levels)
         return partial(coded, half, vae, x)
 
@@ -89,7 +88,7 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
         return vae
 
     def prepare_compiled(x: Tensor, values: Tensor) -> Call:
-        # One module for all sets of inputs, with the last one's weights: compiling takes a minute.
+        # Compiling takes a minute: all sets of inputs share one module, which has the weights of the last set.
         vae = compiled_vae(x.device, x.dtype)
         vae.load_state_dict(vae_of(config, values).state_dict())
         return partial(as_published, vae, x)
@@ -111,6 +110,6 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
             )
             for dtype in ("fp32", "bf16")
         },
-        # Twice what was seen on a CPU, widths 32 and 96: sixty layers in bf16 0.016 and 0.0094, a level in FP8 0.036.
+        # Twice the errors on a CPU: sixty layers in bf16 0.016 at width 32 and 0.0094 at 96, one level in FP8 0.036.
         tolerances={"bf16": 0.07 if decodes else 0.02},
     )

@@ -1,4 +1,4 @@
-"""Convolutions that double or halve pictures, against the library on the doubled and the padded picture, in float64."""
+"""Convolutions that double or halve rows and columns, against their definitions in float64."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import resample_conv2d as resample_conv
-from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
+from kernels import resample_conv2d as resample
+from kernels.resample_conv2d import (
+    downsample_conv2d,
+    downsample_conv2d_op,
+    downsample_conv2d_reference,
+    downsample_sm90,
+    fold_upsampling,
+    upsample_conv2d,
+    upsample_conv2d_op,
+    upsample_conv2d_reference,
+    upsample_sm90,
+)
+from kernels.tuning import GPU, TunedConfig, assume_gpu
 from profiling.measure.check import poisoned_memory
 
 SIZES, CHANNELS = st.integers(1, 6), st.integers(2, 6)
@@ -27,14 +38,20 @@ def assert_like(y: Tensor, expected: Tensor) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(SIZES, CHANNELS, SIZES, SIZES, SIZES, st.integers(0, 2**31))
-def test_upsampling_folded_into_its_convolution(frames, inputs, outputs, rows, columns, seed):
+def test_upsampling_equals_reference(frames, inputs, outputs, rows, columns, seed):
     torch.manual_seed(seed)
     x, weight = channels_last(frames, inputs, rows, columns), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64)
     bias = torch.randn(outputs, dtype=torch.float64)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
     with poisoned_memory():
         y = upsample_conv2d(x, fold_upsampling(weight), bias)
-    assert_like(y, expected)
+    assert_like(y, upsample_conv2d_reference(x, weight, bias))
+
+
+def test_the_reference_repeats_every_pixel():
+    x, weight = channels_last(1, 2, 2, 3), torch.zeros(2, 2, 3, 3, dtype=torch.float64)
+    weight[0, 0, 1, 1] = weight[1, 1, 1, 1] = 1  # the identity
+    y = upsample_conv2d_reference(x, weight, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_folded_weights_are_rounded_once():
@@ -44,12 +61,22 @@ def test_folded_weights_are_rounded_once():
 
 @settings(deadline=None, max_examples=25)
 @given(SIZES, CHANNELS, SIZES, st.integers(2, 7), st.integers(2, 7), st.integers(0, 2**31))
+def test_downsampling_equals_reference(frames, inputs, outputs, rows, columns, seed):
+    torch.manual_seed(seed)
+    x, weight = channels_last(frames, inputs, rows, columns), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64)
+    bias = torch.randn(outputs, dtype=torch.float64)
+    assert_like(downsample_conv2d(x, weight, bias), downsample_conv2d_reference(x, weight, bias))
+
+
+@settings(deadline=None, max_examples=25)
+@given(SIZES, CHANNELS, SIZES, st.integers(2, 7), st.integers(2, 7), st.integers(0, 2**31))
 def test_downsampling_is_padded_below_and_to_the_right(frames, inputs, outputs, rows, columns, seed):
     torch.manual_seed(seed)
     x, weight = channels_last(frames, inputs, rows, columns), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64)
     bias = torch.randn(outputs, dtype=torch.float64)
-    whole = F.conv2d(F.pad(x, (0, 2, 0, 2)), weight, bias)  # at every place; a stride takes every second of them
-    assert_like(downsample_conv2d(x, weight, bias), whole[:, :, :-1:2, :-1:2][:, :, : rows // 2, : columns // 2])
+    whole = F.conv2d(F.pad(x, (0, 2, 0, 2)), weight, bias)  # at every pixel; the stride takes every second one
+    expected = whole[:, :, :-1:2, :-1:2][:, :, : rows // 2, : columns // 2]
+    assert_like(downsample_conv2d_reference(x, weight, bias).contiguous(memory_format=torch.channels_last), expected)
 
 
 @pytest.mark.parametrize("function", [downsample_conv2d, upsample_conv2d])
@@ -59,34 +86,60 @@ def test_says_in_one_line_what_is_wrong(function: Callable[..., Tensor]):
     wrong = [
         (channels_last(2, 2, 5, 6), r"x: shape \[2, 2, 5, 6\], wanted \[frames, 3, rows, columns\]"),
         (x[0], r"x: shape \[3, 5, 6\], wanted \[frames, 3, rows, columns\]"),
-        (x.float(), r"x: dtype torch.float32, wanted the weight's, torch.float64"),
+        (x.float(), r"x: torch.float32, wanted torch.float64"),
         (x.contiguous(), r"x: strides .* wanted channels-last memory"),
     ]
     if function is downsample_conv2d:
         wrong.append((channels_last(2, 3, 1, 6), r"x: shape \[2, 3, 1, 6\], wanted 2 rows and columns or more"))
-    for given_x, words in wrong:
+    calls = [((given_x, weight, bias), words) for given_x, words in wrong]
+    calls.append(((x, weight, bias[:1]), r"bias: shape \[1\], wanted \[4\]"))
+    calls.append(((x, weight[..., :1], bias), r"weights?: shape .* wanted \[.*outputs, inputs, "))
+    for arguments, words in calls:
         with pytest.raises(ValueError, match=words) as raised:
-            function(given_x, weight, bias)
+            function(*arguments)
         assert "\n" not in str(raised.value)
 
 
 def test_opcheck():
     x, weight, bias = channels_last(2, 3, 4, 6).float(), torch.randn(5, 3, 3, 3), torch.randn(5)
-    torch.library.opcheck(resample_conv._upsample_conv2d, (x, fold_upsampling(weight), bias))
-    torch.library.opcheck(resample_conv._downsample_conv2d, (x, weight, bias))
+    torch.library.opcheck(upsample_conv2d_op.library_op, (x, fold_upsampling(weight), bias))
+    torch.library.opcheck(downsample_conv2d_op.library_op, (x, weight, bias))
+
+
+def test_dispatch_follows_the_tuned_tables(monkeypatch):
+    """The kernel only where measurements say so, on Hopper, and for outputs that it can store; else the library."""
+    taken: list[tuple[str, object]] = []
+    for name in ("upsample", "downsample"):
+        monkeypatch.setattr(resample, f"{name}_library", lambda *_: taken.append(("library", None)))
+        monkeypatch.setattr(resample, f"{name}_sm90", lambda *arguments: taken.append(("gluon", arguments[-1])))
+    gluon = TunedConfig("gluon", {"STAGES": 3})
+    for capability, outputs, found, expected in (
+        ("9.0", 8, None, ("library", None)),
+        ("9.0", 8, gluon, ("gluon", gluon.config)),
+        ("9.0", 8, TunedConfig("library", {}), ("library", None)),
+        ("9.0", 4, gluon, ("library", None)),
+        ("8.9", 8, gluon, ("library", None)),
+    ):
+        monkeypatch.setattr(resample, "tuned_conv_config", lambda *_, found=found: found)
+        x, weight = channels_last(2, 16, 4, 4).bfloat16(), torch.zeros(outputs, 16, 3, 3).bfloat16()
+        with assume_gpu(GPU("any", capability, 132)):
+            resample.dispatch_upsample(x, fold_upsampling(weight), weight[:, 0, 0, 0])
+            resample.dispatch_downsample(x, weight, weight[:, 0, 0, 0])
+        assert taken == [expected, expected]
+        taken.clear()
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
 
 
-def hopper(block_k: int, tall: int) -> dict[str, int]:
-    return {"BLOCK_N0": 64, "BLOCK_N1": 32, "BLOCK_K": block_k, "STAGES": 5, "REUSE_ROWS": tall}
+def sm90_config(block_k: int, reuse_rows: int) -> dict[str, int]:
+    return {"BLOCK_N0": 64, "BLOCK_N1": 32, "BLOCK_K": block_k, "STAGES": 5, "REUSE_ROWS": reuse_rows}
 
 
 @pytest.fixture
 def operands(inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the form for Hopper needs one")
+        pytest.skip("needs a Hopper GPU")
     x = channels_last(3, inputs, 14, 22).to("cuda", torch.bfloat16)
     weight = (torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5).to("cuda", torch.bfloat16)
     return x, weight, torch.randn(outputs).to("cuda", torch.bfloat16)
@@ -99,21 +152,20 @@ def assert_close(y: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("inputs", "outputs"), [(384, 192), (192, 96), (40, 24)])
-@pytest.mark.parametrize("tall", [0, 1])
-def test_gpu_upsampling_on_hopper(operands, tall):
+@pytest.mark.parametrize("reuse_rows", [0, 1])
+def test_gpu_upsampling_on_hopper(operands, reuse_rows):
     x, weight, bias = operands
-    phases = fold_upsampling(weight)
     with poisoned_memory():
-        y = resample_conv.upsample_hopper(x, phases, bias, hopper(32, tall))
-    assert_close(y, resample_conv.upsample_library(x.double(), phases.double(), bias.double()))
+        y = upsample_sm90(x, fold_upsampling(weight), bias, sm90_config(32, reuse_rows))
+    assert_close(y, upsample_conv2d_reference(x.double(), weight.double(), bias.double()))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("inputs", "outputs"), [(384, 384), (192, 192), (96, 96)])
-@pytest.mark.parametrize("launch", [None, hopper(32, 0)])
-def test_gpu_downsampling_on_hopper(operands, launch):
+@pytest.mark.parametrize("config", [None, sm90_config(32, 0)])
+def test_gpu_downsampling_on_hopper(operands, config):
     x, weight, bias = operands
     weight = weight.contiguous(memory_format=torch.channels_last)
     with poisoned_memory():
-        y = resample_conv.downsample_hopper(x, weight, bias, launch)
-    assert_close(y, resample_conv.downsample_library(x.double(), weight.double(), bias.double()))
+        y = downsample_sm90(x, weight, bias, config)
+    assert_close(y, downsample_conv2d_reference(x.double(), weight.double(), bias.double()))

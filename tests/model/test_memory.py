@@ -20,7 +20,7 @@ from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
-from model.vae import VAE, State, decode_groups
+from model.vae import VAE, State, decode_schedule
 from model.weights.offload import on_device
 
 GIB = 2**30
@@ -51,10 +51,10 @@ class Live(TorchDispatchMode):
 
 
 def conv_then_norm(
-    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, factor: float | None
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None, out_scale: float | None
 ) -> Tensor:
     """What runs inside the operation unless a table says "fused"; outside of it, it is counted."""
-    return rms_norm_silu(conv._conv3d(x, past, weight, bias, None, scale), gamma, True, factor)
+    return rms_norm_silu(conv.causal_conv3d_op(x, weight, bias, past, None, scale), gamma, True, out_scale)
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -70,8 +70,8 @@ def counted() -> dict[str, int]:
     default = torch.get_default_dtype()
     try:
         with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), torch.inference_mode():
-            patch.setattr(conv, "_stacked", conv._volume)  # what runs on a GPU
-            patch.setattr(conv, "_conv3d_norm", conv_then_norm)
+            patch.setattr(conv, "_conv3d_stacked", conv._conv3d_library)  # what runs on a GPU
+            patch.setattr(conv, "causal_conv3d_norm_op", conv_then_norm)
             found["speech"] = parameters(SpeechEncoder(CONFIG.audio))
             torch.set_default_dtype(PRECISION.dit)
             student, vae = DiT(dit), VAE(CONFIG.vae)
@@ -115,8 +115,8 @@ def counted() -> dict[str, int]:
 def decode(vae: VAE, latents: Tensor) -> State | None:
     """Decodes as the chunk loop does: at most two latents per step."""
     state = None
-    for group in decode_groups(len(latents), 0, vae.config.temporal_stride):
-        _, state = vae.decode_step(latents[group.latents], state)
+    for step in decode_schedule(len(latents), 0, vae.config.temporal_stride):
+        _, state = vae.decode_step(latents[step.latents], state)
     return state
 
 

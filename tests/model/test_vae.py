@@ -323,7 +323,7 @@ def test_memory_format_and_dtype(dtype, monkeypatch):
     for module in vae.modules():
         if not isinstance(module, VAE):
             module.register_forward_hook(check)
-    for name in ("rms_norm_silu", "conv3d", "causal_conv3d"):
+    for name in ("rms_norm_silu", "conv3d", "causal_conv3d", "causal_conv3d_norm"):
         monkeypatch.setattr(f"model.vae.{name}", checked(getattr(model.vae, name)))
     state = None
     for latent in torch.randn(3, 16, 2, 3).to(dtype).split(1):
@@ -409,7 +409,7 @@ def test_says_in_one_line_what_else_is_wrong():
             function(x, state)
         assert "\n" not in str(raised.value)
     wider = VAE(VAEConfig(dim=2)).double()
-    with pytest.raises(ValueError, match=r"past: dtype torch.float32, wanted x's, torch.float64"):
+    with pytest.raises(ValueError, match=r"past: torch.float32, wanted torch.float64"):
         wider.decode_step(torch.zeros(1, 16, 1, 1).double(), decoded)
     assert all(map(torch.equal, tree_leaves((encoded, decoded)), tree_leaves(kept)))  # a state refused is not spent
 
@@ -419,21 +419,21 @@ def test_another_layout_of_weights_changes_nothing():
     vae, latents = VAE(VAEConfig(dim=4)).double(), torch.randn(2, 16, 2, 3).double()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     video = torch.cat(list(vae.decode(latents)))
-    vae.lay_out()
+    vae.prepare_weights()
     assert vae.decoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
     torch.testing.assert_close(torch.cat(list(vae.decode(latents))), video, rtol=1e-9, atol=1e-9)
 
 
-def test_frames_not_shown_leave_the_same_state():
+def test_steps_that_emit_nothing_leave_the_same_state():
     vae = random_vae(8, dim=4)
     latents = torch.randn(3, 4, 2, 3).double()
-    state = unseen = None
+    state = silent = None
     for latent in latents.split(1):
         frames, state = vae.decode_step(latent, state)
-        none, unseen = vae.decode_step(latent, unseen, shown=False)
+        none, silent = vae.decode_step(latent, silent, emit=False)
         assert none.shape == (0, *frames.shape[1:])
-        assert all(map(torch.equal, tree_leaves(state), tree_leaves(unseen)))
+        assert all(map(torch.equal, tree_leaves(state), tree_leaves(silent)))
 
 
 def test_fp8_of_one_level_keeps_38_db():
@@ -441,7 +441,7 @@ def test_fp8_of_one_level_keeps_38_db():
     config = VAEConfig()
     values = torch.randn(vae_size(config), generator=torch.Generator().manual_seed(0))
     vae = vae_of(config, values)
-    vae.lay_out()
+    vae.prepare_weights()
     with Image.open(Path(__file__).parents[2] / "examples/portrait.jpg") as image:
         portrait = to_pixels(torch.from_numpy(np.array(image.convert("RGB")))).permute(2, 0, 1)
     crops = [portrait[:, 224 + 2 * i :, 224 + 3 * i :][:, :64, :64] for i in range(5)]
@@ -455,14 +455,14 @@ def test_fp8_of_one_level_keeps_38_db():
     assert 38 < psnr < 60
 
 
-@pytest.mark.parametrize("together", [[1, 1, 3], [1, 2, 2], [1, 4]])
-def test_latents_that_come_together_give_the_same_frames(together):
-    """In float64 but for rounding: libraries sum in another order when there is more to do."""
+@pytest.mark.parametrize("sizes", [[1, 1, 3], [1, 2, 2], [1, 4]])
+def test_several_latents_in_a_step_give_the_same_frames(sizes):
+    """In float64, up to rounding: libraries sum in another order when there is more to do."""
     vae = random_vae(9, dim=4)
     latents = torch.randn(5, 4, 3, 2).double()
     frames, state = [], None
-    for group in latents.split(together):
-        more, state = vae.decode_step(group, state)
-        frames.append(more)
-    assert [len(group) for group in frames] == [1, *(4 * n for n in together[1:])]
+    for part in latents.split(sizes):
+        decoded, state = vae.decode_step(part, state)
+        frames.append(decoded)
+    assert [len(part) for part in frames] == [1, *(4 * n for n in sizes[1:])]
     torch.testing.assert_close(torch.cat(frames), torch.cat(list(vae.decode(latents))), rtol=1e-10, atol=1e-10)

@@ -282,12 +282,12 @@ class Recorder:
         self._vae, self._hook = vae, dit.register_forward_hook(self._student, with_kwargs=True)
         decode_step, encode_step = vae.decode_step, vae.encode_step
 
-        def decode(latent: Tensor, state: Any = None, shown: bool = True) -> Any:
+        def decode(latent: Tensor, state: Any = None, emit: bool = True) -> Any:
             """Decodes all frames, as the golden case has them."""
             self.decoder_inputs.append(latent.clone())
             frames, state = decode_step(latent, state)
             self.decoded.append(frames.clone())
-            return frames if shown else frames[:0], state
+            return frames if emit else frames[:0], state
 
         def encode(frames: Tensor, state: Any = None) -> Any:
             self.encoder_inputs.append(frames.clone())

@@ -261,7 +261,7 @@ def test_frames_leave_before_the_last_are_decoded(
     done = []
     step, decode_step = models.dit.forward, models.vae.decode_step
     monkeypatch.setattr(models.dit, "forward", lambda *args, **more: done.append("step") or step(*args, **more))
-    monkeypatch.setattr(models.vae, "decode_step", lambda z, s, shown: done.append(shown) or decode_step(z, s, shown))
+    monkeypatch.setattr(models.vae, "decode_step", lambda z, s, emit: done.append(emit) or decode_step(z, s, emit))
     chunk = generator.chunk(conditions, generator.start(conditions, 0), window(1))
     assert next(chunk).pixels.shape == (4, 3, 32, 48)
     # The motion latents first: that of the portrait is known, and decoded beside the steps.

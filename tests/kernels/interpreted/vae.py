@@ -8,45 +8,47 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.vae
 from kernels import causal_conv3d as conv
-from kernels import rms_norm_silu
+from kernels.rms_norm_silu import launch_rms_norm_silu
 from profiling.measure.check import poisoned_memory
 from tests.parity.cases import Case, frames_first
 from tests.parity.test_golden import pass_mark
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 STEPS = 3  # the first, the second and a later one; the 5 of a whole case do no more
-Seen = set[tuple[tuple[int, ...], int, bool]]
+Convolutions = set[tuple[tuple[int, ...], int, bool]]  # kernel, past frames, whether there is a residual
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Seen, list[bool]]]:
-    """Replaces the norm by its kernel and records what operations are given; what is not written is NaN.
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Convolutions, list[bool]]]:
+    """Replaces the norm by its kernel, and records the convolutions, and of each norm whether SiLU follows.
 
-    Of convolutions, which the library computes: kernel, frames before, whether there is a residual. Of norms: whether
-    with SiLU. The norm's programs are few and large: the interpreter's time goes by their number.
+    The library computes the convolutions. Memory that is not written is NaN. The norm is launched as a few large
+    programs, because the interpreter's time grows with their number.
     """
-    convolved: Seen = set()
+    convolved: Convolutions = set()
     normed: list[bool] = []
     library = conv.launch_library
 
-    def convolve(x: Tensor, past: Tensor, weight: Tensor, bias: Any, residual: Any, *more: Any) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor, bias: Any, past: Tensor, residual: Any, *more: Any) -> Tensor:
         convolved.add((tuple(weight.shape[2:]), len(past), residual is not None))
-        return library(x, past, weight, bias, residual, *more)
+        return library(x, weight, bias, past, residual, *more)
 
-    def norm(x: Tensor, gamma: Tensor, silu: bool, *more: Any) -> Tensor:
+    def norm(x: Tensor, gamma: Tensor, silu: bool = True, *more: Any) -> Tensor:
         normed.append(silu)
-        return rms_norm_silu.launch_rms_norm_silu(x, gamma, silu, *more, config={"PIXELS": 4096})
+        return launch_rms_norm_silu(x, gamma, silu, *more, config={"PIXELS": 4096})
 
-    monkeypatch.setattr(conv, "launch_library", convolve)
-    monkeypatch.setattr(rms_norm_silu, "rms_norm_silu_op", norm)
-    monkeypatch.setattr(conv, "pixel_norm_reference", norm)
+    monkeypatch.setattr(conv, "launch_library", convolve)  # which causal_conv3d_norm calls
+    monkeypatch.setattr(conv.causal_conv3d_op, "library_op", convolve)
+    monkeypatch.setattr(model.vae, "rms_norm_silu", norm)
+    monkeypatch.setattr(conv, "rms_norm_silu_reference", norm)
     with poisoned_memory():
         yield convolved, normed
 
 
 def assert_within_mark(case: Case, name: str, got: Tensor) -> None:
-    """As far as the steps go."""
+    """Compares the frames that the steps made."""
     difference = (got - frames_first(case[name])[: len(got)]).abs().max().item()
     mark = pass_mark(case.meta["suggested_max_abs_difference"], name)
     print(f"{name}: max |difference| {difference:.2e}, pass mark {mark:.0e}")
@@ -54,26 +56,26 @@ def assert_within_mark(case: Case, name: str, got: Tensor) -> None:
 
 
 @torch.inference_mode()
-def test_golden_decoding(kernels: tuple[Seen, list[bool]]) -> None:
+def test_golden_decoding(kernels: tuple[Convolutions, list[bool]]) -> None:
     case = Case(GOLDEN / "vae_decode.json")
     video = torch.cat(list(case.vae().decode(frames_first(case["in.latent"])[:STEPS])))
     assert len(video) == 1 + 4 * (STEPS - 1)
     assert_within_mark(case, "out.video", video)
     assert_within_mark(case, "out.video_single_frame", video[:1])
     convolved, normed = kernels
-    blocks = {((3, 3, 3), before, added) for before in (0, 2) for added in (False, True)}
+    blocks = {((3, 3, 3), past_frames, added) for past_frames in (0, 2) for added in (False, True)}
     assert convolved == blocks | {((1, 1, 1), 0, False), ((3, 1, 1), 2, False)}
     assert set(normed) == {False, True}  # attention's is without SiLU
 
 
 @torch.inference_mode()
-def test_golden_encoding(kernels: tuple[Seen, list[bool]]) -> None:
+def test_golden_encoding(kernels: tuple[Convolutions, list[bool]]) -> None:
     case = Case(GOLDEN / "vae_encode.json")
     latents = torch.cat(list(case.vae().encode(frames_first(case["in.video"])[: 1 + 4 * (STEPS - 1)])))
     assert len(latents) == STEPS
     assert_within_mark(case, "out.latent", latents)
     assert_within_mark(case, "out.latent_single_frame", latents[:1])
     convolved, normed = kernels
-    blocks = {((3, 3, 3), before, added) for before in (0, 2) for added in (False, True)}
+    blocks = {((3, 3, 3), past_frames, added) for past_frames in (0, 2) for added in (False, True)}
     assert convolved == blocks | {((1, 1, 1), 0, False)}
     assert set(normed) == {False, True}

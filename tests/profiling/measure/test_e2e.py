@@ -110,10 +110,11 @@ def test_the_published_vae_is_the_same() -> None:
     """Laid out, where the up-sampling is folded; three steps, the first of which has no past."""
     config, random = VAEConfig(dim=4, num_res_blocks=1), torch.Generator().manual_seed(0)
     coder = vae_of(config, torch.randn(vae_size(config), generator=random, dtype=torch.float64))
-    coder.lay_out()
+    coder.prepare_weights()
     latents, frames = (torch.randn(*n, generator=random, dtype=torch.float64) for n in ((3, 16, 2, 3), (9, 3, 16, 24)))
     ours = coded("decode", coder, latents), coded("encode", coder, frames)
-    forms = ((vae, "rms_norm_silu"), (vae, "conv3d"), (vae, "causal_conv3d"), (vae.Upsample, "_double"))
+    functions = ("rms_norm_silu", "conv3d", "causal_conv3d", "causal_conv3d_norm")
+    forms = (*((vae, name) for name in functions), (vae.Upsample, "_double"))
     with official_baseline(), ExitStack() as stack:
         spies = [
             stack.enter_context(patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))
