@@ -111,7 +111,7 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             pair = dims | SPACE_TIME | {"frames": TOGETHER * frames, "outputs": width}
             yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs, DECODE)
         yield RMS_NORM_SILU, Shape(name, dims, world, convolutions, DECODE)
-        if width <= WIDEST:  # a sequence of the two above, no calls of its own
+        if width <= WIDEST:  # half of the two above, together: no calls of its own
             yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, stage=DECODE)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
