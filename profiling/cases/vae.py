@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import VAEConfig
 from model.vae import VAE
 from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, Draw, Operation
+from profiling.official_baseline import official_baseline
 
 
 def vae_of(config: VAEConfig, values: Tensor) -> VAE:
