@@ -381,7 +381,7 @@ def test_notes_tell_what_happened_to_the_machine(
         "the second run was throttled: power cap 40% of the time",
         f"the second run was made with uncommitted changes to {'2' * 40}-dirty",
         "in the second run the machine copied 4.0% slower",
-        "peers, whose code is not ours, became 20% slower (median of 1): perhaps the machine did",
+        "peers, whose code did not change, became 20% slower (median of 1): perhaps the machine did",
     ]
 
 
@@ -548,7 +548,7 @@ def test_a_revision_without_results_says_what_to_do(
     (repository.results / "bad.json").write_text('{"schema": "flashtalk-profile", "version": 0}')
     repository.commit(empty=run())  # an audit, say: no times
     assert call(monkeypatch, "HEAD", "HEAD", "--results", repository.results) == 2
-    assert "no results of HEAD" in (err := capsys.readouterr().err)
+    assert "no readable results of HEAD" in (err := capsys.readouterr().err)
     assert "bench --out" in err
     assert call(monkeypatch, "nobranch", "HEAD", "--results", repository.results) == 2
     assert "nobranch is neither a file nor a git revision" in capsys.readouterr().err

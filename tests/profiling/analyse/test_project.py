@@ -184,7 +184,7 @@ def test_links_have_names_or_a_rate() -> None:
     assert parse_link("H800").one_way == 200e9
     assert parse_link("64").one_way == 32e9
     for text in ("A100", "0", "-5", "nan", "inf"):
-        with pytest.raises(UserError, match=r"there are those of H100, H800, .*; or give GB/s"):
+        with pytest.raises(UserError, match=r"name a device \(H100, H800, .*\), or give GB/s"):
             parse_link(text)
 
 
@@ -231,7 +231,7 @@ def test_mistakes_are_told_in_one_line(
     for arguments, complaint in (
         (("--gpus", "1,x"), "--gpus 1,x: give numbers of GPUs"),
         (("--gpus", "0,1"), "--gpus 0,1: give numbers of GPUs"),
-        (("--link", "nvlink"), "--link nvlink: there are those of H100"),
+        (("--link", "nvlink"), "--link nvlink: name a device (H100"),
         ((), "has no cases that a chunk is made of"),
     ):
         assert call(monkeypatch, tmp_path / "run.json", *arguments) == 2

@@ -202,7 +202,7 @@ def test_other_code_does_not_go_on(
     CampaignProgress(0, time.time() + 60, code="that of yesterday").record(tmp_path)
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good"
     assert call(monkeypatch, *arguments) == 2
-    assert "holds results of other code than is here now; use another --out" in capsys.readouterr().err
+    assert "holds results of another version of the code; use another --out" in capsys.readouterr().err
 
 
 def test_damaged_progress_is_said(tmp_path: Path) -> None:

@@ -493,7 +493,7 @@ def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> Non
         "figure-gauges",
     ]
     for words in (
-        "The GPU was throttled: power cap in 17% of the readings. Times below are those of a slowed-down GPU.",
+        "The GPU was throttled: power cap in 17% of the readings. The times below are those of a throttled GPU.",
         "fp8-kernels makes a chunk in 2.",
         "torch-compiled on rms_norm_rope/14b-w1/bf16",
         "No module named 'flash_attn'",
