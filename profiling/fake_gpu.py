@@ -5,6 +5,8 @@ compiles for that GPU instead of launching. The audit reads the result; `warm` f
 """
 
 import contextlib
+import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from kernels.tuning import GPU, assume_gpu
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,16 @@ def record_launches(arch: int) -> Iterator[LaunchRecorder]:
         driver.set_active(cast(Any, active))
         for kernel in kernels:
             kernel.device_caches.pop(compiler.get_current_device(), None)
+
+
+@contextlib.contextmanager
+def compiling_for(gpu: GPU) -> Iterator[LaunchRecorder]:
+    """While the body runs, whatever it launches on "cuda" tensors is compiled for `gpu`, quietly, and not executed."""
+    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints the whole PTX that ptxas rejects
+    arch = int(gpu.capability.replace(".", ""))
+    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")  # a fake tensor warns whenever its address is read
+        yield recorder
 
 
 def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:

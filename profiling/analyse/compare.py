@@ -247,14 +247,14 @@ def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: 
     """Compares all that either run has measured, the most important first."""
     old, new, further = items_of(before), items_of(after), [items_of(run) for run in again]
     # With other versions, the peers' code has changed too.
-    shift = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
+    shifts = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
     failed = {v.variant for run in (before, after) for v in run.variants if v.status != OK}
     found = []
     for name, part in dict.fromkeys((*old, *new)):
         a, b = old.get((name, part)), new.get((name, part))
         others = [run[name, part].samples for run in further if (name, part) in run]
-        peers = explained_by_peers(a, b, shift.get("", 0.0), shift.get(name, 0.0))
-        change = _item_change(a, b, others, threshold, peers)
+        shift = explained_by_peers(a, b, shifts.get("", 0.0), shifts.get(name, 0.0))
+        change = _item_change(a, b, others, threshold, shift)
         if change is None or (name in failed and part != "chunk"):  # a failed variant is reported once
             continue
         there = [item for item in (a, b) if item]

@@ -24,15 +24,12 @@ denormals).
 Fake tensors count as aligned to 16 bytes, whatever views a launcher takes of them.
 """
 
-import contextlib
 import fnmatch
-import io
 import json
 import math
 import re
 import time
 import tomllib
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,12 +41,12 @@ from rich.console import Console
 from triton import knobs
 from triton.compiler.errors import CompilationError
 
-from kernels.tuning import GPU, assume_gpu
+from kernels.tuning import GPU
 from model.errors import UserError
 from profiling.audit import sass, ttgir
 from profiling.cases import Case, own_cases, registry, select
 from profiling.devices import Device, of_target
-from profiling.fake_gpu import FakeCudaMode, KernelLaunch, record_launches
+from profiling.fake_gpu import KernelLaunch, compiling_for
 from profiling.machine import describe_machine
 from profiling.results import AuditResult, Run, build, now, save, to_json
 from profiling.tables import audit_table, terminal
@@ -200,11 +197,7 @@ def _record_case(
     case: Case, launcher: Callable[..., object], device: Device
 ) -> tuple[list[KernelLaunch], tuple[str, str] | None]:
     """Compiles what the launcher launches on the case's inputs; also returns the kernel that failed, and why."""
-    arch = int(device.target.removeprefix("sm_"))
-    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints the whole PTX that ptxas rejects
-    gpu = GPU(device.name, device.capability, device.multiprocessors)
-    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
-        warnings.simplefilter("ignore")  # a fake tensor warns whenever its address is read
+    with compiling_for(GPU(device.name, device.capability, device.multiprocessors)) as recorder:
         try:
             launcher(*case.inputs(torch.device("cuda"), None))
         except Exception as error:

@@ -4,13 +4,10 @@ Triton takes seconds per kernel, GPU time is short, and a benchmark compiles its
 are recorded on tensors without memory, as in the audit: of the GPU, only its name, capability and size are used.
 """
 
-import contextlib
-import io
 import multiprocessing
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kernels.tuning import GPU, LaunchConfig, assume_gpu, gpu_of
+from kernels.tuning import GPU, LaunchConfig, gpu_of
 from model.errors import UserError
 from profiling.cases import Case, chosen, registry
-from profiling.fake_gpu import FakeCudaMode, record_launches
+from profiling.fake_gpu import compiling_for
 from profiling.machine import resolve_device
 
 CUDA = torch.device("cuda")
@@ -58,10 +55,7 @@ def compile_job(job: CompileJob, target: GPU, extra: Path | None) -> str:
     launcher = next(backend.launcher for backend in case.backends if backend.name == job.backend)
     assert launcher is not None
     config: dict[str, LaunchConfig] = {"config": dict(job.config)} if job.config else {}
-    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints the whole PTX that ptxas rejects
-    arch = int(target.capability.replace(".", ""))
-    with record_launches(arch), assume_gpu(target), FakeCudaMode(), warnings.catch_warnings(), quiet:
-        warnings.simplefilter("ignore")  # a fake tensor warns whenever its address is read
+    with compiling_for(target):
         try:
             launcher(*case.inputs(CUDA, None), **config)
         except Exception as error:

@@ -208,7 +208,7 @@ def summarise(events: Sequence[Event]) -> Summary:
     return Summary(
         operations=_self_times(event for event in events if event.get("cat") == OPERATION),
         kernels=_longest(kernels, calls),
-        spans=tuple(_span(name, calls, work, steady[0][0]) for name, calls in named.items()),
+        spans=tuple(_span(name, intervals, work, steady[0][0]) for name, intervals in named.items()),
         chunks=len(extents) if spans else 0,
         gaps=gap_share(work.ran, extents),
         timeline=_timeline(events, set(named)),

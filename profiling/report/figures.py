@@ -387,7 +387,7 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
 
 
 @styled
-def gauges(run: Run) -> FigureOrReason:
+def nvml_strips(run: Run) -> FigureOrReason:
     """NVML's readings over the run: clock, power and its limit, temperature, memory."""
     g = run.nvml
     strips = [

@@ -76,7 +76,7 @@ def draw_figures(run: Run, others: Sequence[Run]) -> dict[str, FigureOrReason]:
         "streams": figures.streams(run),
         "roofline": roofline(run),
         "history": figures.history(run, others),
-        "gauges": figures.gauges(run),
+        "gauges": figures.nvml_strips(run),
     }
 
 
