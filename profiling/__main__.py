@@ -1,7 +1,8 @@
 """`python -m profiling`: measure, compare, audit and report. This file only reads options; each command has its module.
 
-Tables go to standard output, or with `--json` the same as JSON and nothing else. Exit codes: 0 good, 1 the answer is no
-(a regression, a broken budget, an unmet target, a wrong kernel), 2 a mistake of the user's, in one line.
+Tables go to standard output; with `--json` the same goes there as JSON, and nothing else. Exit codes: 0 is good, 1
+means that the answer is no (a regression, a broken budget, an unmet target, a wrong kernel), 2 is a user's mistake,
+explained in one line.
 """
 
 import signal
@@ -13,7 +14,7 @@ import typer
 
 try:
     from model.errors import UserError
-except ImportError as error:  # a package of the same name as one of ours came first
+except ImportError as error:  # another package named like one of ours came first
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -21,13 +22,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Measures the kernels and the whole loop, on a GPU or, as far as static analysis reaches, without one.",
+    help="Measures kernels and whole chunks on a GPU, and audits kernels without one.",
 )
 
 Patterns = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Cases: shell patterns, or parts of names of those made for the device. Default: all of these."
+        help="Cases: shell patterns, or parts of the names of cases made for the device. Default: all of those."
     ),
 ]
 Cases = Annotated[Path | None, typer.Option("--cases", help="A Python file whose CASES are added to the registry.")]
@@ -45,13 +46,13 @@ def bench(
     patterns: Patterns = None,
     device: Device = "auto",
     backend: Annotated[list[str] | None, typer.Option(help="Only these back-ends (repeatable).")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds; each times every back-end once, in a new order.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write the results file there.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends; measure nothing.")] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds; each one times every back-end once, in a new order.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
-    """Checks every back-end against the reference, then times the right ones in interleaved rounds."""
+    """Checks every back-end against the reference, then times the correct ones in interleaved rounds."""
     from profiling.measure.bench import bench_command
 
     raise typer.Exit(bench_command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
@@ -61,12 +62,12 @@ def bench(
 def audit(
     patterns: Patterns = None,
     target: Annotated[list[str] | None, typer.Option(help="sm_90 (default), sm_89, sm_100; repeatable.")] = None,
-    budget: Annotated[Path, typer.Option(help="Budget file that kernels are held to.")] = BUDGETS,
-    out: Annotated[Path | None, typer.Option(help="Write the results file there.")] = None,
+    budget: Annotated[Path, typer.Option(help="Budget file that kernels must keep to.")] = BUDGETS,
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
-    """Compiles every Triton kernel ahead of time, with no GPU, and says what will bound it."""
+    """Compiles every Triton kernel ahead of time, without a GPU, and models what bounds it."""
     from profiling.audit.audit import audit_command
 
     raise typer.Exit(audit_command(patterns or [], target or ["sm_90"], budget, out, cases, json))
@@ -77,14 +78,16 @@ def compare(
     before: Annotated[str, typer.Argument(help="Results file, or a git revision whose results are committed.")],
     after: Annotated[str, typer.Argument(help="The same.")],
     again: Annotated[
-        list[str] | None, typer.Option(help="Further runs of the first one: their spread counts as noise (repeatable).")
+        list[str] | None, typer.Option(help="Further runs of the first one; their spread counts as noise (repeatable).")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a share: 0.02 is 2 %.")] = 0.02,
-    force: Annotated[bool, typer.Option("--force", help="Compare across devices or versions, and say so.")] = False,
+    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a fraction: 0.02 is 2 %.")] = 0.02,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare even across devices or versions, with a warning.")
+    ] = False,
     results: Results = RESULTS,
     json: Json = False,
 ) -> None:
-    """Says of every case whether it became faster or slower, or broke; exit code 1 on a regression."""
+    """Compares two runs: for every case, whether it became faster or slower, or broke. Exit code 1 on a regression."""
     from profiling.analyse.compare import compare_command
 
     raise typer.Exit(compare_command(before, after, again or [], threshold, force, results, json))
@@ -98,7 +101,7 @@ def report(
     results: Results = RESULTS,
     json: Json = False,
 ) -> None:
-    """Draws a run: roofline, timeline, waterfall, history, tables."""
+    """Shows a run: roofline, timeline, waterfall, history, tables."""
     from profiling.report.report import report_command
 
     raise typer.Exit(report_command(run, out, png, results, json))
@@ -107,8 +110,8 @@ def report(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def trace(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Write the Chrome/Perfetto trace there.")] = Path("trace.json"),
-    top: Annotated[int, typer.Option(help="Operations in the table.")] = 15,
+    out: Annotated[Path, typer.Option(help="Write the Chrome/Perfetto trace to this path.")] = Path("trace.json"),
+    top: Annotated[int, typer.Option(help="Number of operations in the table.")] = 15,
     json: Json = False,
 ) -> None:
     """Profiles a command: trace -- python -m streaming run ..."""
@@ -121,12 +124,12 @@ def trace(
 def tune(
     patterns: Patterns = None,
     device: Device = "auto",
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600,
+    budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 600,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: kernels/tuned.")] = None,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
-    """Searches launch parameters and writes the fastest right ones to DEVICE.json."""
+    """Searches launch parameters and writes the fastest correct ones to DEVICE.json."""
     from profiling.measure.tune import tune_command
 
     raise typer.Exit(tune_command(patterns or [], device, budget, out, cases, json))
@@ -134,13 +137,13 @@ def tune(
 
 @app.command()
 def targets(
-    file: Annotated[Path, typer.Option(help="Goals.")] = TARGETS,
+    file: Annotated[Path, typer.Option(help="File of goals.")] = TARGETS,
     results: Annotated[
         list[Path] | None, typer.Option(help="Results files or folders (repeatable). Default: the committed ones.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Holds the newest results to the goals; exit code 1 unless all are met."""
+    """Compares the newest results with the goals; exit code 1 unless all are met."""
     from profiling.analyse.targets import targets_command
 
     raise typer.Exit(targets_command(file, results or [RESULTS], json))
@@ -149,11 +152,13 @@ def targets(
 @app.command()
 def warm(
     patterns: Patterns = None,
-    space: Annotated[bool, typer.Option("--space", help="Also all launch parameters that tuning would try.")] = False,
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 120,
+    space: Annotated[
+        bool, typer.Option("--space", help="Also compile all launch parameters that tuning would try.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 120,
     cases: Cases = None,
 ) -> None:
-    """Compiles the kernels of cases on all CPU cores at once, before a GPU's first minute goes into it."""
+    """Compiles the kernels of cases in parallel on all CPU cores, so that no GPU time is spent on it."""
     from profiling.measure.precompile import warm_command
 
     raise typer.Exit(warm_command(patterns or [], space, budget, cases))
@@ -162,7 +167,7 @@ def warm(
 @app.command()
 def gpu(
     phase: Annotated[str, typer.Option(help="check, bench, tune or e2e; or several, comma-separated, in that order.")],
-    out: Annotated[Path, typer.Option(help="Folder for results; a second call goes on where the first one stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; a second call continues where the first one stopped.")],
     budget: Annotated[float, typer.Option(help="Seconds for everything; never exceeded.")] = 540,
     device: Device = "auto",
     patterns: Annotated[list[str] | None, typer.Option("--only", help="Only these cases or variants.")] = None,
@@ -170,7 +175,7 @@ def gpu(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     json: Json = False,
 ) -> None:
-    """Spends minutes on a GPU well: resumable, the most important first, every result written as it comes."""
+    """Time-boxed campaign on a GPU: resumable, the most important tasks first, every result saved at once."""
     from profiling.measure.campaign import gpu_command
 
     raise typer.Exit(gpu_command(phase, out, budget, device, patterns or [], cases, worker, json))
@@ -183,7 +188,7 @@ def project(
     link: Annotated[str, typer.Option(help="Link between the GPUs: a name in devices.toml, or GB/s.")] = "H100",
     json: Json = False,
 ) -> None:
-    """Projects chunk time and startup at other world sizes; prints what it assumes."""
+    """Projects chunk time and startup at other world sizes, and prints its assumptions."""
     from profiling.analyse.project import project_command
 
     raise typer.Exit(project_command(run, gpus, link, json))
@@ -197,12 +202,12 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def main() -> int:
-    """Runs the command line; a user's mistake ends in one line and exit code 2, an interruption in 130."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill or a closed terminal, as Ctrl-C
+    """Runs the command line: a user's mistake ends with one line and exit code 2, an interruption with 130."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a kill or a closed terminal ends like Ctrl-C
         signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False) or 0
-        if code != INTERRUPTED:  # which typer makes of Ctrl-C
+        if code != INTERRUPTED:  # what typer returns on Ctrl-C
             return code
         message = None
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Devices by their data sheet: what models compute with where nothing was measured. The numbers are in devices.toml."""
+"""Devices by their data sheet, for models where nothing was measured. The numbers are in devices.toml."""
 
 import tomllib
 from dataclasses import dataclass
@@ -32,26 +32,26 @@ class Device:
 
     @property
     def target(self) -> str:
-        """The compiler's name for it, "sm_90"."""
+        """The compiler's name for it, such as "sm_90"."""
         return "sm_" + self.capability.replace(".", "")
 
     @property
     def clock(self) -> float:
-        """Cycles a second."""
+        """Cycles per second."""
         return self.clock_mhz * 1e6
 
 
 @cache
 def devices() -> dict[str, Device]:
-    """All of them by name, in the file's order."""
+    """All devices by name, in the file's order."""
     tables = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
     whole = {name: tables.get(table.pop("like", ""), {}) | table for name, table in tables.items()}
     return {name: build(Device, {"name": name} | values, name) for name, values in whole.items()}
 
 
 def of_target(target: str) -> Device:
-    """The device that stands for a target such as "sm_90"; raises `UserError` if there is none."""
-    known = {device.target: device for device in reversed(devices().values())}  # the first of equals remains
+    """The device for a target such as "sm_90"; raises `UserError` if there is none."""
+    known = {device.target: device for device in reversed(devices().values())}  # the first device of a target wins
     if target not in known:
         raise UserError(f"there is no target {target}; there are {', '.join(sorted(known))}")
     return known[target]

@@ -1,6 +1,12 @@
-"""A GPU that is not there: Triton compiles for it what a launcher would launch, on tensors that have no memory."""
+"""Compiles kernels for a GPU that is not there.
+
+A launcher is called with fake tensors, which have shapes but no memory, while Triton's driver names a GPU. Triton then
+compiles for that GPU instead of launching. The audit reads the result; `warm` fills Triton's cache with it.
+"""
 
 import contextlib
+import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernels.tuning import GPU, assume_gpu
+
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One kernel launch that did not take place."""
+    """One kernel launch that was compiled but not executed."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -23,7 +31,7 @@ class KernelLaunch:
 
 
 class CompileOnlyDriver:
-    """What Triton asks a driver about the GPU when it compiles, answered for one that is not there."""
+    """Answers what Triton asks a driver about the GPU when it compiles."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -33,19 +41,19 @@ class CompileOnlyDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> str:
-        """What Triton keeps its compiled kernels under; no real device has such a name."""
+        """The key of Triton's cache of compiled kernels; no real device has such a name."""
         return f"audit sm_{self.arch}"
 
     def get_current_stream(self, _device: object) -> int:
-        """There is none."""
+        """A stream that nothing is launched on."""
         return 0
 
 
 class FakeCudaMode(TorchFunctionMode):
-    """While this mode is on, tensors on "cuda" can be made and computed with that have no memory, nor need a GPU.
+    """While this mode is on, "cuda" tensors can be created and computed with, without memory or a GPU.
 
-    It is PyTorch's fake-tensor mode, and mends one thing: where PyTorch was built without CUDA, a few methods
-    (indexing, `contiguous`) ask in vain for the device. They are called again on the "meta" tensors inside.
+    It is PyTorch's fake-tensor mode with one repair. Where PyTorch was built without CUDA, a few methods (indexing,
+    `contiguous`) ask for the device and fail. They are called again on the "meta" tensors inside.
     """
 
     def __enter__(self) -> "FakeCudaMode":
@@ -58,7 +66,7 @@ class FakeCudaMode(TorchFunctionMode):
         self._fake.__exit__(*raised)
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function."""
+        """Calls the function, on the inner tensors if it fails for lack of CUDA."""
         try:
             return function(*args, **(kwargs or {}))
         except RuntimeError as error:
@@ -70,16 +78,16 @@ class FakeCudaMode(TorchFunctionMode):
 
 
 class LaunchRecorder:
-    """What came by while `record_launches`."""
+    """The launches made during `record_launches`."""
 
     def __init__(self) -> None:
         self.launches: list[KernelLaunch] = []
-        self.compiling = ""  # the kernel at work, if any
+        self.compiling = ""  # the kernel that is being compiled, if any
 
 
 @contextlib.contextmanager
 def record_launches(arch: int) -> Iterator[LaunchRecorder]:
-    """While the body runs, Triton compiles for `arch` (90 is sm_90) what is launched, and launches nothing."""
+    """While the body runs, Triton compiles launches for `arch` (90 is sm_90) and executes none."""
     compiler, recorder = CompileOnlyDriver(arch), LaunchRecorder()
     run, active = JITFunction.run, driver._active
     kernels: list[JITFunction[Any]] = []
@@ -103,8 +111,18 @@ def record_launches(arch: int) -> Iterator[LaunchRecorder]:
             kernel.device_caches.pop(compiler.get_current_device(), None)
 
 
+@contextlib.contextmanager
+def compiling_for(gpu: GPU) -> Iterator[LaunchRecorder]:
+    """While the body runs, whatever it launches on "cuda" tensors is compiled for `gpu`, quietly, and not executed."""
+    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints the whole PTX that ptxas rejects
+    arch = int(gpu.capability.replace(".", ""))
+    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")  # a fake tensor warns whenever its address is read
+        yield recorder
+
+
 def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The grid as numbers; a function of the arguments is called with them."""
+    """The grid as numbers; if it is a function of the arguments, it is called with them."""
     if callable(grid):
         bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
         bound.apply_defaults()

@@ -1,4 +1,4 @@
-"""The machine a run takes place on: what it is, what it can reach, and how it is doing meanwhile (NVML)."""
+"""The machine that a run takes place on: what it is, and what NVML reports of it meanwhile."""
 
 import platform
 import subprocess
@@ -19,9 +19,9 @@ from model.machine import cpu_name, package_version
 from profiling.results import Machine, NvmlTrace
 
 PACKAGES = ("torch", "triton", "numpy", "torchao", "flash-attn", "flash-attn-4", "sageattention", "flashtalk-triton")
-READING_INTERVAL = 0.1  # seconds between two readings of the gauges
+READING_INTERVAL = 0.1  # seconds
 
-# NVML's bits for why a clock is lower than asked for; idleness and application settings are no throttling.
+# NVML's bits for reduced clocks; idleness and application settings do not count as throttling.
 THROTTLE_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -43,7 +43,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """What the machine is, with the versions that decide how fast it runs."""
+    """Describes the machine, with the versions that decide how fast it runs."""
     versions = {"python": platform.python_version()}
     versions |= {name: found for name in PACKAGES if (found := package_version(name)) is not None}
     if device.type != "cuda":
@@ -79,7 +79,7 @@ def revision() -> str | None:
 
 
 def _driver() -> str | None:
-    with suppress(Exception):  # NVML is an extra
+    with suppress(Exception):  # NVML may be missing
         import pynvml
 
         pynvml.nvmlInit()
@@ -88,7 +88,7 @@ def _driver() -> str | None:
 
 
 class NvmlMonitor:
-    """Reads NVML's gauges in a thread of its own while its body runs; `nvml` afterwards has what was read."""
+    """Reads NVML in a background thread while its body runs; `nvml` has the readings so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -110,7 +110,7 @@ class NvmlMonitor:
 
     @property
     def nvml(self) -> NvmlTrace:
-        """What was read so far."""
+        """The readings so far."""
         if not (readings := self._readings.copy()):
             return NvmlTrace(note=self._note or "NVML gave no readings")
         columns = [tuple(column) for column in zip(*(values for values, _ in readings), strict=True)]
@@ -133,12 +133,12 @@ class NvmlMonitor:
                 reading, reasons = _nvml_reading(nvml, handle)
                 self._readings.append(((time.monotonic() - begin, *reading), reasons))
                 self._stop.wait(READING_INTERVAL)
-        except Exception as error:  # a reading is a courtesy: whatever the driver lacks must not end a run
+        except Exception as error:  # readings are optional: a driver's fault must not end a run
             self._note = f"NVML: {type(error).__name__} {error}"
 
 
 def concatenate(first: NvmlTrace, later: NvmlTrace, offset: float) -> NvmlTrace:
-    """Both one after the other; `offset` is added to the seconds of the later ones."""
+    """Joins two traces; `offset` is added to the seconds of the later one."""
     n, m = len(first.seconds), len(later.seconds)
     if not n or not m:
         return first if n else later
@@ -150,7 +150,7 @@ def concatenate(first: NvmlTrace, later: NvmlTrace, offset: float) -> NvmlTrace:
 
 
 def _nvml_handle(nvml: Any, device: torch.device) -> Any:
-    """The GPU that torch means: the two count differently where CUDA_VISIBLE_DEVICES is set."""
+    """NVML's handle of torch's GPU. With several GPUs it goes by UUID, as CUDA_VISIBLE_DEVICES renumbers them."""
     if nvml.nvmlDeviceGetCount() == 1:
         return nvml.nvmlDeviceGetHandleByIndex(0)
     return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

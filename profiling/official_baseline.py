@@ -1,8 +1,8 @@
-"""Student and VAE as published code runs them: PyTorch's operations wherever model/ calls those of kernels/.
+"""Student and VAE as the published code runs them: PyTorch's operations wherever model/ calls those of kernels/.
 
-The baseline that whole chunks are held to. Under torch.compile its norms, rotation and residuals are fused, as anyone
-would have it; attention is PyTorch's, audio's projections are not folded. The VAE's convolutions are the library's, on
-clips that are concatenated, padded and channels first; its doubled images are made.
+This is the baseline for whole chunks. Under torch.compile its norms, rotation and residuals are fused, as anyone would
+have them; attention is PyTorch's, and the audio projections are not absorbed. The VAE's convolutions are the library's,
+on clips that are concatenated, padded and channels first; up-sampled images are materialised.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from model.dit import rotate
 
 @contextmanager
 def official_baseline() -> Iterator[None]:
-    """While the body runs, student and VAE compute by PyTorch alone."""
+    """While the body runs, student and VAE compute with PyTorch's operations only."""
     with ExitStack() as stack:
-        for module, functions in _FORMS.items():
+        for module, functions in _REPLACED.items():
             for function in functions:
                 stack.enter_context(patch.object(module, function.__name__, function))
         yield
@@ -146,7 +146,7 @@ def _double(self: vae.Upsample, x: Tensor) -> Tensor:
     return F.conv2d(double.forward(x), convolution.weight.contiguous(), convolution.bias, padding=1)
 
 
-_FORMS = {
+_REPLACED = {
     dit: (
         rms_norm_rope,
         chunk_attention,

@@ -1,7 +1,8 @@
-"""What follows from a run's measurements, derived in one place: speed, share of the ceiling, ratio to the best peer.
+"""Numbers derived from a run's measurements, in one place: speed, share of the ceiling, ratio to the best peer.
 
-`bench` prints these rows, `report` draws them and writes them as JSON. Functions come in pairs:
-`measurement_rows` and `measurement_table` for cases, `variant_rows` and `variant_table` for whole chunks.
+`bench` prints these rows; `report` draws them and writes them as JSON. Functions come in pairs: `measurement_rows` and
+`measurement_table` for cases, `variant_rows` and `variant_table` for whole chunks. `audit_table` is the table of an
+audit.
 """
 
 import math
@@ -31,31 +32,31 @@ from profiling.results import (
 )
 
 LOG_WIDTH = 140
-AUDIT_UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, as the audit's model has them
-CLOCK_TOLERANCE = 1e-5  # seconds by which stretches that follow each other may overlap: a tracer's clock is no better
+AUDIT_UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, in the audit's model
+CLOCK_TOLERANCE = 1e-5  # seconds that successive stages may seem to overlap: the tracer's clock is no better
 
 
 @dataclass(frozen=True)
 class MeasurementRow:
-    """One back-end on one case. What cannot be said, as it was not measured or has no ceiling, is None."""
+    """One back-end on one case. A number that was not measured, or has no ceiling to relate to, is None."""
 
     case: str
     backend: str
     ours: bool
     status: str
-    seconds: float | None  # median a call
+    seconds: float | None  # median per call
     spread: float | None  # see `Measurement.spread`
     tflops: float | None  # 1e12 FLOP/s
-    gbs: float | None  # 1e9 bytes/s, of the least bytes the case needs
+    gbs: float | None  # 1e9 bytes/s, of the least bytes that the case needs
     bound: str | None  # "compute" or "memory"
-    ceiling: float | None  # share reached of what this machine could: least seconds over measured seconds
-    ratio: float | None  # best peer's seconds over this one's: above 1 is faster than the best peer
+    ceiling: float | None  # share of the machine's ceiling: least seconds over measured seconds
+    ratio: float | None  # best peer's seconds over this one's; above 1 is faster than the best peer
     error: float | None  # relative, against the reference
     detail: str
 
 
 def measurement_rows(run: Run) -> list[MeasurementRow]:
-    """All measurements of a run, in its order, with what follows from them."""
+    """All measurements of a run, in its order, with the numbers derived from them."""
     return [_row(case, m, run.ceilings) for case in run.cases for m in case.measurements]
 
 
@@ -79,13 +80,13 @@ def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> MeasurementRow
 
 
 def terminal() -> Console:
-    """Standard output; a file or a pipe, which has no width, gets one that the tables fit in."""
+    """A console on standard output; a file or a pipe, which has no width, gets one that fits the tables."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else LOG_WIDTH, highlight=False)
 
 
 def measurement_table(rows: Iterable[MeasurementRow]) -> Table:
-    """The rows for a terminal: a case's name, then its back-ends below it, ours in bold."""
+    """The rows for a terminal: each case's name, then its back-ends below it, ours in bold."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
     for heading in ("time", "spread", "TFLOP/s", "GB/s", "of ceiling", "x peer"):
@@ -119,29 +120,29 @@ def _cells(row: MeasurementRow) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class VariantRow:
-    """One way to run a chunk. What was not measured is None."""
+    """One way of running a chunk. A number that was not measured is None."""
 
     variant: str
     status: str
-    frames: int  # new ones a chunk
-    seconds: float | None  # mean of its chunks
+    frames: int  # new frames per chunk
+    seconds: float | None  # mean over its chunks
     fps: float | None  # new frames over that
     first_frame: float | None  # median seconds from window to first frames
-    ratio: float | None  # seconds of the run's first whole variant, the baseline, over this one's
-    stages: dict[str, float]  # span -> seconds a chunk, all its calls together
-    calls: dict[str, float]  # span -> calls a chunk
+    ratio: float | None  # the baseline's seconds over this one's; the baseline is the run's first variant
+    stages: dict[str, float]  # span -> seconds per chunk, all its calls together
+    calls: dict[str, float]  # span -> calls per chunk
     first_call: float | None
     peak_bytes: int | None
     weights_bytes: int | None
     gaps: float | None
     detail: str
-    work: float | None  # seconds of the traced chunk's stages, all added up
-    critical: float | None  # seconds of those that follow each other on the longest way through it
+    work: float | None  # summed seconds of the traced chunk's stages
+    critical: float | None  # seconds of its critical path
 
 
 def critical_path(timeline: Iterable[StageInterval]) -> float:
-    """Seconds of the longest chain of stretches that do not overlap: no schedule of these is shorter than it."""
-    ends, longest = [0.0], [0.0]  # the longest chain up to there, for rising ends
+    """Seconds of the longest chain of stages that do not overlap: no schedule of this chunk is shorter."""
+    ends, longest = [0.0], [0.0]  # the longest chain that ends by then, for rising ends
     for interval in sorted(timeline, key=lambda interval: interval.end):
         before = bisect_right(ends, interval.begin + CLOCK_TOLERANCE) - 1
         chain = longest[before] + interval.end - interval.begin
@@ -151,7 +152,7 @@ def critical_path(timeline: Iterable[StageInterval]) -> float:
 
 
 def variant_rows(run: Run) -> list[VariantRow]:
-    """All variants of a run, in its order."""
+    """All variants of a run, in its order, with the numbers derived from them."""
     baseline = next((seconds for v in run.variants if (seconds := _chunk_seconds(v))), None)
     return [_variant_row(v, baseline) for v in run.variants]
 
@@ -183,7 +184,7 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
 
 
 def variant_table(rows: Iterable[VariantRow]) -> Table:
-    """The variants for a terminal; of a span, all its calls in a chunk together."""
+    """The variants for a terminal; a span's time is that of all its calls in a chunk."""
     rows = list(rows)
     spans = list(dict.fromkeys(span for row in rows for span in row.stages))
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -208,7 +209,7 @@ def variant_table(rows: Iterable[VariantRow]) -> Table:
 
 
 def audit_table(results: Sequence[AuditResult]) -> Table:
-    """The results for a terminal: a case, then its kernels, in red if something is wrong with them."""
+    """The results of an audit for a terminal: each case, then its kernels, in red if something is wrong with them."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, kernel", overflow="fold")
     numbers = ("regs", "spills", "smem", "occupancy", "MMA", *AUDIT_UNITS)
@@ -245,7 +246,7 @@ def _audit_cells(result: AuditResult) -> Iterator[str]:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, or all digits in front of the point: 0.0123, 4.56, 1234; nothing for None or NaN."""
+    """Three significant digits, or all digits before the point: 0.0123, 4.56, 1234. Empty for None and NaN."""
     if value is None or not math.isfinite(value):
         return ""
     magnitude = math.floor(math.log10(abs(value))) if value else 0
@@ -253,14 +254,14 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %; nothing for None."""
+    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %. Empty for None."""
     if value is None:
         return ""
     return f"{value:.1%}" if abs(value) < 0.0995 else f"{value:.0%}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds with the unit that suits them: 12.3 µs, 4.56 ms, 7.89 s; nothing for None."""
+    """Seconds in a suitable unit: 12.3 µs, 4.56 ms, 7.89 s. Empty for None."""
     if seconds is None:
         return ""
     scale, unit = next(((s, u) for s, u in ((1.0, "s"), (1e-3, "ms")) if abs(seconds) >= s), (1e-6, "µs"))
@@ -268,12 +269,12 @@ def duration(seconds: float | None) -> str:
 
 
 def gigabytes(size: float | None) -> str:
-    """Bytes as 1e9 of them: 52.3 GB; nothing for None."""
+    """Bytes in units of 1e9: 52.3 GB. Empty for None."""
     return "" if size is None else f"{number(size / 1e9)} GB"
 
 
 def rate(value: float | None, unit: str) -> str:
-    """So many of a unit a second, by the thousand: 2.86 TB/s, 120 GFLOP/s; nothing for None."""
+    """A rate per second in a suitable unit: 2.86 TB/s, 120 GFLOP/s. Empty for None."""
     if value is None:
         return ""
     scale, prefix = (1e12, "T") if value >= 1e12 else (1e9, "G")

@@ -1,31 +1,32 @@
-"""Two runs against each other: what became faster or slower, and what broke.
+"""Compares two runs: what became faster or slower, and what broke.
 
-A round is one sample, and rounds scatter, so not two numbers are compared but two sets of rounds, in logarithms:
+A round is one sample, and rounds scatter. So two sets of rounds are compared, not two numbers, and in logarithms:
 
-    ratio     after over before by Hodges and Lehmann: the median of the ratios of all pairs of rounds
-    interval  of that ratio at the 99 % level, from the ranks of these pairs (it belongs to the test of Mann and
-              Whitney); nothing is assumed of how times are distributed
-    noise     how far the first run is from itself: its odd rounds from its even ones, its first half from its second,
-              and the whole of it from further runs of the same (`--again`); and how far peers have moved between the
-              runs, whose code has not: of the case's peers or of all, the larger median. The largest of these
+    ratio     after over before, by Hodges and Lehmann: the median of the ratios of all pairs of rounds
+    interval  of that ratio at the 99 % level, from the ranks of these pairs (the interval of the Mann-Whitney test);
+              no distribution of times is assumed
+    noise     the largest of three: how far the first run is from itself (odd rounds from even ones, first half from
+              second half); how far it is from further runs of the same code (`--again`); how far peers, whose code is
+              the same, have shifted between the runs (the larger median, of the case's peers or of all peers)
     spikes    rounds further from the median than 4 robust standard deviations (1.4826 times the median distance) are
               left out: an interrupt is not the kernel's time
-    drift     where a round resembles the one before (rank correlation r above 2 / sqrt(rounds)), the rounds say less
-              than independent ones, and the interval is widened by sqrt((1 + r) / (1 - r))
+    drift     where a round resembles the previous one (rank correlation r above 2 / sqrt(rounds)), rounds say less than
+              independent ones would, and the interval is widened by sqrt((1 + r) / (1 - r))
 
-*Slower*: the interval excludes 1, and the ratio exceeds 1 + the larger of threshold and noise. *Faster* likewise, else
-*same*. Fewer than five rounds a side cannot reach 99 %: there, what is far apart has a verdict, the rest is *unsure*.
+*Slower*: the interval excludes 1, and the ratio exceeds 1 + the larger of threshold and noise. *Faster* is the
+opposite; everything else is the *same*. Fewer than five rounds per side cannot reach 99 %: then a large difference gets
+a verdict, and the rest is *unsure*.
 
-The operating curve, over 2,000 synthetic pairs a point: 20 rounds each, lognormal noise of 3 %, one round in twenty a
-spike (1.1 to 2.7 times as long), threshold 2 %. Called slower, where the second run is truly slower by
+The operating curve, over 2,000 synthetic pairs per point: 20 rounds each, lognormal noise of 3 %, one round in twenty a
+spike (1.1 to 2.7 times as long), threshold 2 %. Called slower, if the second run is truly slower by
 
     0 %: 0.5 %    2 %: 22 %    3 %: 54 %    4 %: 85 %    5 %: 95 %    6 %: 98 %    8 %: 99.5 %
 
-Of equal pairs 99.0 % are called same. 5 % are found with 10 rounds in 66 %, with 40 in all; with 1 % of noise, 2.5 %
-are found in 93 %, and all equal pairs are the same. On a machine that drifts, equal pairs are the same in 99 % (a ramp
-of 3 %), 93 % (from some round on 3 % slower) and 93 % (noise that keeps 70 % of itself from round to round), and 5 %
-are found in 90, 80 and 33 %. What differs from process to process (memory layout, clocks, neighbours) no number of
-rounds shows: `--again` does, and so do the peers.
+Of equal pairs, 99.0 % are called the same. A slowdown of 5 % is found by 10 rounds in 66 % of the pairs, by 40 rounds
+in all of them. With 1 % of noise, 2.5 % are found in 93 %, and all equal pairs are called the same. On a machine that
+drifts, equal pairs are called the same in 99 % (a ramp of 3 %), 93 % (a step of 3 %) and 93 % (noise with an
+autocorrelation of 0.7), and 5 % are found in 90, 80 and 33 %. No number of rounds shows what differs from process to
+process, such as memory placement, clocks and neighbours: `--again` does, and so do the peers.
 """
 
 import json
@@ -50,12 +51,12 @@ from profiling.formats import from_json, load
 from profiling.results import ERROR, OK, WRONG, Machine, Run
 from profiling.tables import duration, number, percent, terminal
 
-Z_99 = 2.5758  # the normal distribution has 99 % within so many standard deviations
+Z_99 = 2.5758  # standard deviations that contain 99 % of a normal distribution
 SPIKE_SIGMAS = 4.0  # robust standard deviations
-MIN_ROUNDS = 5  # rounds a side below which no interval has 99 %
-FEW_ROUNDS_CHANGE = 0.10  # change that counts where rounds are few
-MAX_FULL_ROWS = 40  # rows that are all shown; of more, those that are new or the same are only counted
-OWN_PACKAGE = "flashtalk-triton"  # the version that is allowed to differ: what is compared
+MIN_ROUNDS = 5  # per side; fewer cannot give an interval at 99 %
+FEW_ROUNDS_CHANGE = 0.10  # smallest change that counts with fewer rounds
+MAX_FULL_ROWS = 40  # of longer comparisons, new and unchanged rows are only counted
+OWN_PACKAGE = "flashtalk-triton"  # whose version may differ, as it is what is compared
 
 BROKEN, MISSING, SLOWER, LARGER = "broken", "missing", "slower", "larger"
 REGRESSIONS = (BROKEN, MISSING, SLOWER, LARGER)
@@ -78,13 +79,13 @@ Logs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Change:
-    """What the rounds of two runs say about each other."""
+    """The difference between the rounds of two runs."""
 
     verdict: str  # slower, faster, same or unsure
     ratio: float | None  # after over before
     low: float | None  # interval of the ratio; None where rounds are too few for one
     high: float | None
-    noise: float | None  # relative: 0.02 if the first run is 2 % from itself
+    noise: float | None  # relative: 0.02 is 2 %
     detail: str = ""
 
 
@@ -95,7 +96,7 @@ def compare_samples(
     threshold: float = 0.02,
     shift: float = 0.0,
 ) -> Change:
-    """Compares two sets of samples, at least one each; `again` are further ones of the same as `before`.
+    """Compares two sets of samples, of at least one each; `again` are further samples of the first kind.
 
     `shift` is noise known from elsewhere, as the logarithm of a ratio.
     """
@@ -128,7 +129,7 @@ def without_spikes(samples: Sequence[float]) -> Logs:
 
 
 def _variance_inflation(x: Logs) -> float:
-    """By how much the variance of a mean is larger than that of independent samples; 1 if they may be independent."""
+    """By what factor autocorrelation inflates the variance of a mean; 1 if samples may be independent."""
     ranks = rankdata(x) - (len(x) + 1) / 2
     correlation = (ranks[1:] * ranks[:-1]).sum() / max(np.square(ranks).sum(), 1.0)
     return float((1 + correlation) / (1 - correlation)) if correlation > 2 / math.sqrt(len(x)) else 1.0
@@ -141,7 +142,7 @@ def _noise(a: Logs, again: Iterable[Logs]) -> float:
 
 
 def _compare_few(before: Sequence[float], after: Sequence[float], threshold: float) -> Change:
-    """By a wide rule: apart if neither range reaches into the other and the medians are far from each other."""
+    """For too few rounds: a change if the ranges do not overlap and the medians are far from each other."""
     ratio = float(np.median(after) / np.median(before))
     count = f"{min(len(before), len(after))} rounds, too few for statistics"
     apart = min(after) > max(before) or max(after) < min(before)
@@ -160,28 +161,28 @@ def _compare_few(before: Sequence[float], after: Sequence[float], threshold: flo
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that a run has measured: a back-end on a case, or a quantity of a variant."""
+    """One quantity that a run has measured: the time of a back-end on a case, or a quantity of a variant."""
 
     status: str
     ours: bool
     samples: tuple[float, ...] = ()  # seconds, or bytes
     detail: str = ""
     graph: bool = False
-    memory: bool = False  # its samples are bytes
+    memory: bool = False  # whether samples are bytes
 
     @property
     def value(self) -> float | None:
-        """Median sample."""
+        """The median sample."""
         return float(np.median(self.samples)) if self.samples else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An item in both runs."""
+    """One item in both runs."""
 
     name: str  # of the case or variant
     part: str  # back-end or quantity
-    ours: bool  # so a regression counts; a peer's is not ours
+    ours: bool  # only then does a regression count
     memory: bool
     before: float | None  # median seconds, or bytes
     after: float | None
@@ -195,7 +196,7 @@ class Comparison:
 
     @property
     def importance(self) -> tuple[bool, int, bool, float]:
-        """Sorts the most important first."""
+        """A sort key that puts the most important first."""
         distance = abs(math.log(self.change.ratio)) if self.change.ratio else 0.0
         return (not self.regressed, ORDER.index(self.change.verdict), not self.ours, -distance)
 
@@ -218,12 +219,12 @@ def items_of(run: Run) -> dict[tuple[str, str], Item]:
     return found
 
 
-# Back-ends that torch.compile makes of our own functions: they move with us, and excuse nothing.
+# Peers that are torch.compile of our own functions: they change with our code, so their shifts explain nothing.
 OWN_CODE_COMPILED = frozenset({"compiled", "bf16-compiled"})
 
 
 def peer_shifts(old: Mapping[tuple[str, str], Item], new: Mapping[tuple[str, str], Item]) -> dict[str, float]:
-    """How far peers have moved between two runs: by case the median of their logarithms, over all, "", of the sizes."""
+    """The median shift of a case's peers, as a logarithm, by case; under "" the median size of all peers' shifts."""
     moves: dict[str, list[float]] = defaultdict(list)
     for (name, part), a in old.items():
         b = new.get((name, part))
@@ -235,7 +236,7 @@ def peer_shifts(old: Mapping[tuple[str, str], Item], new: Mapping[tuple[str, str
 
 
 def explained_by_peers(a: Item | None, b: Item | None, everywhere: float, beside: float) -> float:
-    """How far an item of ours may have moved with the machine: peers beside it excuse only what goes their way."""
+    """The shift of an item of ours that peers explain; those of its own case only if it has the same direction."""
     if a is None or b is None or not a.ours or not a.value or not b.value:
         return 0.0
     same_way = beside * math.log(b.value / a.value) > 0
@@ -243,18 +244,18 @@ def explained_by_peers(a: Item | None, b: Item | None, everywhere: float, beside
 
 
 def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Comparison]:
-    """All that either run has measured, the most important first."""
+    """Compares all that either run has measured, the most important first."""
     old, new, further = items_of(before), items_of(after), [items_of(run) for run in again]
-    # With other libraries the peers are not what they were.
-    shift = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
+    # With other versions, the peers' code has changed too.
+    shifts = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
     failed = {v.variant for run in (before, after) for v in run.variants if v.status != OK}
     found = []
     for name, part in dict.fromkeys((*old, *new)):
         a, b = old.get((name, part)), new.get((name, part))
         others = [run[name, part].samples for run in further if (name, part) in run]
-        peers = explained_by_peers(a, b, shift.get("", 0.0), shift.get(name, 0.0))
-        change = _item_change(a, b, others, threshold, peers)
-        if change is None or (name in failed and part != "chunk"):  # a variant that failed is told once
+        shift = explained_by_peers(a, b, shifts.get("", 0.0), shifts.get(name, 0.0))
+        change = _item_change(a, b, others, threshold, shift)
+        if change is None or (name in failed and part != "chunk"):  # a failed variant is reported once
             continue
         there = [item for item in (a, b) if item]
         found.append(
@@ -275,7 +276,7 @@ def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: 
 def _item_change(
     a: Item | None, b: Item | None, others: Iterable[tuple[float, ...]], threshold: float, shift: float
 ) -> Change | None:
-    """What became of an item; None if neither run has measured it."""
+    """The change of an item; None if neither run has measured it."""
     failed, was, now = (WRONG, ERROR), a.status if a else None, b.status if b else None
     if a and b and was == now == OK:
         return _timed_change(a, b, others, threshold, shift)
@@ -294,7 +295,7 @@ def _timed_change(a: Item, b: Item, others: Iterable[tuple[float, ...]], thresho
     if not a.samples or not b.samples:
         verdict, detail = (UNSURE, "timed in one run only") if a.samples or b.samples else (SAME, "right, not timed")
         return Change(verdict, None, None, None, None, detail)
-    if a.memory:  # allocation is counted, not sampled
+    if a.memory:  # memory is exact, so there is no noise
         ratio = b.samples[0] / a.samples[0]
         verdict = LARGER if ratio > 1 + threshold else SMALLER if ratio < 1 / (1 + threshold) else SAME
         return Change(verdict, ratio, ratio, ratio, 0.0)
@@ -306,13 +307,13 @@ def _timed_change(a: Item, b: Item, others: Iterable[tuple[float, ...]], thresho
 
 
 def machine_differences(a: Machine, b: Machine) -> list[str]:
-    """What makes times on the two incomparable: device, driver and versions. What either does not state is let pass."""
+    """What makes times of the two incomparable: device, driver and versions, where both state them."""
     x, y = machine_facts(a), machine_facts(b)
     return [f"{name} {x[name]} / {y[name]}" for name in x if name in y and x[name] != y[name]]
 
 
 def machine_facts(machine: Machine) -> dict[str, str]:
-    """What a machine says of itself that decides how fast it runs."""
+    """What a machine states about itself that decides how fast it runs."""
     units = "CPU threads" if machine.kind == "cpu" else "multiprocessors"
     found = {name: getattr(machine, name) for name in ("device", "kind", "capability", "driver")}
     found |= {units: machine.units} | {name: text for name, text in machine.versions.items() if name != OWN_PACKAGE}
@@ -322,7 +323,7 @@ def machine_facts(machine: Machine) -> dict[str, str]:
 
 
 def comparison_notes(before: Run, after: Run, found: Iterable[Comparison], threshold: float) -> list[str]:
-    """What a reader must know of the two machines: ceilings and peers that moved, throttling, uncommitted changes."""
+    """What a reader must know about the two machines: shifted ceilings and peers, throttling, uncommitted changes."""
     notes = []
     for title, run in (("first", before), ("second", after)):
         if run.nvml.throttled:
@@ -341,7 +342,9 @@ def comparison_notes(before: Run, after: Run, found: Iterable[Comparison], thres
     peers = [row.change.ratio for row in found if not row.ours and row.change.ratio]
     if peers and abs(math.log(middle := float(np.median(peers)))) > math.log1p(threshold):
         how = f"{percent(abs(middle - 1))} {'slower' if middle > 1 else 'faster'}"
-        notes.append(f"peers, whose code is not ours, became {how} (median of {len(peers)}): perhaps the machine did")
+        notes.append(
+            f"peers, whose code did not change, became {how} (median of {len(peers)}): perhaps the machine did"
+        )
     if unknown := machine_facts(before.machine).keys() ^ machine_facts(after.machine).keys():
         notes.append(f"stated by one run only, so not compared: {', '.join(sorted(unknown))}")
     return notes
@@ -352,7 +355,7 @@ def comparison_notes(before: Run, after: Run, found: Iterable[Comparison], thres
 
 @dataclass(frozen=True)
 class Source:
-    """A run and what to call it."""
+    """A run, and what to call it."""
 
     name: str
     run: Run
@@ -360,9 +363,10 @@ class Source:
 
 
 def find_runs(name: str, results: Path) -> list[Source]:
-    """The run in a file; or those of a git revision, the newest first: measured at it, else committed in its tree.
+    """The run in a file, or the runs of a git revision, the newest first.
 
-    Raises `UserError` if `name` is neither, or the revision has no results.
+    Runs of a revision are those measured at it or, if there are none, those committed in its tree. Raises `UserError`
+    if `name` is neither, or the revision has no results.
     """
     if Path(name).exists():
         return [Source(name, load(Path(name)), given=True)]
@@ -373,33 +377,33 @@ def find_runs(name: str, results: Path) -> list[Source]:
     found = [s for s in _committed("HEAD", results) if s.run.machine.revision == commit] or _committed(commit, results)
     if not found:
         raise UserError(
-            f"no results of {name} ({commit[:9]}) that can be read are committed in {results}: none were measured at "
-            "it, none stand in its tree; run bench --out there and commit the file"
+            f"no readable results of {name} ({commit[:9]}) are committed in {results}: none were measured at it, and "
+            "none are in its tree; run bench --out there and commit the file"
         )
     return sorted(found, key=lambda source: source.run.started, reverse=True)
 
 
 def _committed(revision: str, results: Path) -> list[Source]:
-    """The runs with times in a revision's tree of the results folder."""
+    """The runs with times in the results folder of a revision's tree."""
     found = []
     for file in _git(results, "ls-tree", "-r", "-z", "--name-only", revision, "--", results.name).split("\0"):
         if file.endswith(".json"):
             text, name = _git(results, "show", f"{revision}:./{file}"), f"{revision[:9]}:{file}"
-            with suppress(UserError, ValueError):  # of another schema version, say
+            with suppress(UserError, ValueError):  # for example of another schema version
                 found.append(Source(name, from_json(json.loads(text), name)))
     return [source for source in found if source.run.cases or source.run.variants]
 
 
 def _git(results: Path, *arguments: str) -> str:
-    """Runs git in the folder that holds the results folder."""
+    """Runs git in the folder that contains the results folder."""
     folder = results.resolve().parent
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def choose_pair(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[Source, Source]:
-    """The newest two that can be compared and have something in common; if there are none, the newest of each.
+    """The newest two runs that are comparable and have something in common; without such, the newest of each.
 
-    Results stay in the tree when others are added, so of what two revisions share one side only may take its pick.
+    Results stay in the tree when others are added, so two revisions may share some. These are left out on one side.
     Raises `UserError` if they have nothing else.
     """
     if befores[0].given and afters[0].given:
@@ -419,7 +423,7 @@ def choose_pair(befores: Sequence[Source], afters: Sequence[Source]) -> tuple[So
 def compare_command(
     before: str, after: str, again: list[str], threshold: float, force: bool, results: Path, as_json: bool
 ) -> int:
-    """`python -m profiling compare`; 1 if something of ours became slower or larger, broke, or is missing."""
+    """Implements `python -m profiling compare`; returns 1 if something of ours regressed."""
     if not 0 <= threshold < 1:
         raise UserError(f"--threshold {threshold}: it is a share between 0 and 1; 0.02 is 2 %")
     a, b = choose_pair(find_runs(before, results), find_runs(after, results))
@@ -430,7 +434,7 @@ def compare_command(
         if (differing := machine_differences(a.run.machine, other.run.machine))
     ]
     if forced and not force:
-        raise UserError(f"{forced[0]}, so their times say nothing about the code; --force compares them all the same")
+        raise UserError(f"{forced[0]}, so their times say nothing about the code; --force compares them anyway")
     found = compare_runs(a.run, b.run, [source.run for source in further], threshold)
     if not found:
         raise UserError(f"{a.name} and {b.name} hold no times; compare runs of bench, or of gpu --phase bench or e2e")
@@ -453,7 +457,7 @@ def _document(
     return {
         "regressed": any(row.regressed for row in found),
         "counts": dict(Counter(row.change.verdict for row in found)),
-        "forced": forced,  # differences that should have forbidden the comparison
+        "forced": forced,  # differences that --force overrode
         "notes": notes,
         "before": about(a),
         "after": about(b),

@@ -1,15 +1,15 @@
-"""Chunk time and startup at other world sizes, projected from measured kernels: a projection, never a measurement.
+"""Projects chunk time and startup to other world sizes from measured kernels: projections, never measurements.
 
-Every rank does the same work on its share, so one rank's time is the chunk's time:
+Every rank does the same work on its share, so one rank's time is the chunk's time. It has three parts:
 
-    kernels        every case measured at that world size's shapes: median of the fastest right back-end x calls a chunk
-    communication  bytes each rank sends over the link's one-way bandwidth; latency and overlap are left out
-    rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host):
-                   carried to every world size as it is
+    kernels        for every case measured at that world size: median of the fastest correct back-end x calls per chunk
+    communication  bytes that each rank sends, over the link's one-way bandwidth; latency and overlap are left out
+    rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host);
+                   assumed to be the same at every world size
 
-For two sets of kernels: the best of any back-end, peers included, and ours alone. Bytes by the layout of
-`model/config.py`: q, k, v and the attention's output change between split tokens and split heads in every layer (bf16);
-each step's output is gathered (float32); so are the decoded video and the motion latents (bf16).
+There are projections for two sets of kernels: the best of all back-ends, peers included, and ours alone. The bytes
+follow from `model/config.py`. In every layer q, k, v and the attention's output change between split tokens and split
+heads (bf16); the output of each step is gathered (float32), and so are the decoded video and the motion latents (bf16).
 """
 
 import itertools
@@ -40,7 +40,7 @@ BF16, FP32 = 2, 4  # bytes
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the GPUs."""
+    """The connection between the GPUs."""
 
     name: str
     bytes_s: float  # both directions summed
@@ -56,17 +56,17 @@ class KernelTimes:
     """Seconds that the kernels of a chunk take on one rank."""
 
     stages: dict[str, float]
-    lacks: tuple[str, ...]  # cases without a time, and then the sum is no sum
+    lacks: tuple[str, ...]  # cases without a time; if there are any, the sum is incomplete
 
     @property
     def total(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages together."""
         return sum(self.stages.values())
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A chunk at one world size, in one dtype, with one set of kernels; all in seconds."""
+    """A chunk at one world size, in one dtype, with one set of kernels; all times in seconds."""
 
     world: int
     dtype: str
@@ -81,7 +81,7 @@ class Projection:
 
 
 def communication(config: Config, world: int) -> dict[str, float]:
-    """Bytes that a rank sends (and as many that it receives) in a chunk, by stage."""
+    """Bytes that a rank sends in a chunk, by stage; it receives as many."""
     dit, chunk, others = config.dit, config.chunk, (world - 1) / world
     channels, rows, columns = config.latent_shape[1:]
     tokens = math.prod(config.grid) / world
@@ -98,7 +98,7 @@ def sum_kernel_times(
 ) -> KernelTimes:
     """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs.
 
-    Where an operation has several dtypes, that of `dtype` counts, else the family's first.
+    If an operation has several dtypes, the one in `dtype` counts, or else the family's first.
     """
     wanted: dict[tuple[str, str], Case] = {}
     for case in cases.values():
@@ -121,13 +121,13 @@ def sum_kernel_times(
 
 
 def fastest_variant(run: Run, dtype: str) -> VariantResult | None:
-    """The variant with the fastest chunk in a dtype."""
+    """The variant of that dtype with the fastest chunk."""
     fitting = [v for v in run.variants if v.chunk and v.status == OK and v.variant.startswith(f"{dtype}-")]
     return min(fitting, key=lambda v: statistics.median(v.chunk), default=None)
 
 
 def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
-    """Seconds of kernels until the first new frames: denoising, and these frames' and the motion frames' decoding."""
+    """Seconds of kernels until the first new frames: denoising, then decoding of the motion and these frames."""
     chunk, group = config.chunk, config.vae.temporal_stride
     decoded = (chunk.motion_frames_num + group) / chunk.frame_num
     return stages[DENOISE] + stages[DECODE] * decoded + stages[COLOR] * group / chunk.new_frames
@@ -135,7 +135,7 @@ def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a measured chunk on one GPU takes beyond its kernels, in one dtype; seconds."""
+    """What a measured chunk on one GPU takes beyond its kernels, in one dtype; times in seconds."""
 
     dtype: str
     variant: str = ""  # empty if none was measured
@@ -146,7 +146,7 @@ class Overhead:
 
 
 def measured_overhead(run: Run, cases: Mapping[str, Case], config: Config, tag: str, dtype: str) -> Overhead:
-    """Holds the fastest measured chunk against the sum of our kernels, which it runs, or else of the best."""
+    """Compares the fastest measured chunk with the sum of our kernels or, if that is incomplete, of the best."""
     variant = fastest_variant(run, dtype)
     sums = [sum_kernel_times(run, cases, tag, 1, dtype, kernel_set) for kernel_set in (OURS, BEST)]
     whole = next((total for total in sums if not total.lacks), None)
@@ -158,7 +158,7 @@ def measured_overhead(run: Run, cases: Mapping[str, Case], config: Config, tag: 
 
 
 def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Overhead], str]:
-    """All projections that the run's cases allow, what they stand on, and the preset they are of."""
+    """All projections that the run's cases allow, the overheads they are based on, and the preset."""
     cases, (preset, family) = registry(), _family(run)
     config, found, overheads = PRESETS[preset], [], []
     for dtype in family.dtypes:
@@ -181,7 +181,7 @@ def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projectio
 
 
 def _family(run: Run) -> tuple[str, Family]:
-    """The preset that the run has most cases of. Raises `UserError` if it has none."""
+    """The preset that most of the run's cases belong to. Raises `UserError` if there is none."""
     counts = {p: sum(c.calls > 0 and c.shape.startswith(f"{f.tag}-w") for c in run.cases) for p, f in FAMILIES.items()}
     preset = max(counts, key=lambda name: counts[name])
     if not counts[preset]:
@@ -190,34 +190,34 @@ def _family(run: Run) -> tuple[str, Family]:
 
 
 def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhead]) -> Iterator[str]:
-    """What the projections take for granted, in words."""
+    """The assumptions of the projections, in words."""
     rates = f"{link.bytes_s / 1e9:g} GB/s in both directions, {link.one_way / 1e9:g} one way"
-    yield f"{preset} on {device}; every rank as fast as this one was alone, and its share equal"
-    yield f"link {link.name}: {rates}; no latency, nothing hidden behind computing; bf16 whatever the kernels' type"
-    yield "VAE tiles without halo; heads divide by the number of GPUs"
-    yield "startup: from the window of speech features to the first new frames, whose share of decoding is by frames"
+    yield f"{preset} on {device}; every rank is as fast as this GPU was alone, and has an equal share of the work"
+    yield f"link {link.name}: {rates}; no latency, no overlap with computation; bf16 whatever the kernels' dtype"
+    yield "VAE tiles have no halo; the number of GPUs divides the number of heads"
+    yield "startup: from the window of speech features to the first new frames; decoding is divided by frames"
     if any(overhead.dtype == "fp8" for overhead in overheads):
-        yield "fp8: products alone; quantising their inputs is in no case that counts"
+        yield "fp8: products only; quantising their inputs is not included"
     for overhead in overheads:
         dtype, rest = overhead.dtype, overhead.rest
         if not overhead.variant:
-            yield f"{dtype}: no chunk measured on one GPU along with its kernels; what no case covers is left out"
+            yield f"{dtype}: no chunk on one GPU was measured with its kernels; what no case covers is left out"
             continue
         chunk, kernels = duration(overhead.chunk), duration(overhead.kernels)
         took = f"{dtype}: {overhead.variant} took {chunk} a chunk, its kernels {kernels}"
         if not rest:
-            yield f"{took}, which is more; nothing is carried"
+            yield f"{took}, which is more; no rest is added"
             continue
-        yield f"{took}; the rest, {duration(rest)}, is carried to every world size unchanged"
+        yield f"{took}; the rest, {duration(rest)}, is added at every world size"
         if overhead.startup_rest:
-            yield f"{dtype}: so are {duration(overhead.startup_rest)} of startup"
+            yield f"{dtype}: so is {duration(overhead.startup_rest)} of startup"
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
 def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
-    """`python -m profiling project`; 1 if the run lacks the cases for every projection asked for."""
+    """Implements `python -m profiling project`; returns 1 if the run lacks cases for every projection."""
     worlds, connection = parse_world_sizes(gpus), parse_link(link)
     results = load(run)
     found, overheads, preset = project(results, worlds, connection)
@@ -249,7 +249,7 @@ def parse_world_sizes(text: str) -> list[int]:
 
 
 def parse_link(text: str) -> Link:
-    """The link of a device in devices.toml, or one by its GB/s in both directions together."""
+    """The link of a device in devices.toml, or one given by its GB/s in both directions together."""
     links = devices()
     if text in links:
         return Link(text, links[text].link_bytes_s)
@@ -258,7 +258,7 @@ def parse_link(text: str) -> Link:
     except ValueError:
         rate = 0.0
     if not 0 < rate < math.inf:
-        raise UserError(f"--link {text}: there are those of {', '.join(links)}; or give GB/s, both directions together")
+        raise UserError(f"--link {text}: name a device ({', '.join(links)}), or give GB/s, both directions together")
     return Link(f"of {text} GB/s", rate * 1e9)
 
 
@@ -280,7 +280,7 @@ def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
 
 
 def _table(projections: Sequence[Projection]) -> Table:
-    """World sizes side by side."""
+    """A table with world sizes side by side."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("a chunk")
     for projection in projections:

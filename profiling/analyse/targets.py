@@ -1,26 +1,27 @@
-"""The goals of `targets.toml`, held to the newest results that can answer them.
+"""Compares the goals of `targets.toml` with the newest results that can answer them.
 
     [[target]]
     name = "self-attention against the best peer"
     device = "H100|H200"                        # regular expression; or kind = "cuda" or "cpu"; by default any machine
-    cases = ["chunk_attention/14b-w1/bf16"]      # one goal for each; or variant = "fp8*" and stage = "decode"
+    cases = ["chunk_attention/14b-w1/bf16"]     # one goal for each; or variant = "fp8*" and stage = "decode"
     peer = "best"                               # or a back-end's name; for a ratio
     ratio = 1.0
     stretch = 1.1                               # shown, not required
 
-A case has at least a `ratio` (peer's seconds over ours), `percent_of_ceiling` (what its machine reached at the start of
-the run) or `tflops`, or at most `seconds`; ours is the fastest right back-end of ours, or the one named as `backend`. A
-variant has at most `seconds` or at least a `ratio` in a stage, or `at_least` or `at_most` of one that is no time. Of
-several goals in one entry any is enough. Stages:
+The goal of a case is a lower bound of `ratio` (peer's seconds over ours), `percent_of_ceiling` (of what the machine
+reached at the start of the run) or `tflops`, or an upper bound of `seconds`. It applies to the fastest correct back-end
+of ours, or to the one named by `backend`. The goal of a variant is an upper bound of `seconds` or a lower bound of
+`ratio` in a stage, or `at_least` or `at_most` for stages that are not times. If an entry has several goals, meeting one
+of them is enough. Stages:
 
-    chunk, first_frame      seconds of the whole chunk, and until its first frames are out
-    after_denoise           of first_frame, what is not denoising
+    chunk, first_frame      seconds of the whole chunk, and until its first frames are ready
+    after_denoise           the part of first_frame that is not denoising
     denoise/step            seconds of one step
     decode, color, ...      seconds of a span in one chunk, all its calls together
-    fps, peak_bytes, gaps   new frames a second; most bytes of memory; share of a chunk in which the GPU did nothing
+    fps, peak_bytes, gaps   new frames a second; peak bytes of memory; share of a chunk in which the GPU was idle
 
-A pattern of several variants is answered by the best of them. Ratios are of one run, never across two. A wrong kernel
-misses its goal; a goal that no run can answer is unmeasured.
+If a pattern matches several variants, the best of them counts. Ratios are within one run, never across two. A wrong
+kernel misses its goal; a goal that no run can answer is unmeasured.
 """
 
 import fnmatch
@@ -48,7 +49,7 @@ from profiling.tables import duration, number, percent, terminal
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
 BEST = "best"  # the fastest right peer
-RESULTS = Path(__file__).parents[1] / "results"  # may not be there before anything was measured
+RESULTS = Path(__file__).parents[1] / "results"  # may not exist before anything is measured
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
@@ -63,7 +64,7 @@ class Target:
 
     name: str
     subject: str  # case, or shell pattern of variants
-    goals: Mapping[str, float]  # by measure, any of which is enough
+    goals: Mapping[str, float]  # by measure; meeting one of them is enough
     device: str = ""  # regular expression, searched in the device's name
     kind: str | None = None
     stage: str | None = None  # of variants; None for a case
@@ -72,13 +73,13 @@ class Target:
     stretch: float | None = None  # of the first goal
 
     def applies(self, run: Run) -> bool:
-        """Whether the run took place on such a machine."""
+        """Whether the run took place on a machine that the target is for."""
         machine = run.machine
         return (self.kind in (None, machine.kind)) and re.search(self.device, machine.device) is not None
 
 
 def read_targets(file: Path) -> list[Target]:
-    """The targets of a file, one for each case of an entry. Raises `UserError` that names the entry at fault."""
+    """The targets of a file, one for each case of an entry. Raises `UserError` that names a faulty entry."""
     try:
         document = tomllib.loads(file.read_text())
     except OSError as error:
@@ -147,18 +148,18 @@ def _require(condition: bool, complaint: str) -> None:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """What became of a target."""
+    """A target with its verdict."""
 
     target: Target
     verdict: str
-    measure: str  # of its goals, the one that was met, or came nearest
+    measure: str  # the goal that was met, or nearest to it
     value: float | None = None
-    detail: str = ""  # why it is unmeasured, or which back-end or variant answered
+    detail: str = ""  # why it is unmeasured, or the back-end or variant that answered
     file: str | None = None
 
     @property
     def shortfall(self) -> float | None:
-        """By how much of the goal it was missed; negative if it was met."""
+        """By what share of the goal it was missed; negative if it was met."""
         if self.value is None:
             return None
         goal = self.target.goals[self.measure]
@@ -174,15 +175,15 @@ class TargetResult:
 
 
 class _UnmeasuredError(Exception):
-    """A run cannot answer; says why."""
+    """The run cannot answer; the message says why."""
 
 
 class _BrokenError(Exception):
-    """What should answer is wrong; says how."""
+    """The back-end or variant that should answer is wrong; the message says how."""
 
 
 def evaluate(target: Target, runs: Iterable[tuple[str, Run]]) -> TargetResult:
-    """Holds a target to the first of the runs, given as (file, run), that can answer it."""
+    """Evaluates a target on the first of the runs, given as (file, run), that can answer it."""
     first, reason = next(iter(target.goals)), "no results of such a machine"
     for file, run in runs:
         if not target.applies(run):
@@ -249,7 +250,7 @@ def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
 
 
 def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:
-    """Name and value of the variant with the least, or most, of a stage."""
+    """Name and value of the variant with the least, or the most, of a stage."""
     chosen = [v for v in run.variants if fnmatch.fnmatchcase(v.variant, pattern)]
     values = {v.variant: x for v in chosen if v.status == OK and (x := stage_value(v, stage)) is not None}
     if values:
@@ -261,7 +262,7 @@ def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[s
 
 
 def stage_value(variant: VariantResult, stage: str) -> float | None:
-    """The median of a stage over a variant's chunks, see the top of this file; None if it was not measured."""
+    """The median of a stage over a variant's chunks, as the module defines it; None if it was not measured."""
     if stage in ("peak_bytes", "gaps"):
         return getattr(variant, stage)
     if stage == "fps":
@@ -278,7 +279,7 @@ def stage_value(variant: VariantResult, stage: str) -> float | None:
 
 
 def load_runs(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
-    """The runs in files and folders, as (file, run), the newest first; and what in the folders could not be read."""
+    """The runs in files and folders, as (file, run), the newest first; and errors about files in the folders."""
     found, notes = [], []
     for place in places:
         if not place.is_dir():
@@ -294,7 +295,7 @@ def load_runs(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]
 
 
 def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
-    """`python -m profiling targets`; 1 unless all targets are met."""
+    """Implements `python -m profiling targets`; returns 1 unless all targets are met."""
     targets = read_targets(file)
     runs, notes = load_runs(files)
     results = [evaluate(target, runs) for target in targets]

@@ -1,38 +1,35 @@
 """Audits kernels without a GPU: compiles what a launcher would launch, reads the result, and models what bounds it.
 
-Nothing is described twice. The audit calls a back-end's own `launcher` with tensors that have shapes but no memory,
-under a driver that names a GPU, and Triton's `run` then compiles for that GPU instead of launching. So what is audited
-is what would run: arguments, specialisation, grid, warps, stages, every kernel of the launcher.
+Nothing is described twice. The audit calls a back-end's own `launcher` on fake tensors (`profiling.fake_gpu`), so what
+it audits is what would run: arguments, specialisation, grid, warps, stages, and every kernel of the launcher.
 
-*Model* (`bounds`): the least seconds of a launch, unit by unit. The largest is the bound; FLOPs over it are the
-modelled TFLOP/s, an upper bound. It takes clock, rates and bandwidths from devices.toml and assumes that every unit is
-busy all the time and all of them at once: no latency, no dependencies, no power limit. What it counts is the work of
-one pass of the main loop (`ttgir.py`) times the passes that the case's FLOPs need: no prologue, no epilogue, no
-padding. `AuditResult.tile` has, of one pass in one block,
+*Model* (`bounds`): the least seconds of a launch, for each unit of the GPU. The largest is the bound, and FLOPs over it
+are the modelled TFLOP/s, an upper bound. The model takes clock, rates and bandwidths from devices.toml and assumes that
+all units are busy all the time: no latency, no dependencies, no power limit. It counts the work of one pass of the main
+loop (`ttgir.py`), times the passes that the case's FLOPs need: no prologue, no epilogue, no padding. `AuditResult.tile`
+describes one pass in one block:
 
     flops_DTYPE      of matrix products on tensor cores, by operand: flops_bf16, flops_fp8, flops_tf32 ...
     fma              multiply-adds of matrix products on the ordinary units
     load_bytes, store_bytes      from and to global memory; all of it passes through L2
     mufu             elements of special functions: exponentials, divisions, roots
-    fp32             elements of additions, multiplications, maxima, also those of reductions, and `fma`
-    tensor_cycles, mufu_cycles, fp32_cycles, l2_cycles      that it takes each unit of a multiprocessor
+    fp32             elements of additions, multiplications, maxima, including those of reductions and `fma`
+    tensor_cycles, mufu_cycles, fp32_cycles, l2_cycles      cycles of each unit of a multiprocessor
     passes           in the whole launch
 
-and `AuditResult.bounds` seconds by unit: tensor, mufu, fp32, l2, hbm. Not modelled are conversions, selections, address
-arithmetic, shared memory, and what surrounds a special function (`tl.exp2` costs three multiplications for denormals).
+`AuditResult.bounds` has seconds by unit: tensor, mufu, fp32, l2, hbm. Not modelled are conversions, selections, address
+arithmetic, shared memory, and the instructions around a special function (`tl.exp2` costs three multiplications for
+denormals).
 
-Tensors without memory count as aligned to 16 bytes, whatever views a launcher takes of them.
+Fake tensors count as aligned to 16 bytes, whatever views a launcher takes of them.
 """
 
-import contextlib
 import fnmatch
-import io
 import json
 import math
 import re
 import time
 import tomllib
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,19 +41,19 @@ from rich.console import Console
 from triton import knobs
 from triton.compiler.errors import CompilationError
 
-from kernels.tuning import GPU, assume_gpu
+from kernels.tuning import GPU
 from model.errors import UserError
 from profiling.audit import sass, ttgir
 from profiling.cases import Case, own_cases, registry, select
 from profiling.devices import Device, of_target
-from profiling.fake_gpu import FakeCudaMode, KernelLaunch, record_launches
+from profiling.fake_gpu import KernelLaunch, compiling_for
 from profiling.machine import describe_machine
 from profiling.results import AuditResult, Run, build, now, save, to_json
 from profiling.tables import audit_table, terminal
 
-TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products belong on tensor cores at full rate
-MIN_TABLE_WIDTH = 110  # columns of the table at least, even where a log or a terminal has less
-SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
+TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products must run on tensor cores at full rate
+MIN_TABLE_WIDTH = 110  # columns, even if a log or a terminal has fewer
+SERIALISED = "C75"  # ptxas serialised wgmma instructions
 
 
 # --- Budgets --------------------------------------------------------------------------------------------------------
@@ -64,7 +61,7 @@ SERIALISED = "C75"  # ptxas: wgmma waits for each instruction
 
 @dataclass(frozen=True)
 class Budget:
-    """What kernels are held to; budgets.toml says what the fields mean."""
+    """Limits for kernels; budgets.toml explains the fields."""
 
     registers: int | None = None
     shared: int | None = None
@@ -78,10 +75,10 @@ class Budget:
 
 
 class Budgets:
-    """A budget file: which table holds for which kernel."""
+    """A budget file: which tables apply to which kernel."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the file; raises `UserError` if it is missing, malformed, or has a key that means nothing."""
+        """Reads the file; raises `UserError` if it is missing, malformed, or has an unknown key."""
         try:
             self._tables = tomllib.loads(path.read_text())
             for pattern, table in self._tables.items():
@@ -91,10 +88,10 @@ class Budgets:
             raise UserError(f"budget {path} cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise UserError(f"budget {path} is malformed: {error}") from error
-        self.unused = set(self._tables)  # those that matched nothing so far
+        self.unused = set(self._tables)  # tables that have matched nothing so far
 
     def of(self, kernel: str, case: str, target: str) -> Budget:
-        """All tables that match, a later one over an earlier one."""
+        """The budget of a kernel: all matching tables, later ones over earlier ones."""
         merged: dict[str, Any] = {}
         for pattern, table in self._tables.items():
             names = fnmatch.fnmatchcase(kernel, pattern) or fnmatch.fnmatchcase(case, pattern)
@@ -113,7 +110,7 @@ LIMITS = {
 
 
 def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttgir.Tile) -> Iterator[str]:
-    """What of a kernel breaks the budget, in words."""
+    """Describes each way in which a kernel breaks its budget."""
     if result.shared > device.shared_bytes_block:
         yield f"{result.shared} bytes of shared memory, a block on {device.target} has {device.shared_bytes_block}"
     elif result.blocks < budget.blocks:
@@ -138,9 +135,10 @@ def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttg
 
 
 def work_shares(launches: Sequence[KernelLaunch], tiles: Sequence[ttgir.Tile]) -> list[float]:
-    """Which part of the case's FLOPs and bytes each launch is taken to do.
+    """The share of the case's FLOPs and bytes that each launch is assumed to do.
 
-    By the matrix products of one pass in all its blocks, where any kernel has some; else by its float operations.
+    It is proportional to the matrix products of one pass in all its blocks or, if no kernel has any, to float
+    operations.
     """
     blocks = [math.prod(launch.grid) for launch in launches]
     weights = [n * tile.products for n, tile in zip(blocks, tiles, strict=True)]
@@ -152,7 +150,7 @@ def work_shares(launches: Sequence[KernelLaunch], tiles: Sequence[ttgir.Tile]) -
 
 
 def cycles(tile: ttgir.Tile, device: Device) -> dict[str, float]:
-    """Cycles that one pass takes each unit of a multiprocessor; of L2 a multiprocessor has its even part."""
+    """Cycles of one pass on each unit of a multiprocessor, which has an equal share of L2."""
     l2_cycle = device.l2_bytes_s / device.multiprocessors / device.clock
     return {
         "tensor": sum(flops / device.flop_cycle.get(dtype, math.inf) for dtype, flops in tile.flops.items()),
@@ -163,10 +161,11 @@ def cycles(tile: ttgir.Tile, device: Device) -> dict[str, float]:
 
 
 def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, device: Device) -> dict[str, float]:
-    """Least seconds of a launch by unit, those that do anything.
+    """Least seconds of a launch by unit, for units that do anything.
 
-    Multiprocessors take blocks as they become free, all of one length: the busiest has ceil(blocks / multiprocessors)
-    of them. A persistent grid, no larger than what fits at once, shares the work out evenly.
+    Multiprocessors take blocks as they become free, and all blocks take equally long: the busiest multiprocessor has
+    ceil(blocks / multiprocessors) of them. A persistent grid, no larger than what fits at once, divides the work
+    evenly.
     """
     busiest = passes * math.ceil(blocks / device.multiprocessors) / blocks
     seconds = {unit: n * busiest / device.clock for unit, n in cycles(tile, device).items() if unit != "l2"}
@@ -179,10 +178,9 @@ def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, dev
 
 
 def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult]:
-    """One result for every kernel that the case's launchers launch, on the GPU that `device` stands for.
+    """One result for every kernel that the case's launchers launch on the device.
 
-    A launcher that raises, or a kernel that does not compile, is a result with a fault; so is a launcher that launches
-    nothing.
+    A launcher that raises, a kernel that does not compile, and a launcher without launches are results with a fault.
     """
     results = []
     for backend in case.backends:
@@ -198,12 +196,8 @@ def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult
 def _record_case(
     case: Case, launcher: Callable[..., object], device: Device
 ) -> tuple[list[KernelLaunch], tuple[str, str] | None]:
-    """What the launcher launches on the case's inputs; and the kernel that failed, with the reason."""
-    arch = int(device.target.removeprefix("sm_"))
-    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
-    gpu = GPU(device.name, device.capability, device.multiprocessors)
-    with record_launches(arch) as recorder, assume_gpu(gpu), FakeCudaMode(), warnings.catch_warnings(), quiet:
-        warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
+    """Compiles what the launcher launches on the case's inputs; also returns the kernel that failed, and why."""
+    with compiling_for(GPU(device.name, device.capability, device.multiprocessors)) as recorder:
         try:
             launcher(*case.inputs(torch.device("cuda"), None))
         except Exception as error:
@@ -212,7 +206,7 @@ def _record_case(
 
 
 def _compiler_message(error: Exception) -> str:
-    """An error in one line: what ptxas says, or where Triton's compiler stopped, or the first line of any other."""
+    """An error in one line: what ptxas says, or where Triton's compiler stopped, or else its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     told = lines[-1] if isinstance(error, CompilationError) else lines[0]
     told = next((line for line in lines if line.startswith("ptxas fatal")), told)
@@ -220,7 +214,7 @@ def _compiler_message(error: Exception) -> str:
 
 
 def _results(case: Case, launches: Sequence[KernelLaunch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
-    """Launches as results; the same launch several times is one result, with the bounds of all together."""
+    """Launches as results; repeated equal launches are one result, with the bounds of all of them together."""
     operations = {launch.compiled: ttgir.parse(launch.compiled.asm["ttgir"]) for launch in launches}
     tiles = {compiled: ttgir.tile(ops) for compiled, ops in operations.items()}
     parts = work_shares(launches, [tiles[launch.compiled] for launch in launches])
@@ -241,7 +235,7 @@ def _results(case: Case, launches: Sequence[KernelLaunch], device: Device, budge
 
 
 def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditResult:
-    """What compiler and assembler say of a kernel."""
+    """What compiler and assembler report about a kernel."""
     assembly, metadata = sass.assemble(launch.compiled), launch.compiled.metadata
     blocks = sass.resident_blocks(device, metadata.num_warps, assembly.registers, metadata.shared)
     return AuditResult(
@@ -263,7 +257,7 @@ def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditR
 
 
 def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
-    """`AuditResult.tile`, see the top of this file."""
+    """The entries of `AuditResult.tile`, as the module defines them."""
     work = {f"flops_{dtype}": flops for dtype, flops in tile.flops.items()}
     work |= {name: getattr(tile, name) for name in ("fma", "load_bytes", "store_bytes", "mufu", "fp32")}
     return work | {f"{unit}_cycles": n for unit, n in cycles(tile, device).items()}
@@ -275,7 +269,7 @@ def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
 def audit_command(
     patterns: list[str], targets: list[str], budget: Path, out: Path | None, extra: Path | None, as_json: bool
 ) -> int:
-    """`python -m profiling audit`; 1 if any kernel has a fault."""
+    """Implements `python -m profiling audit`; returns 1 if any kernel has a fault."""
     if knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET=1 replaces the compiler, so there is nothing to audit; unset it")
     started, begin = now(), time.monotonic()
@@ -283,7 +277,7 @@ def audit_command(
     selected = _select_cases(extra, patterns)
     run = Run("audit", started, describe_machine(torch.device("cpu")))
     if out is not None:
-        save(run, out)  # a place that cannot be written is said now, not after the work
+        save(run, out)  # fails now, not after the work, if the place cannot be written
     with Console(stderr=True).status("") as status:
         for device in devices:
             for case in selected:
@@ -313,20 +307,25 @@ def _print_run(run: Run) -> None:
 
 
 def _select_cases(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
-    """Cases with a launcher: those that match, or `extra`'s own, or all; `UserError` if none that matches has one."""
+    """The cases with a launcher that match; without patterns, those of `extra`, or else all.
+
+    Raises `UserError` if no matching case has a launcher.
+    """
     if patterns:
         selected = select(registry(extra), patterns)
     else:
         selected = list(registry().values()) if extra is None else own_cases(extra)
     compiled = [case for case in selected if any(backend.launcher for backend in case.backends)]
     if patterns and not compiled:
-        raise UserError(f"{', '.join(patterns)}: none of these cases has a Triton kernel; without a name all that have")
+        raise UserError(
+            f"{', '.join(patterns)}: none of these cases has a Triton kernel; leave the pattern out to audit all"
+        )
     return compiled
 
 
 def _notes(selected: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
-    """What a reader must know besides the results."""
+    """What a reader must know beside the results."""
     if not selected:
         yield "none of these cases has a Triton kernel"
-    elif not patterns:  # so everything that a budget could be meant for was there
+    elif not patterns:  # all kernels were audited, so an unused budget is a mistake
         yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

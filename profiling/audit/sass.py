@@ -1,6 +1,6 @@
-"""What the assembler says of a compiled kernel: registers, spills, instructions, and how many blocks fit.
+"""What the assembler reports about a compiled kernel: registers, spills, instructions, and how many blocks fit.
 
-Triton's wheel carries ptxas and nvdisasm, so none of this needs a GPU or CUDA.
+Triton's wheel contains ptxas and nvdisasm, so none of this needs a GPU or CUDA.
 """
 
 import re
@@ -17,10 +17,10 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from profiling.devices import Device
 
-SHARED_RESERVED = 1024  # bytes of shared memory that the system takes for each block
-SHARED_UNIT = 128  # shared memory is given out in such pieces,
-REGISTER_UNIT = 256  # registers in such ones, a warp at a time,
-WARP_UNIT = 4  # out of one of four register files
+SHARED_RESERVED = 1024  # bytes of shared memory that the system reserves for each block
+SHARED_UNIT = 128  # allocation granularity of shared memory, in bytes
+REGISTER_UNIT = 256  # allocation granularity of registers, per warp
+WARP_UNIT = 4  # warps are allocated in multiples of this, one per register file
 
 # "/*0f90*/  @!P0 MUFU.EX2 R2, R3 ;", perhaps with a brace in front of a pair that issues together
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)", re.MULTILINE)
@@ -29,17 +29,17 @@ REMARK = re.compile(r"^.*(?:\(C\d+\)|warning).*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Assembly:
-    """One kernel, assembled."""
+    """One assembled kernel."""
 
-    registers: int  # a thread, as launched; warp-specialised kernels share the same sum out anew (USETMAXREG)
+    registers: int  # per thread at launch; warp-specialised kernels redistribute them (USETMAXREG)
     spills: int  # bytes stored
-    local: int  # bytes of local memory a thread
-    instructions: dict[str, int]  # by name, counted as they stand; special functions by kind (MUFU.EX2)
-    remarks: tuple[str, ...]  # of ptxas: its warnings and its advice ("C7510: wgmma ... serialized")
+    local: int  # bytes of local memory per thread
+    instructions: dict[str, int]  # static count by name; special functions by kind (MUFU.EX2)
+    remarks: tuple[str, ...]  # warnings and advice of ptxas ("C7510: wgmma ... serialized")
 
 
 def assemble(kernel: Any) -> Assembly:
-    """Assembles a Triton `CompiledKernel` once more, this time listening to what ptxas has to say."""
+    """Assembles a Triton `CompiledKernel` again, this time with ptxas's messages."""
     options = kernel.metadata
     flags = [*([] if options.enable_fp_fusion else ["--fmad=false"]), *(options.ptx_options or "").split()]
     return _assemble(kernel.asm["ptx"], kernel.asm["cubin"], options.target.arch, tuple(flags))
@@ -73,16 +73,17 @@ def _output(*command: str) -> str:
 
 
 def instructions(sass: str) -> dict[str, int]:
-    """How often each instruction stands in nvdisasm's listing, most frequent first."""
+    """How often each instruction occurs in nvdisasm's listing, most frequent first."""
     found = INSTRUCTION.findall(sass)
     count = Counter(name + ("." + kinds.split(".")[1] if name == "MUFU" else "") for name, kinds in found)
     return dict(count.most_common())
 
 
 def resident_blocks(device: Device, warps: int, registers: int, shared: int) -> int:
-    """Blocks of `warps` warps that fit on a multiprocessor at once; registers a thread, bytes of shared memory a block.
+    """Blocks of `warps` warps that fit on a multiprocessor at once.
 
-    0 if not even one may run: a block has a limit of its own for shared memory.
+    `registers` are per thread, `shared` is bytes per block. The result is 0 if not even one block may run, because its
+    shared memory exceeds the limit of a block.
     """
     if shared > device.shared_bytes_block:
         return 0

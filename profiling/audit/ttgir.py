@@ -1,14 +1,16 @@
-"""What a kernel's TTGIR says: the work of one pass of its main loop, and two faults that compile in silence.
+"""What a kernel's TTGIR says: the work of one pass of its main loop, and two silent miscompilations.
 
-TTGIR is the last form in which Triton still knows tiles: a matrix product is one operation with the shapes of its
-operands. Triton's own parser reads it (`triton._C`, which is not a public interface: `make test` says when it moves).
+TTGIR is the last representation in which Triton still has tiles: a matrix product is one operation with the shapes of
+its operands. It is read by Triton's own parser (`triton._C`, which is not a public interface; `make test` shows when it
+changes).
 
-*Main loop*: of the innermost loops around matrix products the one with most FLOPs. In a warp-specialised kernel each
-partition has its own copy of the loop (loads in one, products in others): the copies, found by their place among the
-loops of their partition, are one loop. A kernel without products is one pass from end to end, a loop in it counted as
-one turn; products outside of any loop are one pass with all that is outside of loops.
+*Main loop*: the one with most FLOPs among the innermost loops around matrix products. In a warp-specialised kernel each
+partition has its own copy of the loop (loads in one, products in another). These copies are recognised by their place
+among the loops of their partition, and count as one loop. A kernel without products is one pass from end to end, in
+which every loop counts as one iteration. Products outside of any loop form one pass with everything else outside of
+loops.
 
-What stands under a condition (`scf.if`) without a product is left out: it need not happen in every pass.
+Operations under a condition (`scf.if`) that contains no product are left out, since not every pass executes them.
 """
 
 import re
@@ -43,29 +45,29 @@ TILE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)")
 
 @dataclass(frozen=True)
 class Scope:
-    """A region that an operation stands in, and the operation the region belongs to."""
+    """A region around an operation, and the operation that the region belongs to."""
 
     name: str
-    operation: int  # its place in the walk
+    operation: int  # its index in the walk
     region: int
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation."""
+    """One operation of the TTGIR."""
 
     name: str
     operands: tuple[str, ...]  # types
     results: tuple[str, ...]
-    reads: tuple[int, ...]  # operands and results as values, by number
+    reads: tuple[int, ...]  # operands and results, as value ids
     makes: tuple[int, ...]
-    assembly: str  # of inline assembly
+    assembly: str  # text of inline assembly
     scopes: tuple[Scope, ...] = ()  # outermost first
     loop: tuple[int, ...] = ()  # see `parse`
 
     @property
     def branches(self) -> set[int]:
-        """The branches it stands in, within its innermost loop."""
+        """The branches around it, within its innermost loop."""
         inner = takewhile(lambda scope: scope.name not in LOOPS, reversed(self.scopes))
         return {scope.region for scope in inner if scope.name == "scf.if"}
 
@@ -74,12 +76,12 @@ class Op:
 class Tile:
     """The work of one pass of the main loop, in one block."""
 
-    flops: dict[str, float]  # on tensor cores, by the dtype of the operands
-    fma: float  # multiply-adds of products that do not run on tensor cores
-    load_bytes: float  # from global memory, so at least from L2
+    flops: dict[str, float]  # on tensor cores, by operand dtype
+    fma: float  # multiply-adds of products outside of tensor cores
+    load_bytes: float  # from global memory or L2
     store_bytes: float
     mufu: float  # elements of exponentials, divisions, roots ...
-    fp32: float  # elements of additions, multiplications, maxima; those of reductions and `fma` among them
+    fp32: float  # elements of additions, multiplications, maxima, including reductions and `fma`
 
     @property
     def products(self) -> float:
@@ -88,11 +90,11 @@ class Tile:
 
 
 def parse(ttgir: str) -> list[Op]:
-    """All operations in the order of the text, each after those in its regions.
+    """Parses all operations, in the order of the text; an operation with regions comes after their contents.
 
-    `Op.loop` names the innermost loop around it: the partitioned operation it is in (or -1), then the number of the
-    loop among its siblings, outermost loop first. Copies of a loop in several partitions have the same name; what is
-    in no loop has no number.
+    `Op.loop` identifies the innermost loop around it: first the partitioned operation that contains it (or -1), then
+    the index of each loop among its siblings, outermost first. Copies of a loop in several partitions have the same
+    identity. Outside of any loop there is no index.
     """
     context = ir.context()
     ir.load_dialects(context)
@@ -102,7 +104,7 @@ def parse(ttgir: str) -> list[Op]:
         path.write_text(ttgir)
         module = ir.parse_mlir_module(str(path), context)
     ops: list[Op] = []
-    around: list[int | None] = []  # the region of each
+    around: list[int | None] = []  # region of each operation
     owners: dict[int, int] = {}  # region -> the operation it belongs to
 
     def visit(op: ir.operation) -> None:
@@ -134,7 +136,7 @@ def parse(ttgir: str) -> list[Op]:
 
 
 def _with_loops(ops: Sequence[Op]) -> list[Op]:
-    numbers: dict[int, int] = {}  # a loop's place in the walk -> its number among its siblings
+    numbers: dict[int, int] = {}  # a loop's index in the walk -> its index among its siblings
     siblings: Counter[int] = Counter()
     for place, op in enumerate(ops):
         if op.name in LOOPS:
@@ -160,7 +162,7 @@ def tile(ops: Sequence[Op]) -> Tile:
     for op in ops:
         if op.name in DOTS:
             flops[op.loop] += _flops(op)
-    loops = [loop for loop in flops if len(loop) > 1]  # before a loop there may stand the first turns of a pipeline
+    loops = [loop for loop in flops if len(loop) > 1]  # a pipeline's first iterations may stand before its loop
     main = max(loops or flops, key=lambda loop: flops[loop], default=None)
     inside = [op for op in ops if main is None or op.loop == main]
     needed = {region for op in inside if op.name in DOTS for region in op.branches}
@@ -175,13 +177,13 @@ def _work(ops: Sequence[Op]) -> Tile:
             dtype = _dtype(op.operands[0])
             if "nvidia_mma" in "".join(op.results) or op.name != "tt.dot":
                 tensor[DTYPES.get(dtype, dtype)] += _flops(op)
-            else:  # a blocked layout: every thread multiplies and adds
+            else:  # a blocked layout: ordinary multiply-adds
                 fma += _flops(op) / 2
         elif op.name in TMA_LOADS or op.name in TMA_STORES:
             size = _bytes(_buffer(op))
             load, store = (load + size, store) if op.name in TMA_LOADS else (load, store + size)
         elif op.name in ("tt.load", "ttg.async_copy_global_to_local"):
-            load += _bytes(op.operands[0])  # a tile of pointers names what they point to
+            load += _bytes(op.operands[0])  # the type of a tile of pointers states what they point to
         elif op.name in STORES:
             store += _bytes(op.operands[0])
         elif op.name in MUFU or MUFU_PTX.search(op.assembly):
@@ -190,7 +192,7 @@ def _work(ops: Sequence[Op]) -> Tile:
 
 
 def _fp32(ops: Sequence[Op]) -> float:
-    """Elements of float32 arithmetic; a product that only one sum reads is fused with it, and 16-bit pairs are one."""
+    """Elements of float32 arithmetic. A product used only by one sum is fused with it; two 16-bit elements are one."""
     uses = Counter(value for op in ops for value in op.reads)
     single = {value for op in ops if op.name == "arith.mulf" for value in op.makes if uses[value] == 1}
     total = 0.0
@@ -203,14 +205,14 @@ def _fp32(ops: Sequence[Op]) -> float:
 
 
 def miscompilations(ttgir: str, ops: Sequence[Op]) -> list[str]:
-    """What Triton 3.6 compiles wrongly when it splits the rows of a block between two groups of warps."""
-    return list(dict.fromkeys((*_overruns(ops), *_shifted_twice(ttgir))))  # every consumer says the same
+    """What Triton 3.6 compiles wrongly when it splits a block's rows between two warp groups."""
+    return list(dict.fromkeys((*_overruns(ops), *_shifted_twice(ttgir))))  # each consumer partition reports the same
 
 
 def _overruns(ops: Sequence[Op]) -> Iterator[str]:
-    """TMA loads whose box is not the size of their buffer.
+    """TMA loads whose box differs in size from their buffer.
 
-    The split halves the buffer of the row operand, and the box of a descriptor that the kernel makes; one that comes
+    The split halves the buffer of the row operand, and also the box of a descriptor made in the kernel. A descriptor
     from the host keeps its whole box and writes past the buffer.
     """
     for op in ops:
@@ -222,9 +224,9 @@ def _overruns(ops: Sequence[Op]) -> Iterator[str]:
 
 
 def _shifted_twice(ttgir: str) -> Iterator[str]:
-    """Row numbers of the second group that have the offset of its half added twice.
+    """Row numbers of the second warp group to which the offset of its half is added twice.
 
-    The split adds the half to the scalar row of a descriptor load outside the loop. Row numbers made from the same
+    The split adds the offset to the scalar row of a descriptor load outside the loop. Row numbers made from the same
     scalar get it too, although their range already begins at the half.
     """
     for part in re.split(r"\n\s*(?:partition\d+\(|default \{)", ttgir)[1:]:
@@ -237,19 +239,19 @@ def _shifted_twice(ttgir: str) -> Iterator[str]:
 
 
 def _shape(type_: str) -> tuple[int, ...]:
-    """The shape of a tile; of a scalar, none."""
+    """The shape of a tile; empty for a scalar."""
     found = TILE.search(type_)
     return tuple(map(int, found[1].split("x")[:-1])) if found else ()
 
 
 def _dtype(type_: str) -> str:
-    """What a tile, or what its pointers point to, is made of."""
+    """The element type of a tile, or of what its pointers point to."""
     found = TILE.search(type_)
     return found[2] if found else ""
 
 
 def _elements(type_: str) -> float:
-    """Elements of a tile; a scalar, which is the same in all threads, counts nothing."""
+    """The number of elements of a tile; 0 for a scalar, which all threads share."""
     return prod(_shape(type_)) if _shape(type_) else 0
 
 
@@ -262,15 +264,15 @@ def _bytes(type_: str) -> float:
 
 
 def _lane_fraction(type_: str) -> float:
-    """Lanes that an element takes: two 16-bit ones share one."""
+    """How much of a 32-bit lane an element takes: two 16-bit elements share one."""
     return min(_bits(type_), 32) / 32
 
 
 def _flops(op: Op) -> float:
-    """Of a product of [.., M, K] and [.., K, N]."""
+    """FLOPs of a product of [.., M, K] and [.., K, N]."""
     return 2.0 * prod(_shape(op.operands[0])) * _shape(op.operands[1])[-1]
 
 
 def _buffer(op: Op) -> str:
-    """The type of the shared memory that a copy fills or empties; the other one is a barrier."""
+    """The type of the shared memory that a copy fills or empties; its other memory operand is a barrier."""
     return next(t for t in op.operands if t.startswith("!ttg.memdesc") and _dtype(t) != "i64")

@@ -1,9 +1,9 @@
-"""Correctness first, then time: every back-end of a case against the reference, then against each other.
+"""Benchmarks the back-ends of cases: checks each against the reference, then times the correct ones.
 
-What is wrong (`profiling.measure.check`) gets an error instead of a time.
+A back-end that is wrong (`profiling.measure.check`) gets an error instead of a time.
 
-A case's rounds are spread over several sweeps through all cases, each on fresh inputs: what the machine's mood of the
-minute and the place of the operands in memory do to a time is then within the run, where it can be seen as noise.
+The rounds of a case are spread over several sweeps through all cases, each with fresh inputs. Slow drift of the machine
+and the placement of operands in memory therefore show up as variance within a run.
 """
 
 import gc
@@ -31,16 +31,16 @@ from profiling.measure.timing import CallTimer, interleave, num_input_sets
 from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, now, save, to_json
 from profiling.tables import measurement_rows, measurement_table, terminal
 
-SWEEPS = {"cuda": 2, "cpu": 4}  # over all cases, each with its part of the rounds
-PLACEMENTS = 2  # where there are no sweeps
+SWEEPS = {"cuda": 2, "cpu": 4}  # through all cases; they share the rounds
+PLACEMENTS = 2  # sets of inputs per case, where there are no sweeps
 
 
 @dataclass(frozen=True)
 class CeilingSizes:
-    """What the ceilings are measured with."""
+    """Sizes of the operations that the machine's ceilings are measured with."""
 
-    copy: int  # bytes read
-    matmul: int  # rows, columns and depth of a product
+    copy: int  # bytes that the copy reads
+    matmul: int  # rows, columns and depth of the product
     rounds: int
 
 
@@ -48,7 +48,7 @@ CEILING_SIZES = {"cuda": CeilingSizes(2**31, 8192, 10), "cpu": CeilingSizes(2**2
 
 
 def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
-    """What this machine reaches now: a copy of one large tensor, and square products of random matrices by dtype."""
+    """Measures what this machine can reach: bandwidth of a large copy, rate of a large matrix product by dtype."""
     sizes = CEILING_SIZES[device.type]
     source = torch.randn(sizes.copy // 4, device=device)
     copy = _fastest_seconds(partial(torch.empty_like(source).copy_, source), device, sizes.rounds)
@@ -58,22 +58,22 @@ def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
         try:
             product = prepare_scaled_mm(a, b, torch.zeros_like(a[0])) if dtype == "fp8" else partial(torch.mm, a, b)
             rates[dtype] = 2 * sizes.matmul**3 / _fastest_seconds(product, device, sizes.rounds)
-        except RuntimeError:  # a GPU without that kind of product has no such ceiling
+        except RuntimeError:  # this GPU has no such product, so no such ceiling
             continue
     return Ceilings(2 * sizes.copy / copy, rates)
 
 
 def _fastest_seconds(call: Call, device: torch.device, rounds: int) -> float:
-    """Seconds of the fastest sample: a ceiling is what can be reached, however busy the machine is now and then."""
+    """Seconds of the fastest sample: a ceiling is what can be reached, even on a machine that is busy at times."""
     (samples,) = interleave([CallTimer([call], device)], rounds, 0)
     return min(samples)
 
 
 def set_benchmark_state() -> None:
-    """Puts torch into the state that all cases are measured in; once a process."""
+    """Puts torch into the state that all cases are measured in; called once per process."""
     raise_recompile_limit()
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference here
-    torch.backends.cudnn.benchmark = True  # a peer's best
+    torch.backends.cudnn.benchmark = True  # lets cuDNN choose its fastest algorithm for the peers
 
 
 def bench_case(
@@ -84,7 +84,7 @@ def bench_case(
     only: Sequence[str] | None = None,
     on_backend: Callable[[str], None] = lambda _: None,
 ) -> CaseResult:
-    """`check_case`, then `time_case` on `PLACEMENTS` sets of inputs, each with its part of the rounds."""
+    """Runs `check_case`, then `time_case` on `PLACEMENTS` sets of inputs, which share the rounds."""
     result = check_case(case, device, seed, only, on_backend)
     for i, part in enumerate(split_rounds(rounds, PLACEMENTS)):
         result = time_case(case, result, device, part, seed + i + 1, on_backend)
@@ -99,9 +99,9 @@ def time_case(
     seed: int,
     on_backend: Callable[[str], None] = lambda _: None,
 ) -> CaseResult:
-    """The result with so many more rounds of those back-ends that are right, on fresh inputs made from `seed`.
+    """Adds up to `rounds` rounds of the correct back-ends to a result, on fresh inputs made from `seed`.
 
-    A round is one sample of each back-end. `on_backend` and what is raised are as in `check_case`.
+    A round is one sample of each back-end. `on_backend` and exceptions are as in `check_case`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     found = {m.backend: m for m in result.measurements}
@@ -128,14 +128,14 @@ def time_case(
 
 
 def input_sets(case: Case, device: torch.device, generator: torch.Generator) -> list[tuple[Any, ...]]:
-    """As many sets of random inputs as calls must take turns over."""
+    """Makes enough sets of random inputs that repeated calls cannot find theirs in the cache."""
     first = case.inputs(device, generator)
     size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
     return [first, *(case.inputs(device, generator) for _ in range(num_input_sets(size, device) - 1))]
 
 
 def split_rounds(rounds: int, sweeps: int) -> list[int]:
-    """So many rounds on at most so many sweeps, as evenly as can be."""
+    """Splits rounds as evenly as possible over at most `sweeps` sweeps."""
     sweeps = min(rounds, sweeps)
     return [rounds * (i + 1) // sweeps - rounds * i // sweeps for i in range(sweeps)]
 
@@ -158,7 +158,7 @@ def bench_command(
     extra: Path | None,
     as_json: bool,
 ) -> int:
-    """`python -m profiling bench`; 1 if a back-end of ours is wrong or raised."""
+    """Implements `python -m profiling bench`; returns 1 if a back-end of ours is wrong or raised."""
     device = resolve_device(device_name)
     cases = chosen(patterns, device, extra)
     require_known_backends(cases, backends)
@@ -169,7 +169,7 @@ def bench_command(
     started, begin, seed = now(), time.monotonic(), secrets.randbits(31)
     run = Run("bench", started, describe_machine(device), notes=(f"seed {seed}",))
     if out is not None:
-        save(run, out)  # a place that cannot be written is said now, not after the work
+        save(run, out)  # fails now, not after the work, if the place cannot be written
     console = Console(stderr=True)
     console.print(f"seed {seed}", highlight=False)
     with NvmlMonitor(device) as monitor, console.status("measuring the machine's ceilings") as status:
@@ -184,8 +184,8 @@ def bench_command(
                     results[case.name] = time_case(case, before, device, share, seed + sweep + 1)
                 except torch.AcceleratorError as error:
                     raise UserError(
-                        f"{case.name} has cost the process its GPU ({one_line(error)}); leave it out, or use"
-                        " gpu --phase bench, which goes on behind it"
+                        f"{case.name} left the process without a working GPU ({one_line(error)}); leave it out, or"
+                        " use gpu --phase bench, which continues after it"
                     ) from error
                 seconds = time.monotonic() - begin
                 run = replace(run, cases=tuple(results.values()), nvml=monitor.nvml, seconds=seconds)
@@ -200,12 +200,12 @@ def bench_command(
 
 
 def _print_notes(run: Run) -> None:
-    """What a reader of the table must know: the ceilings, and whether the machine held back."""
+    """Prints what a reader of the table must know: the ceilings, and whether the GPU was throttled."""
     ceilings, rates = run.ceilings, run.ceilings.matmul_flop_s.items()
     products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates)
     print(f"{run.machine.device}: copy {(ceilings.copy_bytes_s or 0) / 1e9:.4g} GB/s, products {products}")
     if above := sum((row.ceiling or 0) > 1.1 for row in measurement_rows(run)):
-        print(f"{above} results pass their ceiling: their operands stay in a cache, or other programs disturbed it")
+        print(f"{above} results exceed their ceiling: their operands stay in a cache, or its measurement was disturbed")
     if run.nvml.throttled:
         reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.nvml.throttled.items())
         print(f"throttled: {reasons}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Spends minutes on a GPU well: phases of tasks, the most important first, every result written as it comes.
+"""Time-boxed, resumable benchmark campaign: phases of tasks, the most important first, every result saved at once.
 
     check   every back-end of ours against its reference, at production shapes      OUT/check.json
     bench   cases with their peers                                                  OUT/bench.json
@@ -6,10 +6,10 @@
     e2e     whole chunks of flashtalk-14b with random weights, by variant           OUT/e2e.json, OUT/VARIANT.json.gz
     bench and e2e together, to be kept, reported and projected                      OUT/run.json
 
-A child process works through the tasks. What it is about to do is in OUT/progress before it begins: if a kernel
-hangs (a watchdog inside the child ends it) or takes the CUDA context with it, the next child enters that as the result
-and goes on behind it. A second call with the same OUT goes on where the first one stopped. Nothing outlasts the budget:
-a task that may not fit is not begun, and at the end the child is killed.
+A child process works through the tasks and notes each one in OUT/progress before it begins. A watchdog ends the child
+if a kernel hangs. If a child dies, of that or of a lost CUDA context, the next child records it as the task's result
+and continues with the next task. A second call with the same OUT continues where the first one stopped. Nothing
+outlasts the budget: a task that may not fit is not begun, and the child is killed when the budget is spent.
 """
 
 import ctypes
@@ -59,17 +59,17 @@ from profiling.tables import measurement_rows, measurement_table, terminal, vari
 
 ROUNDS = 20
 CONFIGS = {"cuda": FLASHTALK_14B, "cpu": TINY}
-PROGRESS = "progress"  # no .json: what gathers results need not look at it
-USER_ERROR_EXIT = 2  # the exit code of one
+PROGRESS = "progress"  # no .json suffix, so that it is not taken for a results file
+USER_ERROR_EXIT = 2  # exit code of a `UserError`
 STDERR = 2
 LOST = "hung, crashed or ran out of time"
 KILL_SECONDS = 5.0
-CHILD_START_SECONDS = 15.0  # what a child needs to start: with less left, none is
+CHILD_START_SECONDS = 15.0  # a child takes that long to start; none is started with less time left
 
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """Seconds of a task: what must be left to begin it, and after which it counts as hung."""
+    """Limits of one task in seconds: what must be left to begin it, and after how long it counts as hung."""
 
     to_begin: float
     hung_after: float
@@ -79,41 +79,41 @@ TIME_LIMITS = {
     "check": TimeLimits(4, 60),
     "bench": TimeLimits(12, 90),
     "tune": TimeLimits(25, 300),
-    "e2e": TimeLimits(0, 400),  # needed: a variant says so itself
+    "e2e": TimeLimits(0, 400),  # each variant states itself what it needs
 }
-MARGIN = 4.0  # seconds, between what a task is told and its end
+MARGIN = 4.0  # seconds between the deadline a task is given and its limit
 
 
 @dataclass
 class CampaignProgress:
-    """What parent and child, and a later call, tell each other through OUT/progress."""
+    """The state of a campaign, shared through OUT/progress by parent, children and later calls."""
 
     seed: int
-    deadline: float  # of the system's clock
-    phase: str = ""  # begun and not ended
+    deadline: float  # on the system's clock
+    phase: str = ""  # of the running task; empty if none is
     task: str = ""
     backend: str = ""
-    code: str = ""  # digest of what is measured
+    code: str = ""  # digest of the code that is measured
     done: dict[str, list[str]] = field(default_factory=dict)  # phase -> tasks
-    lost: dict[str, list[str]] = field(default_factory=dict)  # case -> back-ends that ended a child
+    lost: dict[str, list[str]] = field(default_factory=dict)  # case -> back-ends that killed a child
 
     @property
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left of the budget."""
         return self.deadline - time.time()
 
     def record(self, out: Path, phase: str = "", task: str = "", backend: str = "") -> None:
-        """Writes down what is begun now; nothing, once it has ended."""
+        """Saves what has just begun; without arguments, that nothing is running."""
         self.phase, self.task, self.backend = phase, task, backend
         write(out / PROGRESS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, out: Path) -> "CampaignProgress":
-        """Reads it back; raises `UserError` if that is not one."""
+        """Reads the saved state; raises `UserError` if it cannot be read."""
         try:
             return cls(**json.loads((out / PROGRESS).read_text()))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{out / PROGRESS} cannot be read, begin in another folder: {error}") from error
+            raise UserError(f"{out / PROGRESS} cannot be read ({error}); use another --out") from error
 
 
 @dataclass(frozen=True)
@@ -124,15 +124,15 @@ class TaskLists:
     variants: list[Variant]
 
     def names(self, phase: str) -> list[str]:
-        """What the tasks of a phase are called."""
+        """The names of a phase's tasks."""
         return [v.name for v in self.variants] if phase == "e2e" else [c.name for c in self.cases[phase]]
 
 
 def plan_tasks(device: torch.device, patterns: Sequence[str], extra: Path | None) -> TaskLists:
-    """What there is to do; a pattern is a variant's name or selects cases.
+    """Lists the tasks of each phase. A pattern is the name of a variant, or selects cases.
 
-    One GPU's shapes come first, then the largest world: scaling is judged by its ends. Within a world the registry's
-    order holds, which begins with what costs most.
+    Shapes of one GPU come first, then those of the largest world size, since scaling is judged by its ends. Within a
+    world size the registry's order holds, which begins with what costs most.
     """
     variants = {v.name: v for v in VARIANTS[device.type]}
     named = [variants[p] for p in patterns if p in variants]
@@ -155,7 +155,7 @@ def gpu_command(
     worker: bool,
     as_json: bool,
 ) -> int:
-    """`python -m profiling gpu`; 1 if a back-end of ours or a variant is wrong or raised."""
+    """Implements `python -m profiling gpu`; returns 1 if a back-end of ours or a variant is wrong or raised."""
     phases = [name.strip() for name in phase.split(",")]
     for name in phases:
         if name not in TIME_LIMITS:
@@ -175,13 +175,13 @@ def gpu_command(
         progress = _run_children(options, out, budget)
     except KeyboardInterrupt:
         if (out / PROGRESS).is_file():
-            CampaignProgress.load(out).record(out)  # what was running is not to blame
+            CampaignProgress.load(out).record(out)  # the running task is not to blame
         raise
     return _print_summary(phases, tasks, progress, out, as_json)
 
 
 def code_digest() -> str:
-    """Of all code and data in the packages: other results are to be expected where it is another."""
+    """A digest of all code and data in the packages: if it changes, earlier results no longer apply."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for package in ("kernels", "model", "streaming", "profiling"):
         for file in sorted((root / package).rglob("*")):
@@ -191,12 +191,12 @@ def code_digest() -> str:
 
 
 def _run_children(options: Sequence[str], out: Path, budget: float) -> CampaignProgress:
-    """Starts children until one ends well, the budget is spent, or one got nowhere."""
+    """Starts children until one finishes, the budget is spent, or two in a row die at the same task."""
     deadline = time.time() + budget
     if (out / PROGRESS).is_file():
         progress = replace(CampaignProgress.load(out), deadline=deadline)
         if progress.code != code_digest():
-            raise UserError(f"{out} holds results of other code than is here now; use another --out")
+            raise UserError(f"{out} holds results of another version of the code; use another --out")
     else:
         progress = CampaignProgress(secrets.randbits(31), deadline, code=code_digest())
     progress.record(out, progress.phase, progress.task, progress.backend)
@@ -204,42 +204,42 @@ def _run_children(options: Sequence[str], out: Path, budget: float) -> CampaignP
     while progress.left > CHILD_START_SECONDS:
         code = _run_child([sys.executable, "-m", "profiling", "gpu", "--worker", *options], progress.left)
         progress = CampaignProgress.load(out)
-        if code is None:  # the budget is spent: what was running is not to blame
+        if code is None:  # the budget is spent; the running task is not to blame
             progress.record(out)
         if not code:
             break
         if code == USER_ERROR_EXIT:
-            raise UserError("the measuring process could not go on; the line above says why")
+            raise UserError("the worker process stopped; its error is in the line above")
         at = (progress.phase, progress.task, progress.backend)
         if not progress.task or at == before:
-            raise UserError(f"the measuring process ended with code {code} and got nowhere; its words are above")
+            raise UserError(f"the worker process ended with code {code} without progress; its output is above")
         before = at
     return progress
 
 
 def _run_child(command_line: Sequence[str], seconds: float) -> int | None:
-    """Runs a process; its exit code, or None if it had to be killed after so many seconds."""
+    """Runs a process; returns its exit code, or None if it was killed because its time was up."""
     child = subprocess.Popen(command_line, stdout=STDERR, start_new_session=True)
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with suppress(ProcessLookupError):  # and whatever it has started
+        with suppress(ProcessLookupError):  # with all processes it has started
             os.killpg(child.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+        with suppress(subprocess.TimeoutExpired):  # a driver may keep it alive
             child.wait(KILL_SECONDS)
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it ends, in whatever way."""
-    set_parent_death_signal = 1  # prctl's name for it ends in PDEATHSIG
+    """Asks Linux to kill this process as soon as its parent ends, however that happens."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 class Worker:
-    """The child: works through the tasks that are not done, and writes each result as it comes."""
+    """The child process: works through the remaining tasks and saves each result at once."""
 
     def __init__(self, out: Path, device: torch.device, tasks: TaskLists) -> None:
         self._out, self._device, self._tasks = out, device, tasks
@@ -248,11 +248,11 @@ class Worker:
         self._progress = CampaignProgress.load(out)
         self._machine = describe_machine(device)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._phase, self._run = "", Run("", "", self._machine)  # the one at work and its results so far
+        self._phase, self._run = "", Run("", "", self._machine)  # the current phase and its results so far
         self._monitor, self._begin = NvmlMonitor(device), 0.0
 
     def run_phases(self, phases: Sequence[str]) -> None:
-        """All phases, as far as the budget goes."""
+        """Runs all phases, as far as the budget allows."""
         set_benchmark_state()
         for phase in phases:
             self._open_phase(phase)
@@ -265,7 +265,7 @@ class Worker:
                 self._work_through(phase)
 
     def _open_phase(self, phase: str) -> None:
-        """Takes up the phase's results file; raises `UserError` if it is another machine's."""
+        """Loads the phase's results file, if there is one; raises `UserError` if another machine measured it."""
         machine, path = self._machine, self._out / f"{phase}.json"
         self._phase, self._monitor, self._begin = phase, NvmlMonitor(self._device), time.monotonic()
         self._run = Run(f"gpu --phase {phase}", now(), machine, notes=(f"seed {self._progress.seed}",))
@@ -291,12 +291,15 @@ class Worker:
             progress.record(self._out)
 
     def _record_lost_task(self) -> None:
-        """Enters what the child before this one died of: a back-end is left out from now on, or the task is lost."""
+        """Records what ended the previous child.
+
+        If a back-end was running, it is left out from now on. Otherwise the whole task counts as failed.
+        """
         progress = self._progress
         phase, task, backend = progress.phase, progress.task, progress.backend
-        self._console.print(f"{phase} {task} {backend}: {LOST}; going on behind it")
+        self._console.print(f"{phase} {task} {backend}: {LOST}; continuing with the next one")
         if task not in self._tasks.names(phase):
-            pass  # it is not asked for any more
+            pass  # it is no longer asked for
         elif backend:
             progress.lost.setdefault(task, []).append(backend)
         else:
@@ -342,25 +345,25 @@ class Worker:
             config = dataclasses.replace(config, chunk=dataclasses.replace(config.chunk, sample_steps=variant.steps))
             models = chunk_models(config, self._device, variant.precision)
             result, runner = run_variant(variant, models, self._progress.seed, deadline)
-        except Exception as error:  # out of memory, a compiler's failure: the other variants go on
+        except Exception as error:  # out of memory, a compiler error: other variants may still run
             result, runner = VariantResult(name, ERROR, one_line(error)), None
         self._add(result)
         if runner is not None and result.chunk and time.monotonic() + 3 * max(result.chunk) < deadline:
             try:
                 self._replace(trace_chunk(result, runner, self._out / f"{name}.json.gz"))
-            except Exception as error:  # a trace is an extra
+            except Exception as error:  # the trace is optional
                 self._console.print(f"no trace of {name}: {one_line(error)}")
         models = runner = None
-        torch.compiler.reset()  # compiled code keeps its weights alive, and two students do not fit
+        torch.compiler.reset()  # compiled code keeps weights alive, and two students do not fit in memory
         gc.collect()
         raise_if_gpu_lost(self._device)
 
     def _deadline(self) -> float:
-        """When a task must end, on the clock of `time.monotonic`."""
+        """When the current task must end, on the clock of `time.monotonic`."""
         return time.monotonic() + min(self._progress.left, TIME_LIMITS[self._phase].hung_after) - MARGIN
 
     def _add(self, result: CaseResult | VariantResult) -> None:
-        """Writes the results file with one result more."""
+        """Adds a result and saves the results file."""
         run = self._run
         if isinstance(result, CaseResult):
             self._run = replace(run, cases=(*run.cases, result))
@@ -383,7 +386,7 @@ class Worker:
 def _print_summary(
     phases: Sequence[str], tasks: TaskLists, progress: CampaignProgress, out: Path, as_json: bool
 ) -> int:
-    """Prints what the phases found and what was not reached; 1 if anything of ours is wrong or raised."""
+    """Prints what the phases found and what they did not reach; returns 1 if anything of ours is wrong or raised."""
     console, bad, documents = terminal(), False, {}
     for phase in phases:
         missing = [name for name in tasks.names(phase) if name not in progress.done.get(phase, [])]

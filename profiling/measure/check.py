@@ -1,8 +1,9 @@
-"""Checks back-ends: each output against the reference, on fresh random inputs.
+"""Checks back-ends: holds each output to the reference, on fresh random inputs.
 
-Right means: every element written (outputs are poisoned with NaN before ours run), finite, and within the dtype's bound
-of the reference, computed from the same inputs in float64 on the CPU, and on a GPU in float32 for matrix products and
-in float64 for the rest, as relative Frobenius error ||out - ref|| / ||ref||.
+An output is correct if every element is written, all elements are finite, and the relative Frobenius error
+||out - ref|| / ||ref|| is within the case's tolerance. Unwritten elements are found because memory is filled with NaN
+before a back-end of ours runs. The reference is computed from the same inputs: on a CPU in float64, on a GPU in float32
+for matrix products and in float64 for everything else.
 """
 
 import math
@@ -27,18 +28,18 @@ def check_case(
     only: Sequence[str] | None = None,
     on_backend: Callable[[str], None] = lambda _: None,
 ) -> CaseResult:
-    """Holds all back-ends of a case, or those named in `only`, to its reference on inputs made from `seed`.
+    """Checks all back-ends of a case, or those named in `only`, on inputs made from `seed`.
 
-    `on_backend` is told the back-end that runs next, and "" at the end, for whoever must know what a process died of.
-    What a back-end raises becomes its measurement's detail, unless it costs the process its GPU
-    (`raise_if_gpu_lost`).
+    `on_backend` is called with the name of the back-end that runs next, and with "" at the end, so that a supervisor
+    knows what a process died of. An exception in a back-end becomes the detail of its measurement, unless it leaves the
+    process without a working GPU (`raise_if_gpu_lost`).
     """
     wanted = [backend for backend in case.backends if only is None or backend.name in only]
     with torch.inference_mode():
         try:
             inputs = case.inputs(device, torch.Generator(device).manual_seed(seed))
             expected = reference_outputs(case, inputs, device)
-        except Exception as raised:  # of the case itself: it costs no other
+        except Exception as raised:  # the case itself is broken; others go on
             raise_if_gpu_lost(device)
             why = f"inputs or reference: {one_line(raised)}"
             return case_result(case, tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
@@ -53,7 +54,7 @@ def check_case(
 def _check_preserving_inputs(
     case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
 ) -> Measurement:
-    """`check_backend`; a back-end that changes its inputs, which the next ones get too, is wrong, and is made good."""
+    """`check_backend`; a back-end that changes its inputs is wrong, and they are restored."""
     before = [(x, x.clone()) for x in inputs if isinstance(x, Tensor)]
     measurement = check_backend(case, backend, inputs, expected, device)
     changed = [(x, was) for x, was in before if not torch.equal(x, was)]
@@ -63,16 +64,16 @@ def _check_preserving_inputs(
 
 
 def reference_outputs(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """The expected outputs, in a precision far above that of the case, by library routines that take no short cuts."""
+    """The expected outputs, from library routines in a precision far above the case's dtype."""
     wide = device.type == "cpu" or not case.operation.products
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
         return as_tuple(case.expected(inputs, torch.float64 if wide else torch.float32))
 
 
 def raise_if_gpu_lost(device: torch.device) -> None:
-    """After something raised: raises RuntimeError if it has left the process without a working GPU.
+    """Called after an exception: raises RuntimeError if the process no longer has a working GPU.
 
-    Whatever ran next would get the blame.
+    Otherwise the back-end that runs next would be blamed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -80,7 +81,7 @@ def raise_if_gpu_lost(device: torch.device) -> None:
 
 
 def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult:
-    """What a results file says of a case."""
+    """The case as results files describe it, with these measurements."""
     shape = case.shape
     return CaseResult(
         case.name,
@@ -100,7 +101,7 @@ def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult
 def check_backend(
     case: Case, backend: Backend, inputs: tuple[object, ...], expected: Sequence[Tensor], device: torch.device
 ) -> Measurement:
-    """Holds a back-end to the expected output of these inputs."""
+    """Checks one back-end against the expected outputs of these inputs."""
     blank = Measurement(backend.name, OK, backend.ours)
     if device.type not in backend.devices:
         return replace(blank, status=UNSUPPORTED, detail=f"not for {device.type}")
@@ -115,7 +116,7 @@ def check_backend(
             torch.cuda.synchronize()
         blank = replace(blank, first_call=time.perf_counter() - begin)
         error, fault = compare_outputs(got, expected, case.tolerance)
-        if backend.ours and not fault:  # once more: with poison torch may choose other algorithms than are timed
+        if backend.ours and not fault:  # again without poison: torch may choose other algorithms then
             again, fault = compare_outputs(as_tuple(case.operation.result(call())), expected, case.tolerance)
             error = max(error or 0.0, again or 0.0)
     except Exception as raised:
@@ -125,7 +126,7 @@ def check_backend(
 
 
 def compare_outputs(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> tuple[float | None, str]:
-    """The relative Frobenius error, the largest of all outputs, and in words what is wrong with it, if anything."""
+    """The largest relative Frobenius error of all outputs, and a description of what is wrong, if anything."""
     if [x.shape for x in got] != [x.shape for x in expected]:
         return None, f"shapes {[list(x.shape) for x in got]}, wanted {[list(x.shape) for x in expected]}"
     errors = []
@@ -139,13 +140,13 @@ def compare_outputs(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """While the body runs, torch hands out new tensors full of NaN, so that what is not written is seen."""
+    """While the body runs, torch fills new tensors with NaN, so that unwritten elements show up."""
     switch: Any = torch.utils.deterministic
     fill, before = switch.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operations that are not deterministic, which is not asked for here
+            warnings.simplefilter("ignore")  # nondeterministic operations are fine here
             torch.use_deterministic_algorithms(True, warn_only=True)  # without it nothing is filled
             switch.fill_uninitialized_memory = True
             yield
@@ -155,11 +156,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def as_tuple(output: Output) -> tuple[Tensor, ...]:
-    """An operation's outputs, however many."""
+    """An operation's outputs as a tuple, even if there is only one."""
     return output if isinstance(output, tuple) else (output,)
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line."""
+    """The error's type and message in one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:300]

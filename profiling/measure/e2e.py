@@ -1,15 +1,17 @@
-"""Whole chunks of a preset with random weights, in every way we can run them; the first way is the baseline.
+"""Times whole chunks of a preset with random weights, in every way we can run them; the first is the baseline.
 
 A *variant* is a precision, a mode, a number of steps, and whose operations student and VAE run. `bf16-eager` is PyTorch
-alone, and `bf16-compiled` the same under torch.compile: what the published code does (official_baseline.py). The others
-are ours: `bf16-ours`, `fp8`, with FP8 attention too `fp8-attn`, and with an FP8 VAE as well `fp8-vae`; the
-student is compiled, and every stage recorded as a CUDA graph, except for `fp8-vae-launched`. `two-steps` is `fp8-vae`
-with half of the steps. A chunk is what `ChunkGenerator.chunk` does from the window on: audio K/V, all denoising steps,
-decode, colour, re-encode of the motion frames. Student and VAE are made on the device at once; the encoders, which run
-before a session or beside it, are left out.
+alone, and `bf16-compiled` is the same under torch.compile, as in the published code (official_baseline.py). The others
+are ours: `bf16-ours`, `fp8`, `fp8-attn` (FP8 attention too) and `fp8-vae` (an FP8 VAE as well). Their student is
+compiled, and every stage is recorded as a CUDA graph, except in `fp8-vae-launched`. `two-steps` is `fp8-vae` with half
+of the steps.
 
-The model's modules are imported where they are used: the encoders among them take seconds to import, and a process that
-only asks which variants there are does without.
+A chunk is what `ChunkGenerator.chunk` does from the audio window on: audio K/V, all denoising steps, decoding, colour,
+re-encoding of the motion frames. Student and VAE are created directly on the device. The encoders, which run before a
+session or beside it, are left out.
+
+The model's modules are imported where they are used. The encoders among them take seconds to import, which a process
+that only lists the variants need not wait for.
 """
 
 import time
@@ -34,10 +36,10 @@ if TYPE_CHECKING:
     from streaming.generator import Conditions
 
 Moment: TypeAlias = float | torch.cuda.Event
-Mode = Literal["eager", "compiled", "student", "graphs"]  # compiled: VAE too; graphs: of the compiled student too
+Mode = Literal["eager", "compiled", "student", "graphs"]  # student: only it is compiled; compiled: the VAE too
 
-MIN_CHUNKS, MAX_CHUNKS = 2, 5  # timed, after the first one, which starts with a portrait and compiles
-PROMPT_TOKENS = 20  # real tokens of a prompt; the padding behind them is computed all the same
+MIN_CHUNKS, MAX_CHUNKS = 2, 5  # timed chunks; the first chunk, which compiles, is not one of them
+PROMPT_TOKENS = 20  # real tokens of a prompt, before its padding
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Variant:
     name: str
     precision: str  # of `PRECISIONS`
     mode: Mode
-    ours: bool  # the operations, which on a CPU are PyTorch's in any case
-    seconds: float  # without which it is not worth beginning
+    ours: bool  # whether the operations are ours; on a CPU they are PyTorch's in any case
+    seconds: float  # that must be left to begin it
     steps: int = 4
 
 
@@ -75,13 +77,13 @@ def chunk_models(config: Config, device: torch.device, precision: str) -> "Model
     from model.weights.checkpoint import random_models
 
     small = replace(config, text=TINY.text, image=TINY.image, audio=TINY.audio)
-    # 9 GB to the host's memory and back take longer than all else: what would visit stays until it is used.
+    # Nothing is offloaded: moving 9 GB to the host and back would take longer than everything else.
     return replace(random_models(small, device, PRECISIONS[precision], offload_device=device), config=config)
 
 
 @torch.inference_mode()
 def random_conditions(models: "Models", generator: torch.Generator) -> "Conditions":
-    """Conditions of a portrait and a prompt that do not exist; shapes and dtypes as `ChunkGenerator.prepare` makes."""
+    """Random conditions, with the shapes and dtypes that `ChunkGenerator.prepare` makes of a portrait and a prompt."""
     from streaming.generator import Conditions, first_frame_mask
 
     config, dit = models.config, models.dit
@@ -99,7 +101,7 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 
 
 class ChunkRunner:
-    """Chunks of one variant, one after the other, each from the state that the one before it left."""
+    """Runs successive chunks of one variant, each from the state that the previous one returned."""
 
     def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
         from streaming.cuda_graphs import CudaGraphs
@@ -118,22 +120,22 @@ class ChunkRunner:
         dit = config.dit
         shape = (config.chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
         self._window = torch.randn(*shape, generator=random, device=device)
-        # Of each chunk, or of each group of frames: not asked for before the end, as that would wait for the GPU.
+        # Per chunk and per group of frames. Read only at the end, since reading waits for the GPU.
         self._first: list[tuple[Moment, Moment]] = []
         self._finite: list[Tensor] = []
 
     @property
     def finite(self) -> bool:
-        """Whether all frames so far were numbers."""
+        """Whether all frames so far are finite."""
         return all(map(bool, self._finite))
 
     @property
     def first_frames(self) -> list[float]:
-        """Of each chunk so far, the seconds from its beginning until its first frames were there."""
+        """For each chunk so far, seconds from its beginning until its first frames were ready."""
         return [seconds(begin, first) for begin, first in self._first]
 
     def chunk(self) -> float:
-        """Runs the next chunk; the seconds that it takes."""
+        """Runs the next chunk and returns the seconds it took."""
         with nullcontext() if self._ours else official_baseline():
             return self._chunk()
 
@@ -154,7 +156,7 @@ class ChunkRunner:
             self._finite.append(group.pixels.isfinite().all())
 
     def _moment(self) -> Moment:
-        """Now: on a GPU, where the current stream has come to."""
+        """The present moment: on a CPU the clock, on a GPU an event on the current stream."""
         if self.models.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -163,7 +165,7 @@ class ChunkRunner:
 
 
 def seconds(begin: Moment, end: Moment) -> float:
-    """From one moment to a later one, which is waited for."""
+    """Seconds between two moments; waits until the later one has come."""
     if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
         return begin.elapsed_time(end) / 1000
@@ -173,8 +175,8 @@ def seconds(begin: Moment, end: Moment) -> float:
 def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, ChunkRunner]:
     """Times chunks of a variant until `MAX_CHUNKS` are done or another might end after `deadline` (monotonic).
 
-    `models` are in the variant's precision; a compiled variant compiles them for good. Peak memory is that of steady
-    chunks; the first ones, which try algorithms, take more. The runner can go on, see `trace_chunk`.
+    `models` are in the variant's precision; a compiled variant compiles them in place. Peak memory is that of steady
+    chunks: the first ones, which try algorithms, take more. The returned runner can continue, see `trace_chunk`.
     """
     from model.compile import compile_student, compile_vae
 
@@ -186,7 +188,7 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         compile_vae(models.vae)
     runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs")
     first_call = runner.chunk()
-    # The first one to begin with motion frames is the last to meet something new; the one after it is recorded.
+    # The second chunk, the first with motion frames, is the last that may compile; the third one is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):
         runner.chunk()
     if device.type == "cuda":
@@ -216,9 +218,9 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
 
 
 def peak_memory() -> int:
-    """Bytes of the GPU in use at most: by tensors, and what recorded graphs keep for those that are there in a replay.
+    """Peak bytes of GPU memory in use: tensors, and what recorded graphs reserve for tensors of a replay.
 
-    The rest of what the allocator holds is free, in pieces that the making of random weights left.
+    The rest of the allocator's memory is free, in fragments that the creation of random weights left.
     """
     private = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
     kept = sum(segment["total_size"] - segment["allocated_size"] for segment in private)
@@ -226,14 +228,15 @@ def peak_memory() -> int:
 
 
 def _parameter_bytes(module: nn.Module, device: torch.device) -> int:
-    """Of its parameters on the device: some only visit."""
+    """Bytes of the module's parameters on the device; offloaded ones are elsewhere."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type == device.type)
 
 
 def trace_chunk(result: VariantResult, runner: ChunkRunner, path: Path) -> VariantResult:
-    """The result with one more chunk as a Chrome/Perfetto trace in `path`, its timeline, and the GPU's gaps in it.
+    """Runs one more chunk under the profiler; returns the result with its trace file, timeline and launch gaps.
 
-    The profiler takes time of its own on the CPU, so the gaps are an upper bound.
+    `path` is where the Chrome/Perfetto trace is written. The profiler takes CPU time itself, so the gaps are an upper
+    bound.
     """
     with torch.profiler.profile() as profiler:
         runner.chunk()

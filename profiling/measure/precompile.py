@@ -1,16 +1,13 @@
-"""Compiles what a GPU is about to run, on all CPU cores at once: Triton keeps it on disk for the processes that follow.
+"""Compiles kernels in parallel on all CPU cores; Triton's disk cache keeps them for later processes.
 
-A kernel takes Triton seconds, a GPU's minutes are few, and other processes compile one after the other as they go. The
-launches are recorded as by the audit, on tensors without memory: the GPU is asked for its name only.
+Triton takes seconds per kernel, GPU time is short, and a benchmark compiles its kernels one after the other. Launches
+are recorded on tensors without memory, as in the audit: of the GPU, only its name, capability and size are used.
 """
 
-import contextlib
-import io
 import multiprocessing
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kernels.tuning import GPU, LaunchConfig, assume_gpu, gpu_of
+from kernels.tuning import GPU, LaunchConfig, gpu_of
 from model.errors import UserError
 from profiling.cases import Case, chosen, registry
-from profiling.fake_gpu import FakeCudaMode, record_launches
+from profiling.fake_gpu import compiling_for
 from profiling.machine import resolve_device
 
 CUDA = torch.device("cuda")
@@ -30,7 +27,7 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class CompileJob:
-    """A launch to compile: of a case's back-end, as it is tuned or with these launch parameters."""
+    """One launch to compile: a back-end of a case, as it is tuned or with the given launch parameters."""
 
     case: str
     backend: str
@@ -38,7 +35,7 @@ class CompileJob:
 
 
 def compile_jobs(cases: Sequence[Case], whole_space: bool) -> Iterator[CompileJob]:
-    """What the cases launch; `whole_space`: and all that tuning would try."""
+    """The jobs for what the cases launch and, with `whole_space`, for everything that tuning would try."""
     for case in cases:
         for backend in case.backends:
             if backend.launcher is not None:
@@ -53,15 +50,12 @@ def _cases(extra: Path | None) -> dict[str, Case]:
 
 
 def compile_job(job: CompileJob, target: GPU, extra: Path | None) -> str:
-    """Compiles it; what went wrong, if anything: tuning comes upon it again."""
+    """Compiles one job; returns an error message, or "" if it went well. Tuning reports errors itself."""
     case = _cases(extra)[job.case]
     launcher = next(backend.launcher for backend in case.backends if backend.name == job.backend)
     assert launcher is not None
     config: dict[str, LaunchConfig] = {"config": dict(job.config)} if job.config else {}
-    quiet = contextlib.redirect_stdout(io.StringIO())  # Triton prints all the PTX that ptxas refuses
-    arch = int(target.capability.replace(".", ""))
-    with record_launches(arch), assume_gpu(target), FakeCudaMode(), warnings.catch_warnings(), quiet:
-        warnings.simplefilter("ignore")  # a tensor without memory says so whenever it is asked for its address
+    with compiling_for(target):
         try:
             launcher(*case.inputs(CUDA, None), **config)
         except Exception as error:
@@ -70,7 +64,7 @@ def compile_job(job: CompileJob, target: GPU, extra: Path | None) -> str:
 
 
 def compile_all(todo: Sequence[CompileJob], target: GPU, extra: Path | None, seconds: float) -> tuple[int, list[str]]:
-    """Compiles as many as the seconds allow; how many are done, and what went wrong, in words."""
+    """Compiles as many jobs as the time allows; returns how many finished, and the error messages."""
     deadline, done, failures = time.monotonic() + seconds, 0, []
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     try:
@@ -80,7 +74,7 @@ def compile_all(todo: Sequence[CompileJob], target: GPU, extra: Path | None, sec
             if one_line := future.result():
                 failures.append(f"{futures[future].case} {futures[future].backend}: {one_line}")
     except TimeoutError:
-        for process in list((pool._processes or {}).values()):  # a compiler does not listen
+        for process in list((pool._processes or {}).values()):  # a compiler ignores cancellation
             process.kill()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -88,7 +82,7 @@ def compile_all(todo: Sequence[CompileJob], target: GPU, extra: Path | None, sec
 
 
 def warm_command(patterns: Sequence[str], whole_space: bool, budget: float, extra: Path | None) -> int:
-    """`python -m profiling warm`; 1 if something did not compile."""
+    """Implements `python -m profiling warm`; returns 1 if a kernel did not compile."""
     device = resolve_device("auto")
     if device.type != "cuda":
         raise UserError("warm: there is no GPU to compile for; `audit` compiles without one")
@@ -96,7 +90,6 @@ def warm_command(patterns: Sequence[str], whole_space: bool, budget: float, extr
     done, failures = compile_all(todo, gpu_of(device), extra, budget)
     for line in failures:
         print(line, file=sys.stderr)
-    print(
-        f"{done} of {len(todo)} launches compiled in {time.monotonic() - begin:.0f} s, {len(failures)} of them in vain"
-    )
+    seconds = time.monotonic() - begin
+    print(f"compiled {done - len(failures)} of {len(todo)} kernels in {seconds:.0f} s, {len(failures)} failed")
     return 1 if failures else 0

@@ -1,8 +1,8 @@
-"""Times calls on a device: CUDA events around graph replays, `perf_counter` on the CPU.
+"""Times calls on a device: CUDA events around graph replays on a GPU, `perf_counter` on a CPU.
 
-A sample is the mean over as many calls as fill a few milliseconds. Calls of one back-end take turns over several input
-sets, so that operands come from memory and not from the cache; back-ends take turns in rounds, so that a machine whose
-speed drifts is equally unfair to all.
+A sample is the mean over enough calls to fill a few milliseconds. Successive calls of a back-end use different input
+sets, so that operands come from memory and not from the cache. Back-ends are timed in interleaved rounds, so that a
+machine whose speed drifts affects all of them equally.
 """
 
 import itertools
@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-SAMPLE_SECONDS = {"cuda": 0.010, "cpu": 0.005}  # least length of a sample
-INTERLEAVE_SECONDS = 2.0  # of `interleave`, after which slow back-ends get no further rounds
+SAMPLE_SECONDS = {"cuda": 0.010, "cpu": 0.005}  # minimum length of a sample
+INTERLEAVE_SECONDS = 2.0  # after which `interleave` starts no further round
 MIN_ROUNDS = 4
-L2_MULTIPLE = 4  # a rotation of input sets is this many times the L2 cache
+L2_MULTIPLE = 4  # all input sets together are this many times the L2 cache
 MAX_INPUT_SETS = 256
-MAX_CALLS_A_SAMPLE = 256  # in a sample
-SPIN_CYCLES = 1_000_000  # GPU cycles, about half a millisecond: the CPU gets ahead, launch gaps stay out
+MAX_CALLS_A_SAMPLE = 256
+SPIN_CYCLES = 1_000_000  # of the GPU, about 0.5 ms: the CPU gets ahead, so samples contain no launch gaps
 
 
 def num_input_sets(bytes_a_set: float, device: torch.device) -> int:
-    """How many input sets of that size keep a repeated call from finding its operands in the GPU's L2 cache."""
+    """How many input sets of that size keep repeated calls from finding their operands in the GPU's L2 cache."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -31,10 +31,10 @@ def num_input_sets(bytes_a_set: float, device: torch.device) -> int:
 
 
 class CallTimer:
-    """Calls that do the same on different inputs, warmed up and ready to be timed."""
+    """Times equivalent calls on different inputs, after warming them up."""
 
     def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device) -> None:
-        """Runs every call once, then finds how many of them fill a sample; on a GPU it captures these as a graph."""
+        """Runs every call once and finds how many fill a sample; on a GPU it captures these as a CUDA graph."""
         self._cuda = device.type == "cuda"
         self._turn = itertools.cycle(calls)
         for call in calls:
@@ -52,7 +52,7 @@ class CallTimer:
         return self._graph is not None
 
     def sample(self) -> float:
-        """Seconds a call."""
+        """One sample: mean seconds per call."""
         if not self._cuda:
             begin = time.perf_counter()
             self._run()
@@ -73,10 +73,11 @@ class CallTimer:
             next(self._turn)()
 
     def _capture(self) -> None:
-        """Back-ends that wait for the GPU cannot be captured: they stay plain launches, with gaps in their times.
+        """Captures the calls of a sample as a CUDA graph.
 
-        They are found beforehand, since torch does not recover from every capture that fails. One that fails all the
-        same raises RuntimeError.
+        A back-end that waits for the GPU cannot be captured. It stays plain launches, and its times include launch
+        gaps. Such back-ends are detected beforehand, since torch does not recover from every failed capture. If a
+        capture fails all the same, it raises RuntimeError.
         """
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -96,9 +97,9 @@ class CallTimer:
 
 
 def interleave(timed: Sequence[CallTimer], rounds: int, seed: int) -> list[list[float]]:
-    """Samples of each, one a round, taken in a new random order every round after one that does not count.
+    """Samples of each timer, one per round; every round has a new random order, and an uncounted sample before each.
 
-    Slow calls get fewer rounds than asked for, though at least `MIN_ROUNDS`: all cases are to have their turn.
+    Slow calls get fewer rounds than asked for, but at least `MIN_ROUNDS`, so that all cases get their turn.
     """
     samples: list[list[float]] = [[] for _ in timed]
     shuffle = random.Random(seed).shuffle
@@ -109,6 +110,6 @@ def interleave(timed: Sequence[CallTimer], rounds: int, seed: int) -> list[list[
             break
         shuffle(order)
         for i in order:
-            timed[i].sample()  # whoever came before has the caches and the clocks in another state
+            timed[i].sample()  # not counted: the previous back-end left other caches and clocks
             samples[i].append(timed[i].sample())
     return samples

@@ -1,13 +1,13 @@
-"""A command under torch.profiler: a Perfetto trace, the operations that take longest, the spans, the launch gaps.
+"""Runs a command under torch.profiler: a Perfetto trace, the longest operations, the spans, the launch gaps.
 
-The command runs in this process, as `python` would run it, and its trace is a file for ui.perfetto.dev or
-chrome://tracing, whole or not there at all. What is said about it is computed from the events of that file by
-`summarise`. Neither stacks nor shapes are recorded, so a chunk is a few megabytes and the command keeps its speed.
+The command runs in this process, as `python` would run it. Its trace is a file for ui.perfetto.dev or chrome://tracing,
+written atomically. All numbers are computed from the events of that file by `summarise`. Neither stacks nor shapes are
+recorded, so a chunk takes a few megabytes and the command keeps its speed.
 
-*Launch gaps* are the share of time in which a GPU with work ahead of it stands still, because the CPU has not launched
-that work yet. A span has the GPU from the first to the last piece of work launched inside it, on whatever stream; of
-that extent, what no kernel, copy or fill covers is gap. A chunk is the spans up to and including `motion`; the first
-chunk is left out where there are more, since it compiles and allocates.
+*Launch gaps* are the share of time in which the GPU is idle while more work is to come, because the CPU has not
+launched that work yet. A span occupies the GPU from the first to the last piece of work launched inside it, on whatever
+stream; the part of that extent that no kernel, copy or fill covers is gap. A chunk is the spans up to and including
+`motion`. The first of several chunks is left out, since it compiles and allocates.
 """
 
 import gzip
@@ -37,10 +37,10 @@ from model.files import replacing
 from profiling.results import StageInterval, write
 from profiling.tables import duration, percent, terminal
 
-GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the events in a trace
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # event categories of a trace
 LAUNCH_CALLS = ("cuda_runtime", "cuda_driver")
 OPERATION, SPAN, GPU_SPAN = "cpu_op", "user_annotation", "gpu_user_annotation"
-CHUNK_BEGIN, STEP = "audio", "denoise/step"  # a chunk's first span, and the one that its student's stream begins with
+CHUNK_BEGIN, STEP = "audio", "denoise/step"  # first span of a chunk, and first span on the student's stream
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXAMPLE = "write it behind --, as in: trace -- python -m streaming run --image FACE.jpg --audio VOICE.wav --out OUT.mp4"
 
@@ -50,17 +50,17 @@ Interval = tuple[float, float]  # begin and end in seconds
 
 @dataclass(frozen=True)
 class OperationTime:
-    """All calls of one name."""
+    """All calls of one operation or kernel, by name."""
 
     name: str
     calls: int
-    seconds: float  # without the operations called by it
+    seconds: float  # without nested operations
     share: float  # of all operations
 
 
 @dataclass(frozen=True)
 class SpanTime:
-    """All passes through one span."""
+    """All calls of one span."""
 
     name: str
     count: int
@@ -72,12 +72,12 @@ class SpanTime:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a trace says."""
+    """The numbers computed from a trace."""
 
-    operations: tuple[OperationTime, ...]  # on the CPU, the longest first
+    operations: tuple[OperationTime, ...]  # on the CPU, longest first
     kernels: tuple[OperationTime, ...]  # on the GPU, copies and fills included
     spans: tuple[SpanTime, ...]  # in order of appearance
-    chunks: int  # that the gaps are of
+    chunks: int  # over which the gaps are measured
     gaps: float | None  # share of the GPU's time; None without a GPU
     timeline: tuple[StageInterval, ...]  # of the last chunk that another follows; on a GPU, where the spans ran
 
@@ -86,7 +86,7 @@ class Summary:
 
 
 def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
-    """The union of intervals, as sorted ones that do not touch each other."""
+    """The union of intervals, as sorted intervals that do not touch."""
     union: list[Interval] = []
     for begin, end in sorted(intervals):
         if union and begin <= union[-1][1]:
@@ -97,7 +97,7 @@ def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def gap_share(busy: Iterable[Interval], windows: Iterable[Interval]) -> float | None:
-    """The share of the windows that no busy interval covers; both may overlap. None if the windows have no length."""
+    """The share of the windows that no busy interval covers, None if they have no length; both may overlap."""
     covers, extents = merge_intervals(busy), merge_intervals(windows)
     length = sum(end - begin for begin, end in extents)
     if not length:
@@ -113,14 +113,14 @@ def gap_share(busy: Iterable[Interval], windows: Iterable[Interval]) -> float | 
 
 
 def extent(intervals: Sequence[Interval]) -> Interval | None:
-    """From the first begin to the last end; None of no interval."""
+    """From the earliest begin to the latest end; None if there are no intervals."""
     if not intervals:
         return None
     return min(begin for begin, _ in intervals), max(end for _, end in intervals)
 
 
 def chunk_intervals(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
-    """From the begin of a chunk's first span to the end of its last one; `spans` in order of their begin."""
+    """For each chunk, from the begin of its first span to the end of its last; `spans` are sorted by begin."""
     found: list[list[Interval]] = []
     before = None
     for name, interval in spans:
@@ -133,23 +133,23 @@ def chunk_intervals(spans: Iterable[tuple[str, Interval]]) -> list[Interval]:
 
 @dataclass(frozen=True)
 class _GpuWork:
-    """What the GPU did, in order of its launch."""
+    """All work on the GPU, in the order of its launch."""
 
     launched: list[float]  # seconds
     ran: list[Interval]
 
     def extents(self, windows: Iterable[Interval]) -> list[Interval]:
-        """For each window in which work was launched: from the first to the last of that work."""
+        """For each window in which work was launched, from the begin of its first to the end of its last piece."""
         places = ((bisect_left(self.launched, begin), bisect_right(self.launched, end)) for begin, end in windows)
         return [found for i, j in places if (found := extent(self.ran[i:j]))]
 
 
 def _interval(event: Event) -> Interval:
-    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6  # a trace counts microseconds
+    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6  # traces are in microseconds
 
 
 def _gpu_work(events: Iterable[Event]) -> _GpuWork:
-    """Pairs every piece of GPU work with its launch; what has none in the trace counts as launched when it began."""
+    """Pairs GPU work with its launch; work without one in the trace counts as launched when it began."""
     calls, work = {}, []
     for event in events:
         number = event.get("args", {}).get("correlation")
@@ -162,7 +162,7 @@ def _gpu_work(events: Iterable[Event]) -> _GpuWork:
 
 
 def _self_times(events: Iterable[Event]) -> tuple[OperationTime, ...]:
-    """Operations by name, each without the ones that ran inside it on its thread."""
+    """Operations by name, without the time of operations nested inside them on the same thread."""
     own: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     threads: defaultdict[Any, list[Event]] = defaultdict(list)
@@ -188,7 +188,7 @@ def _longest(seconds: Mapping[str, float], calls: Mapping[str, int]) -> tuple[Op
 
 
 def summarise(events: Sequence[Event]) -> Summary:
-    """What the events of a Chrome trace (`traceEvents`, microseconds) say; see the module for what a gap is."""
+    """Summarises the events of a Chrome trace (`traceEvents`, in microseconds); the module defines launch gaps."""
     events = [event for event in events if event.get("ph") == "X"]
     kernels: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
@@ -202,13 +202,13 @@ def summarise(events: Sequence[Event]) -> Summary:
         named[name].append(interval)
     work = _gpu_work(events)
     found = chunk_intervals(spans)
-    # Without spans, there is still the time from the first to the last work.
+    # Without spans, the window is everything.
     steady = found[1:] or found or [(-math.inf, math.inf)]
     extents = work.extents(steady)
     return Summary(
         operations=_self_times(event for event in events if event.get("cat") == OPERATION),
         kernels=_longest(kernels, calls),
-        spans=tuple(_span(name, calls, work, steady[0][0]) for name, calls in named.items()),
+        spans=tuple(_span(name, intervals, work, steady[0][0]) for name, intervals in named.items()),
         chunks=len(extents) if spans else 0,
         gaps=gap_share(work.ran, extents),
         timeline=_timeline(events, set(named)),
@@ -232,7 +232,7 @@ def _timeline(events: Sequence[Event], names: Collection[str]) -> tuple[StageInt
 
 
 def _first_steps(calls: Sequence[Event]) -> list[int]:
-    """Where chunks begin among their passes: with a step that follows something else on its stream."""
+    """Indices at which chunks begin: at a step that follows anything else on its stream."""
     before: dict[Any, str] = {}
     begins = []
     for i, event in enumerate(calls):
@@ -260,7 +260,7 @@ def _span(name: str, calls: Sequence[Interval], work: _GpuWork, since: float) ->
 
 @dataclass(frozen=True)
 class Program:
-    """What to run: a module, as `python -m` would, or a script; and its arguments."""
+    """What to run: a module, as in `python -m`, or a script; and its arguments."""
 
     name: str
     module: bool
@@ -268,7 +268,7 @@ class Program:
 
 
 def parse_command(arguments: Sequence[str]) -> Program:
-    """The program that a command line of Python names. Raises `UserError` if it is not one, or is not there."""
+    """The program that a Python command line names. Raises `UserError` if it is not one, or does not exist."""
     python, *rest = arguments or [""]
     if python != sys.executable and not re.fullmatch(r"python[\d.]*", Path(python).name):
         what = f"trace cannot run {python}: it runs a command of Python" if python else "trace needs a command"
@@ -294,7 +294,7 @@ def _runnable(module: str) -> bool:
 
 
 def run_program(program: Program) -> int:
-    """Runs the program in this process and gives its exit code; puts arguments, paths and signals back afterwards."""
+    """Runs the program in this process and returns its exit code; restores arguments, paths and signals afterwards."""
     argv, path, handlers = sys.argv, sys.path.copy(), {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = [program.name, *program.arguments]
     try:
@@ -317,9 +317,9 @@ def run_program(program: Program) -> int:
 
 
 def export_trace(profiler: torch.profiler.profile, out: Path) -> list[Event]:
-    """Writes what the profiler recorded as a Chrome trace, whole or not at all, and gives its events.
+    """Writes the profiler's recording as a Chrome trace, atomically, and returns its events.
 
-    `out` ends in .json, or in .json.gz to be compressed; its folder must be there. Raises `UserError` if it cannot be
+    `out` ends in .json, or in .json.gz to be compressed; its folder must exist. Raises `UserError` if it cannot be
     written.
     """
     try:
@@ -327,18 +327,18 @@ def export_trace(profiler: torch.profiler.profile, out: Path) -> list[Event]:
             profiler.export_chrome_trace(str(temporary))
             with gzip.open(temporary, "rt") if out.suffix == ".gz" else temporary.open() as file:
                 events = json.load(file)["traceEvents"]
-    except (OSError, ValueError, KeyError) as error:  # a full disk shows in what was written
+    except (OSError, ValueError, KeyError) as error:  # a full disk shows up when the file is read back
         raise UserError(f"{out} could not be written whole ({error}); name another place") from error
     return events
 
 
 def _temporary(out: Path) -> Path:
-    """Where a trace is until it is whole; the profiler compresses what ends in .gz."""
+    """Where a trace is written until it is complete; the profiler compresses it if the name ends in .gz."""
     return out.with_name(f".part-{out.name}")
 
 
 def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
-    """`python -m profiling trace -- COMMAND`; the exit code is the command's, and what it raised is raised again."""
+    """Implements `python -m profiling trace -- COMMAND`; returns the command's exit code, re-raises its exception."""
     program = parse_command(arguments)
     if not out.name.endswith((".json", ".json.gz")):
         raise UserError(f"--out {out}: a trace is called NAME.json or NAME.json.gz; the command goes behind --")
@@ -346,12 +346,12 @@ def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> i
         raise UserError(f"--out {out}: that is a folder; name a file")
     if top < 1:
         raise UserError(f"--top {top}: at least 1 is needed")
-    write(_temporary(out), "")  # a place that cannot be written is said now, not after the work
+    write(_temporary(out), "")  # fails now, not after the work, if the place cannot be written
     profiler, failure = torch.profiler.profile(), None
     try:
         with profiler, redirect_stdout(sys.stderr) if as_json else nullcontext():
             code = run_program(program)
-    except Exception as error:  # the command's; what it did until then is in the trace
+    except Exception as error:  # of the command; the trace holds what it did until then
         code, failure = 1, error
     summary = summarise(export_trace(profiler, out))
     if as_json:
@@ -403,7 +403,7 @@ def _spans_table(spans: Iterable[SpanTime], on_gpu: bool) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    room = max(20, terminal().width - sum(max(10, len(heading) + 1) for heading in others))  # names of kernels are long
+    room = max(20, terminal().width - sum(max(10, len(heading) + 1) for heading in others))  # kernel names are long
     out.add_column(first, overflow="ellipsis", no_wrap=True, max_width=room)
     for heading in others:
         out.add_column(heading, justify="right", no_wrap=True)

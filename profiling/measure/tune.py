@@ -1,15 +1,15 @@
-"""Searches the launch parameters of our kernels and writes the fastest right ones where `kernels.tuning` finds them.
+"""Searches the launch parameters of our kernels and writes the fastest correct ones where `kernels.tuning` finds them.
 
-A case goes through five stages, each with its part of the time, so that a case that was begun is also finished:
+A case goes through five stages. Each has its share of the case's time, so that a case that was begun is also finished:
 
-    compile   on a GPU: first calls of all candidates in threads, as Triton compiles outside of Python's lock
-    check     every candidate against the reference; a wrong or failing one is out, with the reason
-    halve     heats of a few candidates in interleaved rounds, the faster half goes on, until a few are left
-    join      every other back-end of the case is checked too
-    final     those left and those that joined, in interleaved rounds: the fastest of all is the winner
+    compile   on a GPU, the first calls of all candidates run in threads, as Triton compiles outside of Python's lock
+    check     every candidate is checked against the reference; wrong or failing ones are discarded, with the reason
+    halve     successive halving: heats of a few candidates in interleaved rounds, of which the faster half goes on
+    others    all other back-ends of the case are checked too
+    final     the remaining candidates and the other back-ends in interleaved rounds; the fastest one wins
 
 A candidate is a back-end with one set of its launch parameters. Cases that take most of a chunk come first and get most
-of the time. Checks and timing are those of `bench`.
+of the time. Checking and timing are those of `bench`.
 """
 
 import gc
@@ -49,9 +49,9 @@ from profiling.tables import duration, terminal
 COMPILE_UNTIL, CHECK_UNTIL, HALVE_UNTIL, OTHERS_UNTIL = 0.4, 0.55, 0.7, 0.8
 HEAT_SIZE = 8  # candidates that are in memory at a time
 HEAT_ROUNDS = 3
-FINALISTS = 3  # of each back-end
+FINALISTS = 3  # per back-end
 FINAL_ROUNDS = 12
-TABLE_VERSIONS = ("torch", "triton", "cuda", "cudnn")  # that a table states
+TABLE_VERSIONS = ("torch", "triton", "cuda", "cudnn")  # recorded in a table
 WRITE_TEST = ".writable"
 
 
@@ -64,7 +64,7 @@ class Candidate:
 
     @property
     def bound_backend(self) -> Backend:
-        """The back-end with these parameters."""
+        """The back-end with these launch parameters."""
         if self.config is None:
             return self.backend
         return replace(self.backend, prepare=partial(self.backend.prepare, config=self.config))
@@ -72,7 +72,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class FailedCandidate:
-    """A candidate that is out."""
+    """A candidate that was discarded, and why."""
 
     backend: str
     config: LaunchConfig | None
@@ -81,31 +81,31 @@ class FailedCandidate:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What tuning a case came to."""
+    """The result of tuning one case."""
 
     case: str
-    entry: TunedEntry | None = None  # for the table; None where no candidate was right, or no time was left
+    entry: TunedEntry | None = None  # for the table; None if no candidate was correct, or no time was left
     kernel: str | None = None  # our fastest back-end with launch parameters
     peer: str | None = None  # the fastest peer
     tried: int = 0  # candidates with launch parameters that were checked
-    untried: int = 0  # those that no time was left for
+    untried: int = 0  # candidates that no time was left for
     failed: tuple[FailedCandidate, ...] = ()  # of the candidates and of the other back-ends
 
     @property
     def ratio(self) -> float | None:
-        """The best peer's seconds over our kernel's: above 1 our kernel is the faster one."""
+        """The best peer's seconds over our kernel's; above 1 our kernel is faster."""
         if self.entry is None or self.kernel is None or self.peer is None:
             return None
         return self.entry.seconds[self.peer] / self.entry.seconds[self.kernel]
 
     @property
     def broken(self) -> bool:
-        """Whether candidates were tried and none was right."""
+        """Whether candidates were tried and none was correct."""
         return self.tried > 0 and sum(f.config is not None for f in self.failed) == self.tried
 
 
 def candidates(case: Case, device: torch.device) -> list[Candidate]:
-    """All launch parameters of all our back-ends that run there."""
+    """All launch parameters of all back-ends of ours that run on the device."""
     dims = case.shape.dims
     backends = [b for b in case.backends if b.ours and b.space and device.type in b.devices and b.installed]
     return [Candidate(b, parameters) for b in backends if b.space for parameters in b.space(dims)]
@@ -115,7 +115,7 @@ def candidates(case: Case, device: torch.device) -> list[Candidate]:
 
 
 class _CaseTuner:
-    """A case's inputs on a device, and what became of its candidates."""
+    """Tunes one case: its inputs on a device, and the candidates that failed."""
 
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -125,13 +125,13 @@ class _CaseTuner:
         self.failed: list[FailedCandidate] = []
 
     def discard(self, candidate: Candidate, why: str) -> None:
-        """Puts a candidate out; raises RuntimeError if its failure was one that leaves the process without a GPU."""
+        """Discards a candidate; raises RuntimeError if its failure cost the process its GPU."""
         self.failed.append(FailedCandidate(candidate.backend.name, candidate.config, why))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def compile(self, found: Iterable[Candidate], until: float) -> None:
-        """Fills Triton's cache. What goes wrong here goes wrong again in the check, which says so."""
+        """Fills Triton's cache. Failures are ignored here, since the check meets and reports them again."""
 
         def first_call(candidate: Candidate) -> None:
             with torch.inference_mode(), suppress(Exception):
@@ -142,14 +142,14 @@ class _CaseTuner:
             list(pool.map(first_call, found))
 
     def is_correct(self, candidate: Candidate) -> bool:
-        """Whether the candidate's result is the reference's."""
+        """Whether the candidate's output is correct; if not, it is discarded."""
         result = check_backend(self.case, candidate.bound_backend, self.sets[0], self.expected, self.device)
         if result.status != OK:
             self.discard(candidate, result.detail)
         return result.status == OK
 
     def time_candidates(self, candidates: Sequence[Candidate], rounds: int, until: float) -> dict[int, float]:
-        """Median seconds a call of those that can be timed, by place, in interleaved rounds: at least in one."""
+        """Median seconds per call, by index, in at least one round. What cannot be timed is left out."""
         timed: dict[int, CallTimer] = {}
         for i, candidate in enumerate(candidates):
             try:
@@ -167,9 +167,9 @@ class _CaseTuner:
         return {i: statistics.median(values) for i, values in samples.items()}
 
     def successive_halving(self, alive: Sequence[Candidate], until: float) -> list[Candidate]:
-        """The few fastest; if time runs out before they are known, those that looked fastest by then."""
-        alive = random.Random(self.seed).sample(alive, len(alive))  # neighbours in a space are much alike
-        took = 0.0  # by the last heat, seconds
+        """The few fastest candidates; if time runs out, the fastest until then."""
+        alive = random.Random(self.seed).sample(alive, len(alive))  # neighbours in the space behave alike
+        took = 0.0  # seconds of the last heat
         while len(alive) > FINALISTS:
             known: list[tuple[float, Candidate]] = []
             going: list[Candidate] = []
@@ -188,17 +188,18 @@ class _CaseTuner:
 
 
 def _free_graphs(device: torch.device) -> None:
-    """Gives back what the graphs of a race held."""
+    """Frees the memory that CUDA graphs of a heat held."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def tune_case(case: Case, device: torch.device, deadline: float, seed: int) -> TuningResult:
-    """The fastest right back-end of a case, and the best launch parameters of each of ours.
+    """Finds the fastest correct back-end of a case, and the best launch parameters of each back-end of ours.
 
-    `deadline` is on the clock of `time.monotonic`; what was begun by then is finished. `seed` makes inputs and orders.
-    Raises RuntimeError if a candidate leaves the process without a working GPU; nothing else that a back-end raises.
+    `deadline` is on the clock of `time.monotonic`; what was begun by then is finished. `seed` determines inputs and
+    orders. Raises RuntimeError if a candidate leaves the process without a working GPU; other exceptions discard the
+    candidate.
     """
     found, begin = candidates(case, device), time.monotonic()
     if begin >= deadline:
@@ -240,7 +241,7 @@ def _final_round(
     best: dict[str, tuple[float, Candidate]] = {}
     for i in sorted(medians, key=lambda i: medians[i]):
         best.setdefault(alive[i].backend.name, (medians[i], alive[i]))
-    names = [b.name for b in tuner.case.backends if b.name in best]  # whatever the order at the finish
+    names = [b.name for b in tuner.case.backends if b.name in best]  # in the case's order, not that of the finish
     ours = [name for name, (_, candidate) in best.items() if candidate.config is not None]
     peers = [name for name, (_, candidate) in best.items() if not candidate.backend.ours]
     entry = None
@@ -270,9 +271,10 @@ def _versions(device: torch.device) -> dict[str, str]:
 def tune_cases(
     cases: Iterable[Case], device: torch.device, deadline: float, seed: int, ceilings: Ceilings
 ) -> Iterator[TuningResult]:
-    """Tunes the cases, those first that take most of a chunk by the machine's ceilings, each with its part of the time.
+    """Tunes cases, the most expensive ones of a chunk first, each with its share of the time.
 
-    What a case leaves of its time goes to the others. A case that no time is left for has an outcome that says so.
+    The expense is estimated from the machine's ceilings. Time that a case does not use goes to the others. A case
+    without any time left gets a result that says so.
     """
     weighed = sorted(((_least_chunk_seconds(case, ceilings), case) for case in cases), key=lambda pair: -pair[0])
     for i, (weight, case) in enumerate(weighed):
@@ -282,17 +284,17 @@ def tune_cases(
 
 
 def _least_chunk_seconds(case: Case, ceilings: Ceilings) -> float:
-    """Least seconds of all the case's calls in a chunk."""
+    """Least seconds that the case's calls in one chunk can take."""
     bound = case_result(case, ()).bound(ceilings)
     return max(case.shape.calls, 1) * (bound[1] if bound else 1.0)
 
 
 def write_table(entries: Iterable[TunedEntry], device: torch.device, folder: Path) -> Path:
-    """Puts the entries into that device's table in a folder, whole or not at all, and gives its path.
+    """Adds the entries to the device's table in a folder, atomically, and returns its path.
 
-    They replace those of the same operation, dtype and dimensions; all others stay. A new table begins with what
-    `kernels/tuned` has of the device, so that it can take that one's place. Raises `UserError` if the table cannot be
-    written, or the one before it is damaged.
+    They replace entries of the same operation, dtype and dimensions; all others stay. A new table starts as a copy of
+    the device's table in `kernels/tuned`, so that it can replace that one. Raises `UserError` if the table cannot be
+    written, or the existing one is damaged.
     """
     machine = describe_machine(device)
     name = f"{tuning.device_slug(machine.device)}.json"
@@ -300,7 +302,7 @@ def write_table(entries: Iterable[TunedEntry], device: torch.device, folder: Pat
     try:
         before = next((tuning.read_table(p).entries for p in (path, known) if p.is_file()), ())
     except ValueError as error:
-        raise UserError(f"{error}; mend it or move it away") from error
+        raise UserError(f"{error}; repair it or move it away") from error
     merged = {entry.key: entry for entry in (*before, *entries)}
     table = tuning.TunedTable(machine.device, machine.capability or machine.kind, tuple(merged.values()))
     write(path, tuning.to_json(table))
@@ -310,7 +312,7 @@ def write_table(entries: Iterable[TunedEntry], device: torch.device, folder: Pat
 def tune_command(
     patterns: list[str], device_name: str, budget: float, out: Path | None, extra: Path | None, as_json: bool
 ) -> int:
-    """`python -m profiling tune`; 1 if no launch parameters of some case gave a right result."""
+    """Implements `python -m profiling tune`; returns 1 if no launch parameters of some case were correct."""
     begin, seed = time.monotonic(), secrets.randbits(31)
     device = resolve_device(device_name)
     set_benchmark_state()
@@ -324,7 +326,7 @@ def tune_command(
         raise UserError(f"nothing to tune: no back-end of {some} has launch parameters to try on {device.type}")
     folder = out or (tuning.FOLDER if device.type == "cuda" else None)
     if folder is not None:
-        write(folder / WRITE_TEST, "")  # a place that cannot be written is said now, not after the work
+        write(folder / WRITE_TEST, "")  # fails now, not after the work, if the place cannot be written
         (folder / WRITE_TEST).unlink()
     console = Console(stderr=True)
     console.print(f"seed {seed}", highlight=False)
@@ -348,7 +350,7 @@ def tune_command(
         if idle:
             print(f"nothing to tune: {', '.join(idle)}")
         if folder is None:
-            print("not written: a CPU's table is no use to a kernel; --out FOLDER writes it all the same")
+            print("not written: kernels do not use a CPU's table; --out FOLDER writes it anyway")
         elif path is not None:
             print(f"written to {path}")
     return int(any(result.broken for result in results))
@@ -364,7 +366,7 @@ def _print_results(results: Iterable[TuningResult]) -> None:
 
 
 def tuning_table(results: Iterable[TuningResult]) -> Table:
-    """The outcomes for a terminal: a case's name, below it the winner, and our best where that is another one."""
+    """The results for a terminal: each case's name, below it the winner, and our best kernel if that is another one."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
     for heading in ("time", "x peer", "tried", "failed"):
@@ -375,7 +377,7 @@ def tuning_table(results: Iterable[TuningResult]) -> Table:
         out.add_section()
         out.add_row(escape(result.case), "", "", tried, failed)
         if result.entry is None:
-            out.add_row("  [red]no candidate is right[/]" if result.broken else "  [yellow]no time was left[/]")
+            out.add_row("  [red]no candidate is correct[/]" if result.broken else "  [yellow]no time was left[/]")
             continue
         for name in dict.fromkeys((result.entry.backend, result.kernel)):
             out.add_row(*_cells(result, result.entry, name or ""))

@@ -1,9 +1,8 @@
-"""The figures of a report, each a pure function of runs: a matplotlib figure 1000 pixels wide, or, where there is
-nothing to draw, the sentence that says why.
+"""The figures of a report: functions that turn runs into a matplotlib figure 1000 pixels wide.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart. They mean the same in every figure:
-`DTYPE_COLOURS` for the dtype of matrix products, `STAGE_COLOURS` for the stages of a chunk. `png` and `svg` turn a
-figure into a file.
+If there is nothing to draw, the function returns a sentence that says why. Colours are those of Okabe and Ito, which
+the colour-blind can tell apart. They mean the same in every figure: `DTYPE_COLOURS` for the dtype of matrix products,
+`STAGE_COLOURS` for the stages of a chunk. `png` and `svg` turn a figure into a file.
 """
 
 import io
@@ -44,11 +43,11 @@ STAGE_COLOURS = {
     "motion": GREEN,
     "emit": SKY,
 }
-DARK = {BLUE, GREEN, VERMILLION, GREY}  # those that white is readable on
+DARK = {BLUE, GREEN, VERMILLION, GREY}  # white text is readable on these
 PALE = "#7FB8D8"  # a lighter BLUE
-PAPER = {"fc": "white", "ec": "none", "pad": 1}  # under words that a line would cross
+PAPER = {"fc": "white", "ec": "none", "pad": 1}  # background of words that a line would cross
 BETWEEN = "between stages"
-BAR = 0.5  # height of a bar, of its row
+BAR = 0.5  # height of a bar, as a share of its row
 WIDTH, DPI = 10.0, 100  # inches, pixels an inch
 PANELS = 32  # in the history
 
@@ -66,7 +65,7 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "figure.dpi": DPI,
     "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so a report looks the same wherever it is made
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so reports look the same everywhere
     "font.size": 11,
     "grid.color": FAINT,
     "grid.linewidth": 0.8,
@@ -95,16 +94,16 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def svg(figure: Figure) -> bytes:
-    """The figure as an SVG file that needs no font."""
+    """The figure as an SVG file that needs no fonts."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
 def short_names(cases: Iterable[CaseResult], dtype: bool = True) -> tuple[str, dict[str, str]]:
-    """The part that all shape names begin with, as "14b-w1", and case -> its name without that part.
+    """The prefix that all shape names share, such as "14b-w1", and for each case its name without it.
 
-    The dtype is named, if at all, where there is more than one.
+    The dtype is part of the name only if requested and if there are several.
     """
     cases = list(cases)
     split = {c.case: c.shape.split("-") for c in cases}
@@ -124,7 +123,7 @@ def short_names(cases: Iterable[CaseResult], dtype: bool = True) -> tuple[str, d
 
 
 def title(figure: Figure, words: str, more: str = "", colour: str = GREY) -> None:
-    """Writes the title, and below it a line of explanation in that colour."""
+    """Writes the title and, below it, a line of explanation in the given colour."""
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.36 / height, words, fontsize=13, weight="bold")
     figure.text(0.02, 1 - 0.62 / height, more, color=colour)
@@ -134,14 +133,14 @@ def title(figure: Figure, words: str, more: str = "", colour: str = GREY) -> Non
 
 
 def _bars(rows: Sequence[VariantRow]) -> tuple[Figure, Axes]:
-    """Room for a horizontal bar a variant, the first on top, with a line where the chunk's frames have been shown."""
+    """Axes for one horizontal bar per variant, the first on top, with a line at the chunk's real-time limit."""
     height = 2.3 + 0.72 * len(rows)
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.16, 0.62 / height, 0.72, 1 - 2.0 / height))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_shorten(row.variant, 18) for row in rows])
     budgets = sorted({1000 * row.frames / ChunkConfig.tgt_fps for row in rows if row.frames and row.seconds})
-    # Stages that run at the same time may take longer than the chunk.
+    # Concurrent stages may add up to more than the chunk.
     longest = max(1000 * max(row.seconds or 0, sum(row.stages.values())) for row in rows)
     axes.set_xlim(0, max(longest, *budgets, 0))
     axes.grid(axis="y", visible=False)
@@ -159,7 +158,7 @@ def _bars(rows: Sequence[VariantRow]) -> tuple[Figure, Axes]:
 
 
 def _legend_line(figure: Figure, handles: Sequence[Patch]) -> None:
-    """The legend, in one line below the title."""
+    """Puts the legend in one line below the title."""
     place = (0.01, 1 - 0.7 / figure.get_figheight())
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), handlelength=1.2)
 
@@ -178,7 +177,7 @@ def _annotate(axes: Axes, words: str, ms: float, row: int, side: int = 1, **styl
 
 @styled
 def timeline(run: Run) -> FigureOrReason:
-    """Where a chunk's time goes: one bar a variant, its stages in order, and what lies between them."""
+    """Where a chunk's time goes: one bar per variant, with its stages in order and the gaps between them."""
     rows = [row for row in variant_rows(run) if row.seconds]
     if not rows:
         return "No chunk timeline: no variant ran a whole chunk."
@@ -186,7 +185,7 @@ def timeline(run: Run) -> FigureOrReason:
     title(
         figure,
         f"Stages of a chunk on {run.machine.device}",
-        "mean of the measured chunks; a white seam parts two calls",
+        "mean of the measured chunks; white seams separate calls",
     )
     used: dict[str, str] = {}
     for place, row in enumerate(rows):
@@ -197,7 +196,7 @@ def timeline(run: Run) -> FigureOrReason:
 
 
 def _stage_bars(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
-    """Draws one variant's bar, and below it the stages too short to be labelled; returns the colours, by stage."""
+    """Draws one variant's bar, and below it the stages too short for a label; returns colours by stage."""
     ordered = [name for name in STAGE_COLOURS if name in row.stages]
     ordered += [name for name in row.stages if name not in STAGE_COLOURS]
     used = {name: STAGE_COLOURS.get(name, GREY) for name in ordered}
@@ -205,7 +204,7 @@ def _stage_bars(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
     for name, colour in used.items():
         width, calls = 1000 * row.stages[name], max(1, round(row.calls[name]))
         words = (f"{calls} \u00d7 " if calls > 1 else "") + f"{number(width / calls)} ms"
-        seam = 0.8 if width / calls > full / 150 else 0  # no seams where they would be all that is seen
+        seam = 0.8 if width / calls > full / 150 else 0  # no seams if calls are that short
         begins = [left + width * call / calls for call in range(calls)]
         axes.barh([place] * calls, width / calls, left=begins, height=BAR, color=colour, ec="white", lw=seam)
         if width > full * 0.0135 * len(words):
@@ -226,7 +225,7 @@ def _stage_bars(axes: Axes, place: int, row: VariantRow) -> dict[str, str]:
 
 @styled
 def streams(run: Run) -> FigureOrReason:
-    """When the stages of a traced chunk ran: a row for each of the GPU's streams, of a CPU one in all."""
+    """When the stages of a traced chunk ran: one row per CUDA stream, or one row on a CPU."""
     traced = [(variant, row) for variant, row in zip(run.variants, variant_rows(run), strict=True) if variant.timeline]
     if not traced:
         return "No streams: no chunk was traced."
@@ -249,7 +248,7 @@ def streams(run: Run) -> FigureOrReason:
         if not stream:
             words = f"critical path {duration(row.critical)}\nall work {duration(row.work)}"
             _annotate(axes, words, axes.get_xlim()[1], place, fontsize=10)
-    title(figure, f"Streams of {run.machine.device}", "one traced chunk; what lies one below the other ran together")
+    title(figure, f"Streams of {run.machine.device}", "one traced chunk; bars below each other ran concurrently")
     _legend_line(figure, [Patch(color=colour, label=name) for name, colour in used.items()])
     return figure
 
@@ -260,11 +259,11 @@ def _gap_patch(corner: tuple[float, float] = (0, 0), width: float = 0) -> Rectan
 
 @styled
 def waterfall(run: Run) -> FigureOrReason:
-    """From the first variant, the baseline, down to the last: what each step of the way saved or cost."""
+    """From the first variant, the baseline, to the last: what each step saved or cost."""
     rows = variant_rows(run)
     times = [(row.variant, 1000 * row.seconds) for row in rows if row.seconds]
     if len(times) < 2:
-        return "No waterfall: it takes a baseline and another variant that ran whole chunks."
+        return "No waterfall: it needs a baseline and another variant that ran whole chunks."
     (baseline, first), (newest, last) = times[0], times[-1]
     change = f"{number(first / last)} times as fast" if last < first else f"{number(last / first)} times as slow"
     figure, axes = _bars(rows)
@@ -284,7 +283,7 @@ def waterfall(run: Run) -> FigureOrReason:
 
 
 def _waterfall_step(axes: Axes, row: int, now: float, before: tuple[int, float] | None, end: bool) -> dict[str, str]:
-    """Draws one variant's ms and the difference to the row and ms before it; returns the difference's colour."""
+    """Draws one variant's time and its difference from the previous one; returns the difference's colour."""
     row_before, then = before or (row, now)
     shorter, longer = sorted((now, then))
     axes.barh(row, shorter, height=BAR, color=BLUE if end else PALE)
@@ -306,7 +305,7 @@ def _waterfall_step(axes: Axes, row: int, now: float, before: tuple[int, float] 
 
 @styled
 def history(run: Run, others: Iterable[Run]) -> FigureOrReason:
-    """Median seconds of ours over the runs on the same device, one small panel a case, the heaviest first."""
+    """Median seconds of our back-ends over the runs on the same device, one small panel per case, heaviest first."""
     device = run.machine.device
     runs = {when: r for r in (*others, run) if r.machine.device == device and (when := _when(r))}
     lines = {c.case: line for c in run.cases if len(line := _history_line(c.case, runs)) > 1 and c.best(ours=True)}
@@ -333,7 +332,7 @@ def history(run: Run, others: Iterable[Run]) -> FigureOrReason:
 
 
 def _when(run: Run) -> datetime | None:
-    """When it began; files of other programs may say so without a time zone, or not at all."""
+    """When the run began, in UTC; None if the file, of another program, does not say so."""
     try:
         when = datetime.fromisoformat(run.started)
     except ValueError:
@@ -345,19 +344,19 @@ Line = list[tuple[datetime, Measurement]]
 
 
 def _history_line(case: str, runs: Mapping[datetime, Run]) -> Line:
-    """When, and how long our fastest took."""
+    """When each run took place, and the measurement of our fastest back-end."""
     found = ((when, runs[when].case(case)) for when in sorted(runs))
     return [(when, best) for when, result in found if result and (best := result.best(ours=True))]
 
 
 def _chunk_seconds(case: CaseResult) -> float:
-    """Seconds a chunk."""
+    """Seconds of all the case's calls in a chunk."""
     best = case.best(ours=True)
     return (case.calls or 1) * (best.seconds or 0) if best else 0
 
 
 def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], lowest: bool) -> None:
-    """One case: a point a run with its spread, and how the last compares with the first."""
+    """Draws one case: a point with its spread per run, and how the last run compares with the first."""
     times: list[Any] = [time for time, _ in line]
     values = [m.seconds or math.nan for _, m in line]
     spreads = [(m.spread or 0) * (m.seconds or 0) for _, m in line]
@@ -372,7 +371,7 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
     low, high = (sign * max(sign * v + s for v, s in zip(values, spreads, strict=True)) for sign in (-1, 1))
     margin = max(0.1 * min(values), 0.15 * (high - low))
     axes.set_ylim(low - margin, high + margin)
-    apart = max(values) - min(values) > 0.25 * (high - low + 2 * margin)  # so that two ticks do not touch
+    apart = max(values) - min(values) > 0.25 * (high - low + 2 * margin)  # two ticks do not overlap
     axes.set_yticks([min(values), max(values)] if apart else [values[-1]])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     first, last = span
@@ -384,12 +383,12 @@ def _panel(axes: Axes, name: str, line: Line, span: tuple[datetime, datetime], l
     axes.tick_params(labelsize=9)
 
 
-# --- Gauges ---------------------------------------------------------------------------------------------------------
+# --- NVML -------------------------------------------------------------------------------------------------------------
 
 
 @styled
-def gauges(run: Run) -> FigureOrReason:
-    """NVML's readings over the run: clock, power under its limit, temperature, memory."""
+def nvml_strips(run: Run) -> FigureOrReason:
+    """NVML's readings over the run: clock, power and its limit, temperature, memory."""
     g = run.nvml
     strips = [
         ("SM clock", "MHz", g.sm_mhz, BLUE),
@@ -424,9 +423,9 @@ def gauges(run: Run) -> FigureOrReason:
 
 
 def throttling(run: Run) -> tuple[str, str]:
-    """Whether the GPU was slowed down, in words, and the colour they have."""
+    """Whether the GPU was throttled, in words, and the colour of these words."""
     if not run.nvml.seconds:
-        return f"Throttling unknown: {run.nvml.note or 'no gauges were read'}.", GREY
+        return f"Throttling unknown: {run.nvml.note or 'NVML was not read'}.", GREY
     if not run.nvml.throttled:
         return "The GPU was not throttled.", GREY
     reasons = ", ".join(f"{name} in {percent(part)} of the readings" for name, part in run.nvml.throttled.items())

@@ -1,7 +1,7 @@
-"""A run as something to look at: one HTML file that needs nothing else, PNG files of its figures, tables or JSON.
+"""Shows a run as one self-contained HTML file, as PNG files of its figures, as tables, or as JSON.
 
 Numbers come from `profiling.tables`, figures from figures.py and roofline.py, the page from report.html.j2. What a run
-does not hold is left out, or one sentence says why it is missing.
+does not contain is left out, or one sentence says why it is missing.
 """
 
 import base64
@@ -40,7 +40,7 @@ TEMPLATE = "report.html.j2"  # beside this file
 
 
 def report_command(run: Path, out: Path | None, png: Path | None, results: Path, json: bool) -> int:
-    """`python -m profiling report`: writes the page and the pictures that were asked for, or else prints tables."""
+    """Implements `python -m profiling report`: writes the requested page and figures, or else prints tables."""
     measured = load(run)
     if out or png:
         others, unreadable = load_committed(results)
@@ -58,7 +58,7 @@ def report_command(run: Path, out: Path | None, png: Path | None, results: Path,
 
 
 def load_committed(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs in a folder, and a line about each file there that cannot be read."""
+    """The runs in a folder, and an error message for each file that cannot be read."""
     runs, unreadable = [], []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -69,19 +69,19 @@ def load_committed(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def draw_figures(run: Run, others: Sequence[Run]) -> dict[str, FigureOrReason]:
-    """All figures by name; `others` are the runs that its history may hold."""
+    """All figures by name; `others` are runs that the history may include."""
     return {
         "waterfall": figures.waterfall(run),
         "timeline": figures.timeline(run),
         "streams": figures.streams(run),
         "roofline": roofline(run),
         "history": figures.history(run, others),
-        "gauges": figures.gauges(run),
+        "gauges": figures.nvml_strips(run),
     }
 
 
 def render_page(run: Run, drawn: dict[str, FigureOrReason], unreadable: Sequence[str]) -> str:
-    """The run as an HTML document without references to anything outside of it."""
+    """The run as an HTML document that refers to nothing outside of it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,25 +110,25 @@ def _data_url(figure: figures.Figure) -> str:
 
 
 def _cases(run: Run) -> Iterator[tuple[CaseResult, list[MeasurementRow]]]:
-    """Cases with their rows; names are unique in a run."""
+    """Cases with their rows."""
     for name, group in groupby(measurement_rows(run), key=lambda row: row.case):
         if case := run.case(name):
             yield case, list(group)
 
 
 def _modelled(result: AuditResult) -> tuple[str, str]:
-    """The tensor-core instructions in a kernel, and the unit that bounds it with its least time."""
+    """A kernel's tensor-core instructions, and the unit that bounds it with its least time."""
     products = ", ".join(f"{count} {name}" for name, count in result.instructions.items() if name.endswith("MMA"))
     unit, seconds = max(result.bounds.items(), key=lambda item: item[1], default=("", None))
     return products, f"{unit} {duration(seconds)}".strip()
 
 
 def facts(run: Run) -> Iterator[tuple[str, str]]:
-    """What one must know to judge a run's numbers, as (name, text)."""
+    """What is needed to judge a run's numbers, as (name, text)."""
     m, c = run.machine, run.ceilings
     units = "multiprocessors" if m.kind == "cuda" else "threads"
     parts = [m.device]
-    parts += [f"{m.units} {units}"] if m.units else []  # other programs' files know less
+    parts += [f"{m.units} {units}"] if m.units else []  # files of other programs may not state it
     parts += [gigabytes(m.memory_bytes)] if m.memory_bytes else []
     parts += [f"compute capability {m.capability}"] if m.capability else []
     parts += [f"L2 {number(m.l2_bytes / 1e6)} MB"] if m.l2_bytes else []
@@ -144,7 +144,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def headlines(run: Run) -> Iterator[str]:
-    """The few sentences that someone in a hurry reads."""
+    """A few sentences for readers in a hurry."""
     timed = [row for row in variant_rows(run) if row.seconds]
     if timed:
         fastest = min(timed, key=lambda row: row.seconds or 0)
@@ -169,12 +169,12 @@ def headlines(run: Run) -> Iterator[str]:
 
 
 def _first_few(names: Sequence[str], most: int = 5) -> str:
-    """The names, or the first few of them."""
+    """The first few of the names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def report_json(run: Run) -> dict[str, Any]:
-    """What the page says in numbers, as JSON values: seconds, shares, 1e12 FLOP/s, 1e9 bytes/s."""
+    """The page's numbers as JSON values: seconds, shares, 1e12 FLOP/s, 1e9 bytes/s."""
     return {
         "command": run.command,
         "started": run.started,

@@ -1,8 +1,8 @@
-"""The roofline: every case's speed over its arithmetic intensity, under what this very machine could.
+"""The roofline: each case's speed over its arithmetic intensity, under the ceilings measured on this machine.
 
-A case's point lies at FLOPs / bytes of its formula and at FLOPs / median seconds. The slope is the measured copy
-bandwidth, the flat roofs are the measured matrix products by dtype. The cases with the most time to gain in a chunk,
-calls times (seconds - least seconds), are labelled, where their words hide nothing else.
+A case's point is at FLOPs / bytes of its formula and at FLOPs / median seconds. The slope is the measured copy
+bandwidth, the flat roofs are the measured rates of matrix products by dtype. Labels mark the cases with the most time
+to gain in a chunk, calls times (seconds - least seconds), placed so that they hide nothing else.
 """
 
 import math
@@ -23,7 +23,7 @@ from profiling.results import CaseResult, Measurement, Run
 from profiling.tables import percent, rate
 
 HEIGHT = 6.6  # inches
-LABELS = 10  # more of them hide the points
+LABELS = 10  # more would hide the points
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Dot:
 
     @property
     def place(self) -> tuple[float, float]:
-        """FLOP/byte, TFLOP/s."""
+        """Its coordinates: FLOP/byte, TFLOP/s."""
         return self.case.flops / self.case.bytes, self.case.flops / self.seconds / 1e12
 
     @property
     def to_gain(self) -> float:
-        """Seconds a chunk between it and the ceiling."""
+        """Seconds per chunk between it and the ceiling."""
         return (self.case.calls or 1) * (self.seconds - (self.least or 0))
 
     @property
     def colour(self) -> str:
-        """Of its dtype."""
+        """The colour of its dtype."""
         return DTYPE_COLOURS.get(self.case.dtype, GREY)
 
 
 @styled
 def roofline(run: Run) -> FigureOrReason:
-    """Ours and the best peer of every case, joined by a line."""
+    """Draws ours and the best peer of every case, connected by a line."""
     pairs = [pair for case in run.cases if (pair := _dots(case, run))]
     if not pairs:
         return "No roofline: no case has a time."
@@ -75,14 +75,14 @@ def roofline(run: Run) -> FigureOrReason:
     _label(axes, labelled, words, obstacles, taken)
     _legend(figure, dots)
     said = [tag] if tag else []
-    said += ["labels: the most time to gain in a chunk"] if len(pairs) > len(labelled) else []
+    said += ["labelled: most time to gain in a chunk"] if len(pairs) > len(labelled) else []
     said += ["percent: of the ceiling" if any(dot.least for dot in dots) else "no ceiling was measured"]
     title(figure, f"Roofline of {run.machine.device}", "; ".join(said))
     return figure
 
 
 def _dots(case: CaseResult, run: Run) -> list[Dot]:
-    """Ours, then the best peer; those that were timed."""
+    """The dot of ours and that of the best peer, if they were timed."""
     if not case.flops or not case.bytes:
         return []
     bound = case.bound(run.ceilings)
@@ -109,7 +109,7 @@ def _limit(axes: Axes, dots: Sequence[Dot], run: Run) -> None:
 
 
 def _roofs(axes: Axes, run: Run) -> tuple[list[tuple[float, float]], list[Bbox]]:
-    """Draws and names the ceilings; returns points along them and the names' boxes, which labels then avoid."""
+    """Draws and names the ceilings; returns points along them and the boxes of the names, for labels to avoid."""
     low, high = axes.get_xlim()
     copy = (run.ceilings.copy_bytes_s or 0) / 1e12  # TFLOP/s at one FLOP a byte
     tops = {dtype: flop_s / 1e12 for dtype, flop_s in run.ceilings.matmul_flop_s.items()}
@@ -129,7 +129,7 @@ def _roofs(axes: Axes, run: Run) -> tuple[list[tuple[float, float]], list[Bbox]]
             color=colour,
             fontsize=10,
         )
-        if text.get_window_extent().x0 < axes.get_window_extent().x0:  # no room above the slope, where nothing else is
+        if text.get_window_extent().x0 < axes.get_window_extent().x0:  # no room left of the roof
             text.set(position=(-2, 4), verticalalignment="bottom")
             text.xy = (high, top)
         boxes.append(Bbox(text.get_window_extent().get_points()))
@@ -173,10 +173,10 @@ def _legend(figure: Figure, dots: Sequence[Dot]) -> None:
 
 
 def _label(axes: Axes, dots: Sequence[Dot], words: Sequence[str], points: np.ndarray, taken: Sequence[Bbox]) -> None:
-    """Writes each word near its dot, where it hides as little as can be, with a line to the dot.
+    """Writes each word near its dot, where it hides as little as possible, with a line to the dot.
 
-    `points` [n, 2] and the boxes `taken` are in pixels and not to be hidden. Each label takes the best place that the
-    others leave, four times over, as the first ones did not know of the last.
+    `points` [n, 2] and the boxes `taken` are in pixels and must stay visible. Each label takes the best placement that
+    the others leave. This is repeated four times, since the first labels were placed without regard to the last.
     """
     texts = [axes.text(0, 0, word, color=d.colour, fontsize=10, zorder=5) for d, word in zip(dots, words, strict=True)]
     sizes = np.array([text.get_window_extent().size for text in texts])
@@ -199,9 +199,9 @@ def _label(axes: Axes, dots: Sequence[Dot], words: Sequence[str], points: np.nda
 
 
 class _LabelPlacements:
-    """Where a label of a size may stand around its dot, in pixels.
+    """Candidate placements of a label around its dot, in pixels.
 
-    `boxes` [n, 4] are (left, bottom, right, top), `lines` [n, 12, 2] points on the way from the dot to each.
+    `boxes` [n, 4] are (left, bottom, right, top); `lines` [n, 12, 2] are points on the line from the dot to each box.
     """
 
     def __init__(self, dot: np.ndarray, size: np.ndarray) -> None:
@@ -215,14 +215,14 @@ class _LabelPlacements:
         self.lines = dot + np.linspace(0, 1, 12)[:, None] * (nearest - dot)[:, None]
 
     def costs(self, points: np.ndarray, taken: np.ndarray, inside: np.ndarray) -> np.ndarray:
-        """How bad each place is, [n]: how far away, and what it would hide. The weights were tried out by eye."""
+        """The cost of each placement, [n]: its distance and what it would hide. The weights were chosen by eye."""
         covered = _within(points[None], _padded(self.boxes, 4)[:, None]).sum(1)
         crossed = _within(self.lines[:, :, None], _padded(taken, 2)[None, None]).sum((1, 2))
         wide, other = _padded(self.boxes, 2)[:, None], taken[None]
         overlaps = (
             (np.maximum(wide[..., :2], other[..., :2]) < np.minimum(wide[..., 2:], other[..., 2:])).all(-1).sum(1)
         )
-        beside = np.abs(self.lines[:, 3:, None] - points).max(-1) < 4  # the line's beginning lies on its own dot
+        beside = np.abs(self.lines[:, 3:, None] - points).max(-1) < 4  # the line begins on its own dot
         struck = beside.any(1).sum(1)
         outside = ((self.boxes[:, :2] < inside[:2]) | (self.boxes[:, 2:] > inside[2:])).any(1)
         near = 1.5 * self._distance + 50 * covered + 20 * struck

@@ -1,5 +1,6 @@
 """What all operations share: argument checks, the definition of ops, and their promises to `torch.compile`."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from kernels import (
 )
 from kernels.common import FP8, OPS, Layout, Op, check, define_op
 from kernels.tuning import GPU, assume_gpu
+from profiling.cases import registry
 from profiling.fake_gpu import FakeCudaMode
 
 # --- check ----------------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def test_dtypes_devices_and_gradients() -> None:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations that a test defines are not left among the real ones."""
     for name in ("test_double", "test_pad"):
         monkeypatch.setitem(OPS, name, None)
@@ -112,7 +114,7 @@ def double(x: Tensor, times: int) -> Tensor:
     return x * 2**times
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("unregistered")
 def test_the_cpu_form_is_also_the_fake() -> None:
     def never(x: Tensor, times: int) -> Tensor:
         raise AssertionError("not on a CPU")
@@ -126,7 +128,7 @@ def test_the_cpu_form_is_also_the_fake() -> None:
     assert str(op.library_op._opoverload._schema) == "flashtalk::test_double(Tensor x, SymInt times) -> Tensor"
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("unregistered")
 def test_a_fake_of_its_own_is_used_where_values_are_not_known() -> None:
     def pad(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.tensor([*x.tolist(), 0.0]), x.clone()
@@ -252,12 +254,21 @@ def chunk_attention_samples() -> list[Call]:
     ]
 
 
+def chunk_attention_with_lse_samples() -> list[Call]:
+    q, k, v = fused(40, 3, 64)
+    return [
+        (chunk_attention.chunk_attention_with_lse, (q, k, v)),
+        (chunk_attention.chunk_attention_with_lse, (q, k, v, [16, 24], 1)),
+        (chunk_attention.chunk_attention_with_lse, (rand(2, 8, 1, 384), rand(2, 8, 1, 384), rand(2, 8, 1, 384))),
+    ]
+
+
 def chunk_attention_fp8_samples() -> list[Call]:
     q, k = rand(40, 3, 64, dtype=FP8), rand(40, 3, 64, dtype=FP8)
     operands = q, ones(40, 3), k, ones(3), rand(3, 64, 48, dtype=FP8), ones(3, 64)
     return [
         (chunk_attention.chunk_attention_fp8, operands),
-        (chunk_attention.chunk_attention_fp8, (*operands, [16, 24], "all")),
+        (chunk_attention.chunk_attention_fp8_with_lse, (*operands, [16, 24], "all")),
     ]
 
 
@@ -323,11 +334,12 @@ def causal_conv3d_norm_samples() -> list[Call]:
     )
     x8, past8, w8 = image(2, 96, 8, 8, dtype=FP8), image(2, 96, 8, 8, dtype=FP8), kernel(96, 96, 3, 3, 3, dtype=FP8)
     return [
-        (causal_conv3d.causal_conv3d, (x, w, bias, past, None, None, gamma)),
-        (causal_conv3d.causal_conv3d, (x8, w8, bias, past8, None, ones(96), gamma, 3.0)),
+        (causal_conv3d.causal_conv3d_norm, (x, w, bias, gamma, past)),
+        (causal_conv3d.causal_conv3d_norm, (x8, w8, bias, gamma, past8, ones(96), 3.0)),
     ]
 
 
+# Operations whose cases do not call the public function on the case's own inputs, or leave some of its arguments out.
 SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "layer_norm": lambda: row_norm_samples(layer_norm.layer_norm) + row_norm_samples(layer_norm.layer_norm_modulate),
     "layer_norm_fp8": lambda: (
@@ -342,7 +354,8 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "rms_norm_silu": rms_norm_silu_samples,
     "lab_transfer": lab_transfer_samples,
     "chunk_attention": chunk_attention_samples,
-    "chunk_attention_fp8": chunk_attention_fp8_samples,
+    "chunk_attention_with_lse": chunk_attention_with_lse_samples,
+    "chunk_attention_fp8_with_lse": chunk_attention_fp8_samples,
     "text_image_attention": text_image_attention_samples,
     "frame_attention": frame_attention_samples,
     "absorb_audio_projections": absorb_samples,
@@ -364,6 +377,16 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
 }
 
 
+def samples_of(name: str) -> list[Call]:
+    """Calls of an operation's public function: from `SAMPLES`, or else one on the inputs of its first case."""
+    if name in SAMPLES:
+        return SAMPLES[name]()
+    case = next((case for case in registry().values() if case.operation.name == name), None)
+    assert case is not None, "a new operation needs a benchmark case, or sample arguments here"
+    function = getattr(importlib.import_module(f"kernels.{name}"), name)
+    return [(function, case.inputs(torch.device("cuda"), None))]
+
+
 def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
     """Shape, dtype, device type and strides of each result; the stride of an axis of length 1 means nothing."""
     return [
@@ -379,7 +402,7 @@ def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", sorted(OPS))
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_launchers_return_what_fakes_promise(name: str, gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are not launched and tensors have no memory, so this needs no GPU. A new operation needs a sample."""
+    """Kernels are not launched and tensors have no memory, so this needs no GPU."""
     compared: list[str] = []
 
     def compare(self: Op, *args: Any) -> Any:
@@ -391,8 +414,7 @@ def test_launchers_return_what_fakes_promise(name: str, gpu: GPU, monkeypatch: p
     monkeypatch.setattr(Op, "__call__", compare)
     monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
     with assume_gpu(gpu), FakeCudaMode():
-        assert name in SAMPLES, "a new operation needs sample arguments"
-        for function, arguments in SAMPLES[name]():
+        for function, arguments in samples_of(name):
             compared.clear()
             function(*arguments)
             assert compared == [name]

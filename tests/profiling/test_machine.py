@@ -1,4 +1,4 @@
-"""What a run says of its machine, with a driver that is there, missing, or failing halfway."""
+"""What a run records about its machine, with an NVML driver that is present, missing, or failing."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_gauges_are_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_is_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     with NvmlMonitor(torch.device("cuda")) as monitor:
         time.sleep(0.1)
@@ -55,7 +55,7 @@ def test_gauges_are_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_older_name_of_the_reasons_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throttle_reasons_of_older_drivers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     old = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda _: 0x40)
     del old.nvmlDeviceGetCurrentClocksEventReasons
     monkeypatch.setitem(sys.modules, "pynvml", old)
@@ -65,7 +65,7 @@ def test_the_older_name_of_the_reasons_serves_too(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_driver_that_fails_costs_the_gauges_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_driver_costs_the_readings_but_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise RuntimeError("GPU is lost")
 
@@ -76,7 +76,7 @@ def test_a_driver_that_fails_costs_the_gauges_and_not_the_run(monkeypatch: pytes
     assert "GPU is lost" in monitor.nvml.note
 
 
-def test_gauges_of_two_processes_are_one_series() -> None:
+def test_traces_of_two_processes_are_concatenated() -> None:
     first = NvmlTrace((0.0, 1.0), *[(1.0, 2.0)] * 5, throttled={"power cap": 1.0}, power_limit_watts=700)
     later = NvmlTrace((0.0, 1.0), *[(3.0, 4.0)] * 5, throttled={"power brake": 0.5}, power_limit_watts=700)
     both = concatenate(first, later, 10.0)

@@ -95,7 +95,7 @@ def test_a_change_below_the_threshold_is_the_same_however_certain() -> None:
     assert compare_samples(before, after, threshold=0.01).verdict == "slower"
 
 
-def test_what_further_runs_of_the_first_differ_by_is_noise() -> None:
+def test_the_spread_of_repeated_runs_is_noise() -> None:
     """Every process is off by a few percent of its own: 6 % is much within one run, and nothing among several."""
     rng = np.random.default_rng(0)
     before, after = timings(rng, noise=0.005), timings(rng, 1.06, noise=0.005)
@@ -106,7 +106,7 @@ def test_what_further_runs_of_the_first_differ_by_is_noise() -> None:
     assert change.detail == "within the noise"
 
 
-def test_a_first_run_that_jumps_half_way_is_noise_too() -> None:
+def test_a_jump_within_the_first_run_is_noise() -> None:
     rng = np.random.default_rng(0)
     before = timings(rng, rounds=10, noise=0.004) + timings(rng, 1.1, rounds=10, noise=0.004)
     change = compare_samples(before, timings(rng, 1.1, noise=0.004))
@@ -166,7 +166,7 @@ def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float]
         ((0.0, 1.0), (1.0, 1.0), "unsure", "a time of zero or less"),
     ],
 )
-def test_few_rounds_have_a_wide_rule(before: Any, after: Any, verdict: str, detail: str) -> None:
+def test_few_rounds_need_a_large_change(before: Any, after: Any, verdict: str, detail: str) -> None:
     change = compare_samples(before, after)
     assert change.verdict == verdict
     assert detail in change.detail
@@ -208,7 +208,7 @@ def files(tmp_path: Path, *runs: Run) -> list[Path]:
     return paths
 
 
-def test_every_fate_has_its_verdict_and_regressions_come_first() -> None:
+def test_each_change_of_status_has_its_verdict_and_regressions_come_first() -> None:
     wrong, error = Measurement("m", WRONG, True, "relative error 1"), Measurement("m", ERROR, True, "RuntimeError: no")
     absent, late = Measurement("m", NOT_INSTALLED, True), Measurement("m", SKIPPED, True, "no time was left")
     fine, slow = measured("m", 1e-3), measured("m", 1.2e-3, seed=1)
@@ -245,7 +245,7 @@ def test_peers_are_shown_but_are_no_regression_of_ours(monkeypatch: pytest.Monke
     assert call(monkeypatch, *files(tmp_path, b, a)) == 0
 
 
-def test_what_the_peers_do_as_well_is_the_machine_and_not_our_change() -> None:
+def test_a_shift_that_peers_share_is_not_our_change() -> None:
     """The machine is 8 % slower in the second run: that much, or less, is not put down to us."""
     a = run(
         case("op/s/d", measured("ours", 1e-3), measured("peer", 1e-3, ours=False)),
@@ -265,7 +265,7 @@ def test_what_the_peers_do_as_well_is_the_machine_and_not_our_change() -> None:
     assert verdicts(compare_runs(a, b))["op/s/d: ours"] == "slower", "peers of another version are no measure"
 
 
-def test_our_own_code_compiled_is_no_excuse_and_neither_is_a_peer_that_went_the_other_way() -> None:
+def test_own_code_compiled_and_peers_that_shifted_the_other_way_explain_nothing() -> None:
     quiet = [case(f"quiet{i}/s/d", measured("peer", 1e-3, ours=False, seed=i)) for i in range(3)]
     a = run(case("op/s/d", measured("ours", 1e-3), measured("compiled", 1e-3, ours=False)), *quiet)
     b = run(case("op/s/d", measured("ours", 2.8e-3, seed=1), measured("compiled", 2.8e-3, ours=False, seed=2)), *quiet)
@@ -350,7 +350,7 @@ def test_other_devices_and_versions_are_not_compared_unless_forced(
     assert "forced: " in capsys.readouterr().out
 
 
-def test_our_own_version_a_patch_of_python_and_what_is_not_stated_may_differ(
+def test_own_version_python_patch_level_and_missing_facts_may_differ(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions = {"python": "3.12.9", "torch": "2.11.0", "flashtalk-triton": "0.2.0", "numpy": "2.3"}
@@ -381,7 +381,7 @@ def test_notes_tell_what_happened_to_the_machine(
         "the second run was throttled: power cap 40% of the time",
         f"the second run was made with uncommitted changes to {'2' * 40}-dirty",
         "in the second run the machine copied 4.0% slower",
-        "peers, whose code is not ours, became 20% slower (median of 1): perhaps the machine did",
+        "peers, whose code did not change, became 20% slower (median of 1): perhaps the machine did",
     ]
 
 
@@ -548,7 +548,7 @@ def test_a_revision_without_results_says_what_to_do(
     (repository.results / "bad.json").write_text('{"schema": "flashtalk-profile", "version": 0}')
     repository.commit(empty=run())  # an audit, say: no times
     assert call(monkeypatch, "HEAD", "HEAD", "--results", repository.results) == 2
-    assert "no results of HEAD" in (err := capsys.readouterr().err)
+    assert "no readable results of HEAD" in (err := capsys.readouterr().err)
     assert "bench --out" in err
     assert call(monkeypatch, "nobranch", "HEAD", "--results", repository.results) == 2
     assert "nobranch is neither a file nor a git revision" in capsys.readouterr().err

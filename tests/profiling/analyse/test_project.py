@@ -1,4 +1,4 @@
-"""Projections of runs whose times are round numbers, held to sums made by hand."""
+"""Projections of runs whose times are round numbers, compared with sums made by hand."""
 
 import dataclasses
 import json
@@ -129,7 +129,7 @@ def measured(name: str, chunk: float, first: float) -> VariantResult:
     return VariantResult(name, OK, chunk=(chunk, 0.99 * chunk, 2 * chunk), first_frame=(first,) * 3, frames=28)
 
 
-def test_what_a_measured_chunk_takes_beyond_our_kernels_is_carried(run: Run) -> None:
+def test_what_a_measured_chunk_takes_beyond_our_kernels_is_added_everywhere(run: Run) -> None:
     """Our kernels take 7.44 s: the chunk of 8 s has 0.56 s more, at every world size and with every set of kernels."""
     first = 2 * (DENOISE + DECODE * 9 / 33 + COLOR * 4 / 28)
     variants = (
@@ -168,7 +168,7 @@ def test_only_right_kernels_count(run: Run) -> None:
     assert rows[BEST].stages["color"] == pytest.approx(7 * 0.01)
 
 
-def test_a_world_size_without_cases_is_said(run: Run) -> None:
+def test_a_world_size_without_cases_is_reported(run: Run) -> None:
     found, *_ = project(run, (3,), LINK)
     assert {p.lacks for p in found} == {("any case of 3 GPUs",)}
 
@@ -186,7 +186,7 @@ def test_links_have_names_or_a_rate() -> None:
     assert parse_link("H800").one_way == 200e9
     assert parse_link("64").one_way == 32e9
     for text in ("A100", "0", "-5", "nan", "inf"):
-        with pytest.raises(UserError, match=r"there are those of H100, H800, .*; or give GB/s"):
+        with pytest.raises(UserError, match=r"name a device \(H100, H800, .*\), or give GB/s"):
             parse_link(text)
 
 
@@ -233,7 +233,7 @@ def test_mistakes_are_told_in_one_line(
     for arguments, complaint in (
         (("--gpus", "1,x"), "--gpus 1,x: give numbers of GPUs"),
         (("--gpus", "0,1"), "--gpus 0,1: give numbers of GPUs"),
-        (("--link", "nvlink"), "--link nvlink: there are those of H100"),
+        (("--link", "nvlink"), "--link nvlink: name a device (H100"),
         ((), "has no cases that a chunk is made of"),
     ):
         assert call(monkeypatch, tmp_path / "run.json", *arguments) == 2

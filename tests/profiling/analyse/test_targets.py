@@ -1,4 +1,4 @@
-"""Goals held to runs made up for the purpose, and the file of goals held to the registry."""
+"""Goals evaluated on made-up runs, and the file of goals checked against the registry."""
 
 import dataclasses
 import json

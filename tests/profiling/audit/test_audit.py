@@ -425,7 +425,7 @@ def test_what_does_not_compile_is_a_result_with_a_fault_and_the_others_go_on(
     assert ".entry" not in capfd.readouterr().out  # Triton prints PTX that ptxas refuses
 
 
-def test_triton_is_left_as_it_was() -> None:
+def test_triton_is_restored_afterwards() -> None:
     before = JITFunction.run, driver._active
     caches = len(scaled.device_caches)
     x = torch.empty(1024, device="meta")
@@ -441,7 +441,9 @@ def test_triton_is_left_as_it_was() -> None:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def test_without_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cases_without_kernels_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     without = Path(toy.__file__)
     assert call(monkeypatch, "--cases", without) == 0
     assert capsys.readouterr().out == "none of these cases has a Triton kernel\n"
@@ -494,7 +496,9 @@ def test_mistakes_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_more_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_budget_file_and_the_interpreter_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "--budget", tmp_path / "none.toml") == 2
     assert "cannot be read" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")

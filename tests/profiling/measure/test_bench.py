@@ -1,4 +1,4 @@
-"""What is wrong gets no time; what is right is timed beside its peers; what the command line accepts and writes."""
+"""Back-ends that are wrong get no time, correct ones are timed beside their peers; the command line of bench."""
 
 import json
 import os
@@ -76,14 +76,14 @@ def test_whatever_is_not_right_has_a_reason_and_no_time(backend: Backend, status
     assert len(peer.samples) == 3
 
 
-def test_poison_reaches_new_tensors_and_leaves_no_trace() -> None:
+def test_poison_fills_new_tensors_and_is_switched_off_again() -> None:
     with poisoned_memory():
         assert torch.empty(100).isnan().all()
         assert torch.empty_like(torch.ones(3, 4)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_judgement_is_of_every_output() -> None:
+def test_every_output_is_compared() -> None:
     good, bad = torch.ones(4, dtype=torch.float64), torch.full((4,), 1.5, dtype=torch.float64)
     assert compare_outputs([good.float(), good], [good, good], 1e-5) == (0, "")
     error, fault = compare_outputs([good, bad], [good, good], 1e-5)

@@ -1,4 +1,4 @@
-"""The phases on the CPU with cases that take no time: what hangs, crashes or is wrong, budgets, going on later."""
+"""Campaigns on the CPU with cases that take no time: hangs, crashes, wrong results, budgets, resuming."""
 
 import json
 import signal
@@ -188,7 +188,7 @@ def test_an_interruption_blames_no_task(
     assert (CampaignProgress.load(tmp_path).phase, CampaignProgress.load(tmp_path).task) == ("", "")
 
 
-def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lost_task_that_is_no_longer_requested_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     CampaignProgress(0, time.time() + 60, code=campaign.code_digest()).record(tmp_path, "check", "gone/s/fp32", "right")
     worker = campaign.Worker(tmp_path, CPU, plan_tasks(CPU, ["linear/tiny-w1-out/fp32"], None))
     worker._open_phase("check")
@@ -196,16 +196,16 @@ def test_a_task_that_is_not_asked_for_any_more_is_let_be(monkeypatch: pytest.Mon
     assert (worker._progress.task, worker._progress.lost, worker._run.cases) == ("", {}, ())
 
 
-def test_other_code_does_not_go_on(
+def test_results_of_another_version_of_the_code_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     CampaignProgress(0, time.time() + 60, code="that of yesterday").record(tmp_path)
     arguments = "--phase", "check", "--out", tmp_path, "--cases", TOY, "--only", "toy_good"
     assert call(monkeypatch, *arguments) == 2
-    assert "holds results of other code than is here now; use another --out" in capsys.readouterr().err
+    assert "holds results of another version of the code; use another --out" in capsys.readouterr().err
 
 
-def test_damaged_progress_is_said(tmp_path: Path) -> None:
+def test_damaged_progress_is_reported(tmp_path: Path) -> None:
     (tmp_path / campaign.PROGRESS).write_text('{"seed": 1, "what": 2}')
-    with pytest.raises(UserError, match="begin in another folder"):
+    with pytest.raises(UserError, match="cannot be read .*; use another --out"):
         CampaignProgress.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Kernels compiled beforehand: all that tuning would try, once, in processes of their own, within the seconds given."""
+"""Precompilation: all that tuning would try is compiled once, in processes of its own, within the time given."""
 
 import time
 from pathlib import Path
@@ -33,19 +33,19 @@ def test_what_is_compiled_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.M
     assert binaries == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
 
 
-def test_what_does_not_compile_is_said_in_one_line() -> None:
+def test_compile_errors_are_reported_in_one_line() -> None:
     said = compile_job(CompileJob(NORM, "triton", (("PIXELS", 3), ("num_warps", 4))), H100, None)
     assert "power of 2" in said
     assert "\n" not in said
 
 
-def test_no_seconds_compile_nothing() -> None:
+def test_nothing_is_compiled_without_time() -> None:
     begin = time.monotonic()
     assert precompile.compile_all([CompileJob(NORM, "triton")] * 100, H100, None, 0.5) == (0, [])
     assert time.monotonic() - begin < 20
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="warm: there is no GPU to compile for"):
         precompile.warm_command([], False, 10, None)

@@ -312,12 +312,12 @@ def test_an_earlier_trace_survives_one_that_cannot_be_written(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("python", ["python", "python3", "python3.12", "/usr/bin/python3", sys.executable])
-def test_a_python_is_known_by_its_name(python: str) -> None:
+def test_python_executables_are_recognised_by_name(python: str) -> None:
     program = parse_command([python, "-m", "streaming", "run", "--out", "-"])
     assert (program.name, program.module, program.arguments) == ("streaming", True, ("run", "--out", "-"))
 
 
-def test_only_python_is_known_by_its_name() -> None:
+def test_other_executables_are_refused() -> None:
     with pytest.raises(UserError, match=r"python -m streaming run"):
         parse_command(["pythonic", "-m", "streaming"])
 

@@ -1,4 +1,4 @@
-"""The report: what it derives, what its figures show, that the page opens in a browser and needs nothing else."""
+"""The report: derived numbers, figures, and a page that opens in a browser and needs nothing else."""
 
 import io
 import json
@@ -110,7 +110,7 @@ def test_rows_derive_speed_share_of_the_ceiling_and_ratio() -> None:
     assert (bad.seconds, bad.tflops, bad.ceiling, bad.ratio, bad.detail) == (None, None, None, None, "relative error 1")
 
 
-def test_rows_without_ceilings_or_peers_say_nothing_they_cannot_know() -> None:
+def test_rows_without_ceilings_or_peers_leave_those_numbers_out() -> None:
     alone = replace(CASE, measurements=CASE.measurements[:1])
     (row,) = tables.measurement_rows(replace(TINY_RUN, ceilings=Ceilings(), cases=(alone,)))
     assert row.tflops == pytest.approx(400)
@@ -309,7 +309,7 @@ def test_history_holds_the_runs_of_this_device_in_order(whole: Run, earlier: lis
     assert "fewer than two runs" in str(figures.history(whole, [elsewhere]))
 
 
-def test_gauges_say_that_the_gpu_was_throttled(whole: Run, drawn: dict[str, Figure]) -> None:
+def test_the_nvml_figure_states_throttling(whole: Run, drawn: dict[str, Figure]) -> None:
     said = drawn["gauges"].texts[1]
     assert said.get_text() == "The GPU was throttled: power cap in 17% of the readings."
     assert said.get_color() == figures.VERMILLION
@@ -318,7 +318,7 @@ def test_gauges_say_that_the_gpu_was_throttled(whole: Run, drawn: dict[str, Figu
     assert figures.throttling(replace(whole, nvml=replace(whole.nvml, throttled={})))[0] == (
         "The GPU was not throttled."
     )
-    assert figures.gauges(TINY_RUN) == "No NVML strip: fewer than two readings were taken."
+    assert figures.nvml_strips(TINY_RUN) == "No NVML strip: fewer than two readings were taken."
 
 
 def test_spans_and_dtypes_have_a_colour_each() -> None:
@@ -462,7 +462,7 @@ def test_every_kind_of_run_makes_a_page(variation: str, earlier: list[Run]) -> N
     report.show(run, Console(file=io.StringIO()))
 
 
-def test_hostile_names_are_shown_as_they_are(earlier: list[Run]) -> None:
+def test_hostile_names_are_escaped(earlier: list[Run]) -> None:
     run = hostile(runs.run(patterns=SOME))
     text = report.render_page(run, report.draw_figures(run, earlier), [HOSTILE])
     assert "<script" not in text
@@ -493,7 +493,7 @@ def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> Non
         "figure-gauges",
     ]
     for words in (
-        "The GPU was throttled: power cap in 17% of the readings. Times below are those of a slowed-down GPU.",
+        "The GPU was throttled: power cap in 17% of the readings. The times below are those of a throttled GPU.",
         "fp8-kernels makes a chunk in 2.",
         "torch-compiled on rms_norm_rope/14b-w1/bf16",
         "No module named 'flash_attn'",
