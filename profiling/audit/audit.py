@@ -44,7 +44,7 @@ from triton.compiler.errors import CompilationError
 from kernels.tuning import GPU
 from model.errors import UserError
 from profiling.audit import sass, ttgir
-from profiling.cases import Case, own_cases, registry, select
+from profiling.cases import Case, load_cases, registry, select
 from profiling.devices import Device, of_target
 from profiling.fake_gpu import KernelLaunch, compiling_for
 from profiling.machine import describe_machine
@@ -314,7 +314,7 @@ def _select_cases(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
     if patterns:
         selected = select(registry(extra), patterns)
     else:
-        selected = list(registry().values()) if extra is None else own_cases(extra)
+        selected = list(registry().values()) if extra is None else load_cases(extra)
     compiled = [case for case in selected if any(backend.launcher for backend in case.backends)]
     if patterns and not compiled:
         raise UserError(

@@ -34,9 +34,9 @@ from profiling.cases.case import (
     Operation,
     Output,
     Shape,
-    once,
+    no_setup,
 )
-from profiling.cases.registry import FAMILIES, Family, chosen, own_cases, registry, select
+from profiling.cases.registry import FAMILIES, Family, load_cases, registry, requested_cases, select
 
 __all__ = [
     "FAMILIES",
@@ -50,9 +50,9 @@ __all__ = [
     "Operation",
     "Output",
     "Shape",
-    "chosen",
-    "once",
-    "own_cases",
+    "load_cases",
+    "no_setup",
     "registry",
+    "requested_cases",
     "select",
 ]

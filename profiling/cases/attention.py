@@ -18,7 +18,7 @@ from kernels.absorbed_audio_attention import (
     launch_absorbed,
 )
 from kernels.chunk_attention import chunk_attention, dispatch, interleave
-from kernels.common import DTYPE_NAMES, FP8
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
 from kernels.frame_attention import frame_attention, frame_reference, launch_frame
 from kernels.scheduler import kv_ranges
 from kernels.text_image_attention import launch_text_image, text_image_attention, text_image_reference
@@ -26,17 +26,16 @@ from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import (
     ANYWHERE,
     CUDA,
-    FP8_MAX,
-    PROMPT,
+    PROMPT_TOKENS,
     Backend,
     Call,
     Dims,
-    Draw,
+    InputFactory,
     Operation,
-    choose,
     compiled,
-    once,
-    triton,
+    no_setup,
+    resolve_config,
+    triton_backend,
 )
 
 
@@ -60,7 +59,7 @@ def prepare_attention(backend: str) -> Callable[..., Call]:
 def choose_attention(backend: str, q: Tensor, k: Tensor, dtype: str, config: LaunchConfig | None) -> TunedConfig:
     """One back-end of `chunk_attention` with `config`, or else as tuned for q and k [tokens, heads, head_dim]."""
     dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "head_dim": q.shape[2]}
-    return choose("chunk_attention", backend, dims, dtype, q, config, ("head_dim",))
+    return resolve_config("chunk_attention", backend, dims, dtype, q, config, ("head_dim",))
 
 
 def launch_attention(backend: str, q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Tensor:
@@ -107,13 +106,13 @@ def quantize_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q8, q_scale, k8, k_scale, v8, v_scale
 
 
-def attention_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def attention_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Hopper kernel in FP8."""
     for stages in (2, 3, 4):
         yield {"BLOCK_N": 128, "STAGES": stages}
 
 
-def attention_space_16(_dims: Dims) -> Iterator[dict[str, Any]]:
+def attention_configs_16(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Hopper kernel in 16 bits, where shared memory holds two stages of 128 keys."""
     yield {"BLOCK_N": 128, "STAGES": 2}
     yield {"BLOCK_N": 64, "STAGES": 4}
@@ -167,39 +166,55 @@ def audit_attention_fp8(backend: str) -> Callable[..., Tensor]:
 
 
 _ATTENTION_PEERS = (
-    Backend("sdpa-cudnn", once(partial(sdpa, SDPBackend.CUDNN_ATTENTION)), devices=("cuda",)),
-    Backend("sdpa-flash", once(partial(sdpa, SDPBackend.FLASH_ATTENTION))),
-    Backend("sdpa-efficient", once(partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)), devices=("cuda",)),
+    Backend("sdpa-cudnn", no_setup(partial(sdpa, SDPBackend.CUDNN_ATTENTION)), devices=("cuda",)),
+    Backend("sdpa-flash", no_setup(partial(sdpa, SDPBackend.FLASH_ATTENTION))),
+    Backend("sdpa-efficient", no_setup(partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)), devices=("cuda",)),
     Backend("flash-attn", flash_attn, devices=("cuda",), needs="flash_attn"),
     Backend("flash-attn-4", flash_attn_4, devices=("cuda",), needs="flash_attn.cute"),
 )
 
 SELF_ATTENTION = Operation(
-    "chunk_attention",
-    lambda d, draw: tuple(draw(d[n], d["heads"], d["head_dim"]) for n in ("queries", "keys", "keys")),
-    attention_reference,
-    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
-    lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["head_dim"] * item,
-    {
-        "fp32": (Backend("eager", once(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
+    name="chunk_attention",
+    inputs=lambda d, randn: tuple(randn(d[n], d["heads"], d["head_dim"]) for n in ("queries", "keys", "keys")),
+    reference=attention_reference,
+    flops=lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: 2.0 * (d["queries"] + d["keys"]) * d["heads"] * d["head_dim"] * item,
+    backends={
+        "fp32": (Backend("eager", no_setup(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
         "bf16": (
             Backend(
                 "gluon",
                 prepare_attention("gluon"),
-                True,
-                CUDA,
-                None,
-                partial(launch_attention, "gluon"),
-                attention_space_16,
+                ours=True,
+                devices=CUDA,
+                launcher=partial(launch_attention, "gluon"),
+                configs=attention_configs_16,
             ),
-            Backend("triton", prepare_attention("triton"), True, CUDA, None, partial(launch_attention, "triton")),
+            Backend(
+                "triton",
+                prepare_attention("triton"),
+                ours=True,
+                devices=CUDA,
+                launcher=partial(launch_attention, "triton"),
+            ),
             *_ATTENTION_PEERS,
         ),
         "fp8": (
             Backend(
-                "gluon", prepare_attention_fp8("gluon"), True, CUDA, None, audit_attention_fp8("gluon"), attention_space
+                "gluon",
+                prepare_attention_fp8("gluon"),
+                ours=True,
+                devices=CUDA,
+                launcher=audit_attention_fp8("gluon"),
+                configs=attention_configs,
             ),
-            Backend("triton", prepare_attention_fp8("triton"), True, CUDA, None, audit_attention_fp8("triton")),
+            Backend(
+                "triton",
+                prepare_attention_fp8("triton"),
+                ours=True,
+                devices=CUDA,
+                launcher=audit_attention_fp8("triton"),
+            ),
             Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
             *_ATTENTION_PEERS[:2],
         ),
@@ -210,7 +225,7 @@ SELF_ATTENTION = Operation(
 )
 
 
-def large_head_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def large_head_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Triton kernel for a head_dim above 128."""
     for block_m, block_n, warps, stages in (
         (64, 32, 4, 2),
@@ -232,19 +247,18 @@ VAE_ATTENTION = replace(
             Backend(
                 "triton",
                 prepare_attention("triton"),
-                True,
-                CUDA,
-                None,
-                partial(launch_attention, "triton"),
-                large_head_space,
+                ours=True,
+                devices=CUDA,
+                launcher=partial(launch_attention, "triton"),
+                configs=large_head_configs,
             ),
-            Backend("sdpa", once(chunk_attention_sdpa), devices=CUDA),
+            Backend("sdpa", no_setup(chunk_attention_sdpa), devices=CUDA),
         ),
     },
 )
 
 
-def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def text_image_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of text and image attention. 168 registers per thread allow three blocks of four warps."""
     for block_m, block_n, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2)):
         if block_m == 16 * warps:
@@ -254,19 +268,19 @@ def text_image_space(_dims: Dims) -> Iterator[dict[str, Any]]:
                 yield {**parameters, "maxnreg": 168}
 
 
-def frame_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def frame_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of frame attention, where the keys of a frame are one tile."""
     for block_m, warps in ((64, 4), (128, 4), (128, 8)):
         yield {"BLOCK_M": block_m, "num_warps": warps, "num_stages": 1}
 
 
-def text_image_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
-    """q, keys and values of text and image. With dedup_padding, the text keys from number PROMPT on are equal."""
+def text_image_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
+    """q, keys and values of text and image. With dedup_padding, the text keys from PROMPT_TOKENS on are equal."""
     names = ("queries", "text", "text", "image", "image")
-    q, text_k, text_v, image_k, image_v = (draw(d[n], d["heads"], d["head_dim"]) for n in names)
+    q, text_k, text_v, image_k, image_v = (randn(d[n], d["heads"], d["head_dim"]) for n in names)
     if not d["dedup_padding"]:
         return q, text_k, text_v, image_k, image_v, None
-    count = min(PROMPT, d["text"] - 1)
+    count = min(PROMPT_TOKENS, d["text"] - 1)
     for x in (text_k, text_v):
         x[count:] = x[count].clone()
     return q, text_k, text_v, image_k, image_v, torch.full((1,), count, dtype=torch.int32, device=q.device)
@@ -283,20 +297,20 @@ def text_image_sdpa(
 
 def num_text_image_keys(d: Dims) -> int:
     """The number of text and image keys that must be read: with dedup_padding, one for the padding."""
-    return (min(PROMPT + 1, d["text"]) if d["dedup_padding"] else d["text"]) + d["image"]
+    return (min(PROMPT_TOKENS + 1, d["text"]) if d["dedup_padding"] else d["text"]) + d["image"]
 
 
 TEXT_IMAGE_ATTENTION = Operation(
-    "text_image_attention",
-    text_image_inputs,
-    text_image_reference,
-    lambda d: 4.0 * d["queries"] * num_text_image_keys(d) * d["heads"] * d["head_dim"],
-    lambda d, item: 2.0 * (d["queries"] + num_text_image_keys(d)) * d["heads"] * d["head_dim"] * item,
-    {
+    name="text_image_attention",
+    inputs=text_image_inputs,
+    reference=text_image_reference,
+    flops=lambda d: 4.0 * d["queries"] * num_text_image_keys(d) * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: 2.0 * (d["queries"] + num_text_image_keys(d)) * d["heads"] * d["head_dim"] * item,
+    backends={
         dtype: (
-            Backend("eager", once(text_image_attention), ours=True, devices=("cpu",)),
-            triton(dtype, launch_text_image, text_image_space),
-            Backend("sdpa", once(text_image_sdpa)),
+            Backend("eager", no_setup(text_image_attention), ours=True, devices=("cpu",)),
+            triton_backend(dtype, launch_text_image, text_image_configs),
+            Backend("sdpa", no_setup(text_image_sdpa)),
             Backend("sdpa-compiled", compiled(text_image_sdpa), devices=CUDA),
         )
         for dtype in ("fp32", "bf16")
@@ -318,20 +332,20 @@ def num_frames(d: Dims) -> int:
 
 
 FRAME_ATTENTION = Operation(
-    "frame_attention",
-    lambda d, draw: (
-        draw(d["queries"], d["heads"], d["head_dim"]),
-        *(draw(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
+    name="frame_attention",
+    inputs=lambda d, randn: (
+        randn(d["queries"], d["heads"], d["head_dim"]),
+        *(randn(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
         d["tokens_per_frame"],
     ),
-    frame_reference,
-    lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
-    lambda d, item: 2.0 * (d["queries"] + num_frames(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
-    {
+    reference=frame_reference,
+    flops=lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: 2.0 * (d["queries"] + num_frames(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
+    backends={
         dtype: (
-            Backend("eager", once(frame_attention), ours=True, devices=("cpu",)),
-            triton(dtype, launch_frame, frame_space),
-            Backend("sdpa", once(frame_sdpa)),
+            Backend("eager", no_setup(frame_attention), ours=True, devices=("cpu",)),
+            triton_backend(dtype, launch_frame, frame_configs),
+            Backend("sdpa", no_setup(frame_sdpa)),
             Backend("sdpa-compiled", compiled(frame_sdpa), devices=CUDA),
         )
         for dtype in ("fp32", "bf16")
@@ -339,15 +353,15 @@ FRAME_ATTENTION = Operation(
 )
 
 
-def audio_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
+def audio_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
     """z, keys and values of the frames, weight and bias of the query projection, weight of the output projection."""
     width = d["heads"] * d["head_dim"]
     return (
-        draw(d["queries"], width),
-        *(draw(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
-        draw(width, width, scale=width**-0.5),
-        draw(width),
-        draw(width, width, scale=width**-0.5),
+        randn(d["queries"], width),
+        *(randn(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
+        randn(width, width, scale=width**-0.5),
+        randn(width),
+        randn(width, width, scale=width**-0.5),
         d["tokens_per_frame"],
     )
 
@@ -384,25 +398,29 @@ def launch_absorbed_audio_layer(
 
 
 AUDIO_ATTENTION = Operation(
-    "audio_layer",
-    audio_inputs,
-    partial(audio_layer, frame_reference),
-    lambda d: 4.0 * d["queries"] * (d["heads"] * d["head_dim"]) ** 2 + FRAME_ATTENTION.flops(d),
-    lambda d, item: 2.0 * item * (d["queries"] + d["heads"] * d["head_dim"] + num_frames(d) * d["keys"])
-    * d["heads"] * d["head_dim"],
-    {
+    name="audio_layer",
+    inputs=audio_inputs,
+    reference=partial(audio_layer, frame_reference),
+    flops=lambda d: 4.0 * d["queries"] * (d["heads"] * d["head_dim"]) ** 2 + FRAME_ATTENTION.flops(d),
+    bytes=lambda d, item: (
+        2.0
+        * item
+        * (d["queries"] + d["heads"] * d["head_dim"] + num_frames(d) * d["keys"])
+        * d["heads"]
+        * d["head_dim"]
+    ),
+    backends={
         dtype: (
-            Backend("direct", once(partial(audio_layer, frame_attention)), ours=True),
+            Backend("direct", no_setup(partial(audio_layer, frame_attention)), ours=True),
             Backend(
                 "absorbed",
-                once(absorbed_audio_layer),
-                True,
-                ANYWHERE,
-                None,
-                launch_absorbed_audio_layer if dtype == "bf16" else None,
+                no_setup(absorbed_audio_layer),
+                ours=True,
+                devices=ANYWHERE,
+                launcher=launch_absorbed_audio_layer if dtype == "bf16" else None,
             ),
-            Backend("sdpa", once(partial(audio_layer, frame_sdpa))),
+            Backend("sdpa", no_setup(partial(audio_layer, frame_sdpa))),
         )
         for dtype in ("fp32", "bf16")
     },
-)  # fmt: skip
+)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,7 @@ from model.config import PRECISIONS
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of an element of its matrix operands
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # default bounds of an operation's relative Frobenius error
-FP8_MAX = 448.0  # largest e4m3 value
-PROMPT = 20  # text tokens before the padding; the published example prompt has about as many
+PROMPT_TOKENS = 20  # text tokens before the padding; the published example prompt has about as many
 FP8_LEVELS = PRECISIONS["fp8-vae"].fp8_vae
 
 Dims = Mapping[str, int]
@@ -25,7 +24,7 @@ Call = Callable[[], Output]
 
 
 @dataclass(frozen=True)
-class Draw:
+class InputFactory:
     """Makes normally distributed inputs, on the case's device and in its dtype unless told otherwise.
 
     The audit passes no generator: its inputs are fake tensors, which have shapes but no values.
@@ -53,17 +52,18 @@ class Backend:
         devices: the device types that it runs on.
         needs: a module that must be importable, or else it is reported as not installed.
         launcher: of a Triton kernel, what the operation calls on CUDA tensors. The audit compiles what it launches.
-        space: the launch parameters worth trying at given dimensions, for the tuner. `prepare(*inputs, config=...)`
+        configs: the launch parameters worth trying at given dimensions, for the tuner. `prepare(*inputs, config=...)`
             must accept each of them.
     """
 
     name: str
     prepare: Callable[..., Call]
+    _: KW_ONLY
     ours: bool = False
     devices: tuple[str, ...] = ("cuda", "cpu")
     needs: str | None = None
     launcher: Callable[..., object] | None = None
-    space: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
+    configs: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
 
     @property
     def installed(self) -> bool:
@@ -76,7 +76,7 @@ class Backend:
             return False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Operation:
     """A computation, the right answer, its cost by formula, and the back-ends that compute it.
 
@@ -88,18 +88,18 @@ class Operation:
         bytes: least bytes of one call, by dimensions and by bytes of an element of a matrix operand.
         backends: by dtype, in the order in which they are shown.
         result: the part of a back-end's output that is held to the reference.
-        products: whether the FLOPs are those of matrix products, whose ceiling is measured.
+        is_matmul: whether the FLOPs are those of matrix products, whose ceiling is measured.
         tolerances: bounds of the relative error by dtype, where `TOLERANCES` does not suit.
     """
 
     name: str
-    inputs: Callable[[Dims, Draw], tuple[Any, ...]]
+    inputs: Callable[[Dims, InputFactory], tuple[Any, ...]]
     reference: Callable[..., Output]
     flops: Callable[[Dims], float]
     bytes: Callable[[Dims, int], float]
     backends: Mapping[str, Sequence[Backend]]
     result: Callable[[Any], Output] = lambda output: output
-    products: bool = True
+    is_matmul: bool = True
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -145,7 +145,7 @@ class Case:
 
     def inputs(self, device: torch.device, generator: torch.Generator | None) -> tuple[Any, ...]:
         """Fresh random inputs."""
-        return self.operation.inputs(self.shape.dims, Draw(device, TORCH_DTYPES[self.dtype], generator))
+        return self.operation.inputs(self.shape.dims, InputFactory(device, TORCH_DTYPES[self.dtype], generator))
 
     def expected(self, inputs: tuple[Any, ...], precision: torch.dtype) -> Output:
         """The right answer for these inputs, computed in `precision`."""
@@ -159,7 +159,7 @@ ANYWHERE = ("cuda", "cpu")
 CUDA = ("cuda",)
 
 
-def once(function: Callable[..., Output]) -> Callable[..., Call]:
+def no_setup(function: Callable[..., Output]) -> Callable[..., Call]:
     """A `prepare` with nothing to set up: the timed call is the function on the inputs as they are."""
     return lambda *inputs: partial(function, *inputs)
 
@@ -169,7 +169,9 @@ def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
     return lambda *inputs: partial(torch.compile(function, dynamic=False), *inputs)
 
 
-def triton(dtype: str, launcher: Callable[..., Output], space: Callable[[Dims], Iterable[dict[str, Any]]]) -> Backend:
+def triton_backend(
+    dtype: str, launcher: Callable[..., Output], configs: Callable[[Dims], Iterable[dict[str, Any]]]
+) -> Backend:
     """The back-end of a Triton kernel whose launcher takes the inputs and `config`.
 
     Float32 is for tests, and no GPU runs it: it is not audited.
@@ -178,17 +180,19 @@ def triton(dtype: str, launcher: Callable[..., Output], space: Callable[[Dims], 
     def prepare(*inputs: Any, config: LaunchConfig | None = None) -> Call:
         return partial(launcher, *inputs, config=config)
 
-    return Backend("triton", prepare, True, CUDA, None, launcher if dtype != "fp32" else None, space)
+    return Backend(
+        "triton", prepare, ours=True, devices=CUDA, launcher=launcher if dtype != "fp32" else None, configs=configs
+    )
 
 
 def eager_and_compiled(
     function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
 ) -> tuple[Backend, Backend]:
     """Our function as it is, and compiled on the given devices."""
-    return Backend("eager", once(function), ours=True), Backend("compiled", compiled(function), devices=devices)
+    return Backend("eager", no_setup(function), ours=True), Backend("compiled", compiled(function), devices=devices)
 
 
-def choose(
+def resolve_config(
     operation: str,
     backend: str,
     dims: Dims,

@@ -30,7 +30,7 @@ from kernels.resample_conv2d import (
 )
 from kernels.rms_norm_silu import fp8_out_scale
 from kernels.tuning import LaunchConfig, TunedConfig
-from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, once
+from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, no_setup
 from profiling.cases.elementwise import pixels, rms_norm_silu_library
 
 
@@ -77,8 +77,10 @@ def ours_conv(k: int, backend: str, fp8: bool = False) -> Backend:
         x, w, past, scale = conv_shapes(x, w, past, fp8)
         return run(x, w, bias, past, scale, config)
 
-    space = partial(conv_space, fp8, k) if backend == "gluon" else None
-    return Backend(backend, prepare, True, CUDA, None, launcher if backend == "gluon" else None, space)
+    configs = partial(conv_configs, fp8, k) if backend == "gluon" else None
+    return Backend(
+        backend, prepare, ours=True, devices=CUDA, launcher=launcher if backend == "gluon" else None, configs=configs
+    )
 
 
 def conv_operands(x: Tensor, w: Tensor, past: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -99,7 +101,7 @@ def conv_shapes(x: Tensor, w: Tensor, past: Tensor, fp8: bool) -> tuple[Tensor, 
     return torch.empty_like(x, dtype=dtype), last, torch.empty_like(past, dtype=dtype), scale
 
 
-def conv_space(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
+def conv_configs(fp8: bool, k: int, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Hopper kernel: tiles that divide the output channels, and the stages that fit.
 
     A BLOCK_K that does not divide the input channels multiplies zeros, but makes copies fewer and longer.
@@ -128,24 +130,24 @@ def convolution(k: int) -> Operation:
     taps = 3.0 * k * k
     peers = (
         Backend("conv3d-channels-last", conv3d_channels_last, devices=("cuda",)),
-        Backend("conv3d-official", once(conv3d_official)),
+        Backend("conv3d-official", no_setup(conv3d_official)),
     )
     return Operation(
-        "causal_conv3d",
-        lambda d, draw: (
-            pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
-            draw(d["outputs"], d["channels"], 3, k, k, scale=(taps * d["channels"]) ** -0.5),
-            draw(d["outputs"]),
-            pixels(draw, 2, d["channels"], d["rows"], d["columns"]),
+        name="causal_conv3d",
+        inputs=lambda d, randn: (
+            pixels(randn, d["frames"], d["channels"], d["rows"], d["columns"]),
+            randn(d["outputs"], d["channels"], 3, k, k, scale=(taps * d["channels"]) ** -0.5),
+            randn(d["outputs"]),
+            pixels(randn, 2, d["channels"], d["rows"], d["columns"]),
         ),
-        causal_conv3d_reference,
-        lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
-        lambda d, item: (
+        reference=causal_conv3d_reference,
+        flops=lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+        bytes=lambda d, item: (
             item * (d["rows"] * d["columns"] * ((d["frames"] + 2) * d["channels"] + d["frames"] * d["outputs"]))
             + taps * item * d["channels"] * d["outputs"]
         ),
-        {
-            "fp32": (Backend("eager", once(causal_conv3d), ours=True), *peers),
+        backends={
+            "fp32": (Backend("eager", no_setup(causal_conv3d), ours=True), *peers),
             "bf16": (ours_conv(k, "gluon"), ours_conv(k, "library"), *peers),
             "fp8": (ours_conv(k, "gluon", fp8=True), peers[0]),
         },
@@ -193,19 +195,23 @@ def ours_conv_norm(backend: str, fp8: bool) -> Backend:
         return run(x, w, bias, gamma, past, scale, 1.0 if fp8 else None, config)
 
     if backend != "fused":
-        return Backend(backend, prepare, True, CUDA if backend == "separate" else ("cpu",))
-    return Backend(backend, prepare, True, CUDA, None, launcher, partial(conv_norm_space, fp8))
+        return Backend(backend, prepare, ours=True, devices=CUDA if backend == "separate" else ("cpu",))
+    return Backend(
+        backend, prepare, ours=True, devices=CUDA, launcher=launcher, configs=partial(conv_norm_configs, fp8)
+    )
 
 
-def conv_norm_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
-    """The tiles of `conv_space` that hold all output channels."""
-    return (config for config in conv_space(fp8, 3, dims) if config["BLOCK_N0"] + config["BLOCK_N1"] >= dims["outputs"])
+def conv_norm_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+    """The tiles of `conv_configs` that hold all output channels."""
+    return (
+        config for config in conv_configs(fp8, 3, dims) if config["BLOCK_N0"] + config["BLOCK_N1"] >= dims["outputs"]
+    )
 
 
 CAUSAL_CONV3D_NORM = replace(
     CAUSAL_CONV3D,
     name="causal_conv3d_norm",
-    inputs=lambda d, draw: (*CAUSAL_CONV3D.inputs(d, draw), 1 + draw(d["outputs"], scale=0.1)),
+    inputs=lambda d, randn: (*CAUSAL_CONV3D.inputs(d, randn), 1 + randn(d["outputs"], scale=0.1)),
     reference=conv_then_norm,
     backends={
         "bf16": (
@@ -244,12 +250,14 @@ def ours_resampling(operation: str, backend: str) -> Backend:
 
     if backend == "library":
         return Backend(backend, prepare_library, ours=True)
-    return Backend(backend, prepare, True, CUDA, None, launcher, partial(resampling_space, operation))
+    return Backend(
+        backend, prepare, ours=True, devices=CUDA, launcher=launcher, configs=partial(resampling_configs, operation)
+    )
 
 
-def resampling_space(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
-    """`conv_space`; with a stride of 2 BLOCK_K must divide the channels, and rows cannot be reused."""
-    for config in conv_space(False, 2, dims):
+def resampling_configs(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
+    """`conv_configs`; with a stride of 2 BLOCK_K must divide the channels, and rows cannot be reused."""
+    for config in conv_configs(False, 2, dims):
         if operation == "upsample_conv2d" or (dims["channels"] % config["BLOCK_K"] == 0 and not config["REUSE_ROWS"]):
             yield config
 
@@ -257,23 +265,23 @@ def resampling_space(operation: str, dims: Dims) -> Iterator[dict[str, Any]]:
 def resampling(operation: str, function: Callable[..., Tensor], taps: float, pixels_out: float) -> Operation:
     """A 3 x 3 convolution that doubles or halves rows and columns: taps per pixel of x, pixels of y per pixel of x."""
     return Operation(
-        operation,
-        lambda d, draw: (
-            pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
-            draw(d["outputs"], d["channels"], 3, 3, scale=(9 * d["channels"]) ** -0.5),
-            draw(d["outputs"]),
+        name=operation,
+        inputs=lambda d, randn: (
+            pixels(randn, d["frames"], d["channels"], d["rows"], d["columns"]),
+            randn(d["outputs"], d["channels"], 3, 3, scale=(9 * d["channels"]) ** -0.5),
+            randn(d["outputs"]),
         ),
-        function,
-        lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
-        lambda d, item: (
+        reference=function,
+        flops=lambda d: 2.0 * taps * d["channels"] * d["outputs"] * d["frames"] * d["rows"] * d["columns"],
+        bytes=lambda d, item: (
             item * (d["frames"] * d["rows"] * d["columns"] * (d["channels"] + pixels_out * d["outputs"]))
             + 9.0 * item * d["channels"] * d["outputs"]
         ),
-        {
+        backends={
             dtype: (
                 *((ours_resampling(operation, "gluon"),) if dtype == "bf16" else ()),
                 ours_resampling(operation, "library"),
-                Backend("torch", once(function)),
+                Backend("torch", no_setup(function)),
                 Backend("torch-compiled", compiled(function), devices=CUDA),
             )
             for dtype in ("fp32", "bf16")

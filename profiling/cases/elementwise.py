@@ -37,32 +37,44 @@ from kernels.rms_norm_silu import reference as rms_norm_silu_reference
 from kernels.tuning import LaunchConfig
 from profiling import official_baseline
 from profiling.cases.attention import attention_reference, sdpa
-from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Draw, Operation, Output, compiled, once, triton
+from profiling.cases.case import (
+    ANYWHERE,
+    CUDA,
+    Backend,
+    Call,
+    Dims,
+    InputFactory,
+    Operation,
+    Output,
+    compiled,
+    no_setup,
+    triton_backend,
+)
 from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_library
 
 
-def rows_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def rows_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: rows per program, warps."""
     for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
         yield {"ROWS": rows, "num_warps": warps}
 
 
 QUANTIZE_ROWS = Operation(
-    "quantize_rows",
-    lambda d, draw: (draw(d["rows"], d["columns"]),),
-    lambda x: x,
-    lambda d: 3.0 * d["rows"] * d["columns"],
-    lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
-    {
+    name="quantize_rows",
+    inputs=lambda d, randn: (randn(d["rows"], d["columns"]),),
+    reference=lambda x: x,
+    flops=lambda d: 3.0 * d["rows"] * d["columns"],
+    bytes=lambda d, item: 3.0 * item * d["rows"] * d["columns"],  # bf16 in, e4m3 out
+    backends={
         "fp8": (
-            Backend("ours", once(quantize_rows), ours=True, devices=("cpu",)),
-            triton("fp8", launch_quantize_rows, rows_space),
-            Backend("torch", once(quantize_library)),
+            Backend("ours", no_setup(quantize_rows), ours=True, devices=("cpu",)),
+            triton_backend("fp8", launch_quantize_rows, rows_configs),
+            Backend("torch", no_setup(quantize_library)),
             Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
         )
     },
-    dequantized,
-    products=False,
+    result=dequantized,
+    is_matmul=False,
 )
 
 
@@ -77,38 +89,38 @@ def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
 
 
 LAYER_NORM_MODULATE = Operation(
-    "layer_norm_modulate",
-    lambda d, draw: (
-        draw(d["rows"], d["columns"]),
-        *(draw(d["columns"], scale=0.1, dtype=torch.float32) for _ in range(2)),
+    name="layer_norm_modulate",
+    inputs=lambda d, randn: (
+        randn(d["rows"], d["columns"]),
+        *(randn(d["columns"], scale=0.1, dtype=torch.float32) for _ in range(2)),
     ),
-    lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
-    lambda d: 8.0 * d["rows"] * d["columns"],
-    lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
-    {
+    reference=lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift,
+    flops=lambda d: 8.0 * d["rows"] * d["columns"],
+    bytes=lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
+    backends={
         **{
             dtype: (
-                Backend("eager", once(layer_norm_modulate), ours=True, devices=("cpu",)),
-                triton(dtype, partial(launch_modulate, False), rows_space),
-                Backend("torch", once(norm_modulate)),
+                Backend("eager", no_setup(layer_norm_modulate), ours=True, devices=("cpu",)),
+                triton_backend(dtype, partial(launch_modulate, False), rows_configs),
+                Backend("torch", no_setup(norm_modulate)),
                 Backend("torch-compiled", compiled(norm_modulate), devices=ANYWHERE),
             )
             for dtype in ("fp32", "bf16")
         },
         "fp8": (
-            Backend("ours", once(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
-            triton("fp8", partial(launch_modulate, True), rows_space),
+            Backend("ours", no_setup(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
+            triton_backend("fp8", partial(launch_modulate, True), rows_configs),
             Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
         ),
     },
-    lambda output: dequantized(output) if isinstance(output, tuple) else output,
-    products=False,
+    result=lambda output: dequantized(output) if isinstance(output, tuple) else output,
+    is_matmul=False,
 )
 
 
-def rotations(draw: Draw, tokens: int, pairs: int) -> Tensor:
+def rotations(randn: InputFactory, tokens: int, pairs: int) -> Tensor:
     """Cosines and sines of random angles, float32 [token, pair, 2], as in a rotary embedding's table."""
-    angles = draw(tokens, pairs, dtype=torch.float32)
+    angles = randn(tokens, pairs, dtype=torch.float32)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -143,37 +155,37 @@ def norm_rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: T
     return rms_norm_rope_reference(q, k, q_weight, k_weight, rope, EPS)
 
 
-def norm_rope_inputs(d: Dims, draw: Draw) -> tuple[Tensor, ...]:
+def norm_rope_inputs(d: Dims, randn: InputFactory) -> tuple[Tensor, ...]:
     """A fused projection, the weights of q and k, and a rotary table."""
     return (
-        draw(d["tokens"], 3 * d["heads"] * d["head_dim"]),
-        *(1 + draw(d["heads"] * d["head_dim"], scale=0.1) for _ in range(2)),
-        rotations(draw, d["tokens"], d["head_dim"] // 2),
+        randn(d["tokens"], 3 * d["heads"] * d["head_dim"]),
+        *(1 + randn(d["heads"] * d["head_dim"], scale=0.1) for _ in range(2)),
+        rotations(randn, d["tokens"], d["head_dim"] // 2),
     )
 
 
-def norm_rope_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def norm_rope_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: heads per iteration, tokens per program, warps."""
     for block_h, tokens, warps in itertools.product((4, 8, 16), (1, 2, 4), (4, 8)):
         yield {"BLOCK_H": block_h, "TOKENS": tokens, "num_warps": warps}
 
 
 RMS_NORM_ROPE = Operation(
-    "rms_norm_rope",
-    norm_rope_inputs,
-    norm_rope_reference,
-    lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
-    lambda d, item: d["tokens"] * d["head_dim"] * (4.0 * d["heads"] * item + 4),
-    {
+    name="rms_norm_rope",
+    inputs=norm_rope_inputs,
+    reference=norm_rope_reference,
+    flops=lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: d["tokens"] * d["head_dim"] * (4.0 * d["heads"] * item + 4),
+    backends={
         dtype: (
-            Backend("eager", once(norm_rope_ours), ours=True, devices=("cpu",)),
-            triton(dtype, norm_rope_launch, norm_rope_space),
-            Backend("torch", once(norm_rope_library)),
+            Backend("eager", no_setup(norm_rope_ours), ours=True, devices=("cpu",)),
+            triton_backend(dtype, norm_rope_launch, norm_rope_configs),
+            Backend("torch", no_setup(norm_rope_library)),
             Backend("torch-compiled", compiled(norm_rope_library), devices=ANYWHERE),
         )
         for dtype in ("fp32", "bf16")
     },
-    products=False,
+    is_matmul=False,
 )
 
 
@@ -223,19 +235,19 @@ def dequantized_operands(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 RMS_NORM_ROPE_FP8 = Operation(
-    "rms_norm_rope_fp8",
-    norm_rope_inputs,
-    norm_rope_smoothed,
-    lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
-    lambda d, item: d["tokens"] * d["head_dim"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
-    {
+    name="rms_norm_rope_fp8",
+    inputs=norm_rope_inputs,
+    reference=norm_rope_smoothed,
+    flops=lambda d: 3 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: d["tokens"] * d["head_dim"] * (9.0 * d["heads"] * item + 4),  # bf16 in, e4m3 out
+    backends={
         "fp8": (
-            Backend("ours", prepare_norm_rope_fp8, True, ANYWHERE, None, launch_norm_rope_fp8),
+            Backend("ours", prepare_norm_rope_fp8, ours=True, devices=ANYWHERE, launcher=launch_norm_rope_fp8),
             Backend("torch-compiled", compiled(norm_rope_fp8_library), devices=CUDA),
         )
     },
-    dequantized_operands,
-    products=False,
+    result=dequantized_operands,
+    is_matmul=False,
 )
 
 
@@ -278,20 +290,20 @@ def norm_attention_library(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope
 
 
 NORM_ATTENTION = Operation(
-    "norm_attention",
-    norm_rope_inputs,
-    norm_attention_reference,
-    lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["head_dim"],
-    lambda d, item: d["tokens"] * d["head_dim"] * d["heads"] * 5.0 * max(item, 2.0),
-    {
-        "fp32": (Backend("ours", once(norm_attention), ours=True), Backend("sdpa", once(norm_attention_sdpa))),
+    name="norm_attention",
+    inputs=norm_rope_inputs,
+    reference=norm_attention_reference,
+    flops=lambda d: 4.0 * d["tokens"] ** 2 * d["heads"] * d["head_dim"],
+    bytes=lambda d, item: d["tokens"] * d["head_dim"] * d["heads"] * 5.0 * max(item, 2.0),
+    backends={
+        "fp32": (Backend("ours", no_setup(norm_attention), ours=True), Backend("sdpa", no_setup(norm_attention_sdpa))),
         "bf16": (
-            Backend("ours", once(norm_attention), ours=True, devices=CUDA),
+            Backend("ours", no_setup(norm_attention), ours=True, devices=CUDA),
             Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
         ),
         "fp8": (
             Backend("ours", prepare_norm_attention_fp8, ours=True, devices=CUDA),
-            Backend("ours-bf16", once(norm_attention), devices=CUDA),
+            Backend("ours-bf16", no_setup(norm_attention), devices=CUDA),
             Backend("torch-cudnn", compiled(norm_attention_library), devices=CUDA),
         ),
     },
@@ -304,36 +316,36 @@ def rms_norm_silu_library(x: Tensor, gamma: Tensor) -> Tensor:
     return rms_norm_silu_reference(x, gamma)
 
 
-def pixels(draw: Draw, frames: int, channels: int, rows: int, columns: int) -> Tensor:
+def pixels(randn: InputFactory, frames: int, channels: int, rows: int, columns: int) -> Tensor:
     """Random [frames, channels, rows, columns] in channels-last memory."""
-    return draw(frames, rows, columns, channels).permute(0, 3, 1, 2)
+    return randn(frames, rows, columns, channels).permute(0, 3, 1, 2)
 
 
-def norm_silu_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def norm_silu_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: pixels per program, warps."""
     for pixels, warps in itertools.product((4, 8, 16, 32), (4, 8)):
         yield {"PIXELS": pixels, "num_warps": warps}
 
 
 RMS_NORM_SILU = Operation(
-    "rms_norm_silu",
-    lambda d, draw: (
-        pixels(draw, d["frames"], d["channels"], d["rows"], d["columns"]),
-        1 + draw(d["channels"], scale=0.1),
+    name="rms_norm_silu",
+    inputs=lambda d, randn: (
+        pixels(randn, d["frames"], d["channels"], d["rows"], d["columns"]),
+        1 + randn(d["channels"], scale=0.1),
     ),
-    rms_norm_silu_library,
-    lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
-    lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
-    {
+    reference=rms_norm_silu_library,
+    flops=lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    bytes=lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
+    backends={
         dtype: (
-            Backend("eager", once(rms_norm_silu), ours=True, devices=("cpu",)),
-            triton(dtype, launch_rms_norm_silu, norm_silu_space),
-            Backend("torch", once(rms_norm_silu_library)),
+            Backend("eager", no_setup(rms_norm_silu), ours=True, devices=("cpu",)),
+            triton_backend(dtype, launch_rms_norm_silu, norm_silu_configs),
+            Backend("torch", no_setup(rms_norm_silu_library)),
             Backend("torch-compiled", compiled(rms_norm_silu_library), devices=ANYWHERE),
         )
         for dtype in ("fp32", "bf16")
     },
-    products=False,
+    is_matmul=False,
 )
 
 
@@ -347,29 +359,29 @@ def prepare_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig 
     return partial(launch_lab, pixels, mean, std, config)
 
 
-def lab_space(_dims: Dims) -> Iterator[dict[str, Any]]:
+def lab_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: pixels per program, warps."""
     for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
         yield {"BLOCK": block, "num_warps": warps}
 
 
 LAB_TRANSFER = Operation(
-    "lab_transfer",
-    lambda d, draw: (
-        draw(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
-        *lab_statistics(draw(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
+    name="lab_transfer",
+    inputs=lambda d, randn: (
+        randn(d["frames"], 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1),
+        *lab_statistics(randn(1, 3, d["rows"], d["columns"], scale=0.3).clamp(-1, 1)),
     ),
-    partial(lab_transfer_reference, strength=1.0),
-    lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
-    lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
-    {
+    reference=partial(lab_transfer_reference, strength=1.0),
+    flops=lambda d: 150.0 * d["frames"] * d["rows"] * d["columns"],
+    bytes=lambda d, item: 3.0 * item * 3 * d["frames"] * d["rows"] * d["columns"],  # two reads, one write
+    backends={
         "fp32": (
-            Backend("eager", once(lab_transfer), ours=True, devices=("cpu",)),
-            Backend("triton", prepare_lab, True, CUDA, None, launch_lab, lab_space),
-            Backend("torch", once(partial(lab_transfer_reference, strength=1.0))),
+            Backend("eager", no_setup(lab_transfer), ours=True, devices=("cpu",)),
+            Backend("triton", prepare_lab, ours=True, devices=CUDA, launcher=launch_lab, configs=lab_configs),
+            Backend("torch", no_setup(partial(lab_transfer_reference, strength=1.0))),
             Backend("torch-compiled", compiled(partial(lab_transfer_reference, strength=1.0)), devices=ANYWHERE),
         )
     },
-    lambda output: output[0] if isinstance(output, tuple) else output,
-    products=False,
+    result=lambda output: output[0] if isinstance(output, tuple) else output,
+    is_matmul=False,
 )

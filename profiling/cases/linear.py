@@ -21,13 +21,13 @@ from profiling.cases.case import (
     Backend,
     Call,
     Dims,
-    Draw,
+    InputFactory,
     Operation,
     Output,
-    choose,
     compiled,
     eager_and_compiled,
-    once,
+    no_setup,
+    resolve_config,
 )
 
 
@@ -62,7 +62,7 @@ def linear_backend(name: str, fp8: bool) -> Backend:
 
     def tuned_linear(x: Tensor, w: Tensor, config: LaunchConfig | None) -> TunedConfig:
         dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-        return choose("linear", name, dims, "fp8" if fp8 else DTYPE_NAMES[x.dtype], x, config)
+        return resolve_config("linear", name, dims, "fp8" if fp8 else DTYPE_NAMES[x.dtype], x, config)
 
     def launch(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
         tuned, epilogue = tuned_linear(x, w, config), linear.Epilogue(bias)
@@ -78,8 +78,8 @@ def linear_backend(name: str, fp8: bool) -> Backend:
         (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
         return lambda: linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
-    space = {"gluon": partial(linear_space, fp8), "triton": partial(linear_space_triton, fp8)}.get(name)
-    return Backend(name, prepare, True, CUDA, None, launch if space else None, space)
+    configs = {"gluon": partial(linear_configs, fp8), "triton": partial(linear_configs_triton, fp8)}.get(name)
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if configs else None, configs=configs)
 
 
 def operand(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def operand(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=FP8), x.new_empty(len(x), dtype=torch.float32)
 
 
-def linear_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+def linear_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Hopper kernel; SPLIT_K is tried where the last wave of programs matters."""
     few_tiles = dims["rows"] * dims["outputs"] < 512 * 128 * 256
     fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)  # chosen for accuracy, not for speed
@@ -99,7 +99,7 @@ def linear_space(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def linear_space_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+def linear_configs_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Triton kernel; a row of a stage has 128 bytes in 8 bits and in 16."""
     fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)
     for block_n, width in itertools.product((128,) if fp32_accum or not fp8 else (128, 256), (4, 8, 16)):
@@ -110,20 +110,20 @@ def linear_space_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
 
 
 LINEAR = Operation(
-    "linear",
-    lambda d, draw: (
-        draw(d["rows"], d["inputs"]),
-        draw(d["outputs"], d["inputs"], scale=d["inputs"] ** -0.5),
-        draw(d["outputs"]),
+    name="linear",
+    inputs=lambda d, randn: (
+        randn(d["rows"], d["inputs"]),
+        randn(d["outputs"], d["inputs"], scale=d["inputs"] ** -0.5),
+        randn(d["outputs"]),
     ),
-    F.linear,
-    lambda d: 2.0 * d["rows"] * d["inputs"] * d["outputs"],
-    lambda d, item: (d["rows"] + d["outputs"]) * d["inputs"] * item + d["rows"] * d["outputs"] * max(item, 2.0),
-    {
-        "fp32": (Backend("eager", once(F.linear), ours=True),),
+    reference=F.linear,
+    flops=lambda d: 2.0 * d["rows"] * d["inputs"] * d["outputs"],
+    bytes=lambda d, item: (d["rows"] + d["outputs"]) * d["inputs"] * item + d["rows"] * d["outputs"] * max(item, 2.0),
+    backends={
+        "fp32": (Backend("eager", no_setup(F.linear), ours=True),),
         "bf16": (
             *(linear_backend(name, fp8=False) for name in linear.BACKENDS),
-            Backend("eager", once(F.linear), ours=True, devices=("cpu",)),
+            Backend("eager", no_setup(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
             *(linear_backend(name, fp8=True) for name in linear.BACKENDS),
@@ -231,15 +231,15 @@ def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor,
     return linear.dispatch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
 
 
-def residual_inputs(d: Dims, draw: Draw) -> tuple[Any, ...]:
+def residual_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
     """y [rows, inputs], w, bias, the residual x [rows, outputs], gate [outputs], and whether y arrives in e4m3.
 
     Peers ignore the last one and quantise y themselves.
     """
     return (
-        *LINEAR.inputs(d, draw),
-        draw(d["rows"], d["outputs"]),
-        draw(d["outputs"], dtype=torch.float32),
+        *LINEAR.inputs(d, randn),
+        randn(d["rows"], d["outputs"]),
+        randn(d["outputs"], dtype=torch.float32),
         bool(d["quantised"]),
     )
 
@@ -260,40 +260,42 @@ def prepare_residual_scaled_mm(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, ga
 
 
 NORM_LINEAR = Operation(
-    "norm_linear",
-    lambda d, draw: (
-        draw(d["rows"], d["inputs"]),
-        *(draw(d["inputs"], scale=0.1, dtype=torch.float32) for _ in range(2)),
-        *LINEAR.inputs(d, draw)[1:],
+    name="norm_linear",
+    inputs=lambda d, randn: (
+        randn(d["rows"], d["inputs"]),
+        *(randn(d["inputs"], scale=0.1, dtype=torch.float32) for _ in range(2)),
+        *LINEAR.inputs(d, randn)[1:],
         bool(d["gelu"]),
     ),
-    norm_linear_reference,
-    LINEAR.flops,
-    lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + d["outputs"]) * max(item, 2.0),
-    {
+    reference=norm_linear_reference,
+    flops=LINEAR.flops,
+    bytes=lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + d["outputs"]) * max(item, 2.0),
+    backends={
         "fp32": eager_and_compiled(norm_linear),
         "bf16": eager_and_compiled(norm_linear),
         "fp8": (
-            Backend("ours", prepare_norm_linear_fp8, True, ANYWHERE, None, launch_norm_linear),
+            Backend("ours", prepare_norm_linear_fp8, ours=True, devices=ANYWHERE, launcher=launch_norm_linear),
             Backend("scaled-mm-row", prepare_norm_scaled_mm, devices=("cuda",)),
             Backend("torchao", prepare_norm_torchao, devices=("cuda",), needs="torchao"),
             Backend("bf16-compiled", compiled(norm_linear), devices=("cuda",)),
         ),
     },
-    lambda output: dequantized(output) if isinstance(output, tuple) else output,
+    result=lambda output: dequantized(output) if isinstance(output, tuple) else output,
 )
 
 LINEAR_RESIDUAL = Operation(
-    "linear_residual",
-    residual_inputs,
-    lambda y, w, bias, x, gate, _: x + gate * (y @ w.T + bias),
-    LINEAR.flops,
-    lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + 2 * d["outputs"]) * max(item, 2.0),
-    {
+    name="linear_residual",
+    inputs=residual_inputs,
+    reference=lambda y, w, bias, x, gate, _: x + gate * (y @ w.T + bias),
+    flops=LINEAR.flops,
+    bytes=lambda d, item: (
+        d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + 2 * d["outputs"]) * max(item, 2.0)
+    ),
+    backends={
         "fp32": eager_and_compiled(linear_residual),
         "bf16": eager_and_compiled(linear_residual),
         "fp8": (
-            Backend("ours", prepare_residual_fp8, True, ANYWHERE, None, launch_residual),
+            Backend("ours", prepare_residual_fp8, ours=True, devices=ANYWHERE, launcher=launch_residual),
             Backend("scaled-mm-row", prepare_residual_scaled_mm, devices=("cuda",)),
             Backend("bf16-compiled", compiled(linear_residual), devices=("cuda",)),
         ),

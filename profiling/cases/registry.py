@@ -44,7 +44,7 @@ def preset_cases(preset: str) -> Iterator[Case]:
                 yield Case(operation, shape, dtype, operation.tolerances.get(dtype, TOLERANCES[dtype]))
 
 
-def own_cases(file: Path) -> list[Case]:
+def load_cases(file: Path) -> list[Case]:
     """The list `CASES` of a Python file, for work in progress and for tests.
 
     Raises `UserError` if the file cannot be run, has no such list, or uses a name twice.
@@ -73,20 +73,20 @@ def _twice(names: Iterable[str]) -> str | None:
 def registry(extra: Path | None = None) -> dict[str, Case]:
     """All cases by name, with those of the Python file `extra`; raises `UserError` if it redefines one of ours."""
     cases = {case.name: case for preset in FAMILIES for case in preset_cases(preset)}
-    for case in own_cases(extra) if extra else ():
+    for case in load_cases(extra) if extra else ():
         if case.name in cases:
             raise UserError(f"--cases {extra}: the registry has a {case.name} of its own")
         cases[case.name] = case
     return cases
 
 
-def chosen(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:
+def requested_cases(patterns: Sequence[str], device: torch.device, extra: Path | None) -> list[Case]:
     """The cases that a command's patterns ask for.
 
     Without patterns these are the cases of the file `extra`, or without that too, those that suit the device.
     """
     if extra is not None and not patterns:
-        return own_cases(extra)
+        return load_cases(extra)
     return select(registry(extra), patterns or DEFAULTS[device.type], DEFAULTS[device.type])
 
 

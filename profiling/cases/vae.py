@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VAEConfig
 from model.vae import VAE
-from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, Draw, Operation
+from profiling.cases.case import CUDA, FP8_LEVELS, Backend, Call, Dims, InputFactory, Operation
 from profiling.official_baseline import official_baseline
 
 
@@ -65,9 +65,9 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
     """`VAE.decode` or `VAE.encode` of a clip."""
     decodes = half == "decode"
 
-    def inputs(d: Dims, draw: Draw) -> tuple[Tensor, Tensor]:
-        x = draw(d["frames"], config.z_dim if decodes else 3, d["rows"], d["columns"])
-        return x if decodes else (0.3 * x).clamp(-1, 1), draw(vae_size(config))
+    def inputs(d: Dims, randn: InputFactory) -> tuple[Tensor, Tensor]:
+        x = randn(d["frames"], config.z_dim if decodes else 3, d["rows"], d["columns"])
+        return x if decodes else (0.3 * x).clamp(-1, 1), randn(vae_size(config))
 
     def prepare_ours(levels: Sequence[int], x: Tensor, values: Tensor) -> Call:
         vae = vae_of(config, values)
@@ -95,14 +95,14 @@ def whole_vae(config: VAEConfig, half: str) -> Operation:
         return partial(as_published, vae, x)
 
     # Only the decoder has levels in FP8.
-    in_fp8 = (Backend("ours-fp8", partial(prepare_ours, FP8_LEVELS), True, CUDA),) if decodes else ()
+    in_fp8 = (Backend("ours-fp8", partial(prepare_ours, FP8_LEVELS), ours=True, devices=CUDA),) if decodes else ()
     return Operation(
-        f"vae_{half}",
-        inputs,
-        reference,
-        lambda d: vae_flops(config, half, d["frames"], d["rows"], d["columns"]),
-        partial(vae_bytes, config, half),
-        {
+        name=f"vae_{half}",
+        inputs=inputs,
+        reference=reference,
+        flops=lambda d: vae_flops(config, half, d["frames"], d["rows"], d["columns"]),
+        bytes=partial(vae_bytes, config, half),
+        backends={
             dtype: (
                 Backend("ours", partial(prepare_ours, ()), ours=True),
                 *(in_fp8 if dtype == "bf16" else ()),

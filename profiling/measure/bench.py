@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.compile import raise_recompile_limit
 from model.errors import UserError
-from profiling.cases import TORCH_DTYPES, Call, Case, chosen
+from profiling.cases import TORCH_DTYPES, Call, Case, requested_cases
 from profiling.cases.linear import prepare_scaled_mm
 from profiling.machine import NvmlMonitor, describe_machine, resolve_device
 from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
@@ -160,7 +160,7 @@ def bench_command(
 ) -> int:
     """Implements `python -m profiling bench`; returns 1 if a back-end of ours is wrong or raised."""
     device = resolve_device(device_name)
-    cases = chosen(patterns, device, extra)
+    cases = requested_cases(patterns, device, extra)
     require_known_backends(cases, backends)
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: at least 1 is needed")

@@ -35,7 +35,7 @@ from rich.console import Console
 
 from model.config import FLASHTALK_14B, TINY
 from model.errors import UserError
-from profiling.cases import Case, chosen
+from profiling.cases import Case, requested_cases
 from profiling.formats import load
 from profiling.machine import NvmlMonitor, concatenate, describe_machine, resolve_device
 from profiling.measure.bench import bench_case, measure_ceilings, set_benchmark_state
@@ -137,10 +137,10 @@ def plan_tasks(device: torch.device, patterns: Sequence[str], extra: Path | None
     variants = {v.name: v for v in VARIANTS[device.type]}
     named = [variants[p] for p in patterns if p in variants]
     rest = [p for p in patterns if p not in variants]
-    cases = [] if patterns and not rest else chosen(rest, device, extra)
+    cases = [] if patterns and not rest else requested_cases(rest, device, extra)
     cases.sort(key=lambda case: (case.shape.world > 1, -case.shape.world))
     checked = [case for case in cases if any(b.ours for b in case.backends)]
-    tunable = [case for case in cases if any(b.space for b in case.backends)]
+    tunable = [case for case in cases if any(b.configs for b in case.backends)]
     by_phase = {"check": checked, "bench": cases, "tune": tunable}
     return TaskLists(by_phase, named if patterns else list(variants.values()))
 

@@ -65,7 +65,7 @@ def _check_preserving_inputs(
 
 def reference_outputs(case: Case, inputs: tuple[object, ...], device: torch.device) -> tuple[Tensor, ...]:
     """The expected outputs, from library routines in a precision far above the case's dtype."""
-    wide = device.type == "cpu" or not case.operation.products
+    wide = device.type == "cpu" or not case.operation.is_matmul
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
         return as_tuple(case.expected(inputs, torch.float64 if wide else torch.float32))
 
@@ -92,7 +92,7 @@ def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult
         case.bytes,
         shape.world,
         shape.calls,
-        case.operation.products,
+        case.operation.is_matmul,
         dict(shape.dims),
         measurements,
     )

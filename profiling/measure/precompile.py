@@ -18,7 +18,7 @@ import torch
 
 from kernels.tuning import GPU, LaunchConfig, gpu_of
 from model.errors import UserError
-from profiling.cases import Case, chosen, registry
+from profiling.cases import Case, registry, requested_cases
 from profiling.fake_gpu import compiling_for
 from profiling.machine import resolve_device
 
@@ -35,12 +35,12 @@ class CompileJob:
 
 
 def compile_jobs(cases: Sequence[Case], whole_space: bool) -> Iterator[CompileJob]:
-    """The jobs for what the cases launch and, with `whole_space`, for everything that tuning would try."""
+    """The jobs for what the cases launch and, with `whole_configs`, for everything that tuning would try."""
     for case in cases:
         for backend in case.backends:
             if backend.launcher is not None:
                 yield CompileJob(case.name, backend.name)
-                space = backend.space(case.shape.dims) if whole_space and backend.space else ()
+                space = backend.configs(case.shape.dims) if whole_space and backend.configs else ()
                 yield from (CompileJob(case.name, backend.name, tuple(config.items())) for config in space)
 
 
@@ -86,7 +86,7 @@ def warm_command(patterns: Sequence[str], whole_space: bool, budget: float, extr
     device = resolve_device("auto")
     if device.type != "cuda":
         raise UserError("warm: there is no GPU to compile for; `audit` compiles without one")
-    todo, begin = list(compile_jobs(chosen(patterns, device, extra), whole_space)), time.monotonic()
+    todo, begin = list(compile_jobs(requested_cases(patterns, device, extra), whole_space)), time.monotonic()
     done, failures = compile_all(todo, gpu_of(device), extra, budget)
     for line in failures:
         print(line, file=sys.stderr)

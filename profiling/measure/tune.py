@@ -37,7 +37,7 @@ from rich.table import Table
 from kernels import tuning
 from kernels.tuning import LaunchConfig, TunedEntry
 from model.errors import UserError
-from profiling.cases import Backend, Case, chosen
+from profiling.cases import Backend, Case, requested_cases
 from profiling.machine import describe_machine, resolve_device
 from profiling.measure.bench import input_sets, measure_ceilings, set_benchmark_state
 from profiling.measure.check import case_result, check_backend, one_line, reference_outputs
@@ -107,8 +107,8 @@ class TuningResult:
 def candidates(case: Case, device: torch.device) -> list[Candidate]:
     """All launch parameters of all back-ends of ours that run on the device."""
     dims = case.shape.dims
-    backends = [b for b in case.backends if b.ours and b.space and device.type in b.devices and b.installed]
-    return [Candidate(b, parameters) for b in backends if b.space for parameters in b.space(dims)]
+    backends = [b for b in case.backends if b.ours and b.configs and device.type in b.devices and b.installed]
+    return [Candidate(b, parameters) for b in backends if b.configs for parameters in b.configs(dims)]
 
 
 # --- One case -------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def tune_case(case: Case, device: torch.device, deadline: float, seed: int) -> T
             return out
         groups = [[c for c in alive if c.backend is b] for b in case.backends]
         finalists = [c for group in groups for c in tuner.successive_halving(group, halved)]
-        others = [Candidate(b) for b in case.backends if not b.space and device.type in b.devices and b.installed]
+        others = [Candidate(b) for b in case.backends if not b.configs and device.type in b.devices and b.installed]
         others = [c for c in others if time.monotonic() < joined and tuner.is_correct(c)]
         if time.monotonic() < deadline:
             out = _final_round(tuner, finalists, others, out, deadline)
@@ -318,7 +318,7 @@ def tune_command(
     set_benchmark_state()
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: give a number of seconds above 0")
-    cases = chosen(patterns, device, extra)
+    cases = requested_cases(patterns, device, extra)
     tunable = [case for case in cases if candidates(case, device)]
     idle = [case.name for case in cases if case not in tunable]
     if not tunable:

@@ -76,7 +76,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, config: Mapping[str, int] | None = 
     return lambda: attention(q, k, v, config)
 
 
-def space(dims: Dims) -> Iterator[dict[str, Any]]:
+def configs(dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters worth trying: no tile longer than the tokens there are, rounded up."""
     for block_m in (64, 128):
         for block_n in (64, 128):
@@ -84,7 +84,7 @@ def space(dims: Dims) -> Iterator[dict[str, Any]]:
                 yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m // 16, "num_stages": 2}
 
 
-TRITON = Backend("triton", prepare, ours=True, launcher=attention, space=space)
+TRITON = Backend("triton", prepare, ours=True, launcher=attention, configs=configs)
 OPERATION = dataclasses.replace(
     SELF_ATTENTION,
     name="test_attention",

@@ -83,7 +83,7 @@ def measure(
         bytes=case.bytes,
         world=case.shape.world,
         calls=case.shape.calls,
-        is_matmul=case.operation.products,
+        is_matmul=case.operation.is_matmul,
         dims=dict(case.shape.dims),
     )
     bound = result.bound(ceilings)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from profiling.cases import Backend, Call, Case, Operation, Shape, once
+from profiling.cases import Backend, Call, Case, Operation, Shape, no_setup
 
 
 def double(x: Tensor) -> Tensor:
@@ -43,13 +43,13 @@ def crashes(_: Tensor) -> Tensor:
 
 def operation(name: str, *backends: Backend) -> Operation:
     return Operation(
-        name,
-        lambda d, draw: (draw(d["n"]),),
-        lambda x: x * 2,
-        lambda d: float(d["n"]),
-        lambda d, item: 2.0 * item * d["n"],
-        {"fp32": backends},
-        products=False,
+        name=name,
+        inputs=lambda d, randn: (randn(d["n"]),),
+        reference=lambda x: x * 2,
+        flops=lambda d: float(d["n"]),
+        bytes=lambda d, item: 2.0 * item * d["n"],
+        backends={"fp32": backends},
+        is_matmul=False,
     )
 
 
@@ -58,7 +58,7 @@ def case(name: str, *backends: Backend, n: int = 1000, calls: float = 1) -> Case
 
 
 def ours(function: Callable[[Tensor], Tensor], name: str = "ours") -> Backend:
-    return Backend(name, once(function), ours=True)
+    return Backend(name, no_setup(function), ours=True)
 
 
 def launched(x: Tensor, config: dict[str, int] | None = None) -> Call:
@@ -74,7 +74,7 @@ def launched(x: Tensor, config: dict[str, int] | None = None) -> Call:
     return call
 
 
-PEER = Backend("peer", once(partial(torch.mul, 2.0)))
+PEER = Backend("peer", no_setup(partial(torch.mul, 2.0)))
 CASES = [
     case("toy_good", ours(double), PEER),
     case("toy_wrong", ours(double_but_the_tail), PEER),

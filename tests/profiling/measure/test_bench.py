@@ -18,9 +18,9 @@ from profiling.cases import (
     Call,
     Case,
     Shape,
-    chosen,
-    once,
+    no_setup,
     registry,
+    requested_cases,
 )
 from profiling.cases.linear import prepare_norm_scaled_mm, prepare_residual_scaled_mm, prepare_scaled_mm
 from profiling.formats import load
@@ -61,8 +61,8 @@ def test_right_back_ends_are_timed_round_by_round() -> None:
         (toy.ours(lambda x: x * 2.001), WRONG, "relative error 5.0e-04, allowed 1e-05"),
         (toy.ours(lambda x: (x * 2)[1:]), WRONG, "shapes [[999]], wanted [[1000]]"),
         (toy.ours(toy.raises), ERROR, "RuntimeError: no such kernel"),
-        (Backend("far", once(toy.double), needs="no_such_package.at_all"), NOT_INSTALLED, "no_such_package.at_all"),
-        (Backend("gpu", once(toy.double), devices=("cuda",)), UNSUPPORTED, "not for cpu"),
+        (Backend("far", no_setup(toy.double), needs="no_such_package.at_all"), NOT_INSTALLED, "no_such_package.at_all"),
+        (Backend("gpu", no_setup(toy.double), devices=("cuda",)), UNSUPPORTED, "not for cpu"),
     ],
 )
 def test_whatever_is_not_right_has_a_reason_and_no_time(backend: Backend, status: str, detail: str) -> None:
@@ -91,7 +91,7 @@ def test_every_output_is_compared() -> None:
     assert "relative error" in fault
 
 
-@pytest.mark.parametrize("case", chosen([], CPU, None), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", requested_cases([], CPU, None), ids=lambda c: c.name)
 def test_every_cpu_case_is_right_without_a_compiler(case: Case) -> None:
     plain = [b.name for b in case.backends if b.name != "compiled"]
     result = check_case(case, CPU, seed=3, only=plain)
@@ -193,7 +193,7 @@ def test_the_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 BROKEN = """
 from dataclasses import replace
 import torch
-from profiling.cases import Backend, once
+from profiling.cases import Backend, no_setup
 from tests.profiling.attention_kernel import CASES, OPERATION, TRITON, attention
 
 def without_its_tail(q, k, v):
@@ -201,7 +201,7 @@ def without_its_tail(q, k, v):
     out[:-4] = attention(q[:-4].contiguous(), k, v)
     return out
 
-broken = Backend("broken", once(without_its_tail), ours=True)
+broken = Backend("broken", no_setup(without_its_tail), ours=True)
 CASES = [replace(CASES[0], operation=replace(OPERATION, backends={"fp32": (TRITON, broken)}))]
 """
 

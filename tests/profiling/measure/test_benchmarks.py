@@ -9,12 +9,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from profiling.cases import Backend, Case, chosen
+from profiling.cases import Backend, Case, requested_cases
 from profiling.measure.bench import set_benchmark_state
 from profiling.measure.check import case_result, check_backend, reference_outputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(case, b) for case in chosen([], DEVICE, None) for b in case.backends]
+PAIRS = [(case, b) for case in requested_cases([], DEVICE, None) for b in case.backends]
 
 
 @pytest.mark.benchmark

@@ -132,7 +132,7 @@ def test_tuning_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     file.write_text(
         "from profiling.cases import Backend\nfrom tests.profiling.toy import PEER, case, launched\n"
         "waits = [{'wait': n} for n in (8, 0, -1)]\n"
-        "mine = Backend('mine', launched, ours=True, space=lambda dims: waits)\n"
+        "mine = Backend('mine', launched, ours=True, configs=lambda dims: waits)\n"
         "CASES = [case('toy_tuned', mine, PEER)]\n"
     )
     assert call(monkeypatch, "--phase", "tune", "--out", tmp_path, "--only", "toy_tuned", "--cases", file) == 0
@@ -207,5 +207,5 @@ def test_results_of_another_version_of_the_code_are_refused(
 
 def test_damaged_progress_is_reported(tmp_path: Path) -> None:
     (tmp_path / campaign.PROGRESS).write_text('{"seed": 1, "what": 2}')
-    with pytest.raises(UserError, match="cannot be read .*; use another --out"):
+    with pytest.raises(UserError, match=r"cannot be read .*; use another --out"):
         CampaignProgress.load(tmp_path)

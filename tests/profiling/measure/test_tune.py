@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import tuning
 from kernels.tuning import TunedConfig, TunedEntry, device_slug, nearest_config, read_table, to_json
 from profiling.__main__ import main
-from profiling.cases import Backend, Call, Case, Operation, Shape, once
+from profiling.cases import Backend, Call, Case, Operation, Shape, no_setup
 from profiling.machine import describe_machine
 from profiling.measure import tune
 from profiling.measure.tune import TuningResult, candidates, tune_case, write_table
@@ -50,7 +50,7 @@ def doubling(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
 
 
 def waiting(*waits: int, name: str = "ours") -> Backend:
-    return Backend(name, doubling, ours=True, space=lambda _: ({"wait": wait} for wait in waits))
+    return Backend(name, doubling, ours=True, configs=lambda _: ({"wait": wait} for wait in waits))
 
 
 def peer(wait: int, name: str = "peer") -> Backend:
@@ -59,18 +59,18 @@ def peer(wait: int, name: str = "peer") -> Backend:
 
 def case(name: str, *backends: Backend, calls: float = 0, n: int = 100) -> Case:
     operation = Operation(
-        name,
-        lambda d, draw: (draw(d["n"]),),
-        lambda x: x * 2,
-        lambda d: float(d["n"]),
-        lambda d, item: 2.0 * item * d["n"],
-        {"fp32": backends},
-        products=False,
+        name=name,
+        inputs=lambda d, randn: (randn(d["n"]),),
+        reference=lambda x: x * 2,
+        flops=lambda d: float(d["n"]),
+        bytes=lambda d, item: 2.0 * item * d["n"],
+        backends={"fp32": backends},
+        is_matmul=False,
     )
     return Case(operation, Shape("toy", {"n": n}, calls=calls), "fp32", 1e-5)
 
 
-EAGER = Backend("eager", once(lambda x: x + x), ours=True)
+EAGER = Backend("eager", no_setup(lambda x: x + x), ours=True)
 CASES = [
     case("tune_good", waiting(3, 1), peer(6)),
     case("tune_broken", waiting(-1, -2), peer(2)),
@@ -247,7 +247,7 @@ def test_a_case_ends_by_its_deadline_with_what_could_be_tried() -> None:
         return doubling(x, config)
 
     space = [{"number": i, "wait": 1 + i % 3} for i in range(30)]
-    slow = dataclasses.replace(waiting(), prepare=prepare, space=lambda _: space)
+    slow = dataclasses.replace(waiting(), prepare=prepare, configs=lambda _: space)
     begin = time.monotonic()
     outcome = tune_case(case("toy", slow, peer(5)), CPU, begin + 4, 0)
     assert time.monotonic() - begin < 5
@@ -399,4 +399,4 @@ def test_a_triton_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
     dims = {"queries": 21, "keys": 84, "heads": 1, "head_dim": 16}
     tuned = nearest_config(table, "tune_attention", dims, "fp32", ["triton"], match_exactly=["head_dim"])
     assert tuned is not None
-    assert dict(tuned.config) in list(attention_kernel.space(dims))
+    assert dict(tuned.config) in list(attention_kernel.configs(dims))
