@@ -45,11 +45,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate  # as Gluon's own library imports it
 
 from kernels.common import FP8
 from kernels.scheduler import KVRanges, stream_k_schedule_on
-from kernels.sm90 import GL_DTYPES, WGMMA_M, alloc_barriers, next_stage, read_work_tile, smem_layout, to_e4m3_x4
+from kernels.sm90 import (
+    GL_DTYPES,
+    WGMMA_M,
+    aggregate,
+    alloc_barriers,
+    next_stage,
+    read_work_tile,
+    smem_layout,
+    to_e4m3_x4,
+)
 from kernels.tuning import LaunchConfig, gpu_of
 
 FP8_SHIFT = gl.constexpr(8.0)  # FP8 weights are rounded as 2^8 p, to use the range of e4m3 from 2^-9 to 448
@@ -70,11 +78,6 @@ class WorkQueue:
     work_tiles: gl.tensor
     work_indptr: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, work_tiles, work_indptr):
-        self.work_tiles = work_tiles
-        self.work_indptr = work_indptr
-
 
 @aggregate
 class Operands:
@@ -89,18 +92,6 @@ class Operands:
     k_head: gl.tensor
     v_batch: gl.tensor
     v_head: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, q_desc, k_desc, v_desc, q_batch, q_head, k_batch, k_head, v_batch, v_head):
-        self.q_desc = q_desc
-        self.k_desc = k_desc
-        self.v_desc = v_desc
-        self.q_batch = q_batch
-        self.q_head = q_head
-        self.k_batch = k_batch
-        self.k_head = k_head
-        self.v_batch = v_batch
-        self.v_head = v_head
 
 
 @aggregate
@@ -117,18 +108,6 @@ class SharedTiles:
     v_full: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
 
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.q_full = q_full
-        self.q_empty = q_empty
-        self.k_full = k_full
-        self.k_empty = k_empty
-        self.v_full = v_full
-        self.v_empty = v_empty
-
 
 @aggregate
 class Outputs:
@@ -143,18 +122,6 @@ class Outputs:
     o_batch: gl.tensor
     o_row: gl.tensor
     o_head: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, o, lse, partial_o, partial_lse, v_scale, queries, o_batch, o_row, o_head):
-        self.o = o
-        self.lse = lse
-        self.partial_o = partial_o
-        self.partial_lse = partial_lse
-        self.v_scale = v_scale
-        self.queries = queries
-        self.o_batch = o_batch
-        self.o_row = o_row
-        self.o_head = o_head
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.core import _aggregate  # as Gluon's own library imports it
 
 from kernels.common import FP8
 
@@ -29,6 +30,19 @@ WORK_TILE_FIELDS = gl.constexpr(6)  # of a row of `StreamKSchedule.work_tiles`
 def smem_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The shared-memory layout of a TMA box. Cached, because every launch needs it and it is slow to construct."""
     return gl.NVMMASharedLayout.get_default_for(list(block), GL_DTYPES[dtype])
+
+
+def aggregate(cls: type) -> Any:
+    """A struct of device code whose constructor takes the annotated fields, in their order."""
+    fields = tuple(cls.__annotations__)
+
+    @gluon.constexpr_function
+    def init(self, *values):
+        for name, value in zip(fields, values, strict=True):
+            setattr(self, name, value)
+
+    cls.__init__ = init
+    return _aggregate(cls)
 
 
 @gluon.jit
