@@ -207,5 +207,5 @@ def test_results_of_another_version_of_the_code_are_refused(
 
 def test_damaged_progress_is_reported(tmp_path: Path) -> None:
     (tmp_path / campaign.PROGRESS).write_text('{"seed": 1, "what": 2}')
-    with pytest.raises(UserError, match="cannot be read .*; use another --out"):
+    with pytest.raises(UserError, match=r"cannot be read .*; use another --out"):
         CampaignProgress.load(tmp_path)
