@@ -195,7 +195,7 @@ def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhe
     yield f"{preset} on {device}; every rank is as fast as this GPU was alone, and has an equal share of the work"
     yield f"link {link.name}: {rates}; no latency, no overlap with computation; bf16 whatever the kernels' dtype"
     yield "VAE tiles have no halo; the number of GPUs divides the number of heads"
-    yield "startup: from the window of speech features to the first new frames; decoding is divided by frames"
+    yield "startup: from the window of speech features to the first new frames, decoding in proportion to frames"
     if any(overhead.dtype == "fp8" for overhead in overheads):
         yield "fp8: products only; quantising their inputs is not included"
     for overhead in overheads:
