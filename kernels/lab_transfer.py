@@ -7,7 +7,7 @@ Lab is CIE L*a*b* of sRGB under D65 with the usual rounded constants. Standard d
 below 1e-8 counts as 1. Pixels are RGB in [-1, 1], [frame, 3, height, width], in channels-first or channels-last memory.
 Frames are independent of each other: correcting some of them gives the same values as correcting all.
 
-On a GPU this takes two passes over memory: `lab_moments` reads the frames; `lab_transfer_forward` reads them again and
+On a GPU this takes two passes over memory: `lab_moments` reads the frames; `lab_transfer_fwd` reads them again and
 writes float32 pixels, and bytes for the video encoder.
 
 Source: E. Reinhard et al., "Color transfer between images", 2001, in CIE Lab instead of l-alpha-beta.
@@ -195,7 +195,7 @@ def store_channel(light, original, strength, out, rgb, mask):
 
 
 @triton.jit
-def lab_transfer_forward(pixels, moments, mean, std, out, rgb, strength, size, blocks, frame_stride, channel_stride,
+def lab_transfer_fwd(pixels, moments, mean, std, out, rgb, strength, size, blocks, frame_stride, channel_stride,
                          pixel_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """BLOCK pixels of a frame: out [frame, 3, pixel] float32, rgb [frame, pixel, 3] bytes. BLOCKS: a power of two."""
     frame = tl.program_id(1).to(tl.int64)
@@ -239,7 +239,7 @@ def launch_lab_transfer(
     lab_moments[(blocks, frames)](pixels, moments, size, *strides, **parameters)
     out = pixels.new_empty(pixels.shape, dtype=torch.float32)
     rgb = pixels.new_empty(frames, height, width, 3, dtype=torch.uint8)
-    lab_transfer_forward[(blocks, frames)](
+    lab_transfer_fwd[(blocks, frames)](
         pixels, moments, mean, std, out, rgb, strength, size, blocks, *strides,
         BLOCKS=triton.next_power_of_2(blocks), **parameters,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def layer_norm_forward(x, weight, bias, out, scale, eps, weight_offset, rows, columns, x_row, NORM: tl.constexpr,
+def layer_norm_fwd(x, weight, bias, out, scale, eps, weight_offset, rows, columns, x_row, NORM: tl.constexpr,
                        FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Normalises ROWS rows of x if NORM, and quantises them if FP8. BLOCK columns, a power of two, hold a row."""
     offs = tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def _launch(
     out = x.new_empty(x.shape, dtype=(FP8 if x.is_cuda else torch.float32) if fp8 else x.dtype)
     scale = x.new_empty(rows if fp8 else 0, dtype=torch.float32)
     weight, bias, eps, weight_offset = norm or (x, x, 0.0, 0.0)
-    layer_norm_forward[(triton.cdiv(rows, parameters["ROWS"]),)](
+    layer_norm_fwd[(triton.cdiv(rows, parameters["ROWS"]),)](
         x, weight, bias, out, scale, eps, weight_offset, rows, columns, x.stride(0), NORM=norm is not None, FP8=fp8,
         BLOCK=triton.next_power_of_2(columns), **parameters,
     )  # fmt: skip

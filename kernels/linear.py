@@ -155,7 +155,7 @@ def store_tile(acc, offs_m, offs_n, m, n, y, residual, x_scale, w_scale, bound, 
 
 
 @triton.jit(do_not_specialize=["m", "n"])
-def linear_forward(x_desc, w_desc, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, y_row,
+def linear_fwd(x_desc, w_desc, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, y_row,
                    residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
                    GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr):  # fmt: skip
@@ -229,7 +229,7 @@ def launch_triton(
         for t, block in ((x, block_m), (w, block_n))
     )
     pointers, strides, flags = _epilogue_arguments(y, y_scale, scales, epilogue)
-    linear_forward[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
+    linear_fwd[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         x_desc, w_desc, *pointers, m, n, k, *strides, **flags, **parameters
     )
     return y, y_scale

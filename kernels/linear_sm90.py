@@ -258,7 +258,7 @@ def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vecto
 
 # m and n are not specialised, so that neither 1 row nor lengths that 16 divides compile another kernel.
 @gluon.jit(do_not_specialize=["m", "n"])
-def linear_sm90_forward(
+def linear_fwd_sm90(
     x_desc, w_desc, y_desc, residual_desc, work_tiles, work_indptr, partials, x_scale, w_scale, bound, y_scale, bias,
     gate, m, n, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
@@ -358,7 +358,7 @@ def launch(
     y_desc = make_desc(y, [block_m, block_n // 4])
     residual_desc = y_desc if residual is None else make_desc(residual, [block_m, block_n // 4])
     x_scale, w_scale = scales or (y_scale, y_scale)
-    linear_sm90_forward[(num_sms,)](
+    linear_fwd_sm90[(num_sms,)](
         x_desc, w_desc, y_desc, residual_desc, schedule.work_tiles, schedule.work_indptr, partials, x_scale, w_scale,
         y_scale if bound is None else bound, y_scale, y_scale if bias is None else bias,
         y_scale if gate is None else gate, m, n, BLOCK_K=block_k, SCALED=scales is not None, BIAS=bias is not None,

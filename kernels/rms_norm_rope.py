@@ -134,7 +134,7 @@ def load_rotated(x, weight_ptrs, scale, cos, sin, offs, mask, HEAD_DIM: tl.const
 
 
 @triton.jit
-def rms_norm_rope_forward(q, k, q_out, k_out, q_weight, k_weight, rope, q_scale, k_scale, mean_key, eps, tokens, q_row,
+def rms_norm_rope_fwd(q, k, q_out, k_out, q_weight, k_weight, rope, q_scale, k_scale, mean_key, eps, tokens, q_row,
                           k_row, heads, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
                           BLOCKS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """TOKENS rows of q and of k, BLOCK_H heads at a time. The second read of a row hits the L1 cache."""
@@ -250,7 +250,7 @@ def _launch(
     parameters |= {"FP8": fp8 is not None, "HEAD_DIM": head_dim, "BLOCKS": triton.cdiv(heads, parameters["BLOCK_H"])}
     dtype = q.dtype if fp8 is None else FP8 if q.is_cuda else torch.float32
     q_out, k_out = (q.new_empty(q.shape, dtype=dtype) for _ in range(2))
-    rms_norm_rope_forward[(triton.cdiv(tokens, parameters["TOKENS"]),)](
+    rms_norm_rope_fwd[(triton.cdiv(tokens, parameters["TOKENS"]),)](
         q, k, q_out, k_out, q_weight, k_weight, rope, *(fp8 or (q, q, q)), eps, tokens, q.stride(0), k.stride(0), heads,
         **parameters,
     )  # fmt: skip

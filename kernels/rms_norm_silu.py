@@ -45,7 +45,7 @@ def reference(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | No
 
 
 @triton.jit
-def rms_norm_silu_forward(x, gamma, out, sqrt_channels, out_scale, pixels, channels, SILU: tl.constexpr,
+def rms_norm_silu_fwd(x, gamma, out, sqrt_channels, out_scale, pixels, channels, SILU: tl.constexpr,
                           PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """PIXELS rows of x [pixels, channels], each in registers. BLOCK channels, a power of two, hold a row."""
     offs_m = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
@@ -76,7 +76,7 @@ def launch_rms_norm_silu(
     )  # fmt: skip
     out = torch.empty_like(x, dtype=x.dtype if out_scale is None else FP8)
     pixels = frames * rows * columns
-    rms_norm_silu_forward[(triton.cdiv(pixels, parameters["PIXELS"]),)](
+    rms_norm_silu_fwd[(triton.cdiv(pixels, parameters["PIXELS"]),)](
         x, gamma, out, channels**0.5, out_scale or 1.0, pixels, channels, SILU=silu,
         BLOCK=triton.next_power_of_2(channels), **parameters,
     )  # fmt: skip
