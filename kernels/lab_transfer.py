@@ -196,7 +196,7 @@ def store_channel(light, original, strength, out, rgb, mask):
 
 @triton.jit
 def lab_transfer_fwd(pixels, moments, mean, std, out, rgb, strength, size, blocks, frame_stride, channel_stride,
-                         pixel_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+                     pixel_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """BLOCK pixels of a frame: out [frame, 3, pixel] float32, rgb [frame, pixel, 3] bytes. BLOCKS: a power of two."""
     frame = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -45,7 +45,7 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def layer_norm_fwd(x, weight, bias, out, scale, eps, weight_offset, rows, columns, x_row, NORM: tl.constexpr,
-                       FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Normalises ROWS rows of x if NORM, and quantises them if FP8. BLOCK columns, a power of two, hold a row."""
     offs = tl.arange(0, BLOCK)
     mask = offs < columns

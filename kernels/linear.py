@@ -156,9 +156,9 @@ def store_tile(acc, offs_m, offs_n, m, n, y, residual, x_scale, w_scale, bound, 
 
 @triton.jit(do_not_specialize=["m", "n"])
 def linear_fwd(x_desc, w_desc, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, y_row,
-                   residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-                   GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr):  # fmt: skip
+               residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+               GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr):  # fmt: skip
     """Computes one output tile. The tensor descriptors read zeros beyond the ends of x and w.
 
     Tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time

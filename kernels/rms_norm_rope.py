@@ -135,8 +135,8 @@ def load_rotated(x, weight_ptrs, scale, cos, sin, offs, mask, HEAD_DIM: tl.const
 
 @triton.jit
 def rms_norm_rope_fwd(q, k, q_out, k_out, q_weight, k_weight, rope, q_scale, k_scale, mean_key, eps, tokens, q_row,
-                          k_row, heads, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
-                          BLOCKS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                      k_row, heads, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+                      BLOCKS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """TOKENS rows of q and of k, BLOCK_H heads at a time. The second read of a row hits the L1 cache."""
     width = heads * HEAD_DIM
     pairs = tl.arange(0, HEAD_DIM // 2)

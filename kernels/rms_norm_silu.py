@@ -46,7 +46,7 @@ def reference(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | No
 
 @triton.jit
 def rms_norm_silu_fwd(x, gamma, out, sqrt_channels, out_scale, pixels, channels, SILU: tl.constexpr,
-                          PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """PIXELS rows of x [pixels, channels], each in registers. BLOCK channels, a power of two, hold a row."""
     offs_m = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     offs_n = tl.arange(0, BLOCK)
