@@ -32,10 +32,9 @@ from profiling.cases.case import (
     Dims,
     InputFactory,
     Operation,
-    compiled,
+    kernel_and_library,
     no_setup,
     resolve_config,
-    triton_backend,
 )
 
 
@@ -306,15 +305,9 @@ TEXT_IMAGE_ATTENTION = Operation(
     reference=text_image_reference,
     flops=lambda d: 4.0 * d["queries"] * num_text_image_keys(d) * d["heads"] * d["head_dim"],
     bytes=lambda d, item: 2.0 * (d["queries"] + num_text_image_keys(d)) * d["heads"] * d["head_dim"] * item,
-    backends={
-        dtype: (
-            Backend("eager", no_setup(text_image_attention), ours=True, devices=("cpu",)),
-            triton_backend(dtype, launch_text_image, text_image_configs),
-            Backend("sdpa", no_setup(text_image_sdpa)),
-            Backend("sdpa-compiled", compiled(text_image_sdpa), devices=CUDA),
-        )
-        for dtype in ("fp32", "bf16")
-    },
+    backends=kernel_and_library(
+        text_image_attention, launch_text_image, text_image_configs, text_image_sdpa, "sdpa", CUDA
+    ),
 )
 
 
@@ -341,15 +334,7 @@ FRAME_ATTENTION = Operation(
     reference=frame_reference,
     flops=lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
     bytes=lambda d, item: 2.0 * (d["queries"] + num_frames(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
-    backends={
-        dtype: (
-            Backend("eager", no_setup(frame_attention), ours=True, devices=("cpu",)),
-            triton_backend(dtype, launch_frame, frame_configs),
-            Backend("sdpa", no_setup(frame_sdpa)),
-            Backend("sdpa-compiled", compiled(frame_sdpa), devices=CUDA),
-        )
-        for dtype in ("fp32", "bf16")
-    },
+    backends=kernel_and_library(frame_attention, launch_frame, frame_configs, frame_sdpa, "sdpa", CUDA),
 )
 
 

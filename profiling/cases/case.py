@@ -185,6 +185,29 @@ def triton_backend(
     )
 
 
+def kernel_and_library(
+    public: Callable[..., Output],
+    launcher: Callable[..., Output],
+    configs: Callable[[Dims], Iterable[dict[str, Any]]],
+    library: Callable[..., Output],
+    name: str = "torch",
+    compiled_on: tuple[str, ...] = ANYWHERE,
+) -> dict[str, tuple[Backend, ...]]:
+    """The back-ends of an operation with one Triton kernel, in float32 and bfloat16.
+
+    The operation itself on a CPU, its kernel on a GPU, and as peers `library`, called `name`, as it is and compiled.
+    """
+    return {
+        dtype: (
+            Backend("eager", no_setup(public), ours=True, devices=("cpu",)),
+            triton_backend(dtype, launcher, configs),
+            Backend(name, no_setup(library)),
+            Backend(f"{name}-compiled", compiled(library), devices=compiled_on),
+        )
+        for dtype in ("fp32", "bf16")
+    }
+
+
 def eager_and_compiled(
     function: Callable[..., Output], devices: tuple[str, ...] = ("cuda",)
 ) -> tuple[Backend, Backend]:

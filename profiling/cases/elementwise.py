@@ -47,6 +47,7 @@ from profiling.cases.case import (
     Operation,
     Output,
     compiled,
+    kernel_and_library,
     no_setup,
     triton_backend,
 )
@@ -98,15 +99,7 @@ LAYER_NORM_MODULATE = Operation(
     flops=lambda d: 8.0 * d["rows"] * d["columns"],
     bytes=lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
     backends={
-        **{
-            dtype: (
-                Backend("eager", no_setup(layer_norm_modulate), ours=True, devices=("cpu",)),
-                triton_backend(dtype, partial(launch_modulate, False), rows_configs),
-                Backend("torch", no_setup(norm_modulate)),
-                Backend("torch-compiled", compiled(norm_modulate), devices=ANYWHERE),
-            )
-            for dtype in ("fp32", "bf16")
-        },
+        **kernel_and_library(layer_norm_modulate, partial(launch_modulate, False), rows_configs, norm_modulate),
         "fp8": (
             Backend("ours", no_setup(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
             triton_backend("fp8", partial(launch_modulate, True), rows_configs),
@@ -176,15 +169,7 @@ RMS_NORM_ROPE = Operation(
     reference=norm_rope_reference,
     flops=lambda d: 2 * 10.0 * d["tokens"] * d["heads"] * d["head_dim"],
     bytes=lambda d, item: d["tokens"] * d["head_dim"] * (4.0 * d["heads"] * item + 4),
-    backends={
-        dtype: (
-            Backend("eager", no_setup(norm_rope_ours), ours=True, devices=("cpu",)),
-            triton_backend(dtype, norm_rope_launch, norm_rope_configs),
-            Backend("torch", no_setup(norm_rope_library)),
-            Backend("torch-compiled", compiled(norm_rope_library), devices=ANYWHERE),
-        )
-        for dtype in ("fp32", "bf16")
-    },
+    backends=kernel_and_library(norm_rope_ours, norm_rope_launch, norm_rope_configs, norm_rope_library),
     is_matmul=False,
 )
 
@@ -336,15 +321,7 @@ RMS_NORM_SILU = Operation(
     reference=rms_norm_silu_library,
     flops=lambda d: 8.0 * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     bytes=lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
-    backends={
-        dtype: (
-            Backend("eager", no_setup(rms_norm_silu), ours=True, devices=("cpu",)),
-            triton_backend(dtype, launch_rms_norm_silu, norm_silu_configs),
-            Backend("torch", no_setup(rms_norm_silu_library)),
-            Backend("torch-compiled", compiled(rms_norm_silu_library), devices=ANYWHERE),
-        )
-        for dtype in ("fp32", "bf16")
-    },
+    backends=kernel_and_library(rms_norm_silu, launch_rms_norm_silu, norm_silu_configs, rms_norm_silu_library),
     is_matmul=False,
 )
 
