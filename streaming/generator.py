@@ -3,7 +3,7 @@
     window -> audio keys and values, computed beside the decoding of the last chunk
            -> 4 denoising steps; the motion latents are written back after each
               beside them, on a second stream: VAE decode of the motion latents, whose frames nobody sees
-           -> VAE decode of the other latents -> color correction -> frames
+           -> VAE decode of the other latents -> colour correction -> frames
            -> VAE encode of the last frames -> motion latents of the next state
 
 `State` is everything that changes from chunk to chunk; `Conditions` is everything that is constant for a portrait and a
@@ -136,7 +136,7 @@ class ChunkGenerator:
         with on_device(models.device, models.image):
             features = models.image(portrait)
         context = models.dit.embed_context(text, features)
-        # The clip that the condition latents describe: the portrait, then mid gray.
+        # The clip that the condition latents describe: the portrait, then mid grey.
         clip = torch.zeros(chunk.frame_num, *portrait.shape, dtype=self._vae_dtype, device=models.device)
         clip[0] = portrait
         latents = torch.cat(list(models.vae.encode(clip)))
@@ -213,7 +213,7 @@ class ChunkGenerator:
         return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].emit)
 
     def _correct(self, step: int, frames: Tensor, lab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The frames of one decode step in the portrait's colors, as pixels and as bytes."""
+        """The frames of one decode step in the portrait's colours, as pixels and as bytes."""
         return lab_transfer(frames, *lab, self.config.chunk.color_correction_strength)
 
     def _encode(self, frames: Sequence[Tensor]) -> Tensor:
