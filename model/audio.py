@@ -26,8 +26,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
-from model.weights.mapping import ParamMapping
-from model.weights.offload import pin_memory_for
+from model.offload import pin_memory_for
+from model.param_map import ParamMapping
 
 TARGET_LUFS = -23.0  # loudness of the speech encoder's input
 GATING_BLOCK = 0.4  # seconds per gating block of ITU-R BS.1770

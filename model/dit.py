@@ -35,8 +35,8 @@ from kernels.rms_norm_rope import key_scale, rms_norm_rope, rms_norm_rope_fp8
 from kernels.text_image_attention import text_image_attention
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
-from model.weights.mapping import ParamMapping, joined_map
-from model.weights.offload import on_device
+from model.offload import on_device
+from model.param_map import ParamMapping, joined_map
 
 
 class ContextKV(NamedTuple):

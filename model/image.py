@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
-from model.weights.mapping import ParamMapping, pattern_map
+from model.param_map import ParamMapping, pattern_map
 
 # Limits the memory for an elongated image, which is scaled by its short side: 32 Mpx take 128 MiB.
 MAX_RESIZED_PIXELS = 2**25

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from model.config import TextConfig
 from model.errors import UserError
-from model.weights.mapping import ParamMapping, pattern_map
+from model.param_map import ParamMapping, pattern_map
 
 # {official tensor name: our parameter name}
 OFFICIAL_TO_PARAM: dict[str, str | tuple[str, ...]] = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.files import replacing
 from model.machine import device_cache_dir
+from model.offload import on_device
 from model.text import TextEncoder
-from model.weights.offload import on_device
 
 FEATURES_KEY = "features"  # name of the tensor in a cache file
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from model.weights.offload import pin_memory_for
+from model.offload import pin_memory_for
 from streaming.timers import StageTimer
 
 P = ParamSpec("P")

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map
 from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
+from model.offload import on_device
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
 from model.vae import decode_schedule
 from model.weights.checkpoint import Models
-from model.weights.offload import on_device
 from streaming.cuda_graphs import Capture, GraphPool, StaticInput
 from streaming.streams import SideStream
 from streaming.timers import StageTimer

@@ -1,1 +1,1 @@
-"""Checkpoints: reading, quantising and loading weights, and offloading modules to host memory."""
+"""Checkpoints: reading their files, quantising, and loading the weights of all networks."""

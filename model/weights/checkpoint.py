@@ -25,11 +25,11 @@ from model.config import AudioConfig, Config, DiTConfig, Precision, from_officia
 from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder, is_unused_key
+from model.param_map import ParamMapping, identity_map, load_parameters
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder, cache_dir_for
 from model.vae import VAE
 from model.weights import quantize
-from model.weights.mapping import ParamMapping, identity_map, load_parameters
 from model.weights.shards import find_student_shards, iter_safetensors, read_json
 
 VAE_FILE = "Wan2.1_VAE.pth"

@@ -37,7 +37,7 @@ from model.dit import DiT
 from model.errors import UserError
 from model.files import replacing
 from model.linear import Linear, QuantizedRows
-from model.weights.mapping import identity_map, load_parameters, set_parameter
+from model.param_map import identity_map, load_parameters, set_parameter
 from model.weights.shards import ShardReader, iter_safetensors, read_json
 
 MANIFEST = "fp8.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.linear import QuantizedRows
-from model.weights.offload import pin_memory_for
+from model.offload import pin_memory_for
 
 READER_THREADS = 4  # also the number of tensors that are read ahead
 

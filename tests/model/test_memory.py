@@ -20,8 +20,8 @@ from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
+from model.offload import on_device
 from model.vae import VAE, State, decode_schedule
-from model.weights.offload import on_device
 
 GIB = 2**30
 CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]

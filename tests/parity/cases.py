@@ -29,12 +29,12 @@ from model.config import (
 )
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
+from model.param_map import identity_map, load_parameters
 from model.sampler import denoise_step, first_latents, timesteps
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder
 from model.vae import VAE
 from model.weights.checkpoint import Models
-from model.weights.mapping import identity_map, load_parameters
 from streaming.generator import ChunkGenerator, first_frame_mask
 from streaming.timers import StageTimer
 
