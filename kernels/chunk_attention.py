@@ -7,22 +7,9 @@ Without `chunks`, every query attends to every key. With `chunks`, lengths that 
 attends to its own chunk in both directions and to the `past` chunks before it, never to a later one. Video can then be
 generated chunk by chunk, because a new chunk changes nothing in earlier ones.
 
-Public functions: `chunk_attention`, `chunk_attention_with_lse` and `merge_attention`, which merges the results for
-parts of the keys as ring attention does; and in FP8 `chunk_attention_fp8` and `chunk_attention_fp8_with_lse`. The model
-calls them without `chunks` and without lse so far; both are for causal students and for ring attention.
-
-FP8 operands, as `rms_norm_rope_fp8` writes them:
-
-    q ~ q8 q_scale          q8 [tokens, heads, head_dim], q_scale [tokens, heads]
-    k ~ k8 k_scale + c      k8 [tokens, heads, head_dim], k_scale [heads]. The offset c [heads, head_dim] is the same
-                            for all keys. It adds the same number to all logits of a query, so softmax cancels it.
-    v ~ v8 v_scale          v8 [heads, head_dim, tokens], v_scale [heads, head_dim]. The tokens are padded with zeros to
-                            a multiple of 16, and each group of 16 is permuted as `interleave` says.
-
-The tensor cores read FP8 operands along the summed axis, so v is transposed. The permutation saves a shuffle: a thread
-that has computed the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c of 16 (c = 0 .. 3) must supply the weights of keys 4c to
-4c + 3 of the next product. The weights are rounded to e4m3 as 2^8 exp(s - max). Their sum is taken before rounding, and
-their products are accumulated in float32.
+Public functions: `chunk_attention`, `chunk_attention_with_lse`, and `merge_attention`, which merges the results for
+parts of the keys as ring attention does. The model calls them without `chunks` and without lse so far; both are for
+causal students and for ring attention. kernels/chunk_attention_fp8.py has the same for FP8 operands, on these kernels.
 
 Back-ends: "gluon" for Hopper (kernels/chunk_attention_sm90.py) and "triton" for any GPU (below). kernels/tuned/ selects
 one for a shape. For head_dim above 128 PyTorch's attention is used unless the Triton kernel was measured to be faster.
@@ -36,7 +23,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -89,24 +75,6 @@ def reference(
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[kv_start:kv_end]))
         lses.append(scores.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(lses)
-
-
-def interleave(tokens: int) -> np.ndarray:
-    """The order of the tokens in an FP8 v: place i holds token `interleave(tokens)[i]`, with tokens padded to 16.
-
-    Bits 3, (2, 1), 0 of the token are bits 1, (3, 2), 0 of the place.
-    """
-    place = np.arange(-(-tokens // 16) * 16)
-    return place & ~15 | (place & 2) << 2 | (place & 12) >> 1 | place & 1
-
-
-def dequantize(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiplies the operands of `chunk_attention_fp8` by their scales: q, k and v [tokens, heads, head_dim]."""
-    places = torch.from_numpy(interleave(v.shape[-1])).argsort()[: len(k)].to(v.device)
-    values = v.to(dtype)[..., places] * v_scale.to(dtype)[..., None]
-    return q.to(dtype) * q_scale.to(dtype)[..., None], k.to(dtype) * k_scale.to(dtype)[:, None], values.permute(2, 0, 1)
 
 
 # --- Kernel ---------------------------------------------------------------------------------------------------------
@@ -334,16 +302,17 @@ def _sdpa_ranges(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float
     return torch.cat(outputs, dim=1)
 
 
-def _ranges(queries: int, keys: int, chunks: list[int] | None, past: int) -> KVRanges:
+def chunk_ranges(queries: int, keys: int, chunks: list[int] | None, past: int) -> KVRanges:
+    """The keys that each group of queries attends to, by the arguments of the ops."""
     return kv_ranges(queries, keys, chunks and tuple(chunks), past)
 
 
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float) -> Tensor:
-    return _sdpa_ranges(q, k, v, _ranges(q.shape[1], k.shape[1], chunks, past), scale)
+    return _sdpa_ranges(q, k, v, chunk_ranges(q.shape[1], k.shape[1], chunks, past), scale)
 
 
 def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float) -> Tensor:
-    ranges = _ranges(q.shape[1], k.shape[1], chunks, past)
+    ranges = chunk_ranges(q.shape[1], k.shape[1], chunks, past)
     if not _has_kernel(q, k):
         return _sdpa_ranges(q, k, v, ranges, scale)
     return dispatch(q, k, v, None, ranges, scale, q.dtype)[0]
@@ -352,7 +321,7 @@ def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, p
 def _attention_with_lse_cpu(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    ranges = _ranges(q.shape[1], k.shape[1], chunks, past)
+    ranges = chunk_ranges(q.shape[1], k.shape[1], chunks, past)
     results = [reference(*operands, ranges, scale) for operands in zip(q.float(), k.float(), v.float(), strict=True)]
     return torch.stack([o for o, _ in results]).to(q.dtype), torch.stack([lse for _, lse in results])
 
@@ -360,25 +329,7 @@ def _attention_with_lse_cpu(
 def _attention_with_lse_cuda(
     q: Tensor, k: Tensor, v: Tensor, chunks: list[int] | None, past: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return dispatch(q, k, v, None, _ranges(q.shape[1], k.shape[1], chunks, past), scale, q.dtype)
-
-
-def _attention_fp8_cpu(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
-    past: int, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    operands = dequantize(q, q_scale, k, k_scale, v, v_scale, torch.float32)
-    o, lse = reference(*operands, _ranges(len(q), len(k), chunks, past), scale)
-    return o.to(dtype), lse
-
-
-def _attention_fp8_cuda(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, chunks: list[int] | None,
-    past: int, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    ranges = _ranges(len(q), len(k), chunks, past)
-    o, lse = dispatch(q[None], k[None], v[None], (q_scale, k_scale, v_scale), ranges, scale, dtype)
-    return o[0], lse[0]
+    return dispatch(q, k, v, None, chunk_ranges(q.shape[1], k.shape[1], chunks, past), scale, q.dtype)
 
 
 # The fakes are written out because key ranges are computed from numbers, which symbolic shapes are not.
@@ -394,13 +345,6 @@ chunk_attention_with_lse_op = define_op(
     cuda=_attention_with_lse_cuda,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
 )
-chunk_attention_fp8_with_lse_op = define_op(
-    "chunk_attention_fp8_with_lse",
-    cpu=_attention_fp8_cpu,
-    cuda=_attention_fp8_cuda,
-    fake=lambda q, *rest: (q.new_empty(q.shape, dtype=rest[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)),
-)
-
 Past = int | Literal["all"] | None
 
 
@@ -477,101 +421,6 @@ def chunk_attention_with_lse(
     return o[0], lse[0]
 
 
-def chunk_attention_fp8(
-    q: Tensor,
-    q_scale: Tensor,
-    k: Tensor,
-    k_scale: Tensor,
-    v: Tensor,
-    v_scale: Tensor,
-    chunks: Sequence[int] | None = None,
-    past: Past = None,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """Attention of each query to its own chunk and to the `past` chunks before it, of e4m3 operands with scales.
-
-    Computes softmax(scale (q q_scale) (k k_scale)^T) (v v_scale). The weights are rounded to e4m3, and products are
-    accumulated in float32. `rms_norm_rope_fp8` makes such operands.
-
-    Args:
-        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
-        q_scale: float32 [queries, heads], contiguous.
-        k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim. The same vector may have been subtracted
-            from all keys: softmax cancels it.
-        k_scale: float32 [heads].
-        v: float8_e4m3fn [heads, head_dim, keys rounded up to a multiple of 16], contiguous. The keys are padded with
-            zeros and permuted: place i holds key `interleave(keys)[i]`.
-        v_scale: float32 [heads, head_dim].
-        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
-            every key; then q and k may differ in length.
-        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
-        scale: factor of the logits; None means head_dim^-1/2.
-        dtype: the dtype of o.
-
-    Returns:
-        o [queries, heads, head_dim] in `dtype`, contiguous.
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
-    """
-    return chunk_attention_fp8_with_lse(q, q_scale, k, k_scale, v, v_scale, chunks, past, scale, dtype)[0]
-
-
-def chunk_attention_fp8_with_lse(
-    q: Tensor,
-    q_scale: Tensor,
-    k: Tensor,
-    k_scale: Tensor,
-    v: Tensor,
-    v_scale: Tensor,
-    chunks: Sequence[int] | None = None,
-    past: Past = None,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor]:
-    """Attention of e4m3 operands with scales, within chunks and to the `past` chunks before, with its log-sum-exp.
-
-    Computes o = softmax(s) (v v_scale) and lse = log sum exp(s), where s = scale (q q_scale) (k k_scale)^T. The weights
-    are rounded to e4m3, and products are accumulated in float32. If a vector was subtracted from all keys, lse is that
-    of the remaining keys. `merge_attention` merges such results for parts of the keys.
-
-    Args:
-        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
-        q_scale: float32 [queries, heads], contiguous.
-        k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim.
-        k_scale: float32 [heads].
-        v: float8_e4m3fn [heads, head_dim, keys rounded up to a multiple of 16], contiguous. The keys are padded with
-            zeros and permuted: place i holds key `interleave(keys)[i]`.
-        v_scale: float32 [heads, head_dim].
-        chunks: lengths of at least 1 that add up to the tokens of q and of k. None means that every query attends to
-            every key; then q and k may differ in length.
-        past: how many chunks before its own a query attends to. None means 0, "all" means every earlier chunk.
-        scale: factor of the logits; None means head_dim^-1/2.
-        dtype: the dtype of o.
-
-    Returns:
-        o [queries, heads, head_dim] in `dtype`, contiguous, and lse, float32 [queries, heads].
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype, device, stride or value, or requires a gradient.
-    """
-    check("q", q, shape=("queries", "heads", "head_dim"), dtype=FP8, layout="rows")
-    queries, heads, head_dim = q.shape
-    check("k", k, shape=("keys", heads, head_dim), dtype=FP8, device=q.device, layout="rows")
-    v_shape = heads, head_dim, -(-len(k) // 16) * 16
-    check("v", v, shape=v_shape, dtype=FP8, device=q.device, layout="contiguous")
-    for name, x, shape in (
-        ("q_scale", q_scale, (queries, heads)),
-        ("k_scale", k_scale, (heads,)),
-        ("v_scale", v_scale, (heads, head_dim)),
-    ):
-        check(name, x, shape=shape, dtype=torch.float32, device=q.device, layout="contiguous")
-    lengths, num_past = _check_chunks(queries, len(k), chunks, past)
-    factor = head_dim**-0.5 if scale is None else float(scale)
-    return chunk_attention_fp8_with_lse_op(q, q_scale, k, k_scale, v, v_scale, lengths, num_past, factor, dtype)
-
-
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merges attention to parts of the keys into attention to all of them, as ring attention does.
 
@@ -602,10 +451,10 @@ def _check_operands(
     check("q", q, shape=(*batch, "queries", "heads", "head_dim"), dtype=dtypes, layout="rows")
     check("k", k, shape=(*batch, "keys", heads, head_dim), dtype=q.dtype, device=q.device, layout="rows")
     check("v", v, shape=k.shape, dtype=q.dtype, device=q.device, layout="rows")
-    return _check_chunks(q.shape[-3], k.shape[-3], chunks, past)
+    return check_chunks(q.shape[-3], k.shape[-3], chunks, past)
 
 
-def _check_chunks(queries: int, keys: int, chunks: Sequence[int] | None, past: Past) -> tuple[list[int] | None, int]:
+def check_chunks(queries: int, keys: int, chunks: Sequence[int] | None, past: Past) -> tuple[list[int] | None, int]:
     """Checks `chunks` and `past`, and returns them in the form that the ops take: past -1 means all earlier chunks."""
     num_past = -1 if past == "all" else 0 if past is None else past
     if not isinstance(num_past, int) or (num_past < 0 and past != "all"):

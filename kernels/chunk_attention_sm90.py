@@ -185,7 +185,7 @@ def to_mma_operand(p, dtype: gl.constexpr, layout: gl.constexpr, IS_FP8: gl.cons
     """Converts the weights to the left operand of their product with v, without moving data between registers.
 
     In FP8 this permutes the keys of each group of 16. The values lie in memory in the same order, which `interleave` in
-    kernels/chunk_attention.py defines.
+    kernels/chunk_attention_fp8.py defines.
     """
     if IS_FP8:
         N: gl.constexpr = p.shape[1]

@@ -7,7 +7,7 @@ embedding turns every adjacent pair (a, b) of channels by the token's angles:
     (a, b) -> (a cos - b sin, a sin + b cos)
 
 `rms_norm_rope_fp8` also quantises the results, and v with them, to the operands of
-`kernels.chunk_attention.chunk_attention_fp8`:
+`kernels.chunk_attention_fp8.chunk_attention_fp8`:
 
     q8, q_scale   e4m3; a scale for each token and head, max |q| / 448
     k8, k_scale   e4m3 of k - c, where c [head, channel] is about the mean key. Keys share a large common part, which
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunk_attention import interleave
+from kernels.chunk_attention_fp8 import interleave
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, MIN_SCALE, check, define_op, e4m3_scale, to_e4m3
 from kernels.tuning import LaunchConfig, launch_config
 
@@ -363,10 +363,10 @@ def rms_norm_rope_fp8(
         eps: added to the mean square.
 
     Returns:
-        The first arguments of `kernels.chunk_attention.chunk_attention_fp8`: q8 [tokens, heads, head_dim], q_scale
+        The first arguments of `kernels.chunk_attention_fp8.chunk_attention_fp8`: q8 [tokens, heads, head_dim], q_scale
         [tokens, heads], k8 [tokens, heads, head_dim], k_scale [heads], v8 [heads, head_dim, tokens rounded up to 16],
         v_scale [heads, head_dim]. Operands are float8_e4m3fn, scales float32, all contiguous. The tokens of v8 are in
-        the order of `kernels.chunk_attention.interleave`; its padding is zeros.
+        the order of `kernels.chunk_attention_fp8.interleave`; its padding is zeros.
 
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.

@@ -28,7 +28,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
-from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
+from kernels.chunk_attention import chunk_attention
+from kernels.chunk_attention_fp8 import chunk_attention_fp8
 from kernels.frame_attention import frame_attention
 from kernels.layer_norm import layer_norm, layer_norm_modulate
 from kernels.rms_norm_rope import key_scale, rms_norm_rope, rms_norm_rope_fp8

@@ -17,7 +17,8 @@ from kernels.absorbed_audio_attention import (
     launch_absorb,
     launch_absorbed,
 )
-from kernels.chunk_attention import chunk_attention, dispatch, interleave
+from kernels.chunk_attention import chunk_attention, dispatch
+from kernels.chunk_attention_fp8 import interleave
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
 from kernels.frame_attention import frame_attention, frame_reference, launch_frame
 from kernels.scheduler import kv_ranges

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from kernels import chunk_attention as attention
-from kernels.chunk_attention import chunk_attention, chunk_attention_fp8
+from kernels.chunk_attention import chunk_attention
+from kernels.chunk_attention_fp8 import chunk_attention_fp8, dequantize
 from kernels.lab_transfer import lab_statistics, lab_transfer, launch_lab_transfer
 from kernels.lab_transfer import reference as lab_transfer_reference
 from kernels.layer_norm import (
@@ -216,7 +216,7 @@ def norm_rope_smoothed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Te
 def dequantized_operands(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The float32 values that the quantised operands represent."""
     q8, q_scale, k8, k_scale, v8, v_scale = output
-    return attention.dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
+    return dequantize(q8, q_scale, k8, k_scale, v8, v_scale, torch.float32)
 
 
 RMS_NORM_ROPE_FP8 = Operation(

@@ -16,15 +16,18 @@ from torch import Tensor
 from kernels import chunk_attention as attention
 from kernels.chunk_attention import (
     chunk_attention,
-    chunk_attention_fp8,
-    chunk_attention_fp8_with_lse,
     chunk_attention_with_lse,
-    dequantize,
     dispatch,
-    interleave,
     merge_attention,
     reference,
     split_head_dim,
+)
+from kernels.chunk_attention_fp8 import (
+    chunk_attention_fp8,
+    chunk_attention_fp8_with_lse,
+    chunk_attention_fp8_with_lse_op,
+    dequantize,
+    interleave,
 )
 from kernels.chunk_attention_sm90 import supports
 from kernels.common import FP8
@@ -222,7 +225,7 @@ def test_opcheck():
     # The check of the schema multiplies inputs, which torch cannot do in FP8.
     tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if name != "test_schema"]
     arguments = (*operands, None, 0, 0.125, torch.bfloat16)
-    torch.library.opcheck(attention.chunk_attention_fp8_with_lse_op.library_op, arguments, test_utils=tests)
+    torch.library.opcheck(chunk_attention_fp8_with_lse_op.library_op, arguments, test_utils=tests)
 
 
 def test_compiles_without_a_graph_break():

@@ -13,6 +13,7 @@ from kernels import (
     absorbed_audio_attention,
     causal_conv3d,
     chunk_attention,
+    chunk_attention_fp8,
     frame_attention,
     lab_transfer,
     layer_norm,
@@ -267,8 +268,8 @@ def chunk_attention_fp8_samples() -> list[Call]:
     q, k = rand(40, 3, 64, dtype=FP8), rand(40, 3, 64, dtype=FP8)
     operands = q, ones(40, 3), k, ones(3), rand(3, 64, 48, dtype=FP8), ones(3, 64)
     return [
-        (chunk_attention.chunk_attention_fp8, operands),
-        (chunk_attention.chunk_attention_fp8_with_lse, (*operands, [16, 24], "all")),
+        (chunk_attention_fp8.chunk_attention_fp8, operands),
+        (chunk_attention_fp8.chunk_attention_fp8_with_lse, (*operands, [16, 24], "all")),
     ]
 
 

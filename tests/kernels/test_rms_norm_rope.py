@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import rms_norm_rope as module
-from kernels.chunk_attention import chunk_attention_fp8, dequantize
 from kernels.chunk_attention import reference as attention_reference
+from kernels.chunk_attention_fp8 import chunk_attention_fp8, dequantize
 from kernels.common import FP8
 from kernels.rms_norm_rope import (
     NUM_SAMPLES,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.chunk_attention import dequantize, interleave, launch_triton, merge_attention, reference
+from kernels.chunk_attention import launch_triton, merge_attention, reference
+from kernels.chunk_attention_fp8 import dequantize, interleave
 from kernels.chunk_attention_sm90 import combine_partials
 from kernels.scheduler import KVRanges, kv_ranges
 from profiling.measure.check import poisoned_memory

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import rms_norm_rope
-from kernels.chunk_attention import interleave
+from kernels.chunk_attention_fp8 import interleave
 from kernels.common import FP8_MAX
 from kernels.rms_norm_rope import (
     VALUE_HEADROOM,
