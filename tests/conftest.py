@@ -1,4 +1,4 @@
-"""Setup of all tests: number of threads, options, skipped markers."""
+"""Setup of all tests: number of threads, options, skipped markers, no deadlines for property tests."""
 
 import os
 import tempfile
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from model.machine import CACHE_ENV
 
 torch.set_num_threads(2)
+settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
+settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,7 +36,7 @@ def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: s
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 45), st.sampled_from([16, 32]))
 def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys):
     """The layer is projection, attention, projection."""

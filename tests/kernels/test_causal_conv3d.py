@@ -55,7 +55,7 @@ def assert_like(y: Tensor, expected: Tensor) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
 def test_equals_reference(kernel, frames, inputs, outputs, rows, columns, has_past, seed):
     torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def test_equals_reference(kernel, frames, inputs, outputs, rows, columns, has_pa
     assert_like(causal_conv3d(x, weight, bias, past), causal_conv3d_reference(x, weight, bias, past))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.sampled_from([*KERNELS, (1, 3)]), st.integers(1, 4), ODD_CHANNELS, ODD_CHANNELS, SIZES, SIZES,
     st.sampled_from([0, 1, 2]), st.booleans(), st.booleans(), st.integers(0, 2**31),
@@ -101,7 +101,7 @@ def test_reference_is_the_sum_over_earlier_frames_only():
         torch.testing.assert_close(causal_conv3d_reference(x, weight, bias)[t], frame, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from([(3, 3), (3, 1)]), st.lists(st.integers(2, 4), min_size=1, max_size=4), st.integers(0, 2**31))
 def test_pieces_equal_the_whole(kernel, lengths, seed):
     torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def test_pieces_equal_the_whole(kernel, lengths, seed):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.sampled_from([(3, 3), (3, 1)]), st.lists(st.integers(1, 3), min_size=2, max_size=4), SIZES, SIZES,
     st.integers(0, 2**31),
@@ -141,7 +141,7 @@ def test_pieces_equal_the_whole_bit_for_bit(fp8, kernel, lengths, rows, columns,
     assert torch.equal(torch.cat(pieces), whole)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(KERNELS), st.integers(1, 3), SIZES, SIZES, SIZES, st.integers(0, 2**31))
 def test_strided_equals_torch(kernel, stride, extra, rows, columns, seed):
     torch.manual_seed(seed)
@@ -246,7 +246,7 @@ def test_says_what_is_wrong_with_a_residual():
         causal_conv3d(x, weight, bias, None, torch.zeros(3, 4, 5, 6, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(KERNELS), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
 def test_norm_and_activation_of_the_convolution(kernel, frames, inputs, outputs, rows, columns, has_past, seed):
     torch.manual_seed(seed)
@@ -472,7 +472,7 @@ def test_gpu_norm_in_the_epilogue(channels, config, past_frames, fp8_output, fp8
     assert torch.equal(y.view(torch.uint8), conv.launch_sm90(*given).view(torch.uint8))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([*KERNELS, (1, 3)]), SIZES, CHANNELS, SIZES, SIZES, SIZES, st.booleans(), st.booleans(),
     st.integers(0, 2**31),

@@ -79,7 +79,7 @@ def test_reference_is_the_formula(past, back):
     torch.testing.assert_close(reference(q, k, v, kv_ranges(9, 9, (2, 3, 1, 3), past))[0], expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from([None, 0, 1, 3, "all"]), st.booleans(),
     st.booleans(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]),
@@ -114,7 +114,7 @@ def test_chunks_without_a_past_are_independent():
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=4))
 def test_merged_parts_are_the_whole(queries, parts):
     q, k, v = draw((queries, 2, 64), (sum(parts), 2, 64), (sum(parts), 2, 64), dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_merged_parts_are_the_whole(queries, parts):
     torch.testing.assert_close(lse, expected[1])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 70))
 def test_fp8_on_the_cpu_is_the_attention_of_its_operands(queries, keys):
     q, k, v = draw((queries, 2, 64), (keys, 2, 64), (keys, 2, 64))

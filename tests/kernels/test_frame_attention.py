@@ -35,7 +35,7 @@ def test_frame_kv_ranges():
     assert frame_kv_ranges(2, 32, 4, 5) == ((0, 2, 32, 64),)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 45), st.sampled_from([1, 32]))
 def test_frames(tokens, tokens_per_frame, first_token, keys):
     frames = -(-(first_token + tokens) // tokens_per_frame)

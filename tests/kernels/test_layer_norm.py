@@ -35,7 +35,7 @@ def error(x: Tensor, expected: Tensor) -> float:
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_layer_norm(rows, columns, dtype):
     x, weight, bias = (3 * torch.randn(rows, columns)).to(dtype), *torch.randn(2, columns)

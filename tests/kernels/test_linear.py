@@ -49,7 +49,7 @@ def operands(m: int, k: int, n: int, outliers: float = 1.0, device: str = "cpu")
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.sampled_from(["", "gelu", "gate", "residual"]),
     st.integers(0, 99),

@@ -36,7 +36,7 @@ def assert_like(y: Tensor, expected: Tensor) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SIZES, CHANNELS, SIZES, SIZES, SIZES, st.integers(0, 2**31))
 def test_upsampling_equals_reference(frames, inputs, outputs, rows, columns, seed):
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def test_folded_weights_are_rounded_once():
     assert torch.equal(fold_upsampling(weight), fold_upsampling(weight.float()).bfloat16())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SIZES, CHANNELS, SIZES, st.integers(2, 7), st.integers(2, 7), st.integers(0, 2**31))
 def test_downsampling_equals_reference(frames, inputs, outputs, rows, columns, seed):
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def test_downsampling_equals_reference(frames, inputs, outputs, rows, columns, s
     assert_like(downsample_conv2d(x, weight, bias), downsample_conv2d_reference(x, weight, bias))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SIZES, CHANNELS, SIZES, st.integers(2, 7), st.integers(2, 7), st.integers(0, 2**31))
 def test_downsampling_is_padded_below_and_to_the_right(frames, inputs, outputs, rows, columns, seed):
     torch.manual_seed(seed)

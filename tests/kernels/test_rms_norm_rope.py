@@ -57,7 +57,7 @@ def wide(*x: Tensor) -> list[Tensor]:
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.sampled_from([16, 128]))
 def test_equals_the_models_norm_and_rotation(frames, rows, columns, heads, d):
     q, k, _, *weights, rope = inputs((frames, rows, columns), heads, d)

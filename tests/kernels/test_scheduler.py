@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.scheduler import MIN_SPLIT_TILES, StreamKSchedule, kv_ranges, query_tiles, stream_k_schedule
@@ -30,7 +30,6 @@ def test_kv_ranges():
     assert kv_ranges(6, 6, (1, 2, 3), -1) == ((0, 1, 0, 1), (1, 3, 0, 3), (3, 6, 0, 6))
 
 
-@settings(deadline=None)
 @given(CHUNKS, st.sampled_from([0, 1, 2, -1]), st.sampled_from([1, 64, 192]))
 def test_query_tiles_cover_each_row_once_and_no_masked_key(chunks, past, block):
     ranges = kv_ranges(sum(chunks), sum(chunks), tuple(chunks), past)
@@ -41,7 +40,6 @@ def test_query_tiles_cover_each_row_once_and_no_masked_key(chunks, past, block):
         assert all(own == keys for row, *own in rows if start <= row < end)
 
 
-@settings(deadline=None)
 @given(
     CHUNKS, st.sampled_from([None, 0, 1, -1]), st.sampled_from([64, 128]), st.sampled_from([64, 128]),
     st.integers(1, 5), st.sampled_from([1, 3, 132]), st.integers(1, 6), st.booleans(),
@@ -66,7 +64,6 @@ def test_every_key_tile_is_computed_once(chunks, past, block_m, block_n, columns
     assert covered == wanted
 
 
-@settings(deadline=None)
 @given(CHUNKS, st.integers(1, 5), st.sampled_from([3, 132]))
 def test_combines_name_the_partials_of_their_tile(chunks, columns, programs):
     ranges = kv_ranges(sum(chunks), sum(chunks), tuple(chunks), -1)

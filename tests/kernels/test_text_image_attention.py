@@ -40,7 +40,7 @@ def text_image(
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 20), st.integers(1, 40))
 def test_text_image(tokens, num_text_tokens, padding, image):
     operands, count = text_image(tokens, num_text_tokens, num_text_tokens + padding, image)

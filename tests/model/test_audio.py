@@ -127,7 +127,6 @@ def test_golden_windows_stream(encoder: SpeechEncoder) -> None:
         assert torch.equal(window, stream_window(encoder, torch.from_numpy(heard).float(), CHUNK))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(-9, 20), st.integers(0, 9), st.sampled_from([1, 3, 5]))
 def test_windows(frames: int, start: int, count: int, width: int) -> None:
     embedding = torch.arange(frames * 6.0).view(frames, 2, 3)
@@ -138,7 +137,6 @@ def test_windows(frames: int, start: int, count: int, width: int) -> None:
             assert torch.equal(got[j, w], embedding[min(max(start + j + w - width // 2, 0), frames - 1)])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.sampled_from([(33, 5), (9, 5), (13, 1)]))
 def test_once_window_aligns_frames_with_sound(frames: int, geometry: tuple[int, int]) -> None:
     chunk = ChunkConfig(frame_num=geometry[0], motion_frames_num=geometry[1])
@@ -178,7 +176,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 LEVELS = st.lists(st.sampled_from([0.0, 1e-5, 0.003, 0.02, 0.1, 0.9]), min_size=1, max_size=9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, LEVELS)
 def test_ring_keeps_earlier_samples_unchanged(seed: int, levels: list[float]) -> None:
     rings = heard(noise(seed, levels, SMALL), SMALL)
@@ -188,7 +186,7 @@ def test_ring_keeps_earlier_samples_unchanged(seed: int, levels: list[float]) ->
         assert np.array_equal(before.samples[SMALL.slice_samples :], after.samples[: -SMALL.slice_samples])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.lists(st.sampled_from([0.003, 0.02, 0.1, 0.9]), min_size=1, max_size=6))
 def test_gain_has_no_step(seed: int, levels: list[float]) -> None:
     slices = noise(seed, levels, SMALL)
@@ -220,7 +218,7 @@ def test_constant_level_has_constant_gain(chunk: ChunkConfig) -> None:
     assert np.ptp(measured) < 0.2  # dB; a block need not hold whole periods
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.lists(st.sampled_from([0.02, 0.05, 0.2]), min_size=1, max_size=6), st.floats(0.3, 3))
 def test_gain_cancels_the_input_scale(seed: int, levels: list[float], scale: float) -> None:
     slices = noise(seed, levels, SMALL)

@@ -91,7 +91,7 @@ def forward(dit: DiT, x: dict[str, torch.Tensor], t: float = 625.0) -> torch.Ten
     return dit(x["latent"], x["condition"], dit.modulate(t), rope, context, audio)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
 @torch.inference_mode()
 def test_any_grid(later: int, rows: int, columns: int, seed: int) -> None:

@@ -117,7 +117,7 @@ def triangles(old: int, new: int) -> NDArray[np.float64]:
 sides = st.integers(1, 60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sides, sides, sides, sides, st.integers(0, 2**32 - 1))
 def test_crop_is_the_filter_in_double_precision(h: int, w: int, height: int, width: int, seed: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -48,7 +48,6 @@ def test_clean_strips_the_space_that_decoding_leaves() -> None:
     assert clean("&amp;nbsp;a&nbsp;") == "a"
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), st.integers(1, 30))
 def test_byte_tokens_are_shifted_terminated_and_truncated(text: str, text_len: int) -> None:
     text = text.replace("<", "").replace("&", "")  # neither a special token's name nor an entity

@@ -145,7 +145,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(CONFIGS, st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
 def test_steps_equal_the_whole_clip(values, groups, rows, columns, seed):
     vae = random_vae(seed, **values)

@@ -56,7 +56,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     }[hint]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(values_of(Run))
 def test_what_is_written_comes_back(run: Run) -> None:
     text = json.dumps(to_json(run), allow_nan=False)

@@ -88,7 +88,7 @@ def names(folder: Path) -> list[str]:
 # MP4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), channels=st.sampled_from([1, 2]))
 def test_mp4_has_every_frame_in_order(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], channels: int

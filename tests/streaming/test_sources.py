@@ -51,7 +51,7 @@ def expected(signal: np.ndarray, rate: int, to: int, length: int) -> np.ndarray:
     return np.pad(whole[:length], [(0, max(0, length - len(whole)))] + [(0, 0)] * (whole.ndim - 1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rate=st.sampled_from([1000, 8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000, 768000])
     | st.integers(1000, 99999),
@@ -78,7 +78,7 @@ def test_slices_join_to_a_resampling_of_the_whole(
     np.testing.assert_array_equal(again, speech)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rate=st.sampled_from([8000, 16000, 22050, 44100, 48000, 192000]), second=st.floats(0.05, 2.2))
 def test_a_click_is_at_the_same_time_in_speech_and_sound(
     tmp_path_factory: pytest.TempPathFactory, rate: int, second: float
@@ -197,7 +197,7 @@ def pcm(signal: np.ndarray) -> bytes:
     return (signal * 32767).astype("<i2").tobytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 4 * SMALL.slice_samples), odd=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_stdin_gives_every_sample(length: int, odd: bool, seed: int) -> None:
     data = pcm(noise(seed, length))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.absorbed_audio_attention import absorb_reference, absorbed_reference, launch_absorb, launch_absorbed
 from profiling.measure.check import poisoned_memory
 
-EXAMPLES = settings(deadline=None, max_examples=20)
+EXAMPLES = settings(max_examples=20)
 
 
 @pytest.fixture(autouse=True)

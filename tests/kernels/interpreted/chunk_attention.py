@@ -17,7 +17,7 @@ from kernels.scheduler import KVRanges, kv_ranges
 from profiling.measure.check import poisoned_memory
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-EXAMPLES = settings(deadline=None, max_examples=25)
+EXAMPLES = settings(max_examples=25)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def draw(*shapes: tuple[int, ...], seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.integers(1, 50), st.integers(1, 20), st.integers(0, 45), st.sampled_from([1, 5, 16, 32, 64]), st.integers(0, 99)
 )

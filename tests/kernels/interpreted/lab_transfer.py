@@ -16,7 +16,7 @@ def _poisoned():
         yield
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([16, 64]), st.booleans(),
     st.sampled_from([1.0, 0.4, 0.0]), st.integers(0, 99),

@@ -12,7 +12,7 @@ from kernels.common import FP8_MAX
 from kernels.layer_norm import launch_layer_norm, launch_layer_norm_fp8, layer_norm_reference
 from profiling.measure.check import poisoned_memory
 
-EXAMPLES = settings(deadline=None, max_examples=15)
+EXAMPLES = settings(max_examples=15)
 EPS = 1e-6
 
 

@@ -20,7 +20,7 @@ from kernels.linear import (
 )
 from profiling.measure.check import poisoned_memory
 
-EXAMPLES = settings(deadline=None, max_examples=25)
+EXAMPLES = settings(max_examples=25)
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_N": 2, "num_warps": 4, "num_stages": 1}
 
 

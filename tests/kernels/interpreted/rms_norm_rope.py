@@ -21,7 +21,7 @@ from kernels.rms_norm_rope import (
 )
 from profiling.measure.check import poisoned_memory
 
-EXAMPLES = settings(deadline=None, max_examples=15)
+EXAMPLES = settings(max_examples=15)
 EPS = 1e-6
 
 

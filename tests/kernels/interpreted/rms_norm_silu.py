@@ -21,7 +21,7 @@ def pixels(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(1, 4), st.sampled_from([2, 3, 16, 24, 96]), st.integers(1, 5), st.integers(1, 5),
     st.booleans(), st.sampled_from([1, 4, 16]), st.integers(0, 99),

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.text_image_attention import launch_text_image, text_image_reference
 from profiling.measure.check import poisoned_memory
 
-EXAMPLES = settings(deadline=None, max_examples=20)
+EXAMPLES = settings(max_examples=20)
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,7 @@ def test_spikes_are_left_out_but_not_a_second_mode() -> None:
     assert len(without_spikes([1.0] * 6 + [9.0])) == 7  # most are equal: no distance is usual
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 25), st.integers(5, 25), st.floats(-0.1, 0.1))
 def test_the_interval_is_that_of_the_rank_test(seed: int, m: int, n: int, shift: float) -> None:
     """It excludes 1 exactly where the test of Mann and Whitney, as scipy has it, rejects equality at 1 %."""
@@ -141,7 +141,7 @@ def judge_drift(x: np.ndarray) -> bool:
     return (ranks[1:] * ranks[:-1]).sum() / (ranks**2).sum() > 2 / math.sqrt(len(x))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12), st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12))
 def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float], after: list[float]) -> None:
     there, back = compare_samples(before, after), compare_samples(after, before)

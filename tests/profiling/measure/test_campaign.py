@@ -118,7 +118,7 @@ def test_results_of_another_machine_are_not_added_to(
 
 
 def test_a_chunk_from_end_to_end_with_its_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert call(monkeypatch, "--phase", "e2e", "--out", tmp_path, "--only", "fp32-eager", "--budget", 120) == 0
+    assert call(monkeypatch, "--phase", "e2e", "--out", tmp_path, "--only", "fp32-eager", "--budget", 1200) == 0
     (variant,) = load(tmp_path / "e2e.json").variants
     assert variant.status == OK
     assert len(variant.chunk) >= 2
