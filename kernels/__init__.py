@@ -1,1 +1,1 @@
-"""Operations of the model: their definitions and, one after another, their Triton kernels."""
+"""Operations: a reference in PyTorch, Triton and Gluon kernels, and a `torch.library` op each; a file per operation."""

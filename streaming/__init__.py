@@ -1,1 +1,1 @@
-"""Turns a portrait and a voice into an endless video, chunk by chunk: sources, the loop, sinks, command line."""
+"""Turns a portrait and a voice into an endless video, chunk by chunk: sources, chunk loop, sinks, command line."""
