@@ -17,8 +17,8 @@ FP8, 3 consumers:
 
 The weights are computed as 2^(s - m): one fused multiply-add and one MUFU.EX2 per element. The last tile of keys, which
 may be partial, is computed first, so that only this tile pays for a mask. kernels/scheduler.py distributes the work
-tiles. Where several programs share the keys of an output tile, each stores a partial result, and `combine_partials`
-combines them.
+tiles (stream-K). Where several programs share the keys of an output tile, each stores a partial result, and
+`combine_partials` combines them.
 
 Sources: FlashAttention-3 (arXiv 2407.08608) for the algorithm, SageAttention2 (arXiv 2411.10958) for the FP8
 accumulation.

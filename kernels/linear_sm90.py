@@ -16,7 +16,7 @@ its columns one after the other.
 
 Work tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time
 share data in the L2 cache. With SPLIT_K, the tiles of a last wave that would not fill the GPU are split along the
-reduction axis; they leave partial results, which `combine_linear_partials` of kernels/linear.py adds up.
+reduction axis (stream-K); they leave partial results, which `combine_linear_partials` of kernels/linear.py adds up.
 
 Source: CUTLASS and DeepGEMM for the roles; DeepSeek-V3 (arXiv 2412.19437, 3.3.2) for the promotion.
 """
