@@ -23,15 +23,7 @@ from kernels.absorbed_audio_attention import (
 from kernels.frame_attention import frame_attention, frame_reference
 from kernels.linear import dequantize, quantize_rows
 from profiling.measure.check import poisoned_memory
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-
+from tests.tensors import draw, error
 
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 

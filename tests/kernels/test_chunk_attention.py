@@ -34,16 +34,9 @@ from kernels.common import FP8
 from kernels.scheduler import KVRanges, kv_ranges
 from kernels.tuning import GPU, TunedConfig
 from profiling.measure.check import poisoned_memory
+from tests.tensors import draw, error
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
 def quantize(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -11,20 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels.chunk_attention import reference as attention_reference
 from kernels.frame_attention import frame_attention, frame_attention_op, frame_kv_ranges, frame_reference
 from profiling.measure.check import poisoned_memory
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-
+from tests.tensors import draw, error
 
 # --- On the CPU -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("*.py"))
+FOLDER = Path(__file__).parent / "interpreted"
+FILES = sorted(file for file in FOLDER.glob("*.py") if file.name != "conftest.py")
 Runs = dict[Path, "Future[subprocess.CompletedProcess[str]]"]
 
 

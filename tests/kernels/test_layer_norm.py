@@ -24,12 +24,9 @@ from kernels.layer_norm import (
     quantize_rows,
 )
 from profiling.measure.check import poisoned_memory
+from tests.tensors import error
 
 EPS = 1e-6
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 # --- On the CPU -----------------------------------------------------------------------------------------------------

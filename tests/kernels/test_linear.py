@@ -32,10 +32,7 @@ from kernels.linear import (
 from kernels.linear_sm90 import supports
 from kernels.tuning import GPU, TunedConfig, assume_gpu
 from profiling.measure.check import poisoned_memory
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
+from tests.tensors import error
 
 
 def operands(m: int, k: int, n: int, outliers: float = 1.0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

@@ -28,12 +28,9 @@ from kernels.rms_norm_rope import (
 )
 from model.dit import rope_table, rotate
 from profiling.measure.check import poisoned_memory
+from tests.tensors import error
 
 EPS = 1e-6
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def inputs(

@@ -16,14 +16,7 @@ from torch import Tensor
 from kernels.chunk_attention import reference as attention_reference
 from kernels.text_image_attention import text_image_attention, text_image_attention_op, text_image_reference
 from profiling.measure.check import poisoned_memory
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+from tests.tensors import draw, error
 
 
 def text_image(

@@ -14,26 +14,10 @@ from kernels.chunk_attention import launch_triton, merge_attention, reference
 from kernels.chunk_attention_fp8 import dequantize, interleave
 from kernels.chunk_attention_sm90 import combine_partials
 from kernels.scheduler import KVRanges, kv_ranges
-from profiling.measure.check import poisoned_memory
+from tests.tensors import draw, error
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 EXAMPLES = settings(max_examples=25)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        assert torch.ones(1).new_empty(3).isnan().all()
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float, bound: float = 1e-5) -> None:
@@ -48,7 +32,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float, bound
 @EXAMPLES
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 48, 64]), st.integers(0, 99))
 def test_full(queries, keys, heads, head_dim, seed):
-    q, k, v = (draw(2, n, heads, head_dim, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
+    q, k, v = draw(*[(2, n, heads, head_dim) for n in (queries, keys, keys)], seed=seed)
     check(q, k, v, kv_ranges(queries, keys), 0.3)
 
 
@@ -56,29 +40,29 @@ def test_full(queries, keys, heads, head_dim, seed):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from([0, 1, 2, -1]), st.integers(0, 99))
 def test_chunks(chunks, past, seed):
     n = sum(chunks)
-    q, k, v = (draw(1, n, 2, 16, seed=seed + i) for i in range(3))
+    q, k, v = draw(*[(1, n, 2, 16)] * 3, seed=seed)
     check(q, k, v, kv_ranges(n, n, tuple(chunks), past), 0.25)
 
 
 @pytest.mark.parametrize("n", [15, 16, 17, 12096 % 128])
 def test_around_a_tile(n):
-    q, k, v = (draw(1, n, 1, 64, seed=i) for i in range(3))
+    q, k, v = draw(*[(1, n, 1, 64)] * 3, seed=0)
     check(q, k, v, kv_ranges(n, n), 0.125)
 
 
 def test_half_precision():
-    q, k, v = (draw(1, 50, 2, 64, seed=i).half() for i in range(3))
+    q, k, v = draw(*[(1, 50, 2, 64)] * 3, seed=0, dtype=torch.float16)
     check(q, k, v, kv_ranges(50, 50), 0.125, bound=2e-3)
 
 
 def test_views_are_read_where_they_are():
-    qkv = draw(1, 37, 3, 2, 16, seed=0)
-    heads_first = draw(2, 37, 16, seed=1).transpose(0, 1)[None]
+    qkv, heads_first = draw((1, 37, 3, 2, 16), (2, 37, 16), seed=0)
+    heads_first = heads_first.transpose(0, 1)[None]
     check(qkv[:, :, 0], qkv[:, :, 1], heads_first, kv_ranges(37, 37), 0.25)
 
 
 def test_a_later_chunk_is_not_even_read():
-    q, k, v = (draw(1, 48, 1, 16, seed=i) for i in range(3))
+    q, k, v = draw(*[(1, 48, 1, 16)] * 3, seed=0)
     k[:, 16:] = v[:, 16:] = math.nan
     o, lse = launch_triton(q, k, v, None, kv_ranges(48, 48, (16, 32), 0), 0.25, q.dtype, SMALL)
     assert o[:, :16].isfinite().all()
@@ -88,12 +72,12 @@ def test_a_later_chunk_is_not_even_read():
 @pytest.mark.parametrize("size", [1e2, 1e-3])
 def test_extreme_logits_stay_finite(size):
     """Logits up to +-1e4 and more."""
-    q, k, v = (draw(1, 33, 1, 16, seed=i) for i in range(3))
+    q, k, v = draw(*[(1, 33, 1, 16)] * 3, seed=0)
     check(q * size, k * size, v, kv_ranges(33, 33), 0.25, bound=2e-4)
 
 
 def test_equal_keys_give_the_mean():
-    v = draw(1, 20, 1, 16, seed=0)
+    (v,) = draw((1, 20, 1, 16), seed=0)
     o, lse = launch_triton(torch.zeros(1, 3, 1, 16), torch.ones(1, 20, 1, 16), v, None, kv_ranges(3, 20), 1.0,
                            torch.float32, SMALL)  # fmt: skip
     torch.testing.assert_close(o[0, 0], v[0].mean(0))
@@ -105,9 +89,9 @@ def test_equal_keys_give_the_mean():
 def test_scaled_operands(queries, keys, seed):
     """The FP8 path with scales and transposed values, in float32 because the interpreter cannot round to e4m3."""
     heads, head_dim = 2, 16
-    q, k, v = (draw(n, heads, head_dim, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
-    q_scale, k_scale = draw(queries, heads, seed=seed + 3).exp(), draw(heads, seed=seed + 4).exp()
-    v_scale = draw(heads, head_dim, seed=seed + 5).exp()
+    q, k, v = draw(*[(n, heads, head_dim) for n in (queries, keys, keys)], seed=seed)
+    scales = draw((queries, heads), (heads,), (heads, head_dim), seed=seed + 1)
+    q_scale, k_scale, v_scale = (scale.exp() for scale in scales)
     order = torch.from_numpy(interleave(keys))
     padded = torch.cat((v, torch.zeros(len(order) - keys, heads, head_dim)))
     values = padded[order].permute(1, 2, 0).contiguous()
@@ -121,7 +105,7 @@ def test_scaled_operands(queries, keys, seed):
 
 
 def test_scaled_operands_in_chunks_of_any_length():
-    q, k, v = (draw(41, 1, 16, seed=i) for i in range(3))
+    q, k, v = draw(*[(41, 1, 16)] * 3, seed=0)
     values = torch.cat((v, torch.zeros(7, 1, 16)))[torch.from_numpy(interleave(41))].permute(1, 2, 0).contiguous()
     ones = torch.ones(41, 1), torch.ones(1), torch.ones(1, 16)
     ranges = kv_ranges(41, 41, (5, 18, 18), 1)
@@ -132,7 +116,8 @@ def test_scaled_operands_in_chunks_of_any_length():
 def test_combine_partials():
     """Partial results as a program of the Hopper kernel leaves them, of two tiles. The second one ends at row 40."""
     heads, head_dim, block_m, rows = 2, 16, 32, 16
-    partial_o, partial_lse = draw(5, block_m, head_dim, seed=0), draw(5, block_m, seed=1) * 3
+    partial_o, partial_lse = draw((5, block_m, head_dim), (5, block_m), seed=0)
+    partial_lse *= 3
     o, lse = torch.full((1, 40, heads, head_dim), math.nan), torch.full((1, 40, heads), math.nan)
     combines = torch.tensor([[0, 0, 32, 0, 2], [1, 32, 40, 2, 3]], dtype=torch.int32)
     combine_partials[(2, block_m // rows)](o, lse, partial_o, partial_lse, combines, heads, 40, *o.stride()[:3],

