@@ -34,6 +34,7 @@ from profiling.cases.case import (
     InputFactory,
     Operation,
     kernel_and_library,
+    kernel_backend,
     no_setup,
     resolve_config,
 )
@@ -49,11 +50,6 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q[:, h] @ k[:, h].T * q.shape[2] ** -0.5).softmax(-1)
         heads.append(weights @ v[:, h])
     return torch.stack(heads, dim=1)
-
-
-def prepare_attention(backend: str) -> Callable[..., Call]:
-    """The `prepare` of one back-end of `chunk_attention`."""
-    return lambda q, k, v, config=None: partial(launch_attention, backend, q, k, v, config)
 
 
 def choose_attention(backend: str, q: Tensor, k: Tensor, dtype: str, config: LaunchConfig | None) -> TunedConfig:
@@ -73,15 +69,6 @@ def chunk_attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention by the back-end that it selects for this head_dim."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-
-
-def prepare_attention_fp8(backend: str) -> Callable[..., Call]:
-    """The `prepare` of one back-end of `chunk_attention_fp8`, which quantises the operands."""
-
-    def prepare(q: Tensor, k: Tensor, v: Tensor, config: LaunchConfig | None = None) -> Call:
-        return partial(launch_attention_fp8, backend, *quantize_attention(q, k, v), config=config)
-
-    return prepare
 
 
 def launch_attention_fp8(backend: str, *operands: Tensor, config: LaunchConfig | None = None) -> Tensor:
@@ -104,6 +91,23 @@ def quantize_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     scaled = (q / q_scale[..., None], k / k_scale[:, None], values)
     q8, k8, v8 = (x.clamp(-FP8_MAX, FP8_MAX).to(FP8) for x in scaled)
     return q8, q_scale, k8, k_scale, v8, v_scale
+
+
+def empty_attention_operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Empty tensors like the results of `quantize_attention`."""
+    (queries, heads, head_dim), keys = q.shape, len(k)
+    q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
+    v8 = v.new_empty(heads, head_dim, -(-keys // 16) * 16, dtype=FP8)
+    q_scale, k_scale, v_scale = (
+        q.new_empty(n, dtype=torch.float32) for n in ((queries, heads), (heads,), (heads, head_dim))
+    )
+    return q8, q_scale, k8, k_scale, v8, v_scale
+
+
+def fp8_attention_backend(name: str, configs: Callable[[Dims], Iterator[dict[str, Any]]] | None = None) -> Backend:
+    """One back-end of `chunk_attention_fp8`."""
+    launcher = partial(launch_attention_fp8, name)
+    return kernel_backend(name, launcher, configs, quantize_attention, empty_attention_operands)
 
 
 def attention_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
@@ -150,21 +154,6 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: sageattn(q[None], k[None], v[None], tensor_layout="NHD")[0]
 
 
-def audit_attention_fp8(backend: str) -> Callable[..., Tensor]:
-    """The launcher of one back-end in FP8 for the audit, whose inputs have no values to compute scales from."""
-
-    def launcher(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (queries, heads, head_dim), keys = q.shape, len(k)
-        q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
-        v8 = v.new_empty(heads, head_dim, -(-keys // 16) * 16, dtype=FP8)
-        q_scale, k_scale, v_scale = (
-            q.new_empty(n, dtype=torch.float32) for n in ((queries, heads), (heads,), (heads, head_dim))
-        )
-        return launch_attention_fp8(backend, q8, q_scale, k8, k_scale, v8, v_scale)
-
-    return launcher
-
-
 _ATTENTION_PEERS = (
     Backend("sdpa-cudnn", no_setup(partial(sdpa, SDPBackend.CUDNN_ATTENTION)), devices=("cuda",)),
     Backend("sdpa-flash", no_setup(partial(sdpa, SDPBackend.FLASH_ATTENTION))),
@@ -182,39 +171,13 @@ SELF_ATTENTION = Operation(
     backends={
         "fp32": (Backend("eager", no_setup(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
         "bf16": (
-            Backend(
-                "gluon",
-                prepare_attention("gluon"),
-                ours=True,
-                devices=CUDA,
-                launcher=partial(launch_attention, "gluon"),
-                configs=attention_configs_16,
-            ),
-            Backend(
-                "triton",
-                prepare_attention("triton"),
-                ours=True,
-                devices=CUDA,
-                launcher=partial(launch_attention, "triton"),
-            ),
+            kernel_backend("gluon", partial(launch_attention, "gluon"), attention_configs_16),
+            kernel_backend("triton", partial(launch_attention, "triton")),
             *_ATTENTION_PEERS,
         ),
         "fp8": (
-            Backend(
-                "gluon",
-                prepare_attention_fp8("gluon"),
-                ours=True,
-                devices=CUDA,
-                launcher=audit_attention_fp8("gluon"),
-                configs=attention_configs,
-            ),
-            Backend(
-                "triton",
-                prepare_attention_fp8("triton"),
-                ours=True,
-                devices=CUDA,
-                launcher=audit_attention_fp8("triton"),
-            ),
+            fp8_attention_backend("gluon", attention_configs),
+            fp8_attention_backend("triton"),
             Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
             *_ATTENTION_PEERS[:2],
         ),
@@ -244,14 +207,7 @@ VAE_ATTENTION = replace(
     backends={
         "fp32": SELF_ATTENTION.backends["fp32"],
         "bf16": (
-            Backend(
-                "triton",
-                prepare_attention("triton"),
-                ours=True,
-                devices=CUDA,
-                launcher=partial(launch_attention, "triton"),
-                configs=large_head_configs,
-            ),
+            kernel_backend("triton", partial(launch_attention, "triton"), large_head_configs),
             Backend("sdpa", no_setup(chunk_attention_sdpa), devices=CUDA),
         ),
     },

@@ -53,7 +53,7 @@ class Backend:
         needs: a module that must be importable, or else it is reported as not installed.
         launcher: of a Triton kernel, what the operation calls on CUDA tensors. The audit compiles what it launches.
         configs: the launch parameters worth trying at given dimensions, for the tuner. `prepare(*inputs, config=...)`
-            must accept each of them.
+            and `launcher(*inputs, config=...)` must accept each of them.
     """
 
     name: str
@@ -169,20 +169,27 @@ def compiled(function: Callable[..., Output]) -> Callable[..., Call]:
     return lambda *inputs: partial(torch.compile(function, dynamic=False), *inputs)
 
 
-def triton_backend(
-    dtype: str, launcher: Callable[..., Output], configs: Callable[[Dims], Iterable[dict[str, Any]]]
+def kernel_backend(
+    name: str,
+    launcher: Callable[..., Output],
+    configs: Callable[[Dims], Iterable[dict[str, Any]]] | None = None,
+    operands: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs,
+    empty_operands: Callable[..., tuple[Any, ...]] | None = None,
+    audited: bool = True,
 ) -> Backend:
-    """The back-end of a Triton kernel whose launcher takes the inputs and `config`.
+    """The back-end of a kernel of ours whose launcher takes operands and `config`.
 
-    Float32 is for tests, and no GPU runs it: it is not audited.
+    `operands` makes them of the case's inputs, before the timed call. `empty_operands` makes tensors like them where
+    `operands` reads values, which the audit's inputs lack.
     """
 
     def prepare(*inputs: Any, config: LaunchConfig | None = None) -> Call:
-        return partial(launcher, *inputs, config=config)
+        return partial(launcher, *operands(*inputs), config=config)
 
-    return Backend(
-        "triton", prepare, ours=True, devices=CUDA, launcher=launcher if dtype != "fp32" else None, configs=configs
-    )
+    def launch(*inputs: Any, config: LaunchConfig | None = None) -> Output:
+        return launcher(*(empty_operands or operands)(*inputs), config=config)
+
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if audited else None, configs=configs)
 
 
 def kernel_and_library(
@@ -196,11 +203,12 @@ def kernel_and_library(
     """The back-ends of an operation with one Triton kernel, in float32 and bfloat16.
 
     The operation itself on a CPU, its kernel on a GPU, and as peers `library`, called `name`, as it is and compiled.
+    Float32 is for tests, and no GPU runs it: it is not audited.
     """
     return {
         dtype: (
             Backend("eager", no_setup(public), ours=True, devices=("cpu",)),
-            triton_backend(dtype, launcher, configs),
+            kernel_backend("triton", launcher, configs, audited=dtype != "fp32"),
             Backend(name, no_setup(library)),
             Backend(f"{name}-compiled", compiled(library), devices=compiled_on),
         )

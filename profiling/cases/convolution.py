@@ -30,7 +30,7 @@ from kernels.resample_conv2d import (
 )
 from kernels.rms_norm_silu import fp8_out_scale
 from kernels.tuning import LaunchConfig, TunedConfig
-from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, no_setup
+from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, kernel_backend, no_setup
 from profiling.cases.elementwise import pixels, rms_norm_silu_library
 
 
@@ -64,22 +64,18 @@ def ours_conv(k: int, backend: str, fp8: bool = False) -> Backend:
     """One backend of `causal_conv3d`, as it is tuned; FP8 operands are rounded beforehand."""
 
     def run(
-        x: Tensor, w: Tensor, bias: Tensor, past: Tensor, scale: Tensor | None, config: LaunchConfig | None = None
+        x: Tensor, w: Tensor, past: Tensor, scale: Tensor | None, bias: Tensor, config: LaunchConfig | None = None
     ) -> Tensor:
         tuned = config_of("causal_conv3d", backend, x, w, config, ("kt", "k"))
         return dispatch(x, w, bias, past, None, scale, tuned)
 
-    def prepare(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Call:
-        x, w, past, scale = conv_operands(x, w, past, fp8)
-        return partial(run, x, w, bias, past, scale, config)
-
-    def launcher(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        x, w, past, scale = conv_shapes(x, w, past, fp8)
-        return run(x, w, bias, past, scale, config)
-
-    configs = partial(conv_configs, fp8, k) if backend == "gluon" else None
-    return Backend(
-        backend, prepare, ours=True, devices=CUDA, launcher=launcher if backend == "gluon" else None, configs=configs
+    return kernel_backend(
+        backend,
+        run,
+        configs=partial(conv_configs, fp8, k) if backend == "gluon" else None,
+        operands=lambda x, w, bias, past: (*conv_operands(x, w, past, fp8), bias),
+        empty_operands=lambda x, w, bias, past: (*conv_shapes(x, w, past, fp8), bias),
+        audited=backend == "gluon",
     )
 
 
@@ -234,24 +230,19 @@ def prepare_weight(operation: str, w: Tensor) -> Tensor:
 def ours_resampling(operation: str, backend: str) -> Backend:
     """One backend of `upsample_conv2d` or `downsample_conv2d`, as it is tuned; weights are prepared beforehand."""
     up = operation == "upsample_conv2d"
+    if backend == "library":
+        library = upsample_library if up else downsample_library
+        return Backend(backend, lambda x, w, bias: partial(library, x, prepare_weight(operation, w), bias), ours=True)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
         tuned = config_of(operation, backend, x, weight[0, 0] if up else weight, config)
         return (dispatch_upsample if up else dispatch_downsample)(x, weight, bias, tuned)
 
-    def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
-        return partial(run, x, prepare_weight(operation, w), bias, config)
-
-    def prepare_library(x: Tensor, w: Tensor, bias: Tensor) -> Call:
-        return partial(upsample_library if up else downsample_library, x, prepare_weight(operation, w), bias)
-
-    def launcher(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        return run(x, prepare_weight(operation, w), bias, config)
-
-    if backend == "library":
-        return Backend(backend, prepare_library, ours=True)
-    return Backend(
-        backend, prepare, ours=True, devices=CUDA, launcher=launcher, configs=partial(resampling_configs, operation)
+    return kernel_backend(
+        backend,
+        run,
+        configs=partial(resampling_configs, operation),
+        operands=lambda x, w, bias: (x, prepare_weight(operation, w), bias),
     )
 
 

@@ -48,8 +48,8 @@ from profiling.cases.case import (
     Output,
     compiled,
     kernel_and_library,
+    kernel_backend,
     no_setup,
-    triton_backend,
 )
 from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_library
 
@@ -69,7 +69,7 @@ QUANTIZE_ROWS = Operation(
     backends={
         "fp8": (
             Backend("ours", no_setup(quantize_rows), ours=True, devices=("cpu",)),
-            triton_backend("fp8", launch_quantize_rows, rows_configs),
+            kernel_backend("triton", launch_quantize_rows, rows_configs),
             Backend("torch", no_setup(quantize_library)),
             Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
         )
@@ -102,7 +102,7 @@ LAYER_NORM_MODULATE = Operation(
         **kernel_and_library(layer_norm_modulate, partial(launch_modulate, False), rows_configs, norm_modulate),
         "fp8": (
             Backend("ours", no_setup(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
-            triton_backend("fp8", partial(launch_modulate, True), rows_configs),
+            kernel_backend("triton", partial(launch_modulate, True), rows_configs),
             Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
         ),
     },
@@ -331,11 +331,6 @@ def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig |
     return launch_lab_transfer(pixels, mean, std, 1.0, config)
 
 
-def prepare_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Call:
-    """A call of the launcher; nothing is prepared."""
-    return partial(launch_lab, pixels, mean, std, config)
-
-
 def lab_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: pixels per program, warps."""
     for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
@@ -354,7 +349,7 @@ LAB_TRANSFER = Operation(
     backends={
         "fp32": (
             Backend("eager", no_setup(lab_transfer), ours=True, devices=("cpu",)),
-            Backend("triton", prepare_lab, ours=True, devices=CUDA, launcher=launch_lab, configs=lab_configs),
+            kernel_backend("triton", launch_lab, lab_configs),
             Backend("torch", no_setup(partial(lab_transfer_reference, strength=1.0))),
             Backend("torch-compiled", compiled(partial(lab_transfer_reference, strength=1.0)), devices=ANYWHERE),
         )

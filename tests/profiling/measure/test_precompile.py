@@ -2,8 +2,10 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from triton.runtime.jit import JITFunction
 
 from kernels.tuning import GPU
 from model.errors import UserError
@@ -13,6 +15,12 @@ from profiling.measure.precompile import CompileJob, compile_job, compile_jobs
 
 H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
 NORM = "rms_norm_silu/14b-w1-level3/bf16"
+TUNED = {  # a job of each tuned kernel
+    (case.operation.name, case.dtype, job.backend): job
+    for case in registry().values()
+    for job in compile_jobs([case], whole_space=True)
+    if job.config
+}
 
 
 def test_jobs_are_what_is_launched_and_what_tuning_would_try() -> None:
@@ -21,6 +29,16 @@ def test_jobs_are_what_is_launched_and_what_tuning_would_try() -> None:
     whole_space = list(compile_jobs([case], whole_space=True))
     assert len(whole_space) == 9
     assert CompileJob(NORM, "triton", (("PIXELS", 32), ("num_warps", 8))) in whole_space
+
+
+@pytest.mark.parametrize("job", TUNED.values(), ids=map("/".join, TUNED))
+def test_launchers_take_what_tuning_would_try(job: CompileJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda _self, *_args, **kwargs: launched.append(kwargs))
+    assert compile_job(job, H100, None) == ""
+    of_the_scheduler = {"GROUP_N", "SPLIT_K"}  # the order and split of tiles: not every kernel gets them
+    config = {name: value for name, value in job.config if name not in of_the_scheduler}
+    assert any(config.items() <= kwargs.items() for kwargs in launched), launched
 
 
 def test_what_is_compiled_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
