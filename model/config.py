@@ -62,6 +62,8 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # [sic], as the official code spells it
+    patch: int = 1  # pixels of patch x patch squares become channels before the first level, as in Wan2.2
+    phases: bool = False  # whether the checkpoint holds the up-sampling's convolutions as phases, see `Upsample`
     latent_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -80,7 +82,7 @@ class VAEConfig:
     @property
     def spatial_stride(self) -> int:
         """Pixels per latent row and column."""
-        return 2 ** len(self.temperal_downsample)
+        return self.patch * 2 ** len(self.temperal_downsample)
 
     @property
     def temporal_stride(self) -> int:

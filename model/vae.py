@@ -10,13 +10,15 @@ used once, and is lost if the step fails: copy it to continue from it twice. A s
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
 the dtype of the parameters; norms and SiLU are computed in float32 or wider. In the shapes below, T is the number of
-frames that a layer gets in one step.
+frames that a layer gets in one step, H x W the size of its input or of a picture, and h x w that of a latent, which is
+H x W over `spatial_stride`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -174,24 +176,34 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles frames, if `temporal`, and then rows and columns (nearest); halves the channels.
+    """Doubles frames, if `temporal`, and then rows and columns; halves the channels.
 
     In time, the first frame of a clip passes unchanged and does not enter the cache. Each later frame becomes two, by a
     causal convolution with 2 C output channels, whose first C are the earlier frame. The second frame of a clip sees
     zeros as the frames before it.
+
+    In space, the official form is a nearest doubling and a 3 x 3 convolution, which `fold_upsampling` turns into four
+    2 x 2 convolutions, one for each phase (parity of the output's row and column). With `phases` those four are the
+    parameters, [2, 2, C / 2, C, 2, 2]. They can express more, such as giving each phase channels of its own.
     """
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, channels: int, temporal: bool, phases: bool = False) -> None:
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
-        )
         self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1) if temporal else None
-        self.register_buffer("phase_weights", None, persistent=False)  # `fold_upsampling` of the 2-D convolution
+        if phases:
+            bound = (4 * channels) ** -0.5
+            weight = torch.empty(2, 2, channels // 2, channels, 2, 2).uniform_(-bound, bound)
+            self.phase_weights = nn.Parameter(weight)
+            self.phase_bias = nn.Parameter(torch.zeros(channels // 2))
+        else:
+            convolution = nn.Conv2d(channels, channels // 2, 3, padding=1)
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), convolution)
+            self.register_buffer("phase_weights", None, persistent=False)
 
     def prepare_weights(self) -> None:
         """Folds the doubling of rows and columns into the convolution after it."""
-        self.phase_weights = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
+        if self.phase_weights is None:
+            self.phase_weights = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T or, after the first step, 2 T, C / 2, 2 H, 2 W], next state."""
@@ -207,7 +219,8 @@ class Upsample(nn.Module):
         """Doubles rows and columns: x [T, C, H, W] -> y [T, C / 2, 2 H, 2 W]."""
         if self.phase_weights is None:
             return self.resample(x).contiguous(memory_format=torch.channels_last)  # it is not where H = W = 1
-        return upsample_conv2d(x, self.phase_weights, cast(Tensor, self.resample[1].bias))
+        bias = self.phase_bias if isinstance(self.phase_weights, nn.Parameter) else self.resample[1].bias
+        return upsample_conv2d(x, self.phase_weights, cast(Tensor, bias))
 
 
 class DecodeStep(NamedTuple):
@@ -243,7 +256,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.dim * mult for mult in (1, *config.dim_mult)]
-        self.conv1 = CausalConv3d(3, widths[0], 3, 3)
+        self.patch = config.patch
+        self.conv1 = CausalConv3d(3 * config.patch**2, widths[0], 3, 3)
         self.downsamples = nn.ModuleList()
         for level, width in enumerate(widths[1:]):
             for block in range(config.num_res_blocks):
@@ -254,7 +268,9 @@ class Encoder(nn.Module):
         self.head = Head(widths[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Pixels [1 or 4, 3, H, W] -> [1, 2 z, H / 8, W / 8], next state."""
+        """Pixels [1 or stride, 3, H, W] -> [1, 2 z, h, w], next state."""
+        if self.patch > 1:
+            x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
         return _run_layers((self.conv1, *self.downsamples, *self.middle, self.head), x, state)
 
 
@@ -272,9 +288,10 @@ class Decoder(nn.Module):
             for block in range(config.num_res_blocks + 1):
                 self.upsamples.append(ResidualBlock(width if block else inputs, width))
             if temporal is not None:
-                self.upsamples.append(Upsample(width, temporal))
+                self.upsamples.append(Upsample(width, temporal, config.phases))
             inputs = width // 2
-        self.head = Head(widths[-1], 3)
+        self.head = Head(widths[-1], 3 * config.patch**2)
+        self.patch = config.patch
         self.stride = config.temporal_stride
         doubling = (i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample) and layer.time_conv)
         self.num_batched = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
@@ -282,7 +299,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, state: State | None, emit: bool = True) -> tuple[Tensor, State]:
         """Latents [n, z, h, w] -> frames, and the next state.
 
-        Frames are [1, 3, 8 h, 8 w] at the start of a clip, then [4 n, 3, 8 h, 8 w]; [0, 3, 8 h, 8 w] without `emit`.
+        Frames are [1, 3, H, W] at the start of a clip, then [temporal_stride n, 3, H, W]; [0, 3, H, W] without `emit`.
         The first `num_batched` layers process all latents at once, the others the frames of one latent after another,
         because frames are large there.
         """
@@ -294,7 +311,8 @@ class Decoder(nn.Module):
             y, large_states = _run_layers(layers[self.num_batched :], part, large_states)
             y, cache = self.head(y, cache, emit)
             frames.append(y)
-        return frames[0] if len(frames) == 1 else torch.cat(frames), (*batched_states, *large_states, cache)
+        x = frames[0] if len(frames) == 1 else torch.cat(frames)
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x, (*batched_states, *large_states, cache)
 
 
 class VAE(nn.Module):
@@ -341,7 +359,7 @@ class VAE(nn.Module):
             state: None at the start of a clip, or what the step before returned. It is overwritten.
 
         Returns:
-            The latent frame [1, z, H / 8, W / 8], which is the normalised mean, and the next state.
+            The latent frame [1, z, h, w], which is the normalised mean, and the next state.
 
         Raises:
             ValueError: an argument has another shape or dtype.
@@ -369,8 +387,8 @@ class VAE(nn.Module):
             emit: whether the frames are needed. Without them the last convolution is skipped.
 
         Returns:
-            RGB frames clamped to [-1, 1], and the next state. Frames are [1, 3, 8 h, 8 w] at the start of a clip,
-            [n temporal_stride, 3, 8 h, 8 w] after it, and [0, 3, 8 h, 8 w] without `emit`.
+            RGB frames clamped to [-1, 1], and the next state. Frames are [1, 3, H, W] at the start of a clip,
+            [n temporal_stride, 3, H, W] after it, and [0, 3, H, W] without `emit`.
 
         Raises:
             ValueError: an argument has another shape or dtype.
@@ -387,7 +405,7 @@ class VAE(nn.Module):
     def encode(self, frames: Tensor) -> Iterator[Tensor]:
         """Encodes a whole clip of RGB frames in [-1, 1], [1 + temporal_stride * k, 3, H, W].
 
-        Yields each normalised latent frame [1, z, H / 8, W / 8]. Raises ValueError for another shape or dtype.
+        Yields each normalised latent frame [1, z, h, w]. Raises ValueError for another shape or dtype.
         """
         stride = self.config.temporal_stride
         if len(frames) % stride != 1 % stride:
@@ -400,7 +418,7 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Decodes a whole clip of normalised latent frames [F, z, h, w], one by one.
 
-        Yields the RGB frames of each, clamped to [-1, 1]: first [1, 3, 8 h, 8 w], then [temporal_stride, 3, 8 h, 8 w].
+        Yields the RGB frames of each, clamped to [-1, 1]: first [1, 3, H, W], then [temporal_stride, 3, H, W].
         Raises ValueError for another shape or dtype.
         """
         state = None

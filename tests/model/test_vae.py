@@ -1,6 +1,7 @@
 """The streaming VAE: official keys and numbers, and step by step equal to whole-clip formulas that know no steps."""
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -83,9 +85,22 @@ def upsample(p: Parameters, key: str, x: Tensor) -> Tensor:
         for pair in conv(p, f"{key}.time_conv", x[:, 1:]).unbind(1) if x.shape[1] > 1 else ():
             frames += [pair[: len(x)], pair[len(x) :]]
         x = torch.stack(frames, 1)
+    if f"{key}.phase_weights" in p:
+        return double_by_phases(p, key, x)
     x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     w, b = p[f"{key}.resample.1.weight"], p[f"{key}.resample.1.bias"]
     return F.conv2d(x.transpose(0, 1), w, b, padding=1).transpose(0, 1)
+
+
+def double_by_phases(p: Parameters, key: str, x: Tensor) -> Tensor:
+    """Each output pixel (2 h + i, 2 w + j) from the four input pixels around it, one at a time."""
+    weights, bias = p[f"{key}.phase_weights"], p[f"{key}.phase_bias"]
+    channels, frames, rows, columns = x.shape
+    padded, y = F.pad(x, (1, 1, 1, 1)), x.new_zeros(len(bias), frames, 2 * rows, 2 * columns)
+    for i, j, h, w in itertools.product(range(2), range(2), range(rows), range(columns)):
+        around = padded[:, :, h + i : h + i + 2, w + j : w + j + 2]
+        y[:, :, 2 * h + i, 2 * w + j] = torch.einsum("ocab,ctab->ot", weights[i, j], around) + bias[:, None]
+    return y
 
 
 def layers(p: Parameters, key: str, x: Tensor) -> Tensor:
@@ -103,7 +118,8 @@ def statistics(config: VAEConfig) -> tuple[Tensor, Tensor]:
 
 
 def encode_whole(p: Parameters, config: VAEConfig, frames: Tensor) -> Tensor:
-    x = layers(p, "encoder.downsamples", conv(p, "encoder.conv1", frames.transpose(0, 1)))
+    pixels = rearrange(frames, "t c (h i) (w j) -> (c i j) t h w", i=config.patch, j=config.patch)
+    x = layers(p, "encoder.downsamples", conv(p, "encoder.conv1", pixels))
     x = conv(p, "conv1", head(p, "encoder.head", middle(p, "encoder.middle", x)))
     mean, std = statistics(config)
     return ((x[: config.z_dim] - mean) / std).transpose(0, 1)
@@ -113,7 +129,7 @@ def decode_whole(p: Parameters, config: VAEConfig, latents: Tensor) -> Tensor:
     mean, std = statistics(config)
     x = conv(p, "decoder.conv1", conv(p, "conv2", latents.transpose(0, 1) * std + mean))
     x = head(p, "decoder.head", layers(p, "decoder.upsamples", middle(p, "decoder.middle", x)))
-    return x.clamp(-1, 1).transpose(0, 1)
+    return rearrange(x, "(c i j) t h w -> t c (h i) (w j)", i=config.patch, j=config.patch).clamp(-1, 1)
 
 
 def random_vae(seed: int, z_dim: int = 4, **values: Any) -> VAE:
@@ -132,6 +148,8 @@ CONFIGS = st.fixed_dictionaries(
         "dim": st.sampled_from([4, 6]),
         "z_dim": st.integers(2, 4),
         "num_res_blocks": st.integers(1, 2),
+        "patch": st.integers(1, 2),
+        "phases": st.booleans(),
     }
 ).flatmap(
     lambda sizes: st.sampled_from(
