@@ -119,20 +119,30 @@ def official_name(key: str) -> str | None:
 
 
 class SpeechEncoder(nn.Module):
-    """wav2vec 2.0 with its transformer at the video's frame rate; returns the hidden states after each layer."""
+    """wav2vec 2.0 with its transformer at the video's frame rate; returns the hidden states after each layer.
+
+    With `mouth_outputs` it returns instead what a linear layer makes of the last state: numbers of the mouth, each with
+    zero mean and unit variance over the speech that it was trained on. Official checkpoints have no such layer.
+    """
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         if config.do_stable_layer_norm:
             raise UserError("do_stable_layer_norm = True is not supported: use a speech encoder such as wav2vec2-base")
         self.config = config
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "do_normalize"}
+        ours = ("do_normalize", "mouth_outputs")
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
         self.model = Wav2Vec2Model(Wav2Vec2Config(**settings))
+        self.head = nn.Linear(config.hidden_size, config.mouth_outputs) if config.mouth_outputs else None
         self.eval()
 
     def param_map(self) -> dict[str, ParamMapping]:
-        """The map of the official speech checkpoint's tensors to the parameters of this module."""
-        return {name: ParamMapping(tuple(t.shape), (f"model.{name}",)) for name, t in self.model.state_dict().items()}
+        """The map of a speech checkpoint's tensors to the parameters of this module.
+
+        Names are the official ones; `head.weight` and `head.bias` are there only with `mouth_outputs`.
+        """
+        tensors = self.state_dict().items()
+        return {name.removeprefix("model."): ParamMapping(tuple(tensor.shape), (name,)) for name, tensor in tensors}
 
     def forward(self, wave: Tensor, sample_rate: int, fps: int) -> Tensor:
         """Speech features of each video frame: wave float32 [N] -> float32 [frames, layers, channels].
@@ -140,26 +150,32 @@ class SpeechEncoder(nn.Module):
         The number of frames is trunc(N / sample_rate * fps) in double precision, which rounding makes one too small for
         some N. The features of the convolutions are interpolated linearly to the frames, with the first and last ones
         aligned, before they enter the transformer. The normalisation, the group norm of the first convolution and the
-        attention span the whole wave. The state before the first layer is left out.
+        attention span the whole wave. The state before the first layer is left out. With `mouth_outputs`, the result is
+        [frames, 1, mouth_outputs].
         """
         if wave.ndim != 1 or wave.dtype != torch.float32:
             raise ValueError(f"wave: got {wave.dtype} {tuple(wave.shape)}, wanted float32 [N]")
         frames = math.trunc(len(wave) / sample_rate * fps)
         if frames < 1:
             raise ValueError(f"wave: got {len(wave)} samples, wanted enough for one frame at {fps} frames per second")
+        return self.encode(wave[None], frames)[0]
+
+    def encode(self, waves: Tensor, frames: int) -> Tensor:
+        """`forward` for several waves of one length: float32 [B, N] -> float32 [B, frames, layers, channels]."""
         if self.config.do_normalize:
-            wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + 1e-7)
-        features = self.model.feature_extractor(wave[None])  # [1, C, T]
+            variance, mean = torch.var_mean(waves, -1, correction=0, keepdim=True)
+            waves = (waves - mean) / torch.sqrt(variance + 1e-7)
+        features = self.model.feature_extractor(waves)  # [B, C, T]
         features = F.interpolate(features, size=frames, mode="linear", align_corners=True)
-        x, _ = self.model.feature_projection(features.transpose(1, 2))  # [1, frames, D]
+        x, _ = self.model.feature_projection(features.transpose(1, 2))  # [B, frames, D]
         encoder = self.model.encoder
         x = encoder.layer_norm(x + encoder.pos_conv_embed(x))
         states = []
         for layer in encoder.layers:
             x = layer(x)
             x = x[0] if isinstance(x, tuple) else x  # transformers before version 5 returns a tuple
-            states.append(x[0])
-        return torch.stack(states, dim=1)
+            states.append(x)
+        return self.head(x)[:, :, None] if self.head is not None else torch.stack(states, dim=2)
 
 
 def windows(embedding: Tensor, start: int, end: int, width: int = 5) -> Tensor:

@@ -139,6 +139,12 @@ class AudioConfig:
     num_conv_pos_embedding_groups: int = 16
     layer_norm_eps: float = 1e-5
     do_normalize: bool = True  # normalise the whole input to zero mean and unit variance
+    mouth_outputs: int = 0  # not official: numbers of the mouth that a trained head gives in place of hidden states
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Layers and channels of the features of one frame."""
+        return (1, self.mouth_outputs) if self.mouth_outputs else (self.num_hidden_layers, self.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from model.vae import VAE, AttentionBlock, CausalConv3d, Downsample, Head, Resid
 def encode_clips(vae: VAE, frames: Tensor) -> Tensor:
     """RGB frames in [-1, 1], [B, 3, 1 + k stride, H, W] -> normalised latents [B, z, 1 + k, h, w], with gradients."""
     encoder, z = vae.encoder, vae.config.z_dim
-    x = _causal(encoder.conv1, unshuffle(frames, vae.config.patch))
+    x = causal(encoder.conv1, unshuffle(frames, vae.config.patch))
     x = _head(encoder.head, run_layers((*encoder.downsamples, *encoder.middle), x))
     mean = F.conv3d(x, vae.conv1.weight[:z], vae.conv1.bias[:z])
     shift, deviation = latent_statistics(vae, mean)
@@ -28,7 +28,7 @@ def decode_clips(vae: VAE, latents: Tensor) -> Tensor:
     """Normalised latents [B, z, F, h, w] -> RGB frames, not clamped, [B, 3, 1 + (F - 1) stride, H, W]."""
     decoder = vae.decoder
     shift, deviation = latent_statistics(vae, latents)
-    x = _causal(decoder.conv1, _causal(vae.conv2, latents * deviation + shift))
+    x = causal(decoder.conv1, causal(vae.conv2, latents * deviation + shift))
     x = _head(decoder.head, run_layers((*decoder.middle, *decoder.upsamples), x))
     return shuffle(x, vae.config.patch)
 
@@ -56,7 +56,8 @@ def run_layers(layers: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     return x
 
 
-def _causal(conv: CausalConv3d, x: Tensor) -> Tensor:
+def causal(conv: CausalConv3d, x: Tensor) -> Tensor:
+    """A causal convolution, for clips [B, C, T, H, W]."""
     kt, k = conv.weight.shape[2:4]
     return F.conv3d(F.pad(x, (k // 2, k // 2, k // 2, k // 2, kt - 1, 0)), conv.weight, conv.bias)
 
@@ -69,14 +70,14 @@ def norm_silu(norm: RMSNorm, x: Tensor, silu: bool = True) -> Tensor:
 
 
 def _head(head: Head, x: Tensor) -> Tensor:
-    return _causal(cast(CausalConv3d, head["2"]), norm_silu(cast(RMSNorm, head["0"]), x))
+    return causal(cast(CausalConv3d, head["2"]), norm_silu(cast(RMSNorm, head["0"]), x))
 
 
 def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
     (norm1, norm2), (conv1, conv2) = block._layers()
-    y = _causal(conv1, norm_silu(norm1, x))
-    y = _causal(conv2, norm_silu(norm2, y))
-    return y + (x if block.shortcut is None else _causal(block.shortcut, x))
+    y = causal(conv1, norm_silu(norm1, x))
+    y = causal(conv2, norm_silu(norm2, y))
+    return y + (x if block.shortcut is None else causal(block.shortcut, x))
 
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def double_in_time(layer: Upsample, x: Tensor) -> Tensor:
     """The first half of an up-sampling layer: [B, C, T, H, W] -> [B, C, 2 T - 1, H, W]. The first frame stays one."""
     if layer.time_conv is None or x.shape[2] == 1:
         return x
-    later = rearrange(_causal(layer.time_conv, x[:, :, 1:]), "b (two c) t h w -> b c (t two) h w", two=2)
+    later = rearrange(causal(layer.time_conv, x[:, :, 1:]), "b (two c) t h w -> b c (t two) h w", two=2)
     return torch.cat([x[:, :, :1], later], 2)
 
 

@@ -4,17 +4,16 @@ A random VAE needs hours to reach what a principal component analysis (PCA) reac
 a photograph as well as a drawing. The VAE can hold such a map almost exactly:
 
 residual branches   end in a convolution of zeros, so a block passes on its input, or its shortcut's linear map of it.
+                    Before it, each channel has zero mean and unit variance, so that the branch learns at once.
 down-sampling       A 3 x 3 convolution of stride 2 turns 2 x 2 positions into their principal components. Then two
                     frames become their mean, and the weakest means give way to the strongest half differences. The
                     first frame of a clip has no partner: it keeps its components.
 up-sampling         Phases (`VAEConfig.phases`) give each of the 2 x 2 positions channels of its own.
 RMS norm and SiLU   stand in the last layer of the encoder and of the decoder. One channel, the *anchor*, is so large
-                    that it alone determines the norm, and the other channels lie around the point where SiLU is
-                    straightest.
+                    that it alone determines the norm. The others come in pairs, u and -u: SiLU(u) - SiLU(-u) = u.
 
-The encoder is fitted from the pixels upwards. The decoder is fitted from the latents downwards: each convolution is the
-ridge regression of what the encoder had at this place on what the decoder has there. Its taps see neighbours in space
-and time, which makes it better than the transpose of the encoder.
+The decoder is the transpose of the encoder. So together they project a clip on what the latents can express, and a clip
+that was decoded survives any number of further round trips.
 """
 
 from collections.abc import Sequence
@@ -26,14 +25,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.distill.codec_network import double_in_space, double_in_time, encode_clips, norm_silu, run_layers, unshuffle
-from model.vae import VAE, AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from model.distill.codec_network import causal, encode_clips, norm_silu, run_layers, unshuffle
+from model.vae import VAE, AttentionBlock, CausalConv3d, Downsample, Head, ResidualBlock, RMSNorm, Upsample
 
-ANCHOR = 300.0  # a constant channel so large that the norm of a pixel's channels varies by 0.1 % only
-BEND = 2.3994  # the zero of SiLU's second derivative
-PIXEL_GAIN = 0.5  # of pixels in [-1, 1] around BEND, before the decoder's last layer
-LATENT_GAIN = 0.15  # of latents with unit variance around BEND, before the encoder's last layer
-POSITIONS = 20_000  # of a clip, at most, that enter a regression
+ANCHOR = 3000.0  # a constant channel so large that the norm of a pixel's channels varies by less than 1e-5
+PIXEL_GAIN = 2.0  # of pixels in [-1, 1] in the decoder's last level, where small changes should be small in the picture
 
 
 @dataclass(frozen=True)
@@ -53,34 +49,46 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Level:
-    """What a clip is at one level of the encoder: after down-sampling in space, and then in time."""
+class Stage:
+    """How a down-sampling layer sees 2 x 2 positions: their mean [C, 2, 2], orthonormal components [S, C, 2, 2]."""
 
-    space: Features
-    time: Features
+    mean: Tensor
+    components: Tensor
 
 
 @torch.no_grad()
-def start_at_linear_codec(vae: VAE, samples: Sequence[Sample], ridge: float = 1e-5) -> Tensor:
+def start_at_linear_codec(vae: VAE, samples: Sequence[Sample]) -> Tensor:
     """Sets all weights of `vae` to the linear codec that is fitted to `samples`. Returns its latents' deviation [z].
 
     Every level of the VAE must halve frames, rows and columns, with `phases` and one residual block a level. The
     configuration's latent_mean and latent_std must be 0 and 1. The latents of the samples get zero mean, and keep the
-    scale of the principal components, which is the scale of pixels. `ridge` is relative to the mean square of a
-    feature.
+    scale of the principal components, which is the scale of pixels.
     """
     _silence_branches(vae)
-    pixels = [_patched(sample, vae.config.patch) for sample in samples]
-    _set_matrix(vae.encoder.conv1, torch.eye(pixels[0].values.shape[1]))
+    clips, stages = [_patched(sample, vae.config.patch) for sample in samples], []
+    room = (vae.config.dim * vae.config.dim_mult[0] - 2) // 2  # pairs beside the anchor and the one
+    pixels = _principal(*_rows(clips), min(room, clips[0].values.shape[1]))
+    _set_matrix(vae.encoder.conv1, torch.eye(clips[0].values.shape[1]))
     vae.encoder.conv1.bias[-1] = 1.0  # a constant channel keeps the norm of grey pixels away from zero
-    levels = _fit_encoder(vae, pixels)
-    deviation = _fit_latents(vae, [level.time for level in levels[-1]])
-    _fit_decoder(vae, samples, [pixels, *[[level.time for level in one] for one in levels]], levels, ridge)
+    for layer in vae.encoder.downsamples:
+        if isinstance(layer, Downsample):
+            space, stage = _fit_space(layer, clips)
+            clips = _fit_time(layer, space)
+            stages.append(stage)
+    mean, basis, deviation = _fit_latents(vae, clips)
+    _transpose_encoder(vae, stages, (mean, basis), pixels)
+    _standardize_branches(vae, samples[:8])
     return deviation
 
 
 def _patched(sample: Sample, patch: int) -> Features:
     return Features(unshuffle(sample.frames, patch), _pool(sample.weight, patch))
+
+
+def _rows(clips: Sequence[Features]) -> tuple[list[Tensor], list[Tensor]]:
+    """Features of each position, [N, C], and their weights, [N], for each clip."""
+    values = [rearrange(clip.values, "1 c t h w -> (t h w) c") for clip in clips]
+    return values, [clip.weight.flatten() for clip in clips]
 
 
 def _pool(weight: Tensor, factor: int) -> Tensor:
@@ -121,17 +129,6 @@ def _set_matrix(conv: CausalConv3d, matrix: Tensor, bias: Tensor | None = None) 
 # --- Encoder --------------------------------------------------------------------------------------------------------
 
 
-def _fit_encoder(vae: VAE, pixels: list[Features]) -> list[list[Level]]:
-    """Fits all down-sampling layers. Returns the features of every clip at every level."""
-    clips, levels = pixels, []
-    for layer in vae.encoder.downsamples:
-        if isinstance(layer, Downsample):
-            space = _fit_space(layer, clips)
-            clips = _fit_time(layer, space)
-            levels.append([Level(s, t) for s, t in zip(space, clips, strict=True)])
-    return levels
-
-
 def _principal(rows: Sequence[Tensor], weights: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Weighted mean [C] of all rows [N, C], and their first `count` principal components [C, count], orthonormal."""
     total = sum(float(w.sum()) for w in weights)
@@ -143,7 +140,7 @@ def _principal(rows: Sequence[Tensor], weights: Sequence[Tensor], count: int) ->
     return mean, basis * basis.sum(0).sign()  # of the two signs, the one with more positive numbers
 
 
-def _fit_space(layer: Downsample, clips: list[Features]) -> list[Features]:
+def _fit_space(layer: Downsample, clips: list[Features]) -> tuple[list[Features], Stage]:
     """2 x 2 positions [1, C, T, 2 h, 2 w] become their principal components [1, channels, T, h, w]."""
     convolution = cast(nn.Conv2d, layer.resample[1])
     blocks = [rearrange(clip.values, "1 c t (h i) (w j) -> t h w (c i j)", i=2, j=2) for clip in clips]
@@ -151,10 +148,12 @@ def _fit_space(layer: Downsample, clips: list[Features]) -> list[Features]:
     count = min(len(convolution.weight), blocks[0].shape[-1])
     mean, basis = _principal([x.flatten(0, 2) for x in blocks], [w.flatten() for w in weights], count)
     _zero(convolution)
-    convolution.weight[:count, : clips[0].values.shape[1], :2, :2] = rearrange(basis, "(c i j) o -> o c i j", i=2, j=2)
+    components = rearrange(basis, "(c i j) o -> o c i j", i=2, j=2)
+    convolution.weight[:count, : components.shape[1], :2, :2] = components
     cast(Tensor, convolution.bias)[:count] = -(mean @ basis)
     reduced = [rearrange((x - mean) @ basis, "t h w c -> 1 c t h w") for x in blocks]
-    return [Features(x, w) for x, w in zip(reduced, weights, strict=True)]
+    stage = Stage(rearrange(mean, "(c i j) -> c i j", i=2, j=2), components)
+    return [Features(x, w) for x, w in zip(reduced, weights, strict=True)], stage
 
 
 def _fit_time(layer: Downsample, clips: list[Features]) -> list[Features]:
@@ -185,154 +184,118 @@ def _fit_time(layer: Downsample, clips: list[Features]) -> list[Features]:
     return reduced
 
 
-def _fit_latents(vae: VAE, clips: list[Features]) -> Tensor:
-    """The last shortcut makes the principal components, and the head passes them. Returns their deviation [z]."""
+def _fit_latents(vae: VAE, clips: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
+    """The last shortcut makes the principal components, and the head passes them.
+
+    Returns the mean [C] of the clips' features, the components [C, z], and the deviation of each [z].
+    """
     z = vae.config.z_dim
-    rows = [rearrange(clip.values, "1 c t h w -> (t h w) c") for clip in clips]
-    mean, basis = _principal(rows, [clip.weight.flatten() for clip in clips], z)
-    deviation = torch.cat([(x - mean) @ basis for x in rows]).std(0)
+    rows, weights = _rows(clips)
+    mean, basis = _principal(rows, weights, z)
     shortcut = next(block.shortcut for block in reversed(vae.encoder.downsamples) if isinstance(block, ResidualBlock))
-    matrix = (basis * (LATENT_GAIN / deviation)).T
-    _set_matrix(cast(CausalConv3d, shortcut), matrix, BEND - matrix @ mean)
-    cast(CausalConv3d, shortcut).bias[z] = ANCHOR
+    pairs = torch.cat([basis.T, -basis.T])
+    _set_matrix(cast(CausalConv3d, shortcut), pairs, -(pairs @ mean))
+    cast(CausalConv3d, shortcut).bias[2 * z] = ANCHOR
     for module in (*vae.encoder.middle, vae.encoder.head):
-        _undo_norms(module, z)
-    value, slope = _silu_at_bend()
-    gain = deviation / (LATENT_GAIN * slope)
-    _set_matrix(cast(CausalConv3d, vae.encoder.head["2"]), torch.diag(gain), -gain * value)
+        _undo_norm(module, 2 * z)
+    _set_matrix(cast(CausalConv3d, vae.encoder.head["2"]), torch.cat([torch.eye(z), -torch.eye(z)], 1))
     _set_matrix(vae.conv1, torch.eye(2 * z))
     _set_matrix(vae.conv2, torch.eye(z))
-    return deviation
+    return mean, basis, torch.cat([(x - mean) @ basis for x in rows]).std(0)
 
 
-def _silu_at_bend() -> tuple[float, float]:
-    """Value and slope of SiLU(x) = x s(x) at BEND: the slope is s + x s (1 - s)."""
-    s = torch.sigmoid(torch.tensor(BEND, dtype=torch.float64)).item()
-    return BEND * s, s + BEND * s * (1 - s)
-
-
-def _undo_norms(module: nn.Module, anchor: int) -> None:
-    """Gives all norms in `module` gains that undo the division by the norm, which is that of channel `anchor`."""
-    for norm in module.modules():
-        if isinstance(norm, RMSNorm):
-            root = norm.gamma.numel() ** 0.5
-            nn.init.constant_(norm.gamma, ANCHOR / root)
-            norm.gamma.view(-1)[anchor] = 1 / root  # the anchor itself becomes 1
+def _undo_norm(layer: nn.Module, anchor: int) -> None:
+    """Gives the norm at the layer's input gains that undo its division, which is by the size of channel `anchor`."""
+    if isinstance(layer, AttentionBlock):
+        norm = layer.norm
+    else:
+        norm = cast(RMSNorm, (layer.residual if isinstance(layer, ResidualBlock) else cast(Head, layer))["0"])
+    root = norm.gamma.numel() ** 0.5
+    nn.init.constant_(norm.gamma, ANCHOR / root)
+    norm.gamma.view(-1)[anchor] = 1 / root  # the anchor itself becomes 1
 
 
 # --- Decoder --------------------------------------------------------------------------------------------------------
 
 
-class _Regression:
-    """Weighted ridge regression of targets on the neighbourhood of each position of feature maps."""
-
-    def __init__(self, ridge: float) -> None:
-        self.ridge = ridge
-        self.generator = torch.Generator().manual_seed(0)
-        self.gram, self.moments = torch.zeros(0), torch.zeros(0)
-
-    def add(self, windows: Tensor, targets: Tensor, weight: Tensor) -> None:
-        """windows [T, H, W, K] of inputs, targets [1, O, T, H, W], weight [T, H, W]."""
-        flat = weight.flatten()
-        chosen = torch.randperm(len(flat), generator=self.generator)[:POSITIONS]
-        places = torch.unravel_index(chosen, weight.shape)
-        x = F.pad(windows[places].double(), (0, 1), value=1.0)
-        y = targets[0].permute(1, 2, 3, 0)[places].double()
-        weighted = x.T * flat[chosen].double()
-        self.gram = weighted @ x + (self.gram if self.gram.numel() else 0)
-        self.moments = weighted @ y + (self.moments if self.moments.numel() else 0)
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Weights [O, K] and bias [O]."""
-        penalty = self.gram.diagonal()[:-1].mean() * self.ridge
-        diagonal = torch.full_like(self.gram.diagonal(), float(penalty))
-        diagonal[-1] = 0
-        solution = torch.linalg.solve(self.gram + torch.diag(diagonal), self.moments).float()
-        return solution[:-1].T, solution[-1]
-
-
-def _windows(x: Tensor, kt: int, k: int) -> Tensor:
-    """The inputs of a causal kt x k x k convolution at each position: [1, C, T, H, W] -> [T, H, W, C kt k k]."""
-    padded = F.pad(x, (k // 2, k // 2, k // 2, k // 2, kt - 1, 0))
-    view = padded.unfold(2, kt, 1).unfold(3, k, 1).unfold(4, k, 1)  # [1, C, T, H, W, kt, k, k]
-    return rearrange(view, "1 c t h w a i j -> t h w (c a i j)")
-
-
-def _fit_decoder(
-    vae: VAE, samples: Sequence[Sample], channels: list[list[Features]], levels: list[list[Level]], ridge: float
+def _transpose_encoder(
+    vae: VAE, stages: Sequence[Stage], latents: tuple[Tensor, Tensor], pixels: tuple[Tensor, Tensor]
 ) -> None:
-    """Fits all convolutions of the decoder. `channels[l]` are the clips' features at level l, pixels first."""
+    """Sets the decoder to the transpose of the encoder, which was fitted. The last channel of every level is 1.
+
+    `latents` and `pixels` are the mean and the components of what latents are made of, and of the pixels of a patch.
+    The last level holds the components of patches and their negatives, all but the weakest component, for which there
+    is no room.
+    """
     decoder = vae.decoder
-    clips = [encode_clips(vae, sample.frames) for sample in samples]
-    _fit_causal(decoder.conv1, clips, channels[-1], ridge)
+    _set_matrix(decoder.conv1, latents[1], latents[0])
     decoder.conv1.bias[-1] = 1.0
-    clips = [F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), decoder.conv1.weight, decoder.conv1.bias) for x in clips]
-    anchor, level = channels[0][0].values.shape[1], len(levels)
-    centred = [Features(clip.values * PIXEL_GAIN + BEND, clip.weight) for clip in channels[0]]
-    for layer in (*decoder.middle, *decoder.upsamples):
+    mean, basis = pixels
+    count, level = basis.shape[1], len(stages)
+    pairs = PIXEL_GAIN * torch.cat([basis.T, -basis.T])
+    downs = [layer for layer in vae.encoder.downsamples if isinstance(layer, Downsample)]
+    for layer in decoder.upsamples:
         if isinstance(layer, Upsample):
             level -= 1
-            _fit_doubling_in_time(layer, clips, [one.space for one in levels[level]], ridge)
-            clips = [double_in_time(layer, x) for x in clips]
-            used = levels[level][0].space.values.shape[1]
-            _fit_doubling_in_space(layer, clips, used, channels[level] if level else centred, ridge)
+            _set_doubling_in_time(layer, downs[level], len(stages[level].components))
+            inputs = stages[level].components.shape[1]
+            matrix, shift = (torch.eye(inputs), torch.zeros(inputs)) if level else (pairs, -(pairs @ mean))
+            _set_doubling_in_space(layer, stages[level], matrix, shift)
             if level == 0:
-                layer.phase_bias[anchor] = ANCHOR
-            clips = [double_in_space(layer, x) for x in clips]
-        else:
-            if level == 0:
-                _undo_norms(layer, anchor)
-            clips = [run_layers((layer,), x) for x in clips]
-    _undo_norms(decoder.head, anchor)
-    clips = [norm_silu(cast(RMSNorm, decoder.head["0"]), x) for x in clips]
-    _fit_causal(cast(CausalConv3d, decoder.head["2"]), [x[:, :anchor] for x in clips], channels[0], ridge)
+                layer.phase_bias[2 * count] = ANCHOR
+        elif level == 0:
+            _undo_norm(layer, 2 * count)
+    _undo_norm(decoder.head, 2 * count)
+    _set_matrix(cast(CausalConv3d, decoder.head["2"]), torch.cat([basis, -basis], 1) / PIXEL_GAIN, mean)
 
 
-def _fit_causal(conv: CausalConv3d, clips: list[Tensor], targets: list[Features], ridge: float) -> None:
-    """Fits a causal convolution from the clips' channels to the targets'. Its other channels become zero."""
-    kt, k = conv.weight.shape[2:4]
-    inputs, outputs = clips[0].shape[1], targets[0].values.shape[1]
-    regression = _Regression(ridge)
-    for x, target in zip(clips, targets, strict=True):
-        regression.add(_windows(x, kt, k), target.values, target.weight)
-    weight, bias = regression.solve()
-    _zero(conv)
-    conv.weight[:outputs, :inputs] = weight.view(outputs, inputs, kt, k, k)
-    conv.bias[:outputs] = bias
-
-
-def _fit_doubling_in_time(layer: Upsample, clips: list[Tensor], targets: list[Features], ridge: float) -> None:
-    """Fits the two frames that each frame after the first becomes. The last channel stays 1."""
+def _set_doubling_in_time(layer: Upsample, down: Downsample, used: int) -> None:
+    """Two frames from their means and half differences. The last channel stays 1."""
+    taps = cast(CausalConv3d, down.time_conv).weight[:, :used, 1:, 0, 0]  # [channels, components, earlier and later]
+    inverse = torch.linalg.pinv(rearrange(taps, "c s two -> c (two s)").double()).float()  # [2 components, channels]
     conv = cast(CausalConv3d, layer.time_conv)
-    inputs, used = conv.weight.shape[1], targets[0].values.shape[1]
+    inputs = conv.weight.shape[1]
     _zero(conv)
-    for half in range(2):
-        regression = _Regression(ridge)
-        for x, target in zip(clips, targets, strict=True):
-            y, weight = target.values[:, :, 1 + half :: 2], target.weight[1 + half :: 2]
-            regression.add(_windows(x[:, :used, 1:], 3, 1), y, weight)
-        weight, bias = regression.solve()
-        rows = slice(half * inputs, half * inputs + used)
-        conv.weight[rows, :used, :, 0, 0] = weight.view(used, used, 3)
-        conv.bias[rows] = bias
+    for half, rows in enumerate(inverse.chunk(2)):
+        conv.weight[half * inputs : half * inputs + used, : len(taps), 2, 0, 0] = rows
         conv.bias[(half + 1) * inputs - 1] = 1.0
 
 
-def _fit_doubling_in_space(
-    layer: Upsample, clips: list[Tensor], used: int, targets: list[Features], ridge: float
-) -> None:
-    """Fits the phases on the first `used` channels. All phases share a bias, so the last channel, 1, is theirs."""
-    phase_weights, outputs = cast(Tensor, layer.phase_weights), targets[0].values.shape[1]
+def _set_doubling_in_space(layer: Upsample, stage: Stage, matrix: Tensor, shift: Tensor) -> None:
+    """`matrix` [O, C] (mean + components) + `shift` [O] at each of the 2 x 2 positions.
+
+    All phases share a bias, so the constants come from the last channel, which is 1.
+    """
+    phase_weights = cast(Tensor, layer.phase_weights)
+    used, outputs = len(stage.components), len(matrix)
     nn.init.zeros_(phase_weights)
     nn.init.zeros_(layer.phase_bias)
     for i in range(2):
         for j in range(2):
-            regression = _Regression(ridge)
-            for x, target in zip(clips, targets, strict=True):
-                windows = _windows(x[:, :used], 1, 3).unflatten(3, (used, 3, 3))[..., i : i + 2, j : j + 2].flatten(3)
-                y = target.values[:, :, :, i::2, j::2]
-                regression.add(windows, y, target.weight[:, i::2, j::2])
-            weight, bias = regression.solve()
-            phase_weights[i, j, :outputs, :used] = weight.view(outputs, used, 2, 2)
-            phase_weights[i, j, :outputs, -1, 1 - i, 1 - j] = bias
+            here = phase_weights[i, j, :, :, 1 - i, 1 - j]  # the tap at the pixel itself
+            here[:outputs, :used] = matrix @ stage.components[:, :, i, j].T
+            here[:outputs, -1] = matrix @ stage.mean[:, i, j] + shift
     layer.phase_bias[-1] = 1.0
+
+
+def _standardize_branches(vae: VAE, samples: Sequence[Sample]) -> None:
+    """Scales and shifts what the first convolution of every residual branch gives to zero mean and unit variance.
+
+    The constant channels are common to all pixels. A branch that mostly sees them first learns to add constants, which
+    breaks the start.
+    """
+    pixels = [unshuffle(sample.frames, vae.config.patch) for sample in samples]
+    latents = [encode_clips(vae, sample.frames) for sample in samples]
+    for first, layers, clips in (
+        (vae.encoder.conv1, (*vae.encoder.downsamples, *vae.encoder.middle), pixels),
+        (vae.decoder.conv1, (*vae.decoder.middle, *vae.decoder.upsamples), latents),
+    ):
+        clips = [causal(first, x) for x in clips]
+        for layer in layers:
+            if isinstance(layer, ResidualBlock):
+                norm, conv = cast(RMSNorm, layer.residual["0"]), cast(CausalConv3d, layer.residual["2"])
+                rows = torch.cat([causal(conv, norm_silu(norm, x))[0].flatten(1) for x in clips], 1)
+                deviation = rows.std(1)
+                conv.bias.copy_((conv.bias - rows.mean(1)) / deviation)
+                conv.weight.div_(deviation.view(-1, 1, 1, 1, 1))
+            clips = [run_layers((layer,), x) for x in clips]

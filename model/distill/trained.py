@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from model.errors import UserError
@@ -20,7 +20,7 @@ def save_trained(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"settings": json.dumps(settings)})
+        temporary.write_bytes(save(contiguous, {"settings": json.dumps(settings)}))
 
 
 def load_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

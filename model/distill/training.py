@@ -70,7 +70,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None) or (self.steps or self.minutes or 0) <= 0:
-            raise UserError(f"budget: {self.steps} steps, {self.minutes} minutes; give one of the two, above zero")
+            raise UserError("give one of the two, --minutes or --steps, above zero")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the budget that is used, 0 to 1 and above."""

@@ -86,3 +86,23 @@ def test_more_channels_than_the_video_needs_are_filled_by_time(fitted):
     assert 0 < len(differences) < 48
     for channel in differences:
         assert sorted(taps[channel][taps[channel] != 0].tolist()) == [-0.5, 0.5]
+
+
+def test_branches_see_numbers_of_ordinary_size(fitted):
+    """Adam moves every weight alike, so that a branch with large inputs would break the start in a few steps."""
+    vae, _ = fitted
+    sizes = {}
+
+    def hook(name: str):
+        return lambda _, inputs: sizes.update({name: float(inputs[0].square().mean().sqrt())})
+
+    handles = []
+    for name, module in vae.named_modules():
+        if ".residual." in name and name.endswith((".2", ".6")):
+            handles.append(module.register_forward_pre_hook(hook(name)))
+    # The clips' form calls functions, not modules, so the product's steps show the inputs.
+    list(vae.decode(torch.cat(list(vae.encode(smooth_clip(3)[0].transpose(0, 1))))))
+    for handle in handles:
+        handle.remove()
+    assert len(sizes) == len(handles) // 2  # the first convolution of a block is called by another name
+    assert all(size < 4 for size in sizes.values()), sizes

@@ -1,0 +1,254 @@
+"""Trains the small video codec of the talking heads, and measures it.
+
+The codec is the product's video VAE with few channels. It starts at the linear codec (`codec_start`), so its picture is
+good from the first step, and training adds what a linear map cannot do: above all the fast movements of the mouth, of
+which four frames share one latent frame.
+
+Training sees windows of WINDOW x WINDOW pixels and FRAMES frames of fresh clips. The mouth counts MOUTH_WEIGHT times.
+The loss is a squared and an absolute difference to the true pixels. In a stream, motion frames are decoded, encoded and
+decoded again, chunk after chunk. So a third of the batches enter the codec decoded already, and it learns not to drift.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.config import VAEConfig, from_official
+from model.distill.clips import Clip, draw_clip
+from model.distill.codec_network import decode_clips, encode_clips
+from model.distill.codec_start import Sample, start_at_linear_codec
+from model.distill.face import mouth_centre, render
+from model.distill.trained import FOLDER, load_trained, save_trained
+from model.distill.training import CHECKPOINT, Budget, Counters, Task
+from model.distill.training import train as run_training
+from model.vae import VAE
+
+SIZE = 128  # pixels of a side of the picture
+WINDOW = 64  # pixels of a side of what training sees
+FRAMES = 9
+BATCH = 2
+MOUTH_WEIGHT = 5.0
+MOUTH_BOX = (20, 18)  # half width and height in pixels
+WEIGHTS = FOLDER / "codec.safetensors"
+
+CODEC = VAEConfig(
+    dim=24,
+    z_dim=32,
+    dim_mult=(1, 2, 3),
+    num_res_blocks=1,
+    temperal_downsample=(True, True),
+    patch=2,
+    phases=True,
+    latent_mean=(0.0,) * 32,
+    latent_std=(1.0,) * 32,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of clips: frames [B, 3, T, H, W] in [-1, 1], and the weight of each pixel's error."""
+
+    frames: Tensor
+    weight: Tensor  # [B, 1, T, H, W]
+    trips: int  # how often the frames went through the codec before
+
+
+def as_clip(frames: NDArray[np.uint8]) -> Tensor:
+    """RGB bytes [T, H, W, 3] -> [1, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def as_bytes(frames: Tensor) -> NDArray[np.uint8]:
+    """[1, 3, T, H, W] in [-1, 1] -> RGB bytes [T, H, W, 3], rounded."""
+    return (frames[0].clamp(-1, 1) * 127.5 + 128).byte().permute(1, 2, 3, 0).numpy()
+
+
+def mouth_mask(centres: NDArray[np.float32], corner: tuple[int, int], size: int) -> NDArray[np.bool_]:
+    """Which pixels [T, size, size] of the window at `corner` (column, row) are in the mouth box around each centre."""
+    column = np.arange(size)[None, None, :] + 0.5 + corner[0]
+    row = np.arange(size)[None, :, None] + 0.5 + corner[1]
+    x, y = centres[:, 0, None, None], centres[:, 1, None, None]
+    return (np.abs(column - x) < MOUTH_BOX[0]) & (np.abs(row - y) < MOUTH_BOX[1])
+
+
+def draw_window(rng: np.random.Generator, seed: int) -> tuple[Tensor, Tensor]:
+    """A random window of a fresh clip, [1, 3, T, H, W], and its weights [1, 1, T, H, W]. 60 % are around the mouth."""
+    clip = draw_clip(seed, int(rng.integers(2**31)))
+    start = int(rng.integers(len(clip.motion) - FRAMES + 1))
+    motion = clip.motion[start : start + FRAMES]
+    if rng.random() < 0.1:
+        motion = np.repeat(motion[:1], FRAMES, 0)  # a still: its latents must not move
+    centres = mouth_centre(clip.identity, motion, SIZE)
+    corner = rng.integers(0, SIZE - WINDOW + 1, 2)
+    if rng.random() < 0.6:
+        corner = centres[FRAMES // 2] - WINDOW / 2 + rng.uniform(-14, 14, 2)
+    x, y = (int(c) // CODEC.spatial_stride * CODEC.spatial_stride for c in np.clip(corner, 0, SIZE - WINDOW))
+    frames = render(clip.identity, motion, SIZE, window=(x, y, WINDOW))
+    weight = 1 + (MOUTH_WEIGHT - 1) * mouth_mask(centres, (x, y), WINDOW)
+    return as_clip(frames), torch.from_numpy(weight).float()[None, None]
+
+
+def draw_batch(rng: np.random.Generator, seed: int) -> Batch:
+    """The windows of a step, from new clips."""
+    windows = [draw_window(rng, seed) for _ in range(BATCH)]
+    frames, weights = (torch.cat(part) for part in zip(*windows, strict=True))
+    return Batch(frames, weights, int(rng.choice((0, 1, 2), p=(0.67, 0.22, 0.11))))
+
+
+def codec_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """(8 mean w d^2 + 0.2 mean w |d|) / mean w, with d = decoded - true."""
+    seen = batch.frames
+    with torch.no_grad():
+        for _ in range(batch.trips):
+            seen = decode_clips(vae, encode_clips(vae, seen)).clamp(-1, 1)
+    d, w = decode_clips(vae, encode_clips(vae, seen)) - batch.frames, batch.weight
+    loss = (8 * (w * d.square()).mean() + 0.2 * (w * d.abs()).mean()) / w.mean()
+    return loss, {f"psnr after {1 + batch.trips} trips": 10 * float(torch.log10(4 / d.detach().square().mean()))}
+
+
+def make_optimizer(vae: VAE) -> torch.optim.Optimizer:
+    """AdamW with a rate for each role of a parameter.
+
+    Adam moves every weight by about its rate. What a layer adds to the picture must move by much less than the error of
+    the picture, which is small from the start: so the linear path and the last convolutions of branches are slow.
+    """
+    linear, first, last = [], [], []
+    for name, parameter in vae.named_parameters():
+        if ".residual.6" in name or ".proj." in name:
+            last.append(parameter)
+        elif ".residual." in name or ".to_qkv." in name or name.endswith("norm.gamma"):
+            first.append(parameter)
+        else:
+            linear.append(parameter)
+    groups = [{"params": part, "lr": rate} for part, rate in ((linear, 4e-5), (first, 6e-4), (last, 6e-5))]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0)
+
+
+def start_samples(seed: int, count: int) -> list[Sample]:
+    """Clips that the linear codec is fitted to, with the mouth weighted fourfold."""
+    samples = []
+    for index in range(count):
+        clip = draw_clip(seed, index)
+        mask = mouth_mask(mouth_centre(clip.identity, clip.motion, SIZE), (0, 0), SIZE)
+        samples.append(Sample(as_clip(clip.frames(SIZE)), torch.from_numpy(1 + 3.0 * mask).float()))
+    return samples
+
+
+def held_out_clips(count: int, frames: int = 17) -> list[Clip]:
+    """Clips with identities and voices that no training draws."""
+    return [draw_clip(0, index, frames, held_out=True) for index in range(count)]
+
+
+def through_codec(vae: VAE, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames [T, H, W, 3] encoded and decoded by the product's steps."""
+    with torch.inference_mode():
+        latents = torch.cat(list(vae.encode(as_clip(frames)[0].transpose(0, 1))))
+        decoded = torch.cat(list(vae.decode(latents)))
+    return as_bytes(decoded.transpose(0, 1)[None])
+
+
+def _progress(vae: VAE, clips: Sequence[Clip], pictures: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
+    """PSNR of held-out pictures, whole and in the mouth box."""
+    whole, mouth = [], []
+    for clip, frames in zip(clips, pictures, strict=True):
+        truth = as_clip(frames)
+        error = (decode_clips(vae, encode_clips(vae, truth)).clamp(-1, 1) - truth).square()[0].mean(0)
+        mask = mouth_mask(mouth_centre(clip.identity, clip.motion, SIZE), (0, 0), SIZE)
+        whole.append(error.mean())
+        mouth.append(error[torch.from_numpy(mask)].mean())
+    decibel = {"held-out psnr": whole, "held-out mouth psnr": mouth}
+    return {name: 10 * float(torch.log10(4 / torch.stack(errors).mean())) for name, errors in decibel.items()}
+
+
+def train(
+    folder: Path,
+    budget: Budget,
+    seed: int = 0,
+    resume: bool = False,
+    start_clips: int = 60,
+    evaluation_clips: int = 6,
+    report: Callable[[str], None] = print,
+) -> Counters:
+    """Trains a codec in `folder`, and writes `codec.safetensors` there, which `load_codec` reads.
+
+    Args:
+        folder: For the checkpoint, curves and the result, see `model.distill.training.train`.
+        budget: How long, without the minutes that the linear codec takes at the start and the statistics at the end.
+        seed: Of people, voices, movement and windows.
+        resume: Continues the training in `folder`.
+        start_clips: How many clips the linear codec is fitted to, and the latent statistics measured on.
+        evaluation_clips: How many held-out clips are measured on the way.
+        report: Gets lines of progress.
+
+    Raises:
+        UserError: As for `model.distill.training.train`, and if no clips can be drawn.
+    """
+    torch.manual_seed(seed)
+    vae = VAE(CODEC)
+    if not (resume and (folder / CHECKPOINT).exists()):
+        report(f"codec: fits the linear codec to {start_clips} clips")
+        start_at_linear_codec(vae, start_samples(seed, start_clips))
+    vae.requires_grad_(True)
+    clips = held_out_clips(evaluation_clips)
+    pictures = [clip.frames(SIZE) for clip in clips]
+    task = Task(
+        name="codec",
+        network=vae,
+        optimizer=make_optimizer(vae),
+        batch=lambda rng: draw_batch(rng, seed),
+        loss=lambda batch: codec_loss(vae, batch),
+        evaluate=lambda _: _progress(vae, clips, pictures),
+    )
+    counters = run_training(task, folder, budget, seed, resume, report=report)
+    save_codec(with_statistics(vae.requires_grad_(False), seed, start_clips), folder / WEIGHTS.name)
+    return counters
+
+
+def with_statistics(vae: VAE, seed: int, count: int) -> VAE:
+    """The same codec with mean and deviation of its latents, over `count` training clips, in its configuration."""
+    with torch.no_grad():
+        rows = [encode_clips(vae, as_clip(draw_clip(seed, index).frames(SIZE)))[0].flatten(1) for index in range(count)]
+    latents = torch.cat(rows, 1)
+    mean, deviation = (tuple(round(x, 5) for x in part.tolist()) for part in (latents.mean(1), latents.std(1)))
+    measured = VAE(dataclasses.replace(vae.config, latent_mean=mean, latent_std=deviation))
+    measured.load_state_dict(vae.state_dict())
+    return measured
+
+
+def save_codec(vae: VAE, path: Path) -> None:
+    """Writes the codec, with the convolutions of its branches in half precision.
+
+    The linear path stays in float32: rounding would change its gain, and a stream's round trips multiply that.
+    """
+    tensors = {name: x.half() if ".residual." in name and x.ndim == 5 else x for name, x in vae.state_dict().items()}
+    save_trained(path, tensors, dataclasses.asdict(vae.config))
+
+
+def load_codec(path: Path = WEIGHTS) -> VAE:
+    """The trained codec, float32 and ready to run. Raises `UserError` if the file is not one."""
+    tensors, settings = load_trained(path)
+    vae = VAE(from_official(VAEConfig, settings))
+    vae.load_state_dict({name: x.float() for name, x in tensors.items()})
+    vae.prepare_weights()
+    return vae
+
+
+def round_trips(vae: VAE, still: NDArray[np.uint8], trips: int = 50) -> list[float]:
+    """PSNR of a still [H, W, 3] after each round trip: decode, keep the last five frames, encode them again.
+
+    This is how a stream's motion frames travel from chunk to chunk, without the network between.
+    """
+    frames = np.repeat(still[None], 1 + vae.config.temporal_stride, 0)
+    x, losses = as_clip(frames)[0].transpose(0, 1), []
+    truth = x
+    with torch.inference_mode():
+        for _ in range(trips):
+            x = torch.cat(list(vae.decode(torch.cat(list(vae.encode(x))))))
+            losses.append(10 * float(torch.log10(4 / (x - truth).square().mean())))
+    return losses

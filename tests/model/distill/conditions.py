@@ -1,0 +1,7 @@
+"""What tests of talking heads need of the machine."""
+
+import ctypes.util
+
+import pytest
+
+needs_espeak = pytest.mark.skipif(ctypes.util.find_library("espeak-ng") is None, reason="needs libespeak-ng")

@@ -1,0 +1,143 @@
+"""Training and measuring the codec: its windows, loss and optimizer, what it saves, and what the shipped one keeps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.distill import codec
+from model.distill.codec import (
+    CODEC,
+    FRAMES,
+    MOUTH_WEIGHT,
+    SIZE,
+    WINDOW,
+    Batch,
+    as_bytes,
+    as_clip,
+    codec_loss,
+    draw_batch,
+    load_codec,
+    make_optimizer,
+    mouth_mask,
+    round_trips,
+    save_codec,
+    with_statistics,
+)
+from model.distill.codec_network import decode_clips, encode_clips
+from model.distill.training import Budget, step_generator
+from model.errors import UserError
+from model.vae import VAE
+from tests.model.distill.conditions import needs_espeak
+
+
+def test_bytes_survive_the_way_to_clips_and_back():
+    frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(4, 8, 8, 3)
+    clip = as_clip(frames)
+    assert clip.shape == (1, 3, 4, 8, 8)
+    assert clip.min() == -1
+    assert clip.max() == 1
+    np.testing.assert_array_equal(as_bytes(clip), frames)
+
+
+def test_mouth_mask_is_a_box_around_the_centre():
+    mask = mouth_mask(np.array([[60.0, 90.0]], np.float32), (40, 64), 64)
+    columns, rows = np.flatnonzero(mask[0].any(0)), np.flatnonzero(mask[0].any(1))
+    assert (columns[0] + 40, columns[-1] + 40) == (40, 79)
+    assert (rows[0] + 64, rows[-1] + 64) == (72, 107)
+    assert mask.sum() == 40 * 36
+
+
+@needs_espeak
+def test_a_batch_is_a_function_of_seed_and_step():
+    first, second, other = draw_batch(step_generator(0, 3), 0), draw_batch(step_generator(0, 3), 0), None
+    other = draw_batch(step_generator(0, 4), 0)
+    assert first.frames.shape == (codec.BATCH, 3, FRAMES, WINDOW, WINDOW)
+    assert first.weight.shape == (codec.BATCH, 1, FRAMES, WINDOW, WINDOW)
+    assert set(first.weight.unique().tolist()) <= {1.0, MOUTH_WEIGHT}
+    assert torch.equal(first.frames, second.frames)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_loss_is_its_formula():
+    torch.manual_seed(0)
+    vae = VAE(CODEC)
+    frames, weight = torch.rand(1, 3, 9, 16, 16) * 2 - 1, torch.rand(1, 1, 9, 16, 16) + 0.5
+    with torch.no_grad():
+        decoded = decode_clips(vae, encode_clips(vae, frames))
+        plain, numbers = codec_loss(vae, Batch(frames, weight, 0))
+        twice, more = codec_loss(vae, Batch(frames, weight, 1))
+        again = decode_clips(vae, encode_clips(vae, decoded.clamp(-1, 1)))
+    share = (weight / weight.mean()).double()
+    for loss, numbers_, result, trips in ((plain, numbers, decoded, 1), (twice, more, again, 2)):
+        error = (result - frames).double()
+        wanted = 8 * (share * error**2).mean() + 0.2 * (share * error.abs()).mean()
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        psnr = -10 * math.log10((error**2).mean().item() / 4)
+        assert numbers_ == {f"psnr after {trips} trips": pytest.approx(psnr, abs=1e-3)}
+
+
+def test_optimizer_has_every_parameter_once_and_spares_the_linear_path():
+    vae = VAE(CODEC)
+    groups = make_optimizer(vae).param_groups
+    names = {id(p): name for name, p in vae.named_parameters()}
+    linear, first, last = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert sorted([*linear, *first, *last]) == sorted(names.values())
+    assert "decoder.upsamples.2.phase_weights" in linear
+    assert "encoder.downsamples.2.shortcut.weight" in linear
+    assert "decoder.head.2.weight" in linear
+    assert "decoder.middle.0.residual.2.weight" in first
+    assert "decoder.middle.0.residual.6.weight" in last
+    assert groups[1]["lr"] > 5 * groups[0]["lr"]
+
+
+@needs_espeak
+def test_training_starts_at_the_linear_codec_and_its_result_loads(tmp_path):
+    lines: list[str] = []
+    codec.train(tmp_path, Budget(steps=2), start_clips=3, evaluation_clips=1, report=lines.append)
+    assert "fits the linear codec to 3 clips" in lines[0]
+    vae = load_codec(tmp_path / "codec.safetensors")
+    assert all(not p.requires_grad for p in vae.parameters())
+    clip = codec.held_out_clips(1, frames=9)[0].frames(SIZE)
+    decoded = codec.through_codec(vae, clip)
+    assert decoded.shape == clip.shape
+    assert -10 * math.log10(np.square(decoded / 255 - clip / 255).mean()) > 26
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE(CODEC)
+    path = tmp_path / "codec.safetensors"
+    save_codec(vae, path)
+    again = load_codec(path)
+    assert again.config == CODEC
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, vae.state_dict()[name], rtol=1e-3, atol=1e-7)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a trained network"):
+        load_codec(path)
+
+
+@needs_espeak
+def test_statistics_make_latents_standard(tmp_path):
+    torch.manual_seed(0)
+    vae = VAE(CODEC)
+    measured = with_statistics(vae, 0, 3)
+    clips = [codec.draw_clip(0, index) for index in range(3)]
+    latents = torch.cat([encode_clips(measured, as_clip(clip.frames(SIZE)))[0].flatten(1) for clip in clips], 1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(32), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(32), atol=2e-3, rtol=0)
+
+
+def test_round_trips_are_those_of_a_stream():
+    torch.manual_seed(0)
+    vae = VAE(CODEC)
+    still = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    first, second = round_trips(vae, still, 2)
+    x = as_clip(np.repeat(still[None], 5, 0))
+    with torch.no_grad():
+        once = decode_clips(vae, encode_clips(vae, x)).clamp(-1, 1)
+        twice = decode_clips(vae, encode_clips(vae, once)).clamp(-1, 1)
+    assert first == pytest.approx(-10 * math.log10((once - x).square().mean().item() / 4), abs=0.01)
+    assert second == pytest.approx(-10 * math.log10((twice - x).square().mean().item() / 4), abs=0.01)

@@ -1,0 +1,63 @@
+"""The command line: clips with their truth, every stage end to end, and mistakes in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.distill.__main__ import app
+from model.command import run_app
+from model.distill.face import MOTION
+from tests.model.distill.conditions import needs_espeak
+
+
+def run(*arguments: str | int | Path) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "model.distill", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_espeak
+def test_data_writes_clips_with_their_truth(tmp_path):
+    code, _, errors = run("data", "--clips", 2, "--frames", 10, "--size", 64, "--out", tmp_path, "--seed", 3)
+    assert (code, errors) == (0, "")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["0003-00000", "0003-00001"]
+    folder = tmp_path / "0003-00000"
+    assert sorted(p.name for p in folder.iterdir()) == ["portrait.png", "truth.npz", "video.mp4", "voice.wav"]
+    assert Image.open(folder / "portrait.png").size == (64, 64)
+    assert np.load(folder / "truth.npz")["motion"].shape == (10, len(MOTION))
+
+
+@needs_espeak
+def test_smoke_runs_every_stage(tmp_path):
+    code, out, errors = run("smoke", "--out", tmp_path)
+    assert code == 0, errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audio", "clip", "codec", "reader"]
+    for name in ("audio", "codec", "reader"):
+        assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / name).iterdir()}
+        assert f"{name} step" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("codec", "--out", "x"), "give one of the two, --minutes or --steps"),
+        (("codec", "--out", "x", "--minutes", "0"), "above zero"),
+        (("reader", "--out", "x", "--minutes", "1", "--steps", "1"), "give one of the two"),
+        (("data", "--clips", "0", "--out", "x"), "0 is not in the range"),
+        (("audio",), "Missing option '--out'"),
+        (("teach",), "No such command"),
+    ],
+)
+def test_mistakes_take_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["model.distill", *arguments])
+    assert run_app(app, "") == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
