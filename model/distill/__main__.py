@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,6 @@ from model import command
 from model.distill import audio, codec, reader, report
 from model.distill.clips import draw_clip, write_clip
 from model.distill.training import Budget
-from model.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -46,12 +46,7 @@ def data(
     """Writes talking heads with their truth: portrait.png, voice.wav, video.mp4 and truth.npz for each clip."""
     for index in range(clips):
         folder = out / f"{seed:04d}-{index:05d}{'-held-out' if held_out else ''}"
-        try:
-            write_clip(draw_clip(seed, index, frames, held_out), folder, size)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder}: {error.strerror or error}; {index} clips are complete"
-            ) from error
+        write_clip(draw_clip(seed, index, frames, held_out), folder, size)
         print(f"{index + 1}/{clips} {folder}")
 
 
@@ -105,9 +100,10 @@ def train_codec(
     steps: Steps = None,
     resume: Resume = False,
     threads: Threads = THREADS,
+    start: Annotated[Path | None, typer.Option(help="Weights to begin with, instead of the linear codec.")] = None,
 ) -> None:
     """Trains the video codec, which starts at the linear codec in closed form."""
-    _train(codec.train, out, seed, minutes, steps, resume, threads)
+    _train(partial(codec.train, start=start), out, seed, minutes, steps, resume, threads)
 
 
 @app.command("report", epilog="Example: python -m model.distill report --out docs/talking-heads")
@@ -130,7 +126,7 @@ def smoke(out: Out, seed: Seed = 0) -> None:
     torch.set_num_threads(THREADS)
     write_clip(draw_clip(seed, 0, 33), out / "clip", 128)
     reader.train(out / "reader", Budget(steps=6), seed, clips=4)
-    audio.train(out / "audio", Budget(steps=3), seed)
+    audio.train(out / "audio", Budget(steps=3), seed, batch=1, pool=2, scale_tracks=2, evaluation_tracks=1)
     codec.train(out / "codec", Budget(steps=2), seed, start_clips=2, evaluation_clips=1)
     codec.load_codec(out / "codec" / codec.WEIGHTS.name)
     reader.load_reader(out / "reader" / reader.WEIGHTS.name)

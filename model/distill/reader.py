@@ -396,7 +396,7 @@ def train(
     budget: Budget,
     seed: int = 0,
     resume: bool = False,
-    clips: int = 400,
+    clips: int = 500,
     report: Callable[[str], None] = print,
 ) -> Counters:
     """Trains a reader in `folder`, and writes `reader.safetensors` there, which `load_reader` reads.

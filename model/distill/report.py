@@ -163,7 +163,7 @@ def _photo_measures(vae: VAE, photo: Path, folder: Path) -> Iterator[Measure]:
 
 
 def _speed_measures(vae: VAE) -> Iterator[Measure]:
-    """Times on one thread, the best of several, taken in turns."""
+    """Processor times on one thread, the best of several, taken in turns, so that other processes matter little."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     before = VAE(TINY.vae)
@@ -172,7 +172,7 @@ def _speed_measures(vae: VAE) -> Iterator[Measure]:
     clip = draw_clip(0, 0, FRAMES, held_out=True)
     with torch.inference_mode():
         latents = {name: torch.randn(9, net.config.z_dim, 16, 16) for name, net in (("codec", vae), ("tiny", before))}
-        for _ in range(5):
+        for _ in range(8):
             for name, network in (("codec", vae), ("tiny", before)):
                 times.setdefault(name, []).append(_seconds(lambda n=network, z=latents[name]: list(n.decode(z))))
             times.setdefault("render", []).append(_seconds(lambda: render(clip.identity, clip.motion, SIZE)))
@@ -189,9 +189,9 @@ def _speed_measures(vae: VAE) -> Iterator[Measure]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _write_sheets(folder: Path, vae: VAE) -> None:

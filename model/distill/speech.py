@@ -6,6 +6,7 @@ three frames. How far the mouth opens depends on the loudness as well: it is ope
 """
 # ruff: noqa: RUF001 (phonetic letters look like others)
 
+import contextlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from model.distill import espeak, sounds
 from model.distill.sounds import SAMPLE_RATE
+from model.errors import UserError
 
 FPS = 25
 FRAME_SAMPLES = SAMPLE_RATE // FPS
@@ -148,10 +150,13 @@ class Track:
         return Track(wave, mouth, self.kind, self.voice, _part(self.phonemes, begin, end))
 
 
-def draw_track(rng: np.random.Generator, frames: int, held_out: bool = False, kind: str | None = None) -> Track:
+def draw_track(
+    rng: np.random.Generator, frames: int, held_out: bool = False, kind: str | None = None, studio: bool = False
+) -> Track:
     """Draws a track of some frames, by default speech in four of five cases.
 
-    `held_out` gives voices and languages that no track without it has.
+    `held_out` gives voices and languages that no track without it has. In a `studio` speech has no room, no noise or
+    music behind it, and a perfect microphone.
 
     Raises:
         UserError: the kind is speech, and espeak-ng is not installed.
@@ -160,7 +165,7 @@ def draw_track(rng: np.random.Generator, frames: int, held_out: bool = False, ki
         kind = str(rng.choice(KINDS, p=KIND_SHARES))
     size = frames * FRAME_SAMPLES
     if kind == "speech":
-        return _draw_speech(rng, frames, HELD_OUT_VOICES if held_out else TRAIN_VOICES)
+        return _draw_speech(rng, frames, HELD_OUT_VOICES if held_out else TRAIN_VOICES, studio)
     if kind == "silence":
         floor = 0.0 if rng.random() < 0.3 else 10 ** (rng.uniform(-90, -55) / 20)
         wave = floor * sounds.noise(rng, size)
@@ -250,16 +255,16 @@ def loudness_of_frames(wave: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.clip(1 - (level - np.percentile(level, 95)) / _QUIET, 0, 1)
 
 
-def _draw_speech(rng: np.random.Generator, frames: int, voices: Sequence[str]) -> Track:
-    voice = voices[int(rng.integers(len(voices)))]
+def _draw_speech(rng: np.random.Generator, frames: int, voices: Sequence[str], studio: bool) -> Track:
     skipped = 0 if rng.random() < 0.3 else int(rng.integers(0, 2 * FPS))  # frames: a track may begin within a sentence
-    wave, phonemes = _speak(rng, voice, (skipped + frames) / FPS)
+    voice, wave, phonemes = _draw_voice(rng, voices, (skipped + frames) / FPS)
     mouth = mouth_of_phonemes(phonemes, len(wave) / SAMPLE_RATE)
     # The phoneme gives the shape, and the loudness most of the size. The square root makes more of small openings.
     loudness = loudness_of_frames(wave)
     mouth[:, OPEN] = 0.35 * mouth[:, OPEN] + 0.65 * np.sqrt(mouth[:, OPEN]) * loudness
     shown = slice(skipped, skipped + frames)
-    sound = _recorded(rng, wave[skipped * FRAME_SAMPLES :][: frames * FRAME_SAMPLES])
+    voice_alone = wave[skipped * FRAME_SAMPLES :][: frames * FRAME_SAMPLES]
+    sound = _at_level(rng, voice_alone, voice_alone) if studio else _recorded(rng, voice_alone)
     heard = _part(phonemes, skipped / FPS, (skipped + frames) / FPS)
     return Track(sound, np.clip(mouth[shown], 0, 1).astype(np.float32), "speech", voice, heard)
 
@@ -272,6 +277,17 @@ def _part(phonemes: Sequence[tuple[float, str]], begin: float, end: float) -> tu
         for (seconds, phoneme), stop in zip(phonemes, ends[: len(phonemes)], strict=True)
         if seconds < end and stop > begin
     )
+
+
+def _draw_voice(
+    rng: np.random.Generator, voices: Sequence[str], seconds: float
+) -> tuple[str, NDArray[np.float32], list[tuple[float, str]]]:
+    """A voice and what it says, see `_speak`. Where espeak-ng crashes, in one of a thousand, another voice speaks."""
+    for _ in range(20):
+        voice = voices[int(rng.integers(len(voices)))]
+        with contextlib.suppress(espeak.SpeakerDiedError):
+            return voice, *_speak(rng, voice, seconds)
+    raise UserError("espeak-ng crashes with every voice: apt-get install --reinstall espeak-ng")
 
 
 def _speak(rng: np.random.Generator, voice: str, seconds: float) -> tuple[NDArray[np.float32], list[tuple[float, str]]]:
@@ -308,11 +324,17 @@ def _sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
 
 def _recorded(rng: np.random.Generator, wave: NDArray[np.float32]) -> NDArray[np.float32]:
     """The voice as a microphone hears it: equalised, in a room, with noise or music behind it, at some level."""
-    heard = sounds.equalised(rng, wave) if rng.random() < 0.7 else wave
-    heard = sounds.in_room(rng, heard) if rng.random() < 0.5 else heard
-    loudness = sounds.rms(heard)
+    voice = sounds.equalised(rng, wave) if rng.random() < 0.7 else wave
+    voice = sounds.in_room(rng, voice) if rng.random() < 0.5 else voice
+    heard: NDArray[np.floating] = voice
     if rng.random() < 0.6:
         make = sounds.music if rng.random() < 0.2 else sounds.noise
-        heard = heard + loudness * 10 ** (-rng.uniform(8, 40) / 20) * make(rng, len(heard))
-    gain = 10 ** (rng.uniform(-34, -16) / 20) / loudness
-    return np.clip(gain * heard, -1, 1).astype(np.float32)
+        level = np.float32(sounds.rms(voice) * 10 ** (-rng.uniform(8, 40) / 20))
+        heard = voice + level * make(rng, len(voice))
+    return _at_level(rng, heard, voice)
+
+
+def _at_level(rng: np.random.Generator, wave: NDArray[np.floating], voice: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The wave with the gain that brings `voice`, a part of it, to -34 to -16 dB; what is louder than 1 is cut off."""
+    gain = 10 ** (rng.uniform(-34, -16) / 20) / sounds.rms(voice)
+    return np.clip(gain * wave, -1, 1).astype(np.float32)

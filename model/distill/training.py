@@ -11,14 +11,18 @@ resumed computes what it would have computed anyway, and ends with the same bits
 given in steps. With a length in minutes the learning rate follows the clock, and two runs differ.
 """
 
+import itertools
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -110,9 +114,10 @@ def train(
 ) -> Counters:
     """Trains until the budget is used up. Afterwards the network has the averaged weights and is in evaluation mode.
 
-    Ctrl-C ends it early after writing a checkpoint. `clock` gives seconds. `report` gets a line at every evaluation.
+    `clock` gives seconds. `report` gets a line at every evaluation.
 
     Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the step is complete and a checkpoint is written.
         UserError: `folder` holds a checkpoint and `resume` is false, or the other way round; the loss is not finite; a
             file cannot be written. The last good checkpoint is kept, and the message names it.
     """
@@ -129,30 +134,30 @@ def train(
     start, saved = clock() - counters.seconds, clock()
     rates = [group.setdefault("initial_lr", group["lr"]) for group in task.optimizer.param_groups]
     task.network.train()
-    for step, batch in _batches(task, seed, counters.step):
-        counters.seconds = clock() - start
-        progress = budget.progress(step, counters.seconds)
-        if progress >= 1:
-            break
-        for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * learning_rate(progress, step)
-        try:
+    with _signals() as stopped, _batches(task, seed, counters.step) as batches:
+        for step, batch in batches:
+            counters.seconds = clock() - start
+            progress = budget.progress(step, counters.seconds)
+            if progress >= 1:
+                break
+            for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(progress, step)
             row = _step(task, batch, seed, step, average)
-        except KeyboardInterrupt:
-            _save(path, task, average, counters, seed)
-            raise
-        if not math.isfinite(row["loss"]):
-            kept = f"{path} holds step {_saved_step(path)}" if path.exists() else "no checkpoint was written yet"
-            raise UserError(f"step {step}: the loss is {row['loss']}; its batch is seed {seed}, step {step}; {kept}")
-        counters.step = step + 1
-        counters.history.append({"step": step, **row})
-        if counters.step % evaluate_every == 0:
-            counters.history[-1] |= _evaluate(task, average)
-            left = (clock() - start) * (1 / max(progress, 1e-9) - 1) / 60
-            report(f"{task.name} {_line(counters.history[-1])}, {left:.1f} min left")
-        if clock() - saved >= save_seconds:
-            _save(path, task, average, counters, seed)
-            saved = clock()
+            if not math.isfinite(row["loss"]):
+                kept = f"{path} holds step {_saved_step(path)}" if path.exists() else "no checkpoint was written yet"
+                raise UserError(f"the loss is {row['loss']} for the batch of seed {seed}, step {step}; {kept}")
+            counters.step = step + 1
+            counters.history.append({"step": step, **row})
+            if stopped():
+                _save(path, task, average, counters, seed)
+                raise KeyboardInterrupt
+            if counters.step % evaluate_every == 0:
+                counters.history[-1] |= _evaluate(task, average)
+                left = (clock() - start) * (1 / max(progress, 1e-9) - 1) / 60
+                report(f"{task.name} {_line(counters.history[-1])}, {left:.1f} min left")
+            if clock() - saved >= save_seconds:
+                _save(path, task, average, counters, seed)
+                saved = clock()
     if counters.history:
         counters.history[-1] |= _evaluate(task, average)
         report(f"{task.name} {_line(counters.history[-1])}, done in {counters.seconds / 60:.1f} min")
@@ -162,16 +167,41 @@ def train(
     return counters
 
 
-def _batches(task: Task[B], seed: int, first: int) -> Iterator[tuple[int, B]]:
-    """Steps and their batches, made ahead by one background thread."""
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came, which must not cut a step in the middle. A second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+
+    def note(number: int, _: FrameType | None) -> None:
+        came.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _batches(task: Task[B], seed: int, first: int) -> Iterator[Iterator[tuple[int, B]]]:
+    """Steps from the first one and their batches, which one background thread makes ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        pending = [pool.submit(task.batch, step_generator(seed, first + i)) for i in range(PREFETCH)]
-        step = first
-        try:
-            while True:
+
+        def steps() -> Iterator[tuple[int, B]]:
+            pending = [pool.submit(task.batch, step_generator(seed, first + i)) for i in range(PREFETCH)]
+            for step in itertools.count(first):
                 pending.append(pool.submit(task.batch, step_generator(seed, step + PREFETCH)))
                 yield step, pending.pop(0).result()
-                step += 1
+
+        try:
+            yield steps()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -229,7 +259,7 @@ def _save(path: Path, task: Task[B], average: dict[str, Tensor], counters: Count
             torch.save(state, temporary)
         with replacing(path.with_name("history.json")) as temporary:
             temporary.write_text(json.dumps(counters.history))
-        with replacing(path.with_name("curves.png"), path.with_name(".curves.tmp.png")) as temporary:
+        with replacing(path.with_name("curves.png")) as temporary:
             plot_history(counters.history, temporary, task.name)
 
 

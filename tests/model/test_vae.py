@@ -95,7 +95,7 @@ def upsample(p: Parameters, key: str, x: Tensor) -> Tensor:
 def double_by_phases(p: Parameters, key: str, x: Tensor) -> Tensor:
     """Each output pixel (2 h + i, 2 w + j) from the four input pixels around it, one at a time."""
     weights, bias = p[f"{key}.phase_weights"], p[f"{key}.phase_bias"]
-    channels, frames, rows, columns = x.shape
+    frames, rows, columns = x.shape[1:]
     padded, y = F.pad(x, (1, 1, 1, 1)), x.new_zeros(len(bias), frames, 2 * rows, 2 * columns)
     for i, j, h, w in itertools.product(range(2), range(2), range(rows), range(columns)):
         around = padded[:, :, h + i : h + i + 2, w + j : w + j + 2]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.distill.__main__ import app
 from model.command import run_app
+from model.distill.__main__ import app
 from model.distill.face import MOTION
 from tests.model.distill.conditions import needs_espeak
 

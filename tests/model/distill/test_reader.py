@@ -101,14 +101,15 @@ def test_the_reader_follows_the_truth_of_new_people(
     known = [reader.read(*pair) for pair in zip(pictures, centres, strict=True)]
     free = [reader.read(frames) for frames in pictures]
     motion = {name: [clip.motion[:, i] for clip in clips] for i, name in enumerate(MOTION)}
-    for i, (name, least) in enumerate({"open": 0.95, "wide": 0.8, "round": 0.85, "close": 0.9}.items()):
+    for i, (name, least) in enumerate({"open": 0.95, "wide": 0.85, "round": 0.92, "close": 0.95}.items()):
         assert name == MOUTH[i]
         assert correlation([reading.mouth[:, i] for reading in known], motion[name]) >= least
-    assert correlation([reading.mouth[:, 0] for reading in free], motion["open"]) >= 0.93
-    assert correlation([reading.blink for reading in free], motion["blink"]) >= 0.9
-    assert correlation([reading.pose[:, 0] for reading in free], motion["yaw"]) >= 0.9
+    assert correlation([reading.mouth[:, 0] for reading in free], motion["open"]) >= 0.95
+    assert correlation([reading.blink for reading in free], motion["blink"]) >= 0.95
+    for i, (name, least) in enumerate({"yaw": 0.95, "pitch": 0.7, "roll": 0.85}.items()):
+        assert correlation([reading.pose[:, i] for reading in free], motion[name]) >= least
     error = np.concatenate([reading.centre for reading in free]) - np.concatenate(centres)
-    assert np.abs(error).mean() < 1.5
+    assert np.abs(error).mean() < 1
 
 
 def test_frames_are_read_one_by_one(reader: Reader, pictures: list[NDArray[np.uint8]]) -> None:

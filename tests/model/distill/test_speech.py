@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.distill import espeak, sounds, speech
-from model.distill.espeak import Speaker
+from model.distill.espeak import Speaker, SpeakerDiedError
 from model.distill.speech import (
     CLOSE,
     FPS,
@@ -42,6 +42,34 @@ def test_a_missing_voice_is_one_line_and_the_next_speaker_can_begin() -> None:
         pass
     with Speaker("en") as speaker:
         assert len(speaker.say("Hello.").samples) > espeak.SAMPLE_RATE // 4
+
+
+@needs_espeak
+def test_a_crash_of_espeak_ends_its_speaker_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Speaker("en") as speaker:
+        speaker._process.kill()
+        speaker._process.wait()
+        with pytest.raises(SpeakerDiedError):
+            speaker.say("Hello.")
+    calls: list[str] = []
+
+    def dies_once(rng: np.random.Generator, voice: str, seconds: float) -> object:
+        calls.append(voice)
+        if len(calls) == 1:
+            raise SpeakerDiedError(voice)
+        return speak(rng, voice, seconds)
+
+    speak = speech._speak
+    monkeypatch.setattr(speech, "_speak", dies_once)
+    track = draw_track(np.random.default_rng(1), 5, kind="speech")
+    assert track.voice == calls[1] != calls[0]
+
+    def dies(rng: np.random.Generator, voice: str, seconds: float) -> object:
+        raise SpeakerDiedError(voice)
+
+    monkeypatch.setattr(speech, "_speak", dies)
+    with pytest.raises(UserError, match="every voice"):
+        draw_track(np.random.default_rng(1), 5, kind="speech")
 
 
 @needs_espeak
@@ -129,6 +157,16 @@ def test_a_seed_decides_everything() -> None:
         assert np.array_equal(one.mouth, same.mouth)
         assert one.phonemes == same.phonemes
         assert not np.array_equal(one.wave, other.wave)
+
+
+@needs_espeak
+def test_in_a_studio_pauses_are_silent() -> None:
+    studio, elsewhere = (
+        [draw_track(np.random.default_rng([8, seed]), 100, kind="speech", studio=studio).wave for seed in range(6)]
+        for studio in (True, False)
+    )
+    assert all((wave[:-1] == 0).mean() > 0.02 for wave in studio)
+    assert min((wave[:-1] == 0).mean() for wave in elsewhere) < 0.01
 
 
 @needs_espeak

@@ -1,7 +1,9 @@
 """The training loop: resuming to the same bits, budgets, bad losses, full disks, what it writes."""
 
+import dataclasses
 import json
 import math
+import signal
 from itertools import count
 from pathlib import Path
 
@@ -10,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.distill import training
 from model.distill.training import Budget, Task, learning_rate, train
 from model.errors import UserError
 
@@ -51,20 +52,25 @@ def test_the_line_is_learnt_and_the_averaged_weights_remain(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path, number):
     whole, cut = line_task(), line_task()
     train(whole, tmp_path / "whole", Budget(steps=60), seed=5, evaluate_every=25, report=quiet)
-    original = training._step
+    before = signal.signal(number, signal.default_int_handler)  # a shell may have told us to ignore it
 
-    def interrupted(*arguments):
-        if arguments[3] == 37:
-            raise KeyboardInterrupt
-        return original(*arguments)
+    def interrupt(item):
+        if item[1] == 37:
+            signal.raise_signal(number)
+        return cut.loss(item)
 
-    monkeypatch.setattr(training, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, tmp_path / "cut", Budget(steps=60), seed=5, evaluate_every=25, report=quiet)
-    monkeypatch.undo()
+    task = dataclasses.replace(cut, loss=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(task, tmp_path / "cut", Budget(steps=60), seed=5, evaluate_every=25, report=quiet)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["counters"]["step"] == 38
     again = line_task()
     counters = train(again, tmp_path / "cut", Budget(steps=60), seed=5, resume=True, evaluate_every=25, report=quiet)
     assert counters.step == 60
@@ -98,7 +104,7 @@ def test_minutes_are_counted_by_the_clock_over_all_runs(tmp_path):
 
 def test_a_bad_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     ticks = count()
-    with pytest.raises(UserError, match=r"step 30: the loss is nan; its batch is seed 7, step 30; .* holds step \d+"):
+    with pytest.raises(UserError, match=r"the loss is nan for the batch of seed 7, step 30; .* holds step \d+"):
         train(line_task(30), tmp_path, Budget(steps=90), 7, save_seconds=10, clock=lambda: next(ticks), report=quiet)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 0 < saved["counters"]["step"] <= 30
