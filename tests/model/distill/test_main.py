@@ -48,7 +48,7 @@ def test_smoke_runs_every_stage(tmp_path):
         (("codec", "--out", "x"), "give one of the two, --minutes or --steps"),
         (("codec", "--out", "x", "--minutes", "0"), "above zero"),
         (("reader", "--out", "x", "--minutes", "1", "--steps", "1"), "give one of the two"),
-        (("data", "--clips", "0", "--out", "x"), "0 is not in the range"),
+        (("data", "--clips", "0", "--out", "x"), "Invalid value for '--clips'"),
         (("audio",), "Missing option '--out'"),
         (("teach",), "No such command"),
     ],
