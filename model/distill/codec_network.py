@@ -75,12 +75,21 @@ def _head(head: Head, x: Tensor) -> Tensor:
 
 def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
     (norm1, norm2), (conv1, conv2) = block._layers()
+    if _is_silent(conv2):
+        return x if block.shortcut is None else causal(block.shortcut, x)
     y = causal(conv1, norm_silu(norm1, x))
     y = causal(conv2, norm_silu(norm2, y))
     return y + (x if block.shortcut is None else causal(block.shortcut, x))
 
 
+def _is_silent(last: nn.Module) -> bool:
+    """Whether a branch ends in a layer of zeros that is not trained: then it need not be computed."""
+    return not any(parameter.requires_grad or parameter.any() for parameter in last.parameters())
+
+
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
+    if _is_silent(block.proj):
+        return x
     frames = rearrange(norm_silu(block.norm, x, silu=False), "b c t h w -> (b t) c h w")
     q, k, v = rearrange(block.to_qkv(frames), "n (three c) h w -> three n (h w) c", three=3)
     y = F.scaled_dot_product_attention(q, k, v)

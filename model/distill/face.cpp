@@ -189,7 +189,7 @@ void shape_mouth(Frame& f) {
   float open = motion.open, wide = motion.wide, round = motion.round, close = motion.close;
   float tuck = f.tuck = motion.lip_teeth * (1 - close), tongue = f.tongue_lift = motion.tongue * (1 - close);
   f.opening = open * (1 - close);
-  f.jaw_drop = 0.125f * f.opening + 0.012f * tongue - 0.012f * close - 0.014f * tuck;
+  f.jaw_drop = 0.088f * f.opening + 0.012f * tongue - 0.012f * close - 0.014f * tuck;
   f.mouth_half_width =
       identity.mouth_width * (1 + 0.38f * wide + 0.05f * motion.smile) * (1 - 0.48f * round) * (1 - 0.10f * f.opening);
   f.smile = 0.15f + motion.smile + 0.12f * wide;
@@ -197,8 +197,8 @@ void shape_mouth(Frame& f) {
   f.lip_lower =
       identity.lip_lower * (1 - 0.62f * close) * (1 + 0.40f * round) * (1 - 0.32f * wide) * (1 - 0.62f * tuck);
   f.gap_upper =
-      0.004f + (0.040f * open + 0.022f * wide + 0.018f * round + 0.046f * tuck + 0.010f * tongue) * (1 - close);
-  f.gap_lower = 0.004f + (0.165f * open * (1 - 0.7f * tuck) + 0.016f * wide + 0.036f * round +
+      0.004f + (0.032f * open + 0.022f * wide + 0.018f * round + 0.046f * tuck + 0.010f * tongue) * (1 - close);
+  f.gap_lower = 0.004f + (0.118f * open * (1 - 0.7f * tuck) + 0.016f * wide + 0.036f * round +
                           0.062f * tongue * (1 - open) + 0.022f * tuck) *
                              (1 - close);
   f.gap_upper *= 1 - 0.9f * close;
@@ -302,7 +302,7 @@ Mouth mouth_at(const Frame& f, Float face_x, Float face_y) {
   m.across = clamp(face_x / f.mouth_half_width, -1.4f, 1.4f);
   Float s2 = square(m.across), rest = max(1.f - s2, 0.f);
   Float root = sqrt(rest), root4 = sqrt(root);
-  m.resting = identity.mouth_y + f.smile * (0.045f * s2 - 0.012f) - 0.008f * (1.f - s2) - 0.045f * f.opening * s2;
+  m.resting = identity.mouth_y + f.smile * (0.045f * s2 - 0.012f) - 0.008f * (1.f - s2) - 0.032f * f.opening * s2;
   m.upper_inner = m.resting + f.gap_upper * root * root4;
   m.lower_inner = m.resting - f.gap_lower * root;
   Float bow = 1.f - 0.24f * (1 - 0.6f * f.motion.round) * gaussian(m.across, 0.17f) - 0.25f * s2;
@@ -822,13 +822,13 @@ Color mouth_interior(const Frame& f, const Mouth& m, Float x, Float y) {
   float teeth_shown = square(1 - 0.95f * motion.round);
   Float upper_teeth = smoothstep(-f.blur, f.blur, y - (tooth_line - 0.058f * (1.f - 0.45f * s2))) *
                       smoothstep(0.97f, 0.78f, abs(m.across));
-  Float lower_teeth = smoothstep(-f.blur, f.blur, m.lower_inner + 0.030f * (1.f - 0.3f * s2) - y) *
+  Float lower_teeth = smoothstep(-f.blur, f.blur, m.lower_inner + 0.020f * (1.f - 0.3f * s2) - y) *
                       smoothstep(0.75f, 0.5f, abs(m.across)) * smoothstep(0.2f, 0.7f, f.opening);
   Float place = x * (1 / 0.062f), gap_line = abs(abs(place - floor(place) - 0.5f) - 0.5f);
   Color tooth = Color(0.86f, 0.82f, 0.75f) * (1.f - 0.30f * s2 - 0.08f * smoothstep(0.07f, 0.03f, gap_line) -
                                               0.20f * smoothstep(0.35f, 0.f, (m.upper_inner - y) * 20.f));
   float lift = f.tongue_lift;
-  Float tongue_top = m.lower_inner + 0.035f + 0.045f * f.opening + 0.075f * lift - s2 * (0.05f + 0.05f * lift);
+  Float tongue_top = m.lower_inner + 0.028f + 0.014f * f.opening + 0.082f * lift - s2 * (0.05f + 0.05f * lift);
   Float tongue = smoothstep(-0.014f, 0.014f, tongue_top - y) * smoothstep(0.85f, 0.55f, abs(m.across)) *
                  smoothstep(0.08f, 0.45f, f.opening + 0.6f * lift);
   Color flesh = Color(0.52f + 0.16f * lift, 0.16f + 0.07f * lift, 0.15f + 0.08f * lift) *

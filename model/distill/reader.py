@@ -179,7 +179,7 @@ class Reading:
 
 
 class Reader:
-    """Reads video with trained networks."""
+    """Reads video with trained networks: each picture and its mirror image, of which it takes the mean."""
 
     def __init__(self, network: ReaderNetwork) -> None:
         self._network = network.eval()
@@ -202,14 +202,18 @@ class Reader:
         """The six numbers of the mouth, [T, 6], from `mouth_crops` of the frames, [T, 32, 32, 3] in 0 .. 1."""
         if squares.shape[1:] != (2 * RADIUS, 2 * RADIUS, 3):
             raise ValueError(f"squares: got {squares.shape}, wanted [T, {2 * RADIUS}, {2 * RADIUS}, 3]")
-        return _run(self._network.mouth, squares) * MOUTH_DEVIATION + MOUTH_MEAN
+        both = [_run(self._network.mouth, side) for side in (squares, squares[:, :, ::-1])]
+        return np.mean(both, axis=0) * MOUTH_DEVIATION + MOUTH_MEAN
 
     def read_face(self, frames: Frames) -> NDArray[np.float32]:
         """The numbers of `FACE`, [T, 6], from frames as `read` gets them."""
         _check_frames(frames)
         if frames.shape[1:3] != (SIZE, SIZE):
             raise ValueError(f"frames: got {frames.shape}, wanted [T, {SIZE}, {SIZE}, 3]")
-        return _run(self._network.face, frames) * FACE_DEVIATION + FACE_MEAN
+        seen, mirrored = (
+            _run(self._network.face, side) * FACE_DEVIATION + FACE_MEAN for side in (frames, frames[:, :, ::-1])
+        )
+        return (seen + mirrored * MIRROR_SIGN + MIRROR_OFFSET) / 2
 
 
 def _run(network: nn.Module, frames: Frames) -> NDArray[np.float32]:
