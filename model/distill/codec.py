@@ -4,9 +4,9 @@ The codec is the product's video VAE with few channels. It starts at the linear 
 good from the first step, and training adds what a linear map cannot do: above all the fast movements of the mouth, of
 which four frames share one latent frame.
 
-Only the decoder is trained. The encoder stays the linear one: a trained encoder gained 0.3 dB, and let what goes through
-the codec again and again drift away. For a linear encoder E the best decoder D gives back its latents, E(D(z)) = z. So a
-still survives any number of round trips, as a stream's motion frames must.
+Only the decoder is trained. The encoder stays the linear one: a trained encoder gained 0.3 dB, and let what goes
+through the codec again and again drift away. For a linear encoder E the best decoder D gives back its latents,
+E(D(z)) = z. So a still survives any number of round trips, as a stream's motion frames must.
 
 Training sees windows of WINDOW x WINDOW pixels and FRAMES frames of fresh clips. The mouth counts MOUTH_WEIGHT times.
 The loss is a squared and an absolute difference to the true pixels, and how far a round trip moves the latents. Half of
