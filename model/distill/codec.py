@@ -38,7 +38,7 @@ WINDOW = 64  # pixels of a side of what training sees
 FRAMES = 9
 BATCH = 2
 TRIPS = 8
-STAY_WEIGHT = 100.0  # of what a trip moves, which fifty trips in one direction make 2,500 times as large
+STAY_WEIGHT = 1000.0  # of what a trip moves, which fifty trips in one direction make 2,500 times as large
 MOUTH_WEIGHT = 5.0
 MOUTH_BOX = (20, 18)  # half width and height in pixels
 WEIGHTS = FOLDER / "codec.safetensors"
@@ -88,7 +88,7 @@ def draw_window(rng: np.random.Generator, seed: int) -> tuple[Tensor, Tensor]:
     clip = draw_clip(seed, int(rng.integers(2**31)))
     start = int(rng.integers(len(clip.motion) - FRAMES + 1))
     motion = clip.motion[start : start + FRAMES]
-    if rng.random() < 0.1:
+    if rng.random() < 0.25:
         motion = np.repeat(motion[:1], FRAMES, 0)  # a still: its latents must not move
     centres = mouth_centre(clip.identity, motion, SIZE)
     corner = rng.integers(0, SIZE - WINDOW + 1, 2)
