@@ -1,18 +1,29 @@
 # Two commands are enough: `make demo` and `make test`. Both set up .venv first; a second call reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: install demo test bench audit lint clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt constraints-cpu.txt
+.venv/installed: pyproject.toml constraints.txt constraints-cpu.txt constraints-gpu.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, not " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@# A CPU build of torch leaves the choice of triton to us; a CUDA build brings the one it needs.
-	$(PIP) -c constraints-cpu.txt --editable '.[dev]' || { echo "torch brings its own triton: taking that"; $(PIP) --editable '.[dev]'; }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "There is an NVIDIA GPU: installing the torch and triton of constraints-gpu.txt."; \
+	  set -- -c constraints-gpu.txt; \
+	elif $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+	  echo "There is no NVIDIA GPU: installing a CPU build of torch from $(CPU_INDEX)."; \
+	  set -- -c constraints-cpu.txt --extra-index-url $(CPU_INDEX); \
+	else \
+	  echo "There is no NVIDIA GPU, and $(CPU_INDEX) cannot be reached: installing torch from pip's own index."; \
+	  set -- -c constraints-cpu.txt; \
+	fi; \
+	$(PIP) "$$@" --editable '.[dev]' || \
+	  { echo "This torch brings a triton of its own: taking that."; $(PIP) --editable '.[dev]' torch==2.13.0; }
 	touch $@
 
 demo: install

@@ -5,6 +5,7 @@ one node to `torch.compile`; `define_op` makes it from a CPU and a CUDA implemen
 public function checks its arguments with `check` and calls the op.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -35,15 +36,29 @@ def e4m3_scale(largest):
     return tl.maximum(largest / 448.0, 1e-12)
 
 
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation with the same results under `torch.autocast`, which would change dtypes inside it."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):  # 1 us; disabling takes 16 us
+            return implementation(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return implementation(*args)
+
+    return run
+
+
 class Op:
     """A `torch.library` operation `flashtalk::NAME`: one node to `torch.compile`, without a gradient."""
 
     def __init__(
         self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
     ) -> None:
-        self.name, self.cpu, self.cuda, self.fake = name, cpu, cuda, fake or cpu
-        self.library_op = torch.library.custom_op(f"flashtalk::{name}", cpu, mutates_args=(), device_types="cpu")
-        self.library_op.register_kernel("cuda")(cuda)
+        self.name = name
+        self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, cuda, fake or cpu))
+        self.library_op = torch.library.custom_op(f"flashtalk::{name}", self.cpu, mutates_args=(), device_types="cpu")
+        self.library_op.register_kernel("cuda")(self.cuda)
         self.library_op.register_fake(self.fake)
 
     def __call__(self, *args: Any) -> Any:

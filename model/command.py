@@ -1,11 +1,29 @@
-"""What the command lines share: checking an option against its choices, and running an app with one-line errors."""
+"""What the command lines share: choices of options, errors in one line, and printing in any character set."""
 
+import codecs
+import io
 import sys
 from collections.abc import Iterable
 
 import typer
 
 from model.errors import UserError
+
+# What is printed where a character set lacks these; other characters become question marks.
+SPELLINGS = {"±": "+-", "µ": "u", "≤": "<=", "≥": ">="}
+
+
+def spell_what_cannot_be_printed() -> None:
+    """Lets standard output spell the characters that its character set lacks, where Python would raise."""
+
+    def spelled(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(SPELLINGS.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("spelled", spelled)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="spelled")
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
@@ -20,6 +38,7 @@ def run_app(app: typer.Typer, interrupted: str) -> int:
     The code is 0 on success, 2 after a user's mistake, which is printed on one line, and 130 after Ctrl-C, which prints
     `interrupted`.
     """
+    spell_what_cannot_be_printed()
     try:
         app(standalone_mode=False)
     except (UserError, typer.TyperException) as error:

@@ -5,9 +5,14 @@ find earlier results by content, whatever model or shape they were made for. The
 one version of PyTorch and Triton, and the cache directory is named after these.
 """
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,8 @@ from torch import Tensor
 from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
-from model.machine import device_cache_dir
+from model.errors import UserError
+from model.machine import writable_cache_dir
 from model.vae import VAE, decode_schedule
 from model.weights.checkpoint import Models, load_models, random_models
 
@@ -100,7 +106,9 @@ def warm_up(models: Models) -> None:
             lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
 
 
-def load_compiled(config: Config, folder: Path | None, device: torch.device, precision: Precision) -> Models:
+def load_compiled(
+    config: Config, folder: Path | None, device: torch.device, precision: Precision, wav2vec: Path | None = None
+) -> Models:
     """`load_models`, or `random_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
 
     While the weights are read from disk, the code is compiled on stand-in networks.
@@ -114,7 +122,7 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
     stand_in = stand_in_models(config, device, precision)
     compile_models(stand_in)
     with ThreadPoolExecutor(1) as background:
-        loading = background.submit(load_models, config, folder, device, precision)
+        loading = background.submit(load_models, config, folder, device, precision, wav2vec)
         ready = wait([loading], FAIL_FAST_SECONDS).done
         if not ready:
             warm_up(stand_in)
@@ -126,8 +134,24 @@ def load_compiled(config: Config, folder: Path | None, device: torch.device, pre
 
 
 def use_compile_cache(device: torch.device) -> Path:
-    """Points the caches of Inductor and Triton at `device_cache_dir`, and returns that directory."""
-    folder = device_cache_dir(device)
+    """Points the caches of Inductor and Triton at `device_cache_dir`, and returns that directory.
+
+    If that cannot be written, it is a temporary directory, which goes when the process ends; one line on stderr says
+    so.
+    """
+    try:
+        folder = writable_cache_dir(device)
+    except UserError as error:
+        print(f"note: compiled code is not kept: {error}", file=sys.stderr)
+        folder = _temporary_dir()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+@cache
+def _temporary_dir() -> Path:
+    """A directory that is removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="flashtalk-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -1,52 +1,108 @@
 """From a portrait file to pixels and image features: reading, cropping, the vision tower of CLIP."""
 
+import io
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
+from model.files import placeholder
 from model.param_map import ParamMapping, pattern_map
 
 # Limits the memory for an elongated image, which is scaled by its short side: 32 Mpx take 128 MiB.
 MAX_RESIZED_PIXELS = 2**25
+LARGE, ENOUGH = 2**25, 2048  # pixels of an image, and of its shorter side: larger ones are read at a part of their size
 
 
 def load_image(path: Path) -> Image.Image:
     """The image file at `path` as 8-bit RGB, as an image viewer shows it.
 
-    EXIF orientation is applied, transparent pixels are blended with white, 16-bit channels are scaled to 8 bits, and
-    only the first frame of an animation is used. Raises `UserError` if the file cannot be read as an image or is
+    EXIF orientation is applied, colours are converted from the file's colour profile to sRGB, transparent pixels are
+    blended with white, 16-bit channels are scaled to 8 bits, and only the first frame of an animation is used. A colour
+    profile that is damaged or belongs to other channels is ignored. Images of more than `LARGE` pixels are made
+    smaller, to `ENOUGH` pixels a side or more. Raises `UserError` if the file cannot be read as an image or is
     unreasonably large.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with (
             # A large image is accepted. Pillow refuses one that is twice as large.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return _to_rgb(ImageOps.exif_transpose(file))
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as file,
+        ):
+            if file.mode == "F":
+                raise UserError(f"{path} has floating-point pixels of unknown range: convert it to PNG or JPEG")
+            if file.width * file.height > LARGE:
+                file.draft(None, (ENOUGH, ENOUGH))  # JPEG is decoded at a part of its size
+            return _to_rgb(file)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"no image file {path}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} has too many pixels to be read safely: give a smaller image") from error
+    except UnidentifiedImageError as error:
+        unknown = "is in no known image format (HEIC, SVG and PDF are not known): give PNG, JPEG, WebP, AVIF or TIFF"
+        raise UserError(f"{path} {placeholder(path) or unknown}") from error
     except Exception as error:  # Pillow's decoders raise many kinds of exceptions for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read the image {path} ({reason}): give an intact PNG or JPEG file") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(file: ImageFile.ImageFile) -> Image.Image:
+    written = file.tile[0][3] if file.tile else None  # of PNG: the channels of the file, such as "L;2" or "RGB;16B"
+    ImageOps.exif_transpose(file, in_place=True)
+    opacity, image = _opacity(file, written), _eight_bits(file)
+    factor = min(image.size) // ENOUGH if image.width * image.height > LARGE else 1
+    if factor > 1:
+        image, opacity = image.reduce(factor), opacity and opacity.reduce(factor)
+    image = _to_srgb(image, file.info.get("icc_profile"))
+    return Image.composite(image, Image.new("RGB", image.size, "white"), opacity) if opacity else image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image without its transparency, in a mode of 8 bits a channel."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    mode = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # levels from one shade to the next
+
+
+def _opacity(image: Image.Image, written: object) -> Image.Image | None:
+    """How opaque each pixel is, mode L, or None where all are. `written` are the channels of a PNG file."""
+    if not image.has_transparency_data:
+        return None
+    shade = image.info.get("transparency")  # of PNG without an alpha channel: as written, of Pillow's pixels: scaled
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.where(np.asarray(image) == shade, 0, 255).astype(np.uint8))
+    if isinstance(shade, int) and isinstance(written, str) and written in _GREY_STEPS:
+        image.info["transparency"] = shade * _GREY_STEPS[written]
+    elif isinstance(shade, tuple) and written == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in shade)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image, mode L, RGB or CMYK, as RGB in sRGB; a colour profile that does not fit or is damaged is ignored."""
+    space = (profile or b"")[16:20]
+    if (image.mode, space) == ("L", b"RGB "):
+        image = image.convert("RGB")
+    if profile and (image.mode, space) in (("L", b"GRAY"), ("RGB", b"RGB "), ("CMYK", b"CMYK")):
+        with suppress(ImageCms.PyCMSError, OSError):
+            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
     return image.convert("RGB")
 
 

@@ -5,11 +5,13 @@ import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 import triton
 
 from kernels.tuning import device_slug
+from model.errors import UserError
 
 CACHE_ENV = "FLASHTALK_CACHE"  # environment variable: parent of the cache directories
 
@@ -38,6 +40,24 @@ def cache_key(device: torch.device) -> str:
 
 
 def device_cache_dir(device: torch.device) -> Path:
-    """The device's directory below $FLASHTALK_CACHE or, without it, the user's cache. The directory is not created."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get(CACHE_ENV) or users / "flashtalk") / cache_key(device)
+    """The device's directory below $FLASHTALK_CACHE or, without it, the user's cache. The directory is not created.
+
+    Raises `UserError` if neither is known, as for a user without a home directory.
+    """
+    folder = os.environ.get(CACHE_ENV) or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/flashtalk"
+    try:
+        return Path(folder).expanduser() / cache_key(device)
+    except RuntimeError as error:
+        raise UserError(f"there is no home directory to keep it in: set {CACHE_ENV} to a folder") from error
+
+
+def writable_cache_dir(device: torch.device) -> Path:
+    """`device_cache_dir`, created if necessary. Raises `UserError` if it cannot be written."""
+    folder = device_cache_dir(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): set {CACHE_ENV} to another folder") from error
+    return folder

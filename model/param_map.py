@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from model.errors import UserError
 
+# What is put in front of all names of a model: by ComfyUI, torch.compile, DataParallel and trainers.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "model.")
+
 
 class ParamMapping(NamedTuple):
     """A tensor of the official checkpoint: its shape there, and the parameters that it fills.
@@ -90,41 +93,97 @@ def load_parameters(
         dtype: of the parameters; None keeps each tensor's own.
         offloaded: names of submodules whose parameters go to host memory instead.
 
-    Raises `UserError`, which names the tensor, if one is missing, unknown, repeated or of the wrong shape.
+    Raises `UserError`, which names the tensor, if one is missing, unknown, repeated, of the wrong shape or not finite.
     """
     offloaded_prefixes = tuple(f"{name}." for name in offloaded)
-    missing = dict(param_map)
+    missing, all_finite = dict(param_map), {}
     for name, tensor in tensors:
-        mapping = missing.pop(name, None)
-        if mapping is None:
-            what = "occurs twice" if name in param_map else "is not part of this model"
-            raise UserError(f"{source}: tensor {name} {list(tensor.shape)} {what}")
-        if tuple(tensor.shape) != mapping.shape:
-            raise UserError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {list(mapping.shape)}")
+        mapping = _take(missing, param_map, name, tuple(tensor.shape), source)
         there = torch.device("cpu") if mapping.params[0].startswith(offloaded_prefixes) else device
         if mapping.start_row is not None:
-            _load_rows(module, mapping, tensor, there, dtype or tensor.dtype)
+            all_finite[name] = is_finite(_load_rows(module, mapping, tensor, there, dtype or tensor.dtype))
             continue
         parts = tensor.chunk(len(mapping.params)) if len(mapping.params) > 1 else (tensor,)
         for part, target in zip(parts, mapping.params, strict=True):
             shape = module.get_parameter(target).shape
             placed = part.reshape(shape).to(there, dtype, copy=True, memory_format=torch.contiguous_format)
             set_parameter(module, target, placed)
+            all_finite[target] = is_finite(placed)
+    _require_all(missing, source)
+    for name, finite in all_finite.items():  # only now, as each answer waits for the device
+        require_finite(finite, name, source)
+
+
+def check_tensors(
+    param_map: Mapping[str, ParamMapping],
+    tensors: Iterable[tuple[str, tuple[int, ...], Path]],
+    source: Path | str,
+) -> None:
+    """Checks the tensors of a checkpoint, given as (official name, shape, file), like `load_parameters`."""
+    missing = dict(param_map)
+    for name, shape, path in tensors:
+        _take(missing, param_map, name, shape, path)
+    _require_all(missing, source)
+
+
+def _take(
+    missing: dict[str, ParamMapping],
+    param_map: Mapping[str, ParamMapping],
+    name: str,
+    shape: tuple[int, ...],
+    source: Path | str,
+) -> ParamMapping:
+    """Removes the tensor's mapping from `missing`. Raises `UserError` if there is none or the shape is another."""
+    mapping = missing.pop(name, None)
+    if mapping is None:
+        what = "occurs twice" if name in param_map else "is not part of this model"
+        lora = ": merge the LoRA into the weights first" if "lora" in name.lower() else ""
+        raise UserError(f"{source}: tensor {name} {list(shape)} {what}{lora}")
+    if shape != mapping.shape:
+        raise UserError(f"{source}: tensor {name} has shape {list(shape)}, expected {list(mapping.shape)}")
+    return mapping
+
+
+def _require_all(missing: Mapping[str, ParamMapping], source: Path | str) -> None:
     if missing:
         name, mapping = next(iter(missing.items()))
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{source}: tensor {name} {list(mapping.shape)}{more} missing")
 
 
+def is_finite(x: Tensor) -> Tensor:
+    """Whether all of x is finite: bool [] on its device, from one pass over it. 8-bit floats count as finite."""
+    if x.itemsize == 1 or not x.numel():
+        return torch.ones((), dtype=torch.bool)
+    low, high = x.aminmax()
+    return low.isfinite() & high.isfinite()
+
+
+def require_finite(finite: Tensor | bool, name: str, source: Path | str) -> None:
+    """Raises `UserError` unless `finite`, which says it of that tensor."""
+    if not finite:
+        raise UserError(f"{source}: {name} holds NaN or infinite numbers: download it again")
+
+
+def without_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Each name without what training frameworks and ComfyUI put in front of all names of a model."""
+    short = {name: name.replace("_orig_mod.", "") for name in names}
+    while short and (prefix := next((p for p in PREFIXES if all(x.startswith(p) for x in short.values())), None)):
+        short = {name: x.removeprefix(prefix) for name, x in short.items()}
+    return short
+
+
 def _load_rows(
     module: nn.Module, mapping: ParamMapping, tensor: Tensor, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Fills the mapping's rows of its parameter, which is allocated with the first of them."""
+) -> Tensor:
+    """Fills the mapping's rows of its parameter, which is allocated with the first of them; returns these rows."""
     target, start = mapping.params[0], mapping.start_row
     parameter = module.get_parameter(target)
     if (parameter.device.type, parameter.dtype) != (device.type, dtype):
         parameter = set_parameter(module, target, torch.empty(parameter.shape, device=device, dtype=dtype))
-    parameter.data[start:][: len(tensor)] = tensor.to(device, dtype)
+    rows = parameter.data[start:][: len(tensor)]
+    rows.copy_(tensor)
+    return rows
 
 
 def set_parameter(module: nn.Module, target: str, tensor: Tensor) -> nn.Parameter:

@@ -15,7 +15,7 @@ from model import command
 from model.config import DiTConfig, FP8Policy, from_official, is_known
 from model.errors import UserError
 from model.weights.quantize import copy_other_files, write_fp8_checkpoint
-from model.weights.shards import ShardReader, find_student_shards, read_json
+from model.weights.shards import find_student_shards, read_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,7 +42,7 @@ def run(
         raise UserError(f"{checkpoint / 'config.json'}: {error}") from error
     except OSError as error:
         raise UserError(f"--out {out} cannot be created ({error.strerror}); name another folder") from error
-    manifest = write_fp8_checkpoint(ShardReader(paths), out, config, FP8Policy(), device)
+    manifest = write_fp8_checkpoint(paths, out, config, FP8Policy(), device)
     copy_other_files(checkpoint, out, paths)
     print(error_table(manifest))
 

@@ -87,6 +87,35 @@ def normal_noise(
     return normals.float().flatten()[:count].view(shape)
 
 
+class TorchNoise:
+    """The noise that the published code draws for a seed, by PyTorch's own generator of the device.
+
+    Each chunk draws [16, F, h, w] once in bfloat16 for the start and once in float32 for every step, also for the last
+    one, where the noise is not used. The generator is seeded once, so the noise of a chunk follows from all draws
+    before it: to go back, they are drawn again. Values differ between kinds of devices.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], steps: int, device: torch.device) -> None:
+        """`shape` is that of the latents, [F, 16, h, w]."""
+        frames, channels, *plane = shape
+        self._shape, self._draws, self._device = (channels, frames, *plane), steps + 1, device
+        self._seed: int | None = None
+        self._done = 0  # draws since the generator was seeded
+
+    def __call__(self, seed: int | Tensor, chunk: int | Tensor, draw: int) -> Tensor:
+        """Standard normal noise, float32 [F, 16, h, w]: draw 0 is the start, draw i + 1 belongs to step i."""
+        seed, wanted = int(seed), int(chunk) * self._draws + draw
+        if seed != self._seed or wanted < self._done:
+            self._generator = torch.Generator(self._device).manual_seed(seed)
+            self._seed, self._done = seed, 0
+        while True:
+            dtype = torch.float32 if self._done % self._draws else torch.bfloat16
+            noise = torch.randn(self._shape, generator=self._generator, dtype=dtype, device=self._device)
+            self._done += 1
+            if self._done > wanted:
+                return noise.float().transpose(0, 1)
+
+
 def philox(
     counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

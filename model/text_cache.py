@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.errors import UserError
 from model.files import replacing
 from model.machine import device_cache_dir
 from model.offload import on_device
@@ -51,25 +53,36 @@ class CachedTextEncoder:
         with on_device(self._device, self.encoder):
             features = self.encoder(ids.to(self._device))
         if path is not None:
-            with suppress(OSError, SafetensorError):  # disk full or not writable
+            try:
                 _save_features(features, path)
+            except (OSError, SafetensorError) as error:  # disk full or not writable
+                _say_uncached(f"{path} cannot be written ({error})")
         return features
 
 
-def cache_dir_for(file: Path, device: torch.device, dtype: torch.dtype) -> Path:
+def cache_dir_for(file: Path, device: torch.device, dtype: torch.dtype) -> Path | None:
     """The directory that caches the features of one encoder file for a device and a dtype.
 
-    The encoder file is identified by its path, size and modification time.
+    The encoder file is identified by its path, size and modification time. None if there is no place for a cache, which
+    one line on stderr says.
     """
     state = file.stat()
     identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {dtype}"
-    return device_cache_dir(device) / "prompts" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    try:
+        folder = device_cache_dir(device)
+    except UserError as error:
+        _say_uncached(str(error))
+        return None
+    return folder / "prompts" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def _say_uncached(reason: str) -> None:
+    print(f"note: the prompt's features are not kept: {reason}", file=sys.stderr)
 
 
 def _save_features(features: Tensor, path: Path) -> None:
     """Writes the features to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary name is unique because several processes may write the same file.
-    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with replacing(path, own) as temporary:
+    with replacing(path, f".{path.name}.{secrets.token_hex(8)}.tmp") as temporary:
         save_file({FEATURES_KEY: features.cpu().contiguous()}, temporary)

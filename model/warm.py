@@ -22,7 +22,7 @@ from model.compile import compile_models, stand_in_models, use_compile_cache, wa
 from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
 from model.files import replacing
-from model.machine import cache_key
+from model.machine import cache_key, writable_cache_dir
 
 MANIFEST = "manifest.json"
 
@@ -84,6 +84,8 @@ def command(
     check_choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
+    if packed is None or source is not None:  # else the file keeps what is compiled
+        writable_cache_dir(where)
     folder, key = use_compile_cache(where), cache_key(where)
     if source is not None:
         unpack(source, folder, key)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 try:
+    from model.command import spell_what_cannot_be_printed
     from model.errors import UserError
 except ImportError as error:  # another package named like one of ours came first
     print(f"error: {error}", file=sys.stderr)
@@ -105,6 +106,17 @@ def report(
     from profiling.report.report import report_command
 
     raise typer.Exit(report_command(run, out, png, results, json))
+
+
+@app.command()
+def docs(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Markdown file.")] = Path("docs/performance.md"),
+    results: Results = RESULTS,
+) -> None:
+    """Writes the page of performance figures from the committed results."""
+    from profiling.report.performance import docs_command
+
+    raise typer.Exit(docs_command(results, out))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -205,6 +217,7 @@ def main() -> int:
     """Runs the command line: a user's mistake ends with one line and exit code 2, an interruption with 130."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # a kill or a closed terminal ends like Ctrl-C
         signal.signal(number, _interrupt)
+    spell_what_cannot_be_printed()
     try:
         code = app(standalone_mode=False) or 0
         if code != INTERRUPTED:  # what typer returns on Ctrl-C

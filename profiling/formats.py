@@ -13,7 +13,7 @@ from typing import Any
 
 from model.errors import UserError
 from profiling import migrate
-from profiling.results import OK, CaseResult, Machine, Measurement, Run, from_own_json
+from profiling.results import OK, CaseResult, Machine, Measurement, Run, finite, from_own_json
 
 
 def load(path: Path) -> Run:
@@ -36,7 +36,9 @@ def from_json(values: Any, source: str) -> Run:
         return run
     try:
         run = from_pytest_benchmark(values)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except ValueError as error:
+        raise UserError(f"{source} is damaged: {error}") from error
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
     if run is None:
         raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
@@ -46,7 +48,8 @@ def from_json(values: Any, source: str) -> Run:
 def from_pytest_benchmark(values: Any) -> Run | None:
     """The run in pytest-benchmark's JSON, None if it is something else.
 
-    A benchmark without `extra_info` of ours becomes a case of its full name with the back-end "pytest".
+    A benchmark without `extra_info` of ours becomes a case of its full name with the back-end "pytest". It counts as
+    ours, so that `compare` fails if it becomes slower, unless its `extra_info` says otherwise.
     """
     if not (isinstance(values, dict) and "benchmarks" in values and "machine_info" in values):
         return None
@@ -72,19 +75,20 @@ def _benchmark_result(benchmark: Mapping[str, Any]) -> tuple[CaseResult, Measure
     info, stats = migrate.case(benchmark.get("extra_info") or {}), benchmark["stats"]
     # Rounds are kept by --benchmark-json and --benchmark-save-data; a file without them still has quartiles.
     samples = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
+    name = str(info.get("case", benchmark["fullname"]))
     case = CaseResult(
-        case=str(info.get("case", benchmark["fullname"])),
+        case=name,
         operation=str(info.get("operation", benchmark["name"])),
         shape=str(info.get("shape", "")),
         dtype=str(info.get("dtype", "")),
-        flops=float(info.get("flops", 0)),
-        bytes=float(info.get("bytes", 0)),
+        flops=finite(info.get("flops", 0), f"{name}.flops"),
+        bytes=finite(info.get("bytes", 0), f"{name}.bytes"),
         world=int(info.get("world", 1)),
-        calls=float(info.get("calls", 0)),
+        calls=finite(info.get("calls", 0), f"{name}.calls"),
         dims={str(name): int(size) for name, size in info.get("dims", {}).items()},
     )
-    backend, ours = str(info.get("backend", "pytest")), bool(info.get("ours", False))
-    return case, Measurement(backend, OK, ours, samples=tuple(map(float, samples)))
+    backend, ours = str(info.get("backend", "pytest")), bool(info.get("ours", True))
+    return case, Measurement(backend, OK, ours, samples=tuple(finite(x, f"{name}.seconds") for x in samples))
 
 
 def _benchmark_machine(info: Mapping[str, Any], commit: Mapping[str, Any]) -> Machine:

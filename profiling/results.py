@@ -13,14 +13,15 @@ import math
 import statistics
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from model.errors import UserError
-from model.files import replacing
+from model.files import check_replaceable, replacing
 from profiling import migrate
 
 SCHEMA = "flashtalk-profile"
@@ -227,19 +228,36 @@ def to_json(run: Run) -> dict[str, Any]:
     return {"schema": SCHEMA, "version": VERSION} | _plain(dataclasses.asdict(run))
 
 
+def as_json_text(values: Any) -> str:
+    """The values as JSON; NaN and infinities, which JSON lacks, as null."""
+    return json.dumps(_plain(values), indent=1, allow_nan=False)
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Raises `UserError` if it cannot be written."""
+    with _writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """Raises `UserError` if `path` cannot be written; makes its folder, but not the file."""
+    with _writing(path):
+        check_replaceable(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes the folder of `path`; turns an OSError of the body into a `UserError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
 
 
 def save(run: Run, path: Path) -> None:
     """Writes a results file whole or not at all."""
-    write(path, json.dumps(to_json(run), indent=1) + "\n")
+    write(path, as_json_text(to_json(run)) + "\n")
 
 
 def from_own_json(values: Any, source: str) -> Run | None:
@@ -271,6 +289,13 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def finite(value: Any, where: str) -> float:
+    """The value if it is a number within a file's limits, else ValueError; Python's JSON has NaN and infinity too."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or LOW < abs(value) < HIGH):
+        return float(value)
+    raise ValueError(f"{where} is {value!r:.40}, wanted a finite number")
+
+
 T = TypeVar("T")
 
 
@@ -298,9 +323,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {str(key): _value(arguments[1], item, f"{where}[{key}]") for key, item in value.items()}
-    if hint is float:  # nothing here is beyond these limits; NaN and infinities, which Python's parser passes, are
-        if isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or LOW < abs(value) < HIGH):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+    if hint is float:
+        return finite(value, where)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
     raise ValueError(f"{where} is {value!r:.40}, wanted {getattr(hint, '__name__', hint)}")

@@ -254,8 +254,8 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %. Empty for None."""
-    if value is None:
+    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %. Empty for None and NaN."""
+    if value is None or not math.isfinite(value):
         return ""
     return f"{value:.1%}" if abs(value) < 0.0995 else f"{value:.0%}"
 

@@ -1,30 +1,27 @@
 """`python -m streaming run`: a portrait and a voice in, a talking video out."""
 
 import ctypes
-import errno
 import json
 import os
 import re
 import signal
 import sys
+import tomllib
 from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 try:
-    from model.command import check_choice
+    from model.command import spell_what_cannot_be_printed
     from model.errors import UserError
-    from model.files import replacing
+    from model.files import check_replaceable, replacing
+    from streaming.progress import progress_line, stage
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
-MIN_PORTRAIT = 16  # pixels a side
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 app = typer.Typer(
@@ -40,13 +37,44 @@ def _streaming() -> None:
     """Keeps `run` a subcommand while it is the only one."""
 
 
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the options in a TOML file the defaults of the others."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"--config {path} is not TOML: {error}") from error
+    options = {name.lstrip("-"): parameter.name for parameter in context.command.params for name in parameter.opts}
+    for key in values:
+        if key.replace("_", "-") not in options:
+            raise UserError(f"--config {path}: there is no option {key}; --help lists them")
+    context.default_map = {options[key.replace("_", "-")]: value for key, value in values.items()}
+    return path
+
+
+def parse_size(text: str | None) -> tuple[int, int] | Literal["auto"] | None:
+    """What --size says: "640x320" is a width and a height."""
+    if text is None or text == "auto":
+        return text
+    if not (match := re.fullmatch(r"(\d{1,6})\s*[xX*]\s*(\d{1,6})", text.strip())):
+        raise UserError(f"--size {text}: write WIDTHxHEIGHT, such as 448x768, or auto")
+    return int(match[1]), int(match[2])
+
+
 @app.command(
     epilog="Example: python -m streaming run --image examples/portrait.jpg --audio examples/voice.wav --out talk.mp4"
 )
 def run(
-    image: Annotated[str, typer.Option(help="Portrait: any picture Pillow reads; the middle is cut out to size.")],
+    image: Annotated[str, typer.Option(help="Portrait: any picture Pillow reads. It is cut to fit; a face is kept.")],
     audio: Annotated[
-        str, typer.Option(help="Voice: WAV, FLAC, OGG, MP3 ...; '-' for 16-bit mono 16 kHz PCM on standard input.")
+        str,
+        typer.Option(
+            help="Voice: WAV, FLAC, OGG, MP3, M4A, WebM ..., or a film; '-' for standard input: 16-bit mono 16 kHz PCM,"
+            " or one of these formats."
+        ),
     ],
     out: Annotated[
         str, typer.Option(help="Video: NAME.mp4, a folder for PNG frames, or '-' for raw RGB24 on standard output.")
@@ -54,16 +82,26 @@ def run(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Size of the system: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a GPU)."
-            " Default: flashtalk-14b if there are a GPU and a checkpoint, else tiny."
+            help="Dimensions of the networks: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a"
+            " GPU). Default: flashtalk-14b with --checkpoint, else tiny."
         ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of the official weights. Without one, tiny draws coloured noise.")
     ] = None,
+    wav2vec: Annotated[
+        Path | None, typer.Option(help="Folder of the speech encoder, if it is not in or beside the checkpoint.")
+    ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Run flashtalk-14b without a checkpoint, for timing: noise.")
     ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Picture as WIDTHxHEIGHT, multiples of 16 such as 448x768 or 640x320; or auto, the largest that this"
+            " machine plays in real time, which takes some chunks to find out. Default: the preset's."
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 9999,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -75,9 +113,26 @@ def run(
         ),
     ] = "auto",
     steps: Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")] = 4,
+    shift: Annotated[float | None, typer.Option(help="Shift of the timesteps towards noise; published: 5.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a chunk, 1 + a multiple of 4; published: 33.")] = None,
+    color: Annotated[float, typer.Option(help="How far colours are moved to the portrait's, 0 to 1.")] = 1.0,
     audio_mode: Annotated[
         str, typer.Option(help="stream hears up to now, as a live session must; once hears the whole file first.")
     ] = "stream",
+    loudness: Annotated[
+        str,
+        typer.Option(
+            help="steady: a moment of the sound keeps its gain. published: the gain of the last eight seconds is"
+            " measured anew for every chunk, as the published code does."
+        ),
+    ] = "steady",
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="counter: a function of the seed, the same on every machine. torch: what the published code draws for"
+            " the seed on such a device; not with --compile on a GPU."
+        ),
+    ] = "counter",
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -87,107 +142,90 @@ def run(
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and warnings only.")] = False,
+    config: Annotated[  # noqa: ARG001  (read before the other options are)
+        Path | None,
+        typer.Option(
+            callback=_read_config,
+            is_eager=True,
+            help="TOML file of these options, such as size = '640x320'; the command line goes before it.",
+        ),
+    ] = None,
 ) -> None:
     """Generates a video of the portrait speaking the voice, as long as the voice."""
     _keep_memory()
-    # The command line answers at once; what takes seconds to import waits until there is something to do.
-    import torch
-
-    from model.compile import load_compiled
-    from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS
-    from model.image import load_image, resize_center_crop
-    from model.sampler import NUM_TIMESTEPS
-    from model.text import tokenize
-    from model.weights.checkpoint import load_models, random_models
-    from model.weights.quantize import is_fp8_checkpoint
-    from streaming.audio_features import on_stream, once_featurizer, stream_featurizer
-    from streaming.cuda_graphs import CudaGraphs
-    from streaming.generator import ChunkGenerator
-    from streaming.progress import show, stage
-    from streaming.session import Session
-    from streaming.session import report as report_of
-    from streaming.session import run as perform
-    from streaming.sinks import open_sink
-    from streaming.sources import open_source
-    from streaming.timers import StageTimer
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if compiled is None:
-        compiled = device == "cuda"
-    if preset is None:
-        preset = "flashtalk-14b" if device == "cuda" and checkpoint else "tiny"
-    if precision == "auto":
-        quantised = checkpoint is not None and is_fp8_checkpoint(checkpoint)
-        precision = "fp8" if quantised else "bf16" if device == "cuda" else "fp32"
-    check_choice("--device", device, ("cpu", "cuda"))
-    check_choice("--preset", preset, PRESETS)
-    check_choice("--precision", precision, PRECISIONS)
-    check_choice("--audio-mode", audio_mode, ("stream", "once"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
-    if not 1 <= steps <= NUM_TIMESTEPS:
-        raise UserError(f"--steps {steps}: name a number from 1 to {NUM_TIMESTEPS}")
-    if checkpoint is None and preset != "tiny" and not random_weights:
-        raise UserError(f"--preset {preset} needs --checkpoint FOLDER (or --random-weights, which draws noise)")
-    if checkpoint is not None and random_weights:
-        raise UserError("--checkpoint and --random-weights exclude each other")
+    with stage("starting", quiet):  # what takes seconds to import waits until there is something to do
+        from streaming.pipeline import TalkingHeadPipeline
+        from streaming.session import report as report_of
+        from streaming.sinks import open_sink
+        from streaming.sources import open_source
     if report is not None:
         if report.resolve() in {Path(name).resolve() for name in (image, audio, out)}:
             raise UserError(f"--report {report}: that is another of the files named; name a new one")
         _write_whole(report, None)
-
-    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions stay float32
-
-    config = replace(PRESETS[preset], chunk=replace(PRESETS[preset].chunk, sample_steps=steps))
-    chunk, where = config.chunk, torch.device(device)
-    settings = {
-        "preset": preset, "checkpoint": str(checkpoint) if checkpoint else None, "precision": precision,
-        "seed": seed, "steps": steps, "audio_mode": audio_mode, "compiled": compiled, "chunk": asdict(chunk),
-    }  # fmt: skip
-    picture = load_image(Path(image))
-    if min(picture.size) < MIN_PORTRAIT:
-        raise UserError(f"{image}: {picture.width} x {picture.height} pixels show no portrait; give a larger picture")
-    portrait = resize_center_crop(picture, chunk.height, chunk.width)
+    if checkpoint is not None and preset is None:
+        preset = "flashtalk-14b"
+    pipeline = TalkingHeadPipeline.from_pretrained(
+        checkpoint or preset or "tiny",
+        preset=preset,
+        device=device,
+        precision=precision,
+        size=parse_size(size),
+        frames=frames,
+        steps=steps,
+        shift=shift,
+        color=color,
+        compiled=compiled,
+        wav2vec=wav2vec,
+        noise=noise,
+        random_weights=random_weights,
+        lazy=True,
+    )
+    if measured := pipeline.settings.get("measured"):
+        _say_size(measured)
+    chunk, portrait = pipeline.config.chunk, pipeline.portrait(image)
     with (
         open_source(audio, chunk) as source,
         open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
     ):
-        with stage(f"loading the models{f', compiling for {chunk.width} x {chunk.height}' if compiled else ''}"):
-            if compiled:
-                models = load_compiled(config, checkpoint, where, PRECISIONS[precision])
-            elif checkpoint is not None:
-                models = load_models(config, checkpoint, where, PRECISIONS[precision])
-            else:
-                models = random_models(config, where, PRECISIONS[precision])
-        timer = StageTimer(where)
-        with stage("preparing portrait and prompt"):
-            ids = tokenize(prompt or DEFAULT_PROMPT, config.text, config.dit.text_len, models.folder)
-            graphs = partial(CudaGraphs, where) if compiled and where.type == "cuda" else None
-            generator = ChunkGenerator(models, timer, new_capture=graphs)
-            session = Session(generator, generator.prepare(portrait, ids), seed)
-        if audio_mode == "once":
-            with stage("hearing the whole track"):
-                slices = list(source)
-                featurizer = once_featurizer(models.audio, chunk, slices)
-        else:
-            slices, featurizer = source, stream_featurizer(models.audio, chunk)
-        played = perform(session, slices, on_stream(featurizer, generator.audio_stream), sink, chunk, timer)
-        progress = show(played, timer, chunk.tgt_fps, source.duration)
+        if source.warning:
+            print("warning:", source.warning, file=sys.stderr)
+        compiling = f", compiling for {chunk.width} x {chunk.height}" if pipeline.settings["compiled"] else ""
+        with stage(f"loading the models{compiling}", quiet):
+            pipeline.load()
+        with progress_line(pipeline.timer, chunk.tgt_fps, source.duration, quiet) as on_progress:
+            progress = pipeline.generate(
+                portrait,
+                source,
+                sink,
+                prompt=prompt,
+                seed=seed,
+                audio_mode=audio_mode,
+                loudness=loudness,
+                on_progress=on_progress,
+            )
     if checkpoint is None:
-        print(f"{preset} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
+        print(f"{preset or 'tiny'} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
     if report is not None:
-        _write_whole(report, json.dumps(report_of(progress, timer, where, settings), indent=2) + "\n")
+        settings = pipeline.settings | {"seed": seed, "audio_mode": audio_mode, "loudness": loudness}
+        values = report_of(progress, pipeline.timer, pipeline.device, settings)
+        _write_whole(report, json.dumps(values, indent=2) + "\n")
+
+
+def _say_size(measured: dict[str, Any]) -> None:
+    width, height = measured["size"]
+    took, lasts = measured["chunk_s"], measured["lasts_s"]
+    verdict = "plays in real time" if took <= lasts else "is the smallest tried, and not real time"
+    found = f"{width}x{height} {verdict}: a chunk of {lasts:.2f} s takes {took:.2f} s"
+    print(f"size auto: {found}; --size {width}x{height} spares the measuring", file=sys.stderr)
 
 
 def _write_whole(path: Path, text: str | None) -> None:
     """Writes the report, whole or not at all; without a text, only tries whether that would be possible."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if text is None:
-            with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-                return
+            check_replaceable(path)
+            return
         with replacing(path) as temporary:
             temporary.write_text(text)
     except OSError as error:
@@ -216,6 +254,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> int:
     """Runs the command line; a user's mistake ends in one line and exit code 2, an interruption in 130."""
+    spell_what_cannot_be_printed()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -254,5 +293,10 @@ def _fail(message: str) -> int:
     return 2
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The console script `flashtalk`."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -17,16 +17,29 @@ from streaming.streams import SideStream
 AudioFeaturizer = Callable[[Slice], Tensor]
 
 
-def stream_featurizer(encoder: SpeechEncoder, chunk: ChunkConfig) -> AudioFeaturizer:
-    """Encodes each slice with the seconds of sound before it, and nothing of what comes after."""
+def stream_featurizer(encoder: SpeechEncoder, chunk: ChunkConfig, loudness: str = "steady") -> AudioFeaturizer:
+    """Encodes each slice with the seconds of sound before it, and nothing of what comes after.
+
+    With `loudness` "steady", a sample keeps the gain that it entered with (`Ring`). With "published", the seconds that
+    the encoder sees are brought to -23 LUFS anew for every chunk, as the published code does.
+    """
     ring = Ring.empty(chunk)
 
-    def featurize(item: Slice) -> Tensor:
+    def steady(item: Slice) -> Tensor:
         nonlocal ring
         ring = ring.append(item.speech)
         return stream_window(encoder, ring.samples, chunk)
 
-    return featurize
+    samples = np.zeros(chunk.cached_samples, np.float32)
+
+    def published(item: Slice) -> Tensor:
+        nonlocal samples
+        piece = np.pad(item.speech, (0, chunk.slice_samples - len(item.speech)))
+        samples = np.concatenate((samples[chunk.slice_samples :], piece))
+        wave = normalize_loudness(samples.astype(np.float64), chunk.sample_rate).astype(np.float32)
+        return stream_window(encoder, wave, chunk)
+
+    return {"steady": steady, "published": published}[loudness]
 
 
 def once_featurizer(encoder: SpeechEncoder, chunk: ChunkConfig, slices: list[Slice]) -> AudioFeaturizer:

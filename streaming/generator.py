@@ -60,6 +60,7 @@ class Frames(NamedTuple):
 
     pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
     rgb: Tensor  # the same, uint8 [n, height, width, 3]
+    finite: Tensor  # bool []: whether what they were made from is free of NaN and infinity
 
 
 class StepInputs(NamedTuple):
@@ -183,11 +184,11 @@ class ChunkGenerator:
             frames, cache = self._decode_step(step, latents[group.latents], cache)
             if not group.emit:
                 continue
-            frames, rgb = self._correct_color(step, frames, conditions.lab)
+            frames, rgb, finite = self._correct_color(step, frames, conditions.lab, latents)
             last_frames.append(frames[max(self.config.chunk.new_frames - group.frames.start, 0) :])
             if group.frames.stop > overlap:
                 new = max(overlap - group.frames.start, 0)
-                yield Frames(frames[new:], rgb[new:])
+                yield Frames(frames[new:], rgb[new:], finite)
         return State(state.seed, state.chunk + 1, self._encode_motion(last_frames).clone())
 
     # --- Stages, as functions of their arguments ---------------------------------------------------------------------
@@ -212,9 +213,19 @@ class ChunkGenerator:
         """The frames of one decode step, and the VAE's cache after it."""
         return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].emit)
 
-    def _correct(self, step: int, frames: Tensor, lab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The frames of one decode step in the portrait's colours, as pixels and as bytes."""
-        return lab_transfer(frames, *lab, self.config.chunk.color_correction_strength)
+    def _correct(
+        self,
+        step: int,  # noqa: ARG002
+        frames: Tensor,
+        lab: tuple[Tensor, Tensor],
+        latents: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The frames of one decode step in the portrait's colours, as pixels and as bytes; whether all was finite.
+
+        A sum is not finite if a term is not. Bytes do not show it, and e4m3 may hide it from the frames.
+        """
+        finite = (frames.sum(dtype=torch.float32) + latents.sum(dtype=torch.float32)).isfinite()
+        return *lab_transfer(frames, *lab, self.config.chunk.color_correction_strength), finite
 
     def _encode(self, frames: Sequence[Tensor]) -> Tensor:
         """The motion latents of a chunk's last frames."""

@@ -10,10 +10,12 @@ only.
 
 import platform
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ChunkConfig
@@ -38,6 +40,39 @@ class Session:
         self.state = yield from self._generator.chunk(self._conditions, self.state, window)
 
 
+class Group(NamedTuple):
+    """Frames of a chunk that were decoded together, and their sound."""
+
+    rgb: Tensor  # uint8 [n, height, width, 3] on the device; valid until the next group is asked for
+    finite: Tensor  # bool []: whether what they were made from is free of NaN and infinity
+    sound: NDArray[np.float32]  # [sample, channel]
+    last: bool  # they are the last that are shown of their chunk
+    whole: bool  # all new frames of the chunk are shown
+
+
+def play(
+    session: Session, slices: Iterable[Slice], featurizer: AudioFeaturizer, chunk: ChunkConfig, timer: StageTimer
+) -> Iterator[Group]:
+    """Yields the frames of the slices, each group as soon as it is decoded.
+
+    The video lasts as long as the sound: of the last chunk, as many frames are shown as its slice needs.
+    """
+    for item in slices:
+        wanted = -(-len(item.speech) // chunk.frame_samples)
+        whole, shown = wanted == chunk.new_frames, 0
+        sound_per_frame = chunk.frame_samples * len(item.sound) // len(item.speech)
+        with timer.time("audio"):
+            window = featurizer(item)
+        for frames in session.frames(window):
+            count = min(len(frames.rgb), wanted - shown)
+            last = shown + count == wanted
+            sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
+            yield Group(frames.rgb[:count], frames.finite, sound, last, whole)
+            shown += count
+            if last and not whole:
+                break
+
+
 def run(
     session: Session,
     slices: Iterable[Slice],
@@ -46,29 +81,20 @@ def run(
     chunk: ChunkConfig,
     timer: StageTimer,
 ) -> Iterator[Progress]:
-    """Plays the slices into the sink; yields the progress after every group of frames, and when the sink has all.
-
-    The video lasts as long as the sound: of the last chunk, as many frames are shown as its slice needs.
-    """
+    """Plays the slices into the sink; yields the progress after every group of frames, and when the sink has all."""
     with FrameWriter(sink, timer) as writer:
-        for number, item in enumerate(slices):
-            if not number:
-                writer.begin()
-            wanted = -(-len(item.speech) // chunk.frame_samples)
-            whole, shown = wanted == chunk.new_frames, 0
-            sound_per_frame = chunk.frame_samples * len(item.sound) // len(item.speech)
-            with timer.time("audio"):
-                window = featurizer(item)
-            for frames in session.frames(window):
-                count = min(len(frames.rgb), wanted - shown)
-                last = shown + count == wanted
-                sound = item.sound[shown * sound_per_frame : None if last else (shown + count) * sound_per_frame]
-                writer.put(frames.rgb[:count], sound, last, whole)
-                shown += count
-                yield writer.progress
-                if last and not whole:
-                    break
+        for group in play(session, _announced(slices, writer), featurizer, chunk, timer):
+            writer.put(*group)
+            yield writer.progress
     yield writer.progress
+
+
+def _announced(slices: Iterable[Slice], writer: FrameWriter) -> Iterator[Slice]:
+    """The slices; startup counts from the moment when the first one is there."""
+    for number, item in enumerate(slices):
+        if not number:
+            writer.begin()
+        yield item
 
 
 def report(progress: Progress, timer: StageTimer, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:

@@ -143,18 +143,19 @@ class Mp4Sink(Sink):
         """Turns the part file into the target. Raises `UserError`, leaving the part file, if there is no room."""
         if self._file.closed:
             return
-        with self._file:
-            if self.frames and not self._torn:
-                rest = [*self._video.encode(None), *self._audio.encode(None)]
-                self._append(self._muxed(rest)[len(self._header) :])
-        if not self.frames:
-            self._part.unlink()
-        elif not self._full:
-            try:
+        try:
+            with self._file:
+                if self.frames and not self._torn:
+                    rest = [*self._video.encode(None), *self._audio.encode(None)]
+                    self._append(self._muxed(rest)[len(self._header) :])
+            if self.frames and not self._full:
                 with replacing(self._path) as temporary:
                     _remux(self._part, temporary)
-            except OSError as error:
-                raise self._failure(error) from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever FFmpeg says at the end of a long run, the part file has the frames
+            raise self._failure(error) from error
+        if not (self.frames and self._full):
             self._part.unlink()
 
     def _muxed(self, packets: Iterable[Packet]) -> bytes:
@@ -188,11 +189,12 @@ class Mp4Sink(Sink):
             raise
         self._size += len(data)
 
-    def _failure(self, error: OSError) -> UserError:
+    def _failure(self, error: Exception) -> UserError:
         rest = (
             f"the {self.frames} frames made so far are in {str(self._part)!r}" if self.frames else "name another place"
         )
-        return UserError(f"{str(self._path)!r} cannot be written ({error.strerror}); {rest}")
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        return UserError(f"{str(self._path)!r} cannot be written ({reason}); {rest}")
 
 
 class FolderSink(Sink):
@@ -310,7 +312,11 @@ def _encoders(
 
 def _remux(part: Path, target: Path) -> None:
     """Copies the packets of a part file into an ordinary MP4 with its index in front, both streams `_DELAY` earlier."""
-    with av.open(part) as source, av.open(target, "w", format="mp4", options={"movflags": "faststart"}) as output:
+    # FFmpeg would take what stands before a colon in a bare name for a protocol.
+    with (
+        av.open(f"file:{part}") as source,
+        av.open(f"file:{target}", "w", format="mp4", options={"movflags": "faststart"}) as output,
+    ):
         streams = [output.add_stream_from_template(stream) for stream in source.streams]
         for packet in source.demux():
             if packet.pts is not None and packet.dts is not None:  # not the end mark

@@ -1,30 +1,28 @@
-"""Sources of the voice: an audio file, or raw samples on stdin, cut into one slice of sound per chunk of video.
+"""Sources of the voice: an audio file, or a stream on stdin, cut into one slice of sound per chunk of video.
 
 A slice holds the same stretch of time twice: for the speech encoder (mono, 16 kHz), and for the viewer (one or two
 channels, at the source's `rate`). The viewer's sample `rate / sample_rate * j` is the encoder's sample `j`.
 """
 
-import stat
+import io
+import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
 from model.config import ChunkConfig
 from model.errors import UserError
+from streaming.decoding import FILE_RATES, SNIFFED, Block, FFmpegDecoder, is_container, open_decoder
 
 SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
-LOUDEST = 100  # in units of full scale; a file with larger samples does not hold sound in [-1, 1]
-FILE_RATES = range(1_000, 768_001)  # Hz, that files may have
-_BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
+CANCELLED = 0.1  # power of two channels' sum over that of their difference, below which they cancel each other out
+MEMORY = 0.1  # seconds in which what was heard of two channels fades to 1 / e when they are compared
 
 
 class Slice(NamedTuple):
@@ -42,11 +40,13 @@ class Source(ABC):
     """An iterable of slices, and a context manager that closes what it holds.
 
     `channels` of the sound: 1 or 2; its `rate` in Hz. `duration` in seconds, None where the end is not known.
+    `warning` is a line that the user should read, or None.
     """
 
     channels: int
     rate: int
     duration: float | None
+    warning: str | None = None
 
     @abstractmethod
     def __iter__(self) -> Iterator[Slice]: ...
@@ -63,11 +63,12 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """An audio file: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), 1 to 768 kHz, any number of channels.
+    """An audio file, or the sound of a film: anything that libsndfile or FFmpeg reads, 1 to 768 kHz.
 
-    The speech is the mean of all channels. The sound keeps one or two channels as they are; more than two become their
-    mean. n samples at r Hz become max(1, floor(n * sample_rate / r + 1/2)) samples of speech, and three times that
-    number of sound. At the very end, resampled samples beyond these numbers are cut, and missing ones are zero.
+    The sound keeps one or two channels as they are; more are mixed down to two. The speech is their mean, but where two
+    channels cancel each other out, it is half of their difference. n samples at r Hz become
+    max(1, floor(n * sample_rate / r + 1/2)) samples of speech, and three times that number of sound. At the very end,
+    resampled samples beyond these numbers are cut, and missing ones are zero.
 
     Construction reads the whole file once, so that its faults are known before anything is generated. Raises
     `UserError` if the file is missing, is not readable audio, is empty, or holds samples that are not finite. Iteration
@@ -75,91 +76,81 @@ class FileSource(Source):
     """
 
     def __init__(self, audio: str, chunk: ChunkConfig) -> None:
-        self._factor, rest = divmod(SOUND_RATE, chunk.sample_rate)
-        if rest:
+        if SOUND_RATE % chunk.sample_rate:
             raise ValueError(f"chunk.sample_rate: {chunk.sample_rate} Hz, wanted a divisor of {SOUND_RATE}")
         self.chunk, self.rate = chunk, SOUND_RATE
-        self._name = repr(audio)
-        self._file = _open_audio(audio)
-        self._samples = 0  # at least
+        self._decoder = open_decoder(audio)
         try:
-            self._samples = self._validated_length()
+            self._samples, cancelled = self._heard()
         except BaseException:
             self.close()
             raise
-        self.channels = 2 if self._file.channels == 2 else 1
-        self.duration = self._samples / self._file.samplerate
+        if cancelled:
+            self.warning = f"the two channels of {audio!r} cancel each other out; on one loudspeaker they are silent"
+        self.channels = self._decoder.channels
+        self.duration = self._samples / self._decoder.rate
 
     def __iter__(self) -> Iterator[Slice]:
-        size, rate = self.chunk.slice_samples, self._file.samplerate
-        to_speech = soxr.ResampleStream(rate, self.chunk.sample_rate, 1)
-        to_sound = soxr.ResampleStream(rate, SOUND_RATE, self.channels)
-        speech = np.zeros(0, np.float32)
-        sound = np.zeros((0, self.channels), np.float32)
-        came = given = 0  # samples of the file, of speech
-        last, failure = False, None
-        while not last:
-            try:
-                block = self._read(came)
-            except UserError as error:
-                block, failure = np.zeros((0, self._file.channels), np.float32), error
-            came += len(block)
-            last = len(block) == 0
-            mono = block.mean(axis=1)
-            heard = block if self.channels == block.shape[1] else mono[:, None]
-            speech = np.concatenate([speech, to_speech.resample_chunk(mono, last)])
-            sound = np.concatenate([sound, to_sound.resample_chunk(heard, last)])
-            if last:
-                total = max(1, (2 * came * self.chunk.sample_rate + rate) // (2 * rate)) if came else 0
-                speech = _fitted(speech, total - given)
-                sound = _fitted(sound, (total - given) * self._factor)
-            while len(speech) and (last or (len(speech) >= size and len(sound) >= size * self._factor)):
-                yield Slice(speech[:size], sound[: size * self._factor].clip(-1, 1))
-                given += size
-                speech, sound = speech[size:], sound[size * self._factor :]
-        if failure:
-            raise failure
+        return _slices(self._blocks(), self._decoder.rate, self.chunk, self.rate, self.channels)
 
     def close(self) -> None:
         """Closes the file; nothing can be read afterwards."""
-        self._file.close()
+        self._decoder.close()
 
-    def _read(self, position: int) -> NDArray[np.float32]:
-        """The next block of the file, [sample, channel]; empty at its end. Raises `UserError` where it is damaged."""
-        block = None
-        with suppress(soundfile.LibsndfileError):
-            if position == 0:
-                self._file.seek(0)
-            block = self._file.read(_BLOCK, dtype="float32", always_2d=True).astype(np.float32, copy=False)
-        if block is None or (len(block) == 0 and position < self._samples):
-            second = position / self._file.samplerate
-            raise UserError(f"{self._name} cannot be read any further than {second:.2f} s; give an intact file")
-        return block
+    def _heard(self) -> tuple[int, bool]:
+        """Samples in the file, all of which were read and are good, and whether its channels cancel each other out."""
+        samples, sums, differences = 0, 0.0, 0.0
+        for block in self._decoder.blocks():
+            samples += len(block)
+            one, other = _powers(block)
+            sums, differences = sums + one, differences + other
+        if not samples:
+            raise UserError(f"{self._decoder.name} holds no sound; give a recording of at least one sample")
+        return samples, sums < CANCELLED * differences
 
-    def _validated_length(self) -> int:
-        """Samples in the file, all of which were read and are finite."""
-        rate = self._file.samplerate
+    def _blocks(self) -> Iterator[Block]:
+        came = 0
+        for block in self._decoder.blocks():
+            yield block
+            came += len(block)
+        if came < self._samples:
+            raise self._decoder.damage(came)
+
+
+class ArraySource(Source):
+    """Samples in memory: floating point [n], [n, 1] or [n, 2] in [-1, 1], at `rate` samples a second.
+
+    They become sound and speech as those of a file do (`FileSource`). Raises `ValueError` for other arrays.
+    """
+
+    def __init__(self, samples: NDArray[np.floating], rate: int, chunk: ChunkConfig) -> None:
+        if not (
+            np.issubdtype(samples.dtype, np.floating)
+            and (samples.ndim == 1 or (samples.ndim == 2 and samples.shape[1] in (1, 2)))
+            and len(samples)
+            and np.isfinite(samples).all()
+        ):
+            found = f"{samples.dtype} {list(samples.shape)}"
+            raise ValueError(f"samples: got {found}, wanted finite floating-point [n], [n, 1] or [n, 2], n at least 1")
         if rate not in FILE_RATES:
-            raise UserError(f"{self._name} has {rate} samples a second; give audio of 1 kHz to 768 kHz")
-        length = 0
-        while len(block := self._read(length)):
-            finite = np.isfinite(block).all(axis=1)
-            if np.abs(block[finite]).max(initial=0) > LOUDEST:
-                raise UserError(f"{self._name} is over {LOUDEST} times as loud as full scale; scale it to [-1, 1]")
-            if not finite.all():
-                second = (length + int(finite.argmin())) / rate
-                raise UserError(f"{self._name} holds a sample that is no finite number at {second:.3f} s; repair it")
-            length += len(block)
-        if not length:
-            raise UserError(f"{self._name} holds no sound; give a recording of at least one sample")
-        return length
+            raise ValueError(f"rate: got {rate} Hz, wanted {FILE_RATES.start} to {FILE_RATES.stop - 1}")
+        self._block = samples.astype(np.float32).reshape(len(samples), -1)
+        self._rate, self.chunk, self.rate = rate, chunk, SOUND_RATE
+        self.channels, self.duration = self._block.shape[1], len(samples) / rate
+
+    def __iter__(self) -> Iterator[Slice]:
+        return _slices([self._block], self._rate, self.chunk, self.rate, self.channels)
+
+    def close(self) -> None:
+        """Does nothing: the samples belong to the caller."""
 
 
 class StdinSource(Source):
-    """Raw PCM, signed 16-bit little-endian, mono, at `chunk.sample_rate`, on a pipe that ends whenever it likes.
+    """A pipe that ends whenever it likes: raw PCM, signed 16-bit little-endian, mono, at `chunk.sample_rate`.
 
     A slice is yielded as soon as its last sample has arrived; the viewer hears the samples as they are. An odd byte at
-    the end is ignored. Raises `UserError` if the pipe ends before the first sample.
+    the end is ignored. A pipe that begins as an audio file does (WAV, MP3, WebM, ...) is decoded instead, and becomes
+    mono at the same rate. Raises `UserError` if the pipe ends before the first sample, or cannot be decoded.
     """
 
     channels = 1
@@ -170,16 +161,31 @@ class StdinSource(Source):
         self._file = file
 
     def __iter__(self) -> Iterator[Slice]:
+        size = 2 * self.chunk.slice_samples
+        head = self._read(min(SNIFFED, size))
+        if is_container(head):
+            yield from self._decoded(head)
+            return
         first = True
-        while data := self._read(2 * self.chunk.slice_samples):
+        while data := head + self._read(size - len(head)):
             speech = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
             yield Slice(speech, speech[:, None])
-            first = False
+            head, first = b"", False
         if first:
             raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
 
     def close(self) -> None:
         """Does nothing: the source did not open stdin."""
+
+    def _decoded(self, head: bytes) -> Iterator[Slice]:
+        if self._file.seekable():
+            self._file.seek(-len(head), io.SEEK_CUR)
+            head = b""
+        try:
+            decoder = FFmpegDecoder(self._file, "standard input", head)
+        except UserError as error:
+            raise UserError("the recording on standard input cannot be read as a stream; name its file") from error
+        yield from _slices(decoder.blocks(), decoder.rate, self.chunk, self.rate, self.channels)
 
     def _read(self, size: int) -> bytes:
         """The next `size` bytes, waiting for these but for no more; fewer at the end, whole samples only."""
@@ -190,7 +196,7 @@ class StdinSource(Source):
 
 
 def open_source(audio: str, chunk: ChunkConfig) -> Source:
-    """Opens the source that the command-line value `audio` names: "-" is raw PCM on stdin, anything else is a file.
+    """Opens the source that the command-line value `audio` names: "-" is a stream on stdin, anything else is a file.
 
     Raises `UserError` for a file that cannot be used.
     """
@@ -201,25 +207,65 @@ def open_source(audio: str, chunk: ChunkConfig) -> Source:
     return StdinSource(sys.stdin.buffer, chunk)
 
 
-class _SequentialFile(soundfile.SoundFile):
-    """A file that is read from front to back. soundfile would seek after every read, and seeks in MP3 are inexact."""
+def _slices(blocks: Iterable[Block], file_rate: int, chunk: ChunkConfig, rate: int, channels: int) -> Iterator[Slice]:
+    """Cuts blocks of a recording at `file_rate` into slices whose sound has `rate` and one or two `channels`.
 
-    def seekable(self) -> bool:
-        return False
+    A `UserError` of the blocks is raised after the slices before it.
+    """
+    size, factor = chunk.slice_samples, rate // chunk.sample_rate
+    to_speech = soxr.ResampleStream(file_rate, chunk.sample_rate, 1)
+    to_sound = soxr.ResampleStream(file_rate, rate, channels)
+    to_mono = _Mono(file_rate)
+    speech, sound = np.zeros(0, np.float32), np.zeros((0, channels), np.float32)
+    came = given = 0  # samples of the recording, of speech
+    last, failure, blocks = False, None, iter(blocks)
+    while not last:
+        try:
+            block = next(blocks, None)
+        except UserError as error:
+            block, failure = None, error
+        last = block is None
+        if block is None:
+            block = np.zeros((0, channels), np.float32)
+        came += len(block)
+        mono = to_mono(block)
+        speech = np.concatenate([speech, to_speech.resample_chunk(mono, last)])
+        heard = mono[:, None] if channels == 1 else block
+        sound = np.concatenate([sound, to_sound.resample_chunk(heard, last)])
+        if last:
+            total = max(1, (2 * came * chunk.sample_rate + file_rate) // (2 * file_rate)) if came else 0
+            speech, sound = _fitted(speech, total - given), _fitted(sound, (total - given) * factor)
+        while len(speech) and (last or (len(speech) >= size and len(sound) >= size * factor)):
+            yield Slice(speech[:size], sound[: size * factor].clip(-1, 1))
+            given += size
+            speech, sound = speech[size:], sound[size * factor :]
+    if failure:
+        raise failure
 
 
-def _open_audio(audio: str) -> soundfile.SoundFile:
-    try:
-        if not stat.S_ISREG(Path(audio).stat().st_mode):
-            raise UserError(f"{audio!r} is not a file; name an audio file, or '-' for raw PCM on stdin")
-        with Path(audio).open("rb"):  # libsndfile would not say why a file cannot be opened
-            pass
-    except OSError as error:
-        raise UserError(f"{audio!r} cannot be read ({error.strerror}); name an audio file") from error
-    try:
-        return _SequentialFile(audio)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, by its suffix
-        raise UserError(f"{audio!r} is not audio in a known format; give WAV, FLAC, OGG or MP3") from error
+class _Mono:
+    """The mean of the channels, but half the difference of two that cancelled each other out lately."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._sums = self._differences = 0.0  # power, fading
+
+    def __call__(self, block: Block) -> NDArray[np.float32]:
+        kept = math.exp(-len(block) / (MEMORY * self._rate))
+        sums, differences = _powers(block)
+        self._sums = kept * self._sums + sums
+        self._differences = kept * self._differences + differences
+        if self._sums < CANCELLED * self._differences:
+            return (block[:, 0] - block[:, 1]) * np.float32(0.5)
+        return block.mean(axis=1, dtype=np.float32)
+
+
+def _powers(block: Block) -> tuple[float, float]:
+    """The power of the sum of a block's channels, and of their difference."""
+    if block.shape[1] == 1:
+        return float((block.astype(np.float64) ** 2).sum()), 0.0
+    left, right = block.T.astype(np.float64)
+    return float(((left + right) ** 2).sum()), float(((left - right) ** 2).sum())
 
 
 def _fitted(signal: NDArray[np.float32], length: int) -> NDArray[np.float32]:

@@ -61,6 +61,11 @@ class StageTimer:
         """Counts a call of a stage that was timed elsewhere, for example in another thread."""
         self._stages.setdefault(name, _Durations()).add(seconds)
 
+    def clear(self) -> None:
+        """Forgets all stages so far."""
+        self._finish()
+        self._stages.clear()
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Per stage: number of calls, and seconds in total, at the median and at most."""
         self._finish()

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.errors import UserError
 from streaming.sinks import Sink
 from streaming.timers import StageTimer
 
@@ -29,6 +30,14 @@ class Progress:
     fps: float | None = None  # new frames over wall time, of whole chunks after the first
 
 
+def check_finite(finite: bool, frames: int) -> None:
+    """Raises `UserError` if the networks gave NaN or infinity after so many good frames."""
+    if not finite:
+        kept = f"; the {frames} frames before it are kept" if frames else ""
+        advice = "check the weights, or use --precision bf16 or fp32"
+        raise UserError(f"frame {frames} holds NaN or infinity: {advice}{kept}")
+
+
 class FrameWriter:
     """Writes frames to a sink in order, in a thread of its own, so that the GPU waits for no encoder and no copy.
 
@@ -41,6 +50,7 @@ class FrameWriter:
         self._sink, self._timer = sink, timer
         self._thread = ThreadPoolExecutor(1, "emit")
         self._queue: deque[Future[None]] = deque()
+        self._finite = True  # all frames so far
         self._begin = 0.0
         self._first_chunk = 0.0, 0  # when the first chunk was complete, and its frames
 
@@ -48,30 +58,40 @@ class FrameWriter:
         """Startup counts from now."""
         self._begin = time.perf_counter()
 
-    def put(self, rgb: Tensor, sound: NDArray[np.float32], last: bool, whole: bool) -> None:
+    def put(self, rgb: Tensor, finite: Tensor, sound: NDArray[np.float32], last: bool, whole: bool) -> None:
         """Queues frames uint8 [n, height, width, 3], whose memory may then be reused, and their sound.
 
         Args:
             rgb: the frames, on any device.
+            finite: bool [], on the same device: False if the networks gave NaN or infinity.
             sound: their sound [samples, channels].
             last: these are the last frames of their chunk.
             whole: all frames of the chunk are shown, so that it counts for the FPS.
 
-        Waits while `MAX_QUEUED` groups are in the queue. Raises what the sink raised for earlier frames.
+        Waits while `MAX_QUEUED` groups are in the queue. Raises what the sink raised for earlier frames, or `UserError`
+        if they were not finite; nothing is written after such frames.
         """
-        host, copied = rgb.to("cpu", non_blocking=True), None
+        pixels, flag, copied = rgb.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True), None
         if rgb.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        self._queue.append(self._thread.submit(self._write, host, copied, sound, last, whole))
+        self._queue.append(self._thread.submit(self._write, pixels, flag, copied, sound, last, whole))
         while len(self._queue) > MAX_QUEUED or (self._queue and self._queue[0].done()):
             self._queue.popleft().result()
 
     def _write(
-        self, rgb: Tensor, copied: torch.cuda.Event | None, sound: NDArray[np.float32], last: bool, whole: bool
+        self,
+        rgb: Tensor,
+        finite: Tensor,
+        copied: torch.cuda.Event | None,
+        sound: NDArray[np.float32],
+        last: bool,
+        whole: bool,
     ) -> None:
         if copied is not None:
             copied.synchronize()
+        self._finite &= bool(finite)
+        check_finite(self._finite, self.progress.frames)
         begin = time.perf_counter()
         self._sink.write(rgb.numpy(), sound)
         now, progress = time.perf_counter(), self.progress

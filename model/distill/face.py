@@ -350,7 +350,7 @@ def _compile(target: Path) -> None:
     if compiler is None:
         raise UserError(f"The renderer of faces needs a C++ compiler ({' or '.join(names)}): install one or set CXX.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, target.with_name(f".{target.name}.{os.getpid()}.tmp")) as temporary:
+    with replacing(target, f".{target.name}.{os.getpid()}.tmp") as temporary:
         command = [compiler, *COMPILER_FLAGS.split(), "-x", "c++", "-", "-o", str(temporary)]
         done = subprocess.run(command, input=_source(), text=True, capture_output=True)
         if done.returncode:

@@ -11,7 +11,7 @@ dtype, so host memory holds only one tensor at a time, besides the modules that 
 """
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,14 @@ from model.audio import SpeechEncoder, official_name
 from model.config import AudioConfig, Config, DiTConfig, Precision, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
+from model.files import unreadable
 from model.image import ImageEncoder, is_unused_key
-from model.param_map import ParamMapping, identity_map, load_parameters
+from model.param_map import ParamMapping, identity_map, load_parameters, without_prefixes
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder, cache_dir_for
 from model.vae import VAE
 from model.weights import quantize
-from model.weights.shards import find_student_shards, iter_safetensors, read_json
+from model.weights.shards import ShardReader, find_student_shards, iter_safetensors, read_json
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -107,22 +108,26 @@ def random_models(
     return models
 
 
-def load_models(config: Config, folder: Path, device: torch.device, precision: Precision) -> Models:
-    """Models with the weights in `folder`.
+def load_models(
+    config: Config, folder: Path, device: torch.device, precision: Precision, wav2vec: Path | None = None
+) -> Models:
+    """Models with the weights in `folder`, and in `wav2vec` if the speech encoder is elsewhere.
 
     Raises `UserError`, which names the file and the tensor, for anything that is missing, superfluous, of the wrong
     shape or unreadable.
     """
-    audio_folder = next((p for p in (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if p.is_dir()), None)
+    places = (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if wav2vec is None else (wav2vec,)
+    audio_folder = next((place for place in places if place.is_dir()), None)
     quantised = quantize.is_fp8_checkpoint(folder)
     if quantised and precision.fp8 is None:
         raise UserError(f"{folder} holds an FP8 student: use --precision fp8 or fp8-attn")
-    weights = [] if quantised else find_student_shards(folder)
+    shards = [] if quantised else find_student_shards(folder)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not a complete checkpoint: {file} is missing")
     if audio_folder is None:
-        raise UserError(f"{folder} is not a complete checkpoint: {AUDIO_FOLDER} is neither in it nor beside it")
+        missing = f"{AUDIO_FOLDER} is neither in it nor beside it" if wav2vec is None else f"{wav2vec} is not a folder"
+        raise UserError(f"{folder} is not a complete checkpoint: {missing}")
     _check_matches_preset(config.dit, read_json(folder / "config.json"), folder / "config.json", config.name)
     config = replace(config, audio=_audio_config(config, audio_folder))
 
@@ -138,19 +143,9 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
 
     offload_device = torch.device("cpu")
     with torch.device("meta"):
-        dit, vae = DiT(config.dit), VAE(config.vae)
-        image, audio = ImageEncoder(config.image), _speech_encoder(config.audio, audio_folder)
-    offloadable = dit.offloadable_modules()
-    if quantised:
-        quantize.load_fp8_checkpoint(dit, folder, device, offloadable)
-    elif precision.fp8 is not None:
-        quantize.load_and_quantize(dit, weights, precision.fp8, precision.dit, device, offloadable)
-    else:
-        load_parameters(
-            dit, dit.param_map(), iter_safetensors(weights, device), folder, device, precision.dit, offloadable
-        )
-    if precision.fp8_attention:
-        dit.use_fp8_attention()
+        vae, image = VAE(config.vae), ImageEncoder(config.image)
+        audio = _speech_encoder(config.audio, audio_folder)
+    dit = load_student(config.dit, folder, shards, device, precision)
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not is_unused_key(name, config.image))
     load(vae, identity_map(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae)
@@ -158,7 +153,7 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     vae.quantize(precision.fp8_vae)
     return Models(
         config,
-        dit.requires_grad_(False).eval(),
+        dit,
         vae,
         CachedTextEncoder(text, device, cache_dir_for(folder / TEXT_FILE, device, precision.text)),
         load(image, image.param_map(), pixels, folder / IMAGE_FILE, offload_device, precision.image),
@@ -168,16 +163,39 @@ def load_models(config: Config, folder: Path, device: torch.device, precision: P
     )
 
 
+def load_student(
+    config: DiTConfig, folder: Path, shards: Sequence[Path], device: torch.device, precision: Precision
+) -> DiT:
+    """The student in these official shards or, without any, in the FP8 checkpoint `folder`; raises like `load_models`.
+
+    The submodules that are needed only at the beginning of a session stay in host memory.
+    """
+    with torch.device("meta"):
+        dit = DiT(config)
+    offloadable = dit.offloadable_modules()
+    if not shards:
+        quantize.load_fp8_checkpoint(dit, folder, device, offloadable)
+    elif precision.fp8 is not None:
+        quantize.load_and_quantize(dit, shards, precision.fp8, precision.dit, device, offloadable)
+    else:
+        reader = ShardReader(shards, dit.param_map())
+        load_parameters(dit, dit.param_map(), reader.tensors(device), folder, device, precision.dit, offloadable)
+    if precision.fp8_attention:
+        dit.use_fp8_attention()
+    return dit.requires_grad_(False).eval()
+
+
 def _pth_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields the named tensors of a pickled state dict, memory-mapped if the file has the zip format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises many kinds of exceptions for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read, it is truncated or damaged: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise unreadable(path, reason) from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items()):
         raise UserError(f"{path} holds something other than named tensors")
-    yield from state.items()
+    names = without_prefixes(state)
+    yield from ((names[key], tensor) for key, tensor in state.items())
 
 
 def _speech_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

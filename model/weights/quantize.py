@@ -2,7 +2,7 @@
 
     OUT/fp8.json                    the manifest: source hashes, policy, error of each layer, hash of each shard
     OUT/student-*.safetensors       one shard per block and one for the rest, with our parameter names
-    OUT/...                         all other files of the official checkpoint, as hard links where possible
+    OUT/...                         the other files of the official checkpoint, as hard links where possible
 
 The layers that `FP8Policy` names become e4m3 with a float32 scale per output channel, concatenated as in `DiT`. A layer
 whose measured error exceeds the policy's limit stays as it is. The error of a layer is ||y8 - y|| / ||y|| of its
@@ -10,13 +10,14 @@ outputs for random inputs like those that norms make: normally distributed, with
 large.
 
 Layers pass through memory one at a time. Each shard and the manifest are written atomically, so an interrupted
-conversion can be resumed. The source may be an official checkpoint in any dtype, or one that torchao has quantised
-(Float8Tensor in safetensors, one scale per row or one for all), whose e4m3 values are taken unchanged.
+conversion can be resumed. The source may be an official checkpoint in any floating-point dtype, or one that torchao or
+ComfyUI has quantised (one scale per row or one for all); its e4m3 values are taken unchanged.
 """
 
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,9 +36,9 @@ from kernels.linear import dequantize, linear_fp8, output_bound, quantize_rows
 from model.config import PRECISIONS, DiTConfig, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
-from model.files import replacing
+from model.files import replacing, unreadable
 from model.linear import Linear, QuantizedRows
-from model.param_map import identity_map, load_parameters, set_parameter
+from model.param_map import identity_map, is_finite, load_parameters, require_finite, set_parameter
 from model.weights.shards import ShardReader, iter_safetensors, read_json
 
 MANIFEST = "fp8.json"
@@ -70,23 +71,29 @@ def quantize_modules(
     `dit` may be on the meta device. With a `prefix`, only modules whose names begin with it are yielded; with the
     prefix "", only modules outside of the blocks.
     """
-    official: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    official: dict[str, list[str]] = {}
     for name, mapping in dit.param_map().items():  # in the order of their rows
-        official.setdefault(mapping.params[0], []).append((name, mapping.shape))
+        official.setdefault(mapping.params[0], []).append(name)
     for module, owner in dit.named_modules():
         inside = f"{module}.".startswith(prefix or "blocks.")
         if prefix is not None and inside != bool(prefix):
             continue
         names = [f"{module}.{leaf}" for leaf, _ in owner.named_parameters(recurse=False)]
-        whole = {name: _concat_rows([source.read(*part) for part in official[name]]) for name in names}
+        whole = {name: _concat_rows([source.read(part) for part in official[name]]) for name in names}
         if isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in policy.layers):
-            yield _quantize_layer(
+            part = _quantize_layer(
                 module, whole[f"{module}.weight"], _dequantized(whole[f"{module}.bias"]), policy, dtype, device
             )
-        elif whole:
-            yield QuantizedModule(
+            # NaN or infinity in a weight is in the error too, so that nothing has to read the weight for it.
+            require_finite(math.isfinite(part.error or 0.0), f"{module}.weight", source.shards[0].parent)
+        else:
+            part = QuantizedModule(
                 module, {name: _dequantized(x).to(dtype).contiguous() for name, x in whole.items()}, None
             )
+        for name, x in part.tensors.items():
+            require_finite(is_finite(x), name, source.shards[0].parent)
+        if whole:
+            yield part
 
 
 def _quantize_layer(
@@ -104,7 +111,7 @@ def _quantize_layer(
         else quantize_weight(weight.to(device))
     )
     error = layer_error(weight, quantized)
-    if error > policy.max_error:
+    if not error <= policy.max_error:
         tensors = {"weight": _dequantized(weight).to(dtype), "bias": bias.to(dtype)}
     else:
         bound = output_bound(*quantized, bias.to(device))
@@ -148,15 +155,18 @@ def _dequantized(x: Tensor | QuantizedRows) -> Tensor:
 
 
 def write_fp8_checkpoint(
-    source: ShardReader, out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
+    shards: Sequence[Path], out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Writes the quantised student to `out`, without the shards that are there already, and returns the manifest.
+    """Writes the student in these shards, quantised, to `out`; returns the manifest.
+
+    What is in `out` already is not written again.
 
     Raises `UserError` if `out` holds a conversion of another source or policy, or cannot be written.
     """
     dtype = PRECISIONS["fp8"].dit
     with torch.device("meta"):
         dit = DiT(config)
+    source = ShardReader(shards, dit.param_map())
     header = {
         "schema": SCHEMA,
         "version": VERSION,
@@ -209,7 +219,7 @@ def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded:
             raise UserError(f"{path}, which {MANIFEST} names, is missing")
     for path, digest in zip(paths, _hashes(paths), strict=True):
         if digest != manifest["shards"][path.name]:
-            raise UserError(f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}")
+            raise unreadable(path, f"its SHA-256 differs from the one in {MANIFEST}")
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
     for name, entry in manifest["layers"].items():
         if name not in layers:
@@ -223,7 +233,7 @@ def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded:
 
 def load_and_quantize(
     dit: DiT,
-    paths: list[Path],
+    paths: Sequence[Path],
     policy: FP8Policy,
     dtype: torch.dtype,
     device: torch.device,
@@ -233,7 +243,7 @@ def load_and_quantize(
 
     Parameters of the submodules named in `offloaded` go to host memory.
     """
-    for part in quantize_modules(ShardReader(paths), dit, policy, dtype, device):
+    for part in quantize_modules(ShardReader(paths, dit.param_map()), dit, policy, dtype, device):
         layer = dit.get_submodule(part.module)
         for name, tensor in part.tensors.items():
             set_parameter(dit, name, tensor if part.module.startswith(tuple(offloaded)) else tensor.to(device))
@@ -289,14 +299,35 @@ def _hashes(paths: Sequence[Path]) -> list[str]:
 
 
 def copy_other_files(checkpoint: Path, out: Path, shards: Collection[Path]) -> None:
-    """Copies all files of a checkpoint but its student to `out`, as hard links where the file system allows them."""
+    """Copies the files of a checkpoint but its student to `out`, as hard links where the file system allows them.
+
+    Of links, such as a hub's cache consists of, the files that they lead to are copied. Hidden files are left out: they
+    are those of tools for downloading. Raises `UserError` for a link that leads nowhere.
+    """
     skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
-    for path in sorted(checkpoint.rglob("*")):
+    for path in _files_below(checkpoint, checkpoint.resolve(), out.resolve()):
         target = out / path.relative_to(checkpoint)
-        if path.is_dir() or (path.parent == checkpoint and path.name in skipped) or target.exists():
+        if (path.parent == checkpoint and path.name in skipped) or target.exists():
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            raise UserError(f"{path} is a link that leads nowhere: download it again")
         try:
-            os.link(path, target)
+            target.unlink(missing_ok=True)  # a broken link
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror})") from error
+        try:
+            os.link(path.resolve(), target)
         except OSError:
             _replace(target, partial(shutil.copyfile, path))
+
+
+def _files_below(folder: Path, *excluded: Path) -> Iterator[Path]:
+    """All files in a folder and in those below it, through links too, but not in the excluded folders, in order."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in excluded:
+            yield from _files_below(path, *excluded, path.resolve())

@@ -48,7 +48,7 @@ from scipy.stats import rankdata
 
 from model.errors import UserError
 from profiling.formats import from_json, load
-from profiling.results import ERROR, OK, WRONG, Machine, Run
+from profiling.results import ERROR, OK, WRONG, Machine, Run, as_json_text
 from profiling.tables import duration, number, percent, terminal
 
 Z_99 = 2.5758  # standard deviations that contain 99 % of a normal distribution
@@ -100,8 +100,8 @@ def compare_samples(
 
     `shift` is noise known from elsewhere, as the logarithm of a ratio.
     """
-    if min(*before, *after) <= 0:
-        return Change(UNSURE, None, None, None, None, "a time of zero or less")
+    if not all(0 < time < math.inf for time in (*before, *after)):  # NaN is neither
+        return Change(UNSURE, None, None, None, None, "a time that is not above zero")
     if min(len(before), len(after)) < MIN_ROUNDS:
         return _compare_few(before, after, threshold)
     a, b = without_spikes(before), without_spikes(after)
@@ -244,8 +244,13 @@ def explained_by_peers(a: Item | None, b: Item | None, everywhere: float, beside
 
 
 def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Comparison]:
-    """Compares all that either run has measured, the most important first."""
+    """Compares all that either run has measured, the most important first.
+
+    If nothing in the two runs is ours, nothing is a peer either: then every regression counts.
+    """
     old, new, further = items_of(before), items_of(after), [items_of(run) for run in again]
+    if not any(item.ours for item in (*old.values(), *new.values())):
+        old, new = ({name: replace(item, ours=True) for name, item in items.items()} for items in (old, new))
     # With other versions, the peers' code has changed too.
     shifts = {} if machine_differences(before.machine, after.machine) else peer_shifts(old, new)
     failed = {v.variant for run in (before, after) for v in run.variants if v.status != OK}
@@ -441,7 +446,7 @@ def compare_command(
     notes = comparison_notes(a.run, b.run, found, threshold)
     regressed = any(row.regressed for row in found)
     if as_json:
-        print(json.dumps(_document(a, b, further, forced, notes, found), indent=1))
+        print(as_json_text(_document(a, b, further, forced, notes, found)))
     else:
         _show(a, b, forced, notes, found)
     return int(regressed)

@@ -13,7 +13,6 @@ heads (bf16); the output of each step is gathered (float32), and so are the deco
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from profiling.cases import FAMILIES, Case, Family, registry
 from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
 from profiling.formats import load
-from profiling.results import OK, Run, VariantResult
+from profiling.results import OK, Run, VariantResult, as_json_text
 from profiling.tables import duration, terminal
 
 BEST, OURS = "best", "ours"  # sets of kernels
@@ -231,7 +230,7 @@ def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
             "assumptions": notes,
         }
         parts = {"measured": [asdict(overhead) for overhead in overheads], "rows": [asdict(row) for row in found]}
-        print(json.dumps(about | parts, indent=1))
+        print(as_json_text(about | parts))
     else:
         _show(found, notes)
     return int(all(projection.lacks for projection in found))

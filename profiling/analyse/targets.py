@@ -25,7 +25,6 @@ kernel misses its goal; a goal that no run can answer is unmeasured.
 """
 
 import fnmatch
-import json
 import math
 import re
 import statistics
@@ -43,7 +42,7 @@ from rich.table import Table
 
 from model.errors import UserError
 from profiling.formats import load
-from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult
+from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult, as_json_text
 from profiling.tables import duration, number, percent, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
@@ -302,7 +301,7 @@ def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
     counts = Counter(result.verdict for result in results)
     if as_json:
         rows = [asdict(o) | {"shortfall": o.shortfall, "stretched": o.stretched} for o in results]
-        print(json.dumps({"counts": dict(counts), "notes": notes, "targets": rows}, indent=1))
+        print(as_json_text({"counts": dict(counts), "notes": notes, "targets": rows}))
     else:
         console = terminal()
         console.print(_table(results))

@@ -25,7 +25,6 @@ Fake tensors count as aligned to 16 bytes, whatever views a launcher takes of th
 """
 
 import fnmatch
-import json
 import math
 import re
 import time
@@ -48,7 +47,7 @@ from profiling.cases import Case, load_cases, registry, select
 from profiling.devices import Device, of_target
 from profiling.fake_gpu import KernelLaunch, compiling_for
 from profiling.machine import describe_machine
-from profiling.results import AuditResult, Run, build, now, save, to_json
+from profiling.results import AuditResult, Run, as_json_text, build, now, save, to_json
 from profiling.tables import audit_table, terminal
 
 TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products must run on tensor cores at full rate
@@ -287,7 +286,7 @@ def audit_command(
     if out is not None:
         save(run, out)
     if as_json:
-        print(json.dumps(to_json(run), indent=1))
+        print(as_json_text(to_json(run)))
     else:
         _print_run(run)
     return int(any(result.faults for result in run.audit))

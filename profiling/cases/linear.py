@@ -9,10 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
-from kernels.layer_norm import launch_layer_norm_fp8, launch_quantize_rows, layer_norm_modulate_fp8
-from kernels.linear import FP32_ACCUM_MIN_K
+from kernels.layer_norm import launch_layer_norm_fp8, launch_quantize_rows, layer_norm_modulate_fp8, quantize_rows
+from kernels.linear import (
+    BACKENDS,
+    FP32_ACCUM_MIN_K,
+    Epilogue,
+    dispatch,
+    linear_fp8,
+    linear_fp8_quantized,
+    output_bound,
+)
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling import official_baseline
 from profiling.cases.case import (
@@ -65,18 +72,18 @@ def linear_backend(name: str, fp8: bool) -> Backend:
         return resolve_config("linear", name, dims, "fp8" if fp8 else DTYPE_NAMES[x.dtype], x, config)
 
     def launch(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
-        tuned, epilogue = tuned_linear(x, w, config), linear.Epilogue(bias)
+        tuned, epilogue = tuned_linear(x, w, config), Epilogue(bias)
         if not fp8:
-            return linear.dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
+            return dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
         (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
-        return linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
+        return dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
-        tuned, epilogue = tuned_linear(x, w, config), linear.Epilogue(bias)
+        tuned, epilogue = tuned_linear(x, w, config), Epilogue(bias)
         if not fp8:
-            return lambda: linear.dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
-        (x8, x_scale), (w8, w_scale) = linear.quantize_rows(x), linear.quantize_rows(w)
-        return lambda: linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
+            return lambda: dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
+        (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
+        return lambda: dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     configs = {"gluon": partial(linear_configs, fp8), "triton": partial(linear_configs_triton, fp8)}.get(name)
     return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if configs else None, configs=configs)
@@ -122,11 +129,11 @@ LINEAR = Operation(
     backends={
         "fp32": (Backend("eager", no_setup(F.linear), ours=True),),
         "bf16": (
-            *(linear_backend(name, fp8=False) for name in linear.BACKENDS),
+            *(linear_backend(name, fp8=False) for name in BACKENDS),
             Backend("eager", no_setup(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            *(linear_backend(name, fp8=True) for name in linear.BACKENDS),
+            *(linear_backend(name, fp8=True) for name in BACKENDS),
             Backend("scaled-mm-row", prepare_scaled_mm),
         ),
     },
@@ -191,14 +198,14 @@ def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bia
 
 def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
     """This repository's two kernels. As in the model, the output of GELU is e4m3 for the next layer."""
-    w8, w_scale = linear.quantize_rows(w)
-    bound = linear.output_bound(w8, w_scale, bias)
+    w8, w_scale = quantize_rows(w)
+    bound = output_bound(w8, w_scale, bias)
 
     def run() -> Output:
         x8, x_scale = layer_norm_modulate_fp8(x, shift, scale, EPS)
         if gelu:
-            return linear.linear_fp8_quantized(x8, x_scale, w8, w_scale, bound, bias, "gelu_tanh")
-        return linear.linear_fp8(x8, x_scale, w8, w_scale, bias, dtype=x.dtype)
+            return linear_fp8_quantized(x8, x_scale, w8, w_scale, bound, bias, "gelu_tanh")
+        return linear_fp8(x8, x_scale, w8, w_scale, bias, dtype=x.dtype)
 
     return run
 
@@ -208,17 +215,17 @@ def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias:
     x8, x_scale = launch_layer_norm_fp8(x, scale, shift, EPS, 1.0)
     w8, w_scale = operand(w)
     bound = x_scale.new_empty(2) if gelu else None
-    epilogue, dtype = linear.Epilogue(bias, gelu, bound=bound), FP8 if gelu else x.dtype
-    return linear.dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
+    epilogue, dtype = Epilogue(bias, gelu, bound=bound), FP8 if gelu else x.dtype
+    return dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
 
 
 def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, quantised: bool) -> Call:
     """This repository's kernels; with `quantised`, the previous layer has already made y e4m3."""
-    (w8, w_scale), (y8, y_scale) = linear.quantize_rows(w), linear.quantize_rows(y)
+    (w8, w_scale), (y8, y_scale) = quantize_rows(w), quantize_rows(y)
 
     def run() -> Output:
-        a, scale = (y8, y_scale) if quantised else linear.quantize_rows(y)
-        return linear.linear_fp8(a, scale, w8, w_scale, bias, None, gate, x, x.dtype)
+        a, scale = (y8, y_scale) if quantised else quantize_rows(y)
+        return linear_fp8(a, scale, w8, w_scale, bias, None, gate, x, x.dtype)
 
     return run
 
@@ -227,8 +234,8 @@ def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor,
     """The launches of `prepare_residual_fp8` on Hopper."""
     y8, y_scale = launch_quantize_rows(y)
     w8, w_scale = operand(w)
-    epilogue = linear.Epilogue(bias, False, gate, x)
-    return linear.dispatch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
+    epilogue = Epilogue(bias, False, gate, x)
+    return dispatch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
 
 
 def residual_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:

@@ -7,7 +7,6 @@ and the placement of operands in memory therefore show up as variance within a r
 """
 
 import gc
-import json
 import secrets
 import sys
 import time
@@ -28,7 +27,7 @@ from profiling.cases.linear import prepare_scaled_mm
 from profiling.machine import NvmlMonitor, describe_machine, resolve_device
 from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
 from profiling.measure.timing import CallTimer, interleave, num_input_sets
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, now, save, to_json
+from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
 from profiling.tables import measurement_rows, measurement_table, terminal
 
 SWEEPS = {"cuda": 2, "cpu": 4}  # through all cases; they share the rounds
@@ -192,7 +191,7 @@ def bench_command(
                 if out is not None:
                     save(run, out)
     if as_json:
-        print(json.dumps(to_json(run), indent=1))
+        print(as_json_text(to_json(run)))
     else:
         terminal().print(measurement_table(measurement_rows(run)))
         _print_notes(run)
@@ -214,7 +213,7 @@ def _print_notes(run: Run) -> None:
 def _print_list(cases: Sequence[Case], as_json: bool) -> int:
     names = {case.name: [b.name for b in case.backends] for case in cases}
     if as_json:
-        print(json.dumps(names, indent=1))
+        print(as_json_text(names))
     else:
         for name, backends in names.items():
             print(f"{name:<44} {', '.join(backends)}")

@@ -50,6 +50,7 @@ from profiling.results import (
     Measurement,
     Run,
     VariantResult,
+    as_json_text,
     now,
     save,
     to_json,
@@ -411,5 +412,5 @@ def _print_summary(
     if bench.is_file() and e2e.is_file():
         save(replace(load(bench), variants=load(e2e).variants), out / "run.json")
     if as_json:
-        print(json.dumps(documents, indent=1))
+        print(as_json_text(documents))
     return int(bad)

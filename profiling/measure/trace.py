@@ -34,7 +34,7 @@ from rich.table import Table
 
 from model.errors import UserError
 from model.files import replacing
-from profiling.results import StageInterval, write
+from profiling.results import StageInterval, as_json_text, check_writable
 from profiling.tables import duration, percent, terminal
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # event categories of a trace
@@ -323,7 +323,7 @@ def export_trace(profiler: torch.profiler.profile, out: Path) -> list[Event]:
     written.
     """
     try:
-        with replacing(out, _temporary(out)) as temporary:
+        with replacing(out, f".part-{out.name}") as temporary:  # the profiler compresses if the name ends in .gz
             profiler.export_chrome_trace(str(temporary))
             with gzip.open(temporary, "rt") if out.suffix == ".gz" else temporary.open() as file:
                 events = json.load(file)["traceEvents"]
@@ -332,21 +332,14 @@ def export_trace(profiler: torch.profiler.profile, out: Path) -> list[Event]:
     return events
 
 
-def _temporary(out: Path) -> Path:
-    """Where a trace is written until it is complete; the profiler compresses it if the name ends in .gz."""
-    return out.with_name(f".part-{out.name}")
-
-
 def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> int:
     """Implements `python -m profiling trace -- COMMAND`; returns the command's exit code, re-raises its exception."""
     program = parse_command(arguments)
     if not out.name.endswith((".json", ".json.gz")):
         raise UserError(f"--out {out}: a trace is called NAME.json or NAME.json.gz; the command goes behind --")
-    if out.is_dir():
-        raise UserError(f"--out {out}: that is a folder; name a file")
     if top < 1:
         raise UserError(f"--top {top}: at least 1 is needed")
-    write(_temporary(out), "")  # fails now, not after the work, if the place cannot be written
+    check_writable(out)  # fails now and not after the work
     profiler, failure = torch.profiler.profile(), None
     try:
         with profiler, redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -355,7 +348,7 @@ def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> i
         code, failure = 1, error
     summary = summarise(export_trace(profiler, out))
     if as_json:
-        print(json.dumps({"trace": str(out), "exit_code": code} | asdict(_top_operations(summary, top)), indent=1))
+        print(as_json_text({"trace": str(out), "exit_code": code} | asdict(_top_operations(summary, top))))
     else:
         _print_summary(_top_operations(summary, top))
         print(f"{out}: open it at https://ui.perfetto.dev")

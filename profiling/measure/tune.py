@@ -14,7 +14,6 @@ of the time. Checking and timing are those of `bench`.
 
 import gc
 import itertools
-import json
 import math
 import random
 import secrets
@@ -42,7 +41,7 @@ from profiling.machine import describe_machine, resolve_device
 from profiling.measure.bench import input_sets, measure_ceilings, set_benchmark_state
 from profiling.measure.check import case_result, check_backend, one_line, reference_outputs
 from profiling.measure.timing import CallTimer, interleave
-from profiling.results import OK, Ceilings, now, write
+from profiling.results import OK, Ceilings, as_json_text, now, write
 from profiling.tables import duration, terminal
 
 # After these shares of a case's time, a stage begins nothing new.
@@ -344,7 +343,7 @@ def tune_command(
         shown = [asdict(result) | {"ratio": result.ratio} for result in results]
         written = None if path is None else str(path)
         values = {"device": describe_machine(device).device, "table": written, "cases": shown, "nothing_to_tune": idle}
-        print(json.dumps(values, indent=1))
+        print(as_json_text(values))
     else:
         _print_results(results)
         if idle:

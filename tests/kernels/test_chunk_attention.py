@@ -3,6 +3,7 @@
 `interpreted/chunk_attention.py` runs the Triton kernel in Triton's interpreter.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import chunk_attention as attention
 from kernels.chunk_attention import (
     chunk_attention,
     chunk_attention_with_lse,
@@ -35,6 +35,8 @@ from kernels.scheduler import KVRanges, kv_ranges
 from kernels.tuning import GPU, TunedConfig
 from profiling.measure.check import poisoned_memory
 from tests.tensors import draw, error
+
+attention = importlib.import_module("kernels.chunk_attention")  # the module; `kernels.chunk_attention` is its function
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
 

@@ -1,7 +1,9 @@
 """What all operations share: argument checks, the definition of ops, and their promises to `torch.compile`."""
 
 import importlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -9,24 +11,23 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from kernels import (
-    absorbed_audio_attention,
-    causal_conv3d,
-    chunk_attention,
-    chunk_attention_fp8,
-    frame_attention,
-    lab_transfer,
-    layer_norm,
-    linear,
-    resample_conv2d,
-    rms_norm_rope,
-    rms_norm_silu,
-    text_image_attention,
-)
+from kernels import resample_conv2d
 from kernels.common import FP8, OPS, Layout, Op, check, define_op
 from kernels.tuning import GPU, assume_gpu
 from profiling.cases import registry
 from profiling.fake_gpu import FakeCudaMode
+
+absorbed_audio_attention = importlib.import_module("kernels.absorbed_audio_attention")
+causal_conv3d = importlib.import_module("kernels.causal_conv3d")
+chunk_attention = importlib.import_module("kernels.chunk_attention")
+chunk_attention_fp8 = importlib.import_module("kernels.chunk_attention_fp8")
+frame_attention = importlib.import_module("kernels.frame_attention")
+lab_transfer = importlib.import_module("kernels.lab_transfer")
+layer_norm = importlib.import_module("kernels.layer_norm")
+linear = importlib.import_module("kernels.linear")
+rms_norm_rope = importlib.import_module("kernels.rms_norm_rope")
+rms_norm_silu = importlib.import_module("kernels.rms_norm_silu")
+text_image_attention = importlib.import_module("kernels.text_image_attention")
 
 # --- check ----------------------------------------------------------------------------------------------------------
 
@@ -149,14 +150,15 @@ def test_a_fake_of_its_own_is_used_where_values_are_not_known() -> None:
 H100 = GPU("NVIDIA H100 80GB HBM3", "9.0", 132)
 L4 = GPU("NVIDIA L4", "8.9", 58)  # without a tuned table
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a public function and its arguments
+DEVICE = "cpu"  # of the samples below
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def ones(*shape: int) -> Tensor:
-    return torch.ones(shape, device="cuda")
+    return torch.ones(shape, device=DEVICE)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -275,7 +277,7 @@ def chunk_attention_fp8_samples() -> list[Call]:
 
 def text_image_attention_samples() -> list[Call]:
     q, text, image_keys = rand(40, 3, 64), rand(32, 3, 64), rand(17, 3, 64)
-    length = torch.ones(1, dtype=torch.int32, device="cuda")
+    length = torch.ones(1, dtype=torch.int32, device=DEVICE)
     operands = q, text, text.clone(), image_keys, image_keys.clone()
     return [
         (text_image_attention.text_image_attention, operands),
@@ -385,7 +387,7 @@ def samples_of(name: str) -> list[Call]:
     case = next((case for case in registry().values() if case.operation.name == name), None)
     assert case is not None, "a new operation needs a benchmark case, or sample arguments here"
     function = getattr(importlib.import_module(f"kernels.{name}"), name)
-    return [(function, case.inputs(torch.device("cuda"), None))]
+    return [(function, case.inputs(torch.device(DEVICE), None))]
 
 
 def described(results: Tensor | tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
@@ -414,8 +416,45 @@ def test_launchers_return_what_fakes_promise(name: str, gpu: GPU, monkeypatch: p
 
     monkeypatch.setattr(Op, "__call__", compare)
     monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
     with assume_gpu(gpu), FakeCudaMode():
         for function, arguments in samples_of(name):
             compared.clear()
             function(*arguments)
             assert compared == [name]
+
+
+# --- Every operation: its results do not depend on what surrounds the call ------------------------------------------
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast to bf16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to fp16": lambda: torch.autocast("cpu", torch.float16),
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default dtype bf16": lambda: default_dtype(torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_surroundings_do_not_change_results(name: str, surroundings: str) -> None:
+    """Dtypes, devices and every bit."""
+    torch.manual_seed(0)
+    for function, arguments in samples_of(name):
+        expected = function(*arguments)
+        with SURROUNDINGS[surroundings]():
+            got = function(*arguments)
+        assert described(got) == described(expected)
+        for x, y in zip(*((r,) if isinstance(r, Tensor) else r for r in (got, expected)), strict=True):
+            assert torch.equal(x.float(), y.float())

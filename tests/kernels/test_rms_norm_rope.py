@@ -5,6 +5,7 @@ The kernels also run in Triton's interpreter: `interpreted/rms_norm_rope.py`.
 
 # pyright: reportCallIssue=false, reportReturnType=false
 
+import importlib
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import rms_norm_rope as module
 from kernels.chunk_attention import reference as attention_reference
 from kernels.chunk_attention_fp8 import chunk_attention_fp8, dequantize
 from kernels.common import FP8
@@ -29,6 +29,8 @@ from kernels.rms_norm_rope import (
 from model.dit import rope_table, rotate
 from profiling.measure.check import poisoned_memory
 from tests.tensors import error
+
+module = importlib.import_module("kernels.rms_norm_rope")  # the module; `kernels.rms_norm_rope` is its function
 
 EPS = 1e-6
 

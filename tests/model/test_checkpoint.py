@@ -90,6 +90,7 @@ def set_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing tensor": (
         lambda d: edit(d / SHARD, lambda s: s.pop("blocks.2.norm3.weight")),
@@ -137,6 +138,32 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda d: edit(d / VAE_FILE, lambda s: s.update(step=3)),  # type: ignore[arg-type]
         [VAE_FILE, "other than named tensors"],
     ),
+    "git-lfs pointer": (lambda d: (d / SHARD).write_text(LFS_POINTER), [SHARD, "git-lfs pointer", "git lfs pull"]),
+    "git-lfs pointer of a pickle": (
+        lambda d: (d / VAE_FILE).write_text(LFS_POINTER),
+        [VAE_FILE, "git-lfs pointer", "git lfs pull"],
+    ),
+    "git-lfs pointer of JSON": (
+        lambda d: (d / "config.json").write_text(LFS_POINTER),
+        ["config.json", "git-lfs pointer", "git lfs pull"],
+    ),
+    "web page": (
+        lambda d: (d / IMAGE_FILE).write_text("<!DOCTYPE html><html>404</html>"),
+        [IMAGE_FILE, "is a web page", "download it again"],
+    ),
+    "link to nowhere": (
+        lambda d: ((d / SHARD).unlink(), (d / SHARD).symlink_to("../../blobs/0")),
+        [SHARD, "missing (a link that leads nowhere): download it again"],
+    ),
+    "names that are numbers": (lambda d: torch.save({0: torch.zeros(1)}, d / VAE_FILE), [VAE_FILE, "other than named"]),
+    "NaN in the VAE": (
+        lambda d: edit(d / VAE_FILE, lambda s: s["conv1.weight"].view(-1)[7:8].fill_(torch.nan)),
+        [VAE_FILE, "conv1.weight holds NaN or infinite numbers"],
+    ),
+    "a number beyond float16": (
+        lambda d: edit(d / IMAGE_FILE, lambda s: s["visual.pos_embedding"].view(-1)[:1].fill_(1e5)),
+        [IMAGE_FILE, "holds NaN or infinite numbers"],
+    ),
     "index without a map": (
         lambda d: set_json(d / "diffusion_pytorch_model.safetensors.index.json", weight_map=["a"]),
         ["index.json", "no weight_map"],
@@ -149,10 +176,22 @@ def test_damage_is_reported_in_one_line(damage: str, folder: Path) -> None:
     harm, words = DAMAGE[damage]
     harm(folder)
     with pytest.raises(UserError) as caught:
-        load(folder)
+        load(folder, "bf16" if "float16" in damage else "fp32")
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert damage == "speech that cannot be" or "\n" not in message  # transformers' own message may have several lines
+
+
+def test_what_trainers_put_in_front_of_names_in_pickles(folder: Path) -> None:
+    for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
+        torch.save({f"module.{name}": tensor for name, tensor in torch.load(folder / file).items()}, folder / file)
+    state = load(folder).vae.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights("vae").items())
+
+
+def test_json_with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text(), encoding="utf-8-sig")
+    load(folder)
 
 
 def test_not_a_folder(tmp_path: Path) -> None:

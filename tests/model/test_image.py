@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
+from model import image as images
 from model.config import TINY, ImageConfig
 from model.errors import UserError
 from model.image import ImageEncoder, is_unused_key, load_image, resize_center_crop, to_pixels
@@ -28,14 +29,19 @@ def loaded(path: Path) -> list[list[tuple[int, ...]]]:
     return [[tuple(pixel) for pixel in row] for row in np.asarray(image).tolist()]
 
 
-def png(path: Path, size: tuple[int, int], depth: int, color: int, rows: bytes) -> None:
-    """A PNG of any bit depth and colour type, which Pillow cannot write."""
+def png(path: Path, size: tuple[int, int], depth: int, color: int, rows: bytes, clear: bytes = b"") -> None:
+    """A PNG of any bit depth and colour type, which Pillow cannot write, and the shade that is transparent."""
 
     def part(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0)
-    body = part(b"IHDR", header) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+    body = (
+        part(b"IHDR", header)
+        + (part(b"tRNS", clear) if clear else b"")
+        + part(b"IDAT", zlib.compress(rows))
+        + part(b"IEND", b"")
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
@@ -67,6 +73,144 @@ def test_transparency_is_blended_with_white(tmp_path: Path) -> None:
     assert loaded(path) == [[(255, 255, 255), (0, 255, 0)]]
 
 
+@pytest.mark.parametrize(
+    ("depth", "row", "key", "wanted"),
+    [
+        (1, b"\x40", 1, [0, 255]),
+        (1, b"\x40", 0, [255, 255]),
+        (2, b"\x1b", 1, [0, 255, 170, 255]),
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x12", 1, [255, 34]),
+        (8, b"\x05\x06", 5, [255, 6]),
+        (16, b"\x02\x58\x02\x59", 600, [255, 2]),
+        (16, b"\x00\x00\xff\x00", 0, [255, 254]),
+    ],
+)
+def test_a_transparent_shade_of_grey(tmp_path: Path, depth: int, row: bytes, key: int, wanted: list[int]) -> None:
+    path = tmp_path / "image.png"
+    png(path, (len(wanted), 1), depth, 0, b"\0" + row, struct.pack(">H", key))
+    assert loaded(path) == [[(v, v, v) for v in wanted]]
+
+
+def test_a_transparent_colour_of_16_bits(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    row = struct.pack(">6H", 6000, 7000, 8000, 60000, 7000, 8000)
+    png(path, (2, 1), 16, 2, b"\0" + row, struct.pack(">3H", 6000, 7000, 8000))
+    assert loaded(path) == [[(255, 255, 255), (234, 27, 31)]]
+
+
+def swapped() -> bytes:
+    """A profile of a screen whose red and blue are swapped."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {
+        name: (at, size)
+        for name, at, size in struct.iter_unpack(
+            ">4sII", profile[132 : 132 + 12 * struct.unpack(">I", profile[128:132])[0]]
+        )
+    }
+    (red, size), (blue, _) = tags[b"rXYZ"], tags[b"bXYZ"]
+    profile[red : red + size], profile[blue : blue + size] = profile[blue : blue + size], profile[red : red + size]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_colour_profiles_are_honoured(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(path, icc_profile=swapped(), lossless=True)
+    np.testing.assert_allclose(loaded(path)[8][8], (40, 40, 200), atol=3)
+
+
+def test_colour_profiles_of_other_modes(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGBA", (1, 1), (200, 40, 40, 51)).save(path, icc_profile=swapped())
+    assert loaded(path) == [[(212, 212, 244)]]  # alpha .2 of (40, 40, 200), on white
+    image = Image.new("P", (1, 1))
+    image.putpalette([200, 40, 40])
+    image.save(path, icc_profile=swapped())
+    assert loaded(path) == [[(40, 40, 200)]]
+    for mode in ("L", "1", "LA"):
+        Image.new("L", (1, 1), 255).convert(mode).save(path, icc_profile=swapped())
+        np.testing.assert_allclose(loaded(path)[0][0], 255, atol=1)
+
+
+def test_srgb_stays_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(tmp_path / "image.png", icc_profile=profile)
+    np.testing.assert_allclose(np.asarray(load_image(tmp_path / "image.png")), pixels, atol=1)
+
+
+def test_profiles_that_do_not_fit_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    whole = swapped()
+    cmyk = whole[:16] + b"CMYK" + whole[20:]
+    grey = whole[:16] + b"GRAY" + whole[20:]
+    lost = whole[:132] + bytes(len(whole) - 132)
+    for profile in (b"x", b"not a profile" * 50, whole[:200], whole[: len(whole) // 2], cmyk, grey, lost):
+        Image.new("RGB", (1, 1), (200, 40, 40)).save(path, icc_profile=profile)
+        assert loaded(path) == [[(200, 40, 40)]]
+    Image.new("CMYK", (1, 1), (0, 0, 0, 0)).save(tmp_path / "image.tif", icc_profile=whole)
+    assert loaded(tmp_path / "image.tif") == [[(255, 255, 255)]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_large_photographs_are_read_at_a_part_of_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(images, "LARGE", 400 * 300 - 1)
+    monkeypatch.setattr(images, "ENOUGH", 64)
+    ramp = np.linspace(0, 255, 400, dtype=np.uint8)
+    pixels = np.stack([np.tile(ramp, (300, 1)), np.full((300, 400), 128), np.full((300, 400), 60)], 2).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / f"large.{suffix}", exif=exif, quality=95)
+    seen = load_image(tmp_path / f"large.{suffix}")
+    assert seen.size == (75, 100)
+    np.testing.assert_allclose(
+        np.asarray(seen)[:, 40], np.asarray(Image.fromarray(pixels).resize((100, 75)))[40], atol=6
+    )
+    Image.fromarray(pixels[1:]).save(tmp_path / "usual.png")
+    assert load_image(tmp_path / "usual.png").size == (400, 299)
+
+
+def test_a_large_picture_is_no_reason_for_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    Image.new("RGB", (10, 10)).save(tmp_path / "large.png")
+    assert load_image(tmp_path / "large.png").size == (10, 10)
+    assert not recwarn.list
+
+
+def test_a_large_picture_with_transparency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "LARGE", 1000)
+    monkeypatch.setattr(images, "ENOUGH", 16)
+    for mode, colour, key in (("RGBA", (9, 9, 9, 0), None), ("L", 9, 9), ("P", 0, 0)):
+        image = Image.new(mode, (64, 48), colour)
+        if mode == "P":
+            image.putpalette([10, 20, 30])
+        image.save(tmp_path / "clear.png", transparency=key)
+        seen = np.asarray(load_image(tmp_path / "clear.png"))
+        assert seen.shape == (16, 22, 3)
+        assert (seen == 255).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7\n",
+    ],
+)
+def test_unknown_formats_are_told_from_damage(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"no known image format .* give PNG, JPEG, WebP") as raised:
+        load_image(path)
+    assert "\n" not in str(raised.value)
+
+
 def test_sixteen_bit_channels_are_scaled(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     values = np.array([0, 400, 32896, 65535], ">u2")
@@ -87,10 +231,22 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("one\ntwo\n")
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>404</html>")
     png(tmp_path / "bomb.png", (60000, 60000), 8, 2, b"")
     Image.new("F", (2, 2)).save(tmp_path / "float.tif")
-    for name in ("cut.png", "cut.jpg", "empty.png", "text.png", "bomb.png", "float.tif", "."):
-        with pytest.raises(UserError) as caught:
+    for name, words in {
+        "cut.png": "give an intact PNG or JPEG",
+        "cut.jpg": "give an intact PNG or JPEG",
+        "empty.png": "is empty",
+        "text.png": "no known image format",
+        "pointer.png": "git lfs pull",
+        "page.jpg": "is a web page",
+        "bomb.png": "too many pixels to be read safely: give a smaller image",
+        "float.tif": "floating-point pixels of unknown range: convert it to PNG or JPEG",
+        ".": "Is a directory",
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
             load_image(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 Memory that operations allocate inside, such as workspaces of convolutions, is not counted; `profiling gpu` measures it.
 """
 
+import importlib
 import math
 import weakref
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import causal_conv3d as conv
 from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
 from model.offload import on_device
 from model.vae import VAE, State, decode_schedule
+
+conv = importlib.import_module("kernels.causal_conv3d")  # the module; `kernels.causal_conv3d` is its function
 
 GIB = 2**30
 CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]

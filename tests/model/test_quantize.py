@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,9 @@ from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
 from model.quantize import error_table, main
-from model.weights.checkpoint import load_models
+from model.weights.checkpoint import AUDIO_FOLDER, load_models
 from model.weights.quantize import MANIFEST, layer_error, load_fp8_checkpoint, quantize_weight, write_fp8_checkpoint
-from model.weights.shards import ShardReader, find_student_shards
+from model.weights.shards import find_student_shards
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -103,6 +106,78 @@ def test_other_files_are_copied_and_it_loads_as_a_checkpoint(out: Path) -> None:
         load_models(SMALL, out, CPU, PRECISIONS["bf16"])
 
 
+def as_hub_cache(folder: Path, cache: Path) -> Path:
+    """Moves the files to a cache as the hub's client lays it out, and returns the snapshot: a folder of links."""
+    snapshot, blobs = cache / "snapshots" / "0a1b2c", cache / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_hub_cache_is_copied_without_its_links(
+    folder: Path, tmp_path: Path, hard_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result loads though the cache is gone."""
+
+    def across_file_systems(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", across_file_systems)
+    snapshot, out = as_hub_cache(folder, tmp_path / "cache"), tmp_path / "out"
+    load_models(SMALL, snapshot, CPU, PRECISIONS["fp32"])
+    out.mkdir()
+    (out / "config.json").symlink_to("../../blobs/0")  # as an earlier version copied it
+    assert run("--checkpoint", str(snapshot), "--out", str(out)) == 0
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    shutil.rmtree(tmp_path / "cache")
+    load_models(SMALL, out, CPU, PRECISIONS["fp8"])
+
+
+def test_linked_folders_are_copied_and_tools_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+    (folder / AUDIO_FOLDER).rename(tmp_path / "speech")
+    (folder / AUDIO_FOLDER).symlink_to(tmp_path / "speech")
+    (folder / "again").symlink_to(".")
+    (folder / "below").mkdir()
+    (folder / "below" / "up").symlink_to("..")
+    (folder / "below" / "note.txt").write_text("kept")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").touch()
+    out = folder / "fp8"  # in the checkpoint itself
+    for _ in range(2):
+        assert run("--checkpoint", str(folder), "--out", str(out)) == 0
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {AUDIO_FOLDER, "below"}
+    assert [path.name for path in (out / "below").iterdir()] == ["note.txt"]
+    assert load_models(SMALL, out, CPU, PRECISIONS["fp8"])
+
+
+def test_a_link_that_leads_nowhere_is_not_copied(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "README.md").symlink_to("../../blobs/0")
+    assert run("--checkpoint", str(folder), "--out", str(tmp_path / "out")) == 2
+    assert f"{folder / 'README.md'} is a link that leads nowhere: download it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["model.quantize", "model.warm"])
+@pytest.mark.parametrize("name", ["kernels.py", "kernels/__init__.py", "model.py", "model/__init__.py"])
+def test_modules_of_the_user_with_our_names_take_one_line(tmp_path: Path, module: str, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode
+    assert done.stderr.count("\n") == 1
+    assert name.partition("/")[0].removesuffix(".py") in done.stderr
+
+
 def test_an_official_checkpoint_is_quantised_as_it_is_loaded(folder: Path, out: Path) -> None:
     loaded = load_models(SMALL, folder, CPU, PRECISIONS["fp8"]).dit.state_dict()
     written = student(out).state_dict()
@@ -160,8 +235,14 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
             lambda out: next(out.glob("student-block-01*")).unlink(),
             "block-01.safetensors, which fp8.json names",
         ),
-        (lambda out: flip(next(out.glob("student-block-00*"))), "block-00.safetensors is damaged: its SHA-256"),
-        (lambda out: tear(next(out.glob("student-rest*"))), "student-rest.safetensors is damaged: its SHA-256"),
+        (
+            lambda out: flip(next(out.glob("student-block-00*"))),
+            "or damaged: its SHA-256 differs",
+        ),
+        (
+            lambda out: tear(next(out.glob("student-rest*"))),
+            "student-rest.safetensors is truncated",
+        ),
         (lambda out: tear(out / MANIFEST), "fp8.json cannot be read"),
         (lambda out: (out / MANIFEST).write_text("{}"), "fp8.json is not a flashtalk-fp8 file of version 1"),
         (lambda out: change(out, "shards", []), "fp8.json: shards is [], wanted dict"),
@@ -214,7 +295,7 @@ def test_errors_take_one_line(
 def test_a_layer_with_too_large_an_error_is_not_quantised(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     policy = FP8Policy(("blocks.*.ffn.*",), max_error=0.03)
-    values = write_fp8_checkpoint(ShardReader(find_student_shards(folder)), tmp_path / "out", SMALL.dit, policy)
+    values = write_fp8_checkpoint(find_student_shards(folder), tmp_path / "out", SMALL.dit, policy)
     assert not any(layer["fp8"] for layer in values["layers"].values())
     dit = student(tmp_path / "out")
     assert all(layer.fused and not layer.fp8 for layer in dit.modules() if isinstance(layer, Linear))

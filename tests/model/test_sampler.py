@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampler import denoise_step, first_latents, normal_noise, philox, timesteps
+from model.sampler import TorchNoise, denoise_step, first_latents, normal_noise, philox, timesteps
 
 
 def test_timesteps_of_the_distilled_student() -> None:
@@ -84,3 +84,20 @@ def test_a_perfect_student_recovers_the_data(steps: int, motion_frames: int) -> 
         x = denoise_step(i, x, lambda x: (x - data) / (times[i] / 1000), noise, times, motion)  # noqa: B023
     torch.testing.assert_close(x, data, atol=1e-5, rtol=0)
     assert drawn == list(range(steps))  # none for the last step, where it has no weight
+
+
+def test_torch_noise_is_what_the_published_loop_draws() -> None:
+    """Per chunk one draw in bfloat16 and one per step in float32, channels first, from one generator."""
+    shape, steps = (3, 16, 4, 6), 4
+    generator = torch.Generator().manual_seed(11)
+    wanted = []
+    for _ in range(2):
+        wanted.append(torch.randn(16, 3, 4, 6, dtype=torch.bfloat16, generator=generator).float())
+        wanted += [torch.randn(16, 3, 4, 6, generator=generator) for _ in range(steps)]
+    noise = TorchNoise(shape, steps, torch.device("cpu"))
+    order = [(chunk, draw) for chunk in range(2) for draw in range(steps)]  # the last step's noise is not asked for
+    for chunk, draw in [*order, (0, 2), (1, 0), (0, 4)]:  # also back in time
+        got = noise(11, chunk, draw)
+        assert got.shape == shape
+        assert torch.equal(got.transpose(0, 1), wanted[chunk * (steps + 1) + draw])
+    assert not torch.equal(noise(12, 0, 0), noise(11, 0, 0))

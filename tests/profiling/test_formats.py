@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from profiling.analyse.compare import compare_runs
+from profiling.analyse.compare import compare_command, compare_runs
 from profiling.formats import from_json, load
 from profiling.results import OK
 
@@ -59,7 +60,7 @@ def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None
     assert case.measurements[0].samples == tuple(values["benchmarks"][0]["stats"]["data"])
     plain = run.case("test_it.py::test_plain")
     assert plain is not None
-    assert [(m.backend, m.ours) for m in plain.measurements] == [("pytest", False)]
+    assert [(m.backend, m.ours) for m in plain.measurements] == [("pytest", True)]
     assert run.machine.kind == "cpu"
     assert run.machine.versions["python"].startswith("3.")
     assert run.machine.device == values["machine_info"]["cpu"]["brand_raw"]
@@ -78,6 +79,45 @@ def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file
     stats, run = values["benchmarks"][0]["stats"], from_json(values, "file")
     assert run.cases[0].measurements[0].samples == (stats["q1"], stats["median"], stats["q3"])
     assert run.machine.revision == "abc-dirty"
+
+
+def slower(values: dict, factor: float) -> dict:
+    """The same benchmarks, each round `factor` times as long."""
+    values = copy.deepcopy(values)
+    for benchmark in values["benchmarks"]:
+        benchmark["stats"]["data"] = [factor * seconds for seconds in benchmark["stats"]["data"]]
+    return values
+
+
+@pytest.mark.parametrize("about", [{}, {"backend": "numpy"}, {"size": 3, "shape": "large"}, {"ours": False}])
+def test_benchmarks_of_others_regress(benchmark_file: Path, about: dict, tmp_path: Path) -> None:
+    """Whatever they note about themselves, also if nothing in a file is called ours."""
+    values = json.loads(benchmark_file.read_text())
+    values["benchmarks"] = [benchmark | {"extra_info": about} for benchmark in values["benchmarks"][2:]]
+    for name, factor in (("before", 1), ("after", 10), ("even", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(slower(values, factor)))
+    before, after, even = (str(tmp_path / f"{name}.json") for name in ("before", "after", "even"))
+    assert compare_command(before, after, [], 0.02, False, tmp_path, True) == 1
+    assert compare_command(before, even, [], 0.02, False, tmp_path, True) == 0
+    assert compare_command(after, before, [], 0.02, False, tmp_path, True) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, "fast", None, True])
+@pytest.mark.parametrize("where", ["data", "median", "flops", "bytes", "calls"])
+def test_what_is_no_number_of_seconds_is_refused(benchmark_file: Path, bad: object, where: str) -> None:
+    """It would compare as neither more nor less."""
+    values = json.loads(benchmark_file.read_text())
+    benchmark = values["benchmarks"][0]
+    if where == "data":
+        benchmark["stats"]["data"][3] = bad
+    elif where == "median":
+        benchmark["stats"] = {name: x for name, x in benchmark["stats"].items() if name != "data"} | {"median": bad}
+    else:
+        benchmark["extra_info"][where] = bad
+    name = f"norm/tiny/fp32.{'seconds' if where in ('data', 'median') else where}"
+    with pytest.raises(UserError) as caught:
+        from_json(values, "file")
+    assert str(caught.value) == f"file is damaged: {name} is {bad!r}, wanted a finite number"
 
 
 @pytest.mark.parametrize("spoil", ["stats", "fullname"])

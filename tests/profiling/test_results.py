@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import pty
 import types
 import typing
 from pathlib import Path
@@ -25,8 +27,11 @@ from profiling.results import (
     Run,
     StageInterval,
     VariantResult,
+    as_json_text,
+    check_writable,
     save,
     to_json,
+    write,
 )
 
 MACHINE = Machine("cpu", "some CPU", 2, 1)
@@ -162,7 +167,7 @@ def test_the_bound_is_the_longer_of_computing_and_moving() -> None:
 def test_numbers_that_are_none_are_damage(tmp_path: Path, number: str) -> None:
     text = json.dumps(to_json(dataclasses.replace(RUN, seconds=123.5))).replace("123.5", number)
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"damaged: run\.seconds is .*, wanted float"):
+    with pytest.raises(UserError, match=r"damaged: run\.seconds is .*, wanted a finite number"):
         load(tmp_path / "run.json")
 
 
@@ -246,3 +251,32 @@ def test_a_run_of_version_1_loses_nothing() -> None:
         nvml=NvmlTrace(watts=(650.0,), note="one reading"),
         notes=("a note",),
     )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_printed_json_has_null_for_what_json_lacks(bad: float) -> None:
+    text = as_json_text({"a": [bad, (1.0, bad)], "b": {"c": bad}, "d": "NaN"})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [1.0, None]], "b": {"c": None}, "d": "NaN"}
+
+
+def test_a_device_is_written_into(tmp_path: Path) -> None:
+    """A terminal; the name leads to it through a link."""
+    controller, device = pty.openpty()
+    try:
+        (tmp_path / "report.html").symlink_to(os.ttyname(device))
+        write(tmp_path / "report.html", "new")
+        assert os.read(controller, 100) == b"new"
+        assert (tmp_path / "report.html").is_char_device()
+    finally:
+        os.close(device)
+        os.close(controller)
+
+
+@pytest.mark.parametrize("name", ["folder", "file/inside"])
+def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .*; name another place"):
+        check_writable(tmp_path / name)
+    check_writable(tmp_path / "new" / "file")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import streaming.__main__ as command_line
 from model import quantize
 from model.config import PRESETS
-from streaming import progress
 from streaming.__main__ import main
 from streaming.session import Session
 from tests.small import SMALL, write_checkpoint
@@ -181,6 +181,8 @@ MISTAKES = {
     "text as audio": ["--audio", "{}/text.wav"],
     "folder as audio": ["--audio", "{}"],
     "no samples": ["--audio", "{}/empty.wav"],
+    "a picture as audio": ["--audio", "{}/pixel.png"],
+    "a PDF as image": ["--image", "{}/page.pdf"],
     "NaN samples": ["--audio", "{}/nan.wav"],
     "not a checkpoint": ["--checkpoint", "{}/folder"],
     "no such checkpoint": ["--checkpoint", "{}/nowhere"],
@@ -200,6 +202,16 @@ MISTAKES = {
     "unknown option": ["--quality", "high"],
     "14B without weights": ["--preset", "flashtalk-14b"],
     "folder as report": ["--report", "{}/folder"],
+    "odd size": ["--size", "100x96"],
+    "size in words": ["--size", "big"],
+    "odd number of frames": ["--frames", "34"],
+    "no shift": ["--shift", "0"],
+    "too much colour": ["--color", "2"],
+    "unknown noise": ["--noise", "pink"],
+    "unknown loudness": ["--loudness", "loud"],
+    "no settings": ["--config", "{}/nowhere.toml"],
+    "settings that are no TOML": ["--config", "{}/text.png"],
+    "unknown setting": ["--config", "{}/unknown.toml"],
     "no folder for the report": ["--report", "{}/nowhere/r.json"],
 }
 
@@ -213,6 +225,8 @@ def bad_files(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", tone(0), 16000)
     (tmp_path / "text.wav").write_text("these are words, not samples\n" * 100)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "unknown.toml").write_text("quality = 3")
+    (tmp_path / "page.pdf").write_text("%PDF-1.7")
     Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
@@ -318,6 +332,37 @@ def wait_for_chunk(process: subprocess.Popen[str], chunk: int) -> int:
     raise AssertionError("the run ended early")
 
 
+def test_options_from_a_file_and_from_the_command_line(
+    portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command line goes before the file; both spellings of a name are taken; quiet says nothing."""
+    settings, report = tmp_path / "run.toml", tmp_path / "report.json"
+    lines = [f'{name} = "{path}"' for name, path in (("image", portrait), ("audio", voice), ("report", report))]
+    settings.write_text("\n".join([*lines, 'size = "96x64"', "steps = 3", 'audio-mode = "once"', "quiet = true"]))
+    out = tmp_path / "out.mp4"
+    assert call(monkeypatch, "--config", settings, "--out", out, "--steps", 1) == 0
+    assert decode(out)[0][0].shape == (64, 96, 3)
+    chosen = json.loads(report.read_text())["settings"]
+    assert (chosen["steps"], chosen["audio_mode"], chosen["chunk"]["width"]) == (1, "once", 96)
+    assert capfd.readouterr().err.startswith("tiny has random weights")
+
+
+@pytest.mark.parametrize("text", ["448x768", "448X768", " 448 x 768 ", "448*768"])
+def test_sizes_are_read_as_people_write_them(text: str) -> None:
+    assert command_line.parse_size(text) == (448, 768)
+
+
+def test_the_size_that_was_found_is_said(
+    portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streaming.pipeline.largest_in_time", lambda *_: ((64, 64), 0.5))
+    out = tmp_path / "out.mp4"
+    assert call(monkeypatch, "--image", portrait, "--audio", voice, "--out", out, "--steps", 1, "--size", "auto") == 0
+    assert decode(out)[0][0].shape == (64, 64, 3)
+    said = "size auto: 64x64 plays in real time: a chunk of 1.12 s takes 0.50 s; --size 64x64 spares the measuring"
+    assert said in capfd.readouterr().err
+
+
 def test_too_little_memory_costs_one_line(
     portrait: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +385,7 @@ def test_compiled_frames_are_the_same(
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # to be restored
         monkeypatch.setenv(name, str(tmp_path))
     report, stages = tmp_path / "report.json", Mock(return_value=nullcontext())
-    monkeypatch.setattr(progress, "stage", stages)
+    monkeypatch.setattr(command_line, "stage", stages)
     for option in ("--compile", "--no-compile"):
         arguments = ("--image", portrait, "--audio", voice, "--out", tmp_path / f"{option}.mp4", "--steps", 1)
         assert call(monkeypatch, *arguments, option, "--report", report) == 0
@@ -381,13 +426,37 @@ def test_pcm_in_and_raw_frames_out(portrait: Path) -> None:
     assert len(done.stdout) == 13 * 128 * 128 * 3  # ceil(0.5 s x 25) frames
 
 
+def test_a_wav_file_on_standard_input(portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second of 48 kHz stereo is one second, to a file whose name FFmpeg would take for an address."""
+    soundfile.write(tmp_path / "v.wav", tone(1, 48000, 2), 48000)
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "v.wav").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        arguments = ("--image", portrait, "--audio", "-", "--out", "2026-11-28T17:30:00.mp4", "--steps", 1)
+        assert call(monkeypatch, *arguments) == 0
+    (tmp_path / "2026-11-28T17:30:00.mp4").rename("film.mp4")
+    frames, _ = decode(tmp_path / "film.mp4")
+    assert len(frames) == 25
+    assert not list(tmp_path.glob("*.part.mp4"))
+
+
+def test_an_inverted_channel_costs_one_line(
+    portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "v.wav", tone(0.2, 48000, 2) * [1, -1], 48000)
+    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", tmp_path / "v.mp4", "--steps", 1)
+    assert call(monkeypatch, *arguments) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert "cancel each other out" in line
+
+
 def test_a_stranger_called_kernels_is_named() -> None:
     """Another distribution of that name, of which PyPI has one, may come first on the path."""
     stranger = "import runpy, sys, types; sys.modules['kernels'] = k = types.ModuleType('kernels'); k.__path__ = []; "
     command = [sys.executable, "-c", stranger + "runpy.run_module('streaming', run_name='__main__')"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: another distribution named 'kernels'")
+    assert done.stderr.startswith("error: something else named 'kernels'")
     assert done.stderr.count("\n") == 1
 
 

@@ -86,17 +86,19 @@ def test_no_frame_of_a_track_heard_at_once_is_stretched(frames: int) -> None:
 
 
 class GroupsOfFour:
-    """In a session's place: a chunk's 28 frames, numbered through, in the VAE's groups."""
+    """In a session's place: a chunk's 28 frames, numbered through, in the VAE's groups; one of these is not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, broken: int | None = None) -> None:
         self.number = 0
+        self._broken = broken  # its first frame
 
     def frames(self, _window: Tensor) -> Iterator[Frames]:
         for _ in range(7):
             levels = torch.arange(self.number, self.number + 4) % 256
+            finite = torch.tensor(self.number != self._broken)
             self.number += 4
             rgb = levels.to(torch.uint8).view(4, 1, 1, 1).expand(4, 16, 16, 3)
-            yield Frames(rgb.permute(0, 3, 1, 2) / 127.5 - 1, rgb)
+            yield Frames(rgb.permute(0, 3, 1, 2) / 127.5 - 1, rgb, finite)
 
 
 class Kept(Sink):
@@ -210,6 +212,15 @@ def test_an_interruption_waits_for_the_write_under_way_only() -> None:
     assert len(sink.pictures) == written <= 4  # nothing comes afterwards: the sink may be closed
 
 
+@pytest.mark.parametrize("broken", [0, 4, 24, 28, 80])
+def test_numbers_that_are_not_finite_end_the_run_and_keep_the_frames_before_them(broken: int) -> None:
+    sink, slices = Kept(1), sliced(np.zeros(3 * 17920, np.float32))
+    kept = f"; the {broken} frames before it are kept" if broken else ""
+    with pytest.raises(UserError, match=f"^frame {broken} holds NaN or infinity: check the weights, .* or fp32{kept}$"):
+        list(run(cast(Session, GroupsOfFour(broken)), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
+    assert [picture[0, 0, 0] for picture in sink.pictures] == list(range(broken))
+
+
 @pytest.mark.gpu
 def test_gpu_hears_beside_what_it_is_doing() -> None:
     """The same windows, and without waiting for a stream that is busy."""
@@ -236,7 +247,7 @@ def test_gpu_frames_reach_the_sink_though_their_memory_is_used_again() -> None:
     class Replayed(GroupsOfFour):
         def frames(self, window: Tensor) -> Iterator[Frames]:
             for frames in super().frames(window):
-                yield Frames(frames.pixels, place.copy_(frames.rgb))
+                yield Frames(frames.pixels, place.copy_(frames.rgb), frames.finite.cuda())
 
     list(
         run(cast(Session, Replayed()), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(torch.device("cuda")))

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from av.error import InvalidDataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -181,6 +182,55 @@ def test_mp4_replaces_the_old_target_only_at_the_end(tmp_path: Path) -> None:
     sink.close()
     sink.close()  # once more does nothing
     assert played(target).numbers == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2026-11-28T17:30:00.mp4",
+        "take:2.mp4",
+        "file:a.mp4",
+        "http:x.mp4",
+        "pipe:1.mp4",
+        "a|b?c#d.mp4",
+        "%03d.mp4",
+        "\udcff.mp4",
+    ],
+)
+def test_mp4_names_are_no_addresses(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a relative name, of which FFmpeg takes what stands before a colon for a protocol
+    written(name, 3).close()
+    assert names(tmp_path) == [name]
+    Path(name).rename("film.mp4")
+    assert played(tmp_path / "film.mp4").numbers == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidDataError(1, "Invalid data found"), ValueError("no such\nstream"), MemoryError("out of memory")]
+)
+def test_mp4_that_cannot_be_finished_keeps_its_frames(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(part: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise error
+
+    sink = written(tmp_path / "film.mp4", 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(sinks, "_remux", fail)
+        with pytest.raises(
+            UserError, match=r"film\.mp4' cannot be written \(.+\); the 4 frames .*film\.part\.mp4'"
+        ) as raised:
+            sink.close()
+    assert "\n" not in str(raised.value)
+    sink.close()
+    assert names(tmp_path) == ["film.part.mp4"]
+    assert played(tmp_path / "film.part.mp4").numbers == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="holds the frames of another run; move or delete it first"):
+        written(tmp_path / "film.mp4")
+    (tmp_path / "film.part.mp4").unlink()
+    written(tmp_path / "film.mp4", 2).close()
+    assert names(tmp_path) == ["film.mp4"]
 
 
 def test_mp4_of_an_exception(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 # pyright: reportCallIssue=false
 
+import importlib
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import rms_norm_rope
 from kernels.chunk_attention_fp8 import interleave
 from kernels.common import FP8_MAX
 from kernels.rms_norm_rope import (
@@ -19,6 +20,8 @@ from kernels.rms_norm_rope import (
     sample_tokens,
 )
 from tests.tensors import error
+
+rms_norm_rope = importlib.import_module("kernels.rms_norm_rope")  # the module; `kernels.rms_norm_rope` is its function
 
 EXAMPLES = settings(max_examples=15)
 EPS = 1e-6

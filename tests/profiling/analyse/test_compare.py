@@ -163,7 +163,10 @@ def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float]
         ((0.9, 1.0, 1.3), (0.8, 1.01, 1.4), "same", "medians within 2.0%"),
         ((1.0,), (1.5,), "unsure", "1 rounds, too few for statistics, and not far apart"),
         ((1.0,), (1.01,) * 20, "same", "1 rounds"),
-        ((0.0, 1.0), (1.0, 1.0), "unsure", "a time of zero or less"),
+        ((0.0, 1.0), (1.0, 1.0), "unsure", "a time that is not above zero"),
+        ((1.0,) * 9, (math.nan,) * 9, "unsure", "a time that is not above zero"),
+        ((math.nan, *(1.0,) * 9), (1.0,) * 10, "unsure", "a time that is not above zero"),
+        ((1.0,) * 9, (*(1.0,) * 8, math.inf), "unsure", "a time that is not above zero"),
     ],
 )
 def test_few_rounds_need_a_large_change(before: Any, after: Any, verdict: str, detail: str) -> None:

@@ -1,0 +1,286 @@
+"""Decodes recordings into blocks of mono or stereo samples.
+
+libsndfile reads the files that it knows, to the very sample. FFmpeg reads everything else, and files of more than two
+channels, because it knows which of them is the centre.
+"""
+
+import os
+import re
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+import soundfile
+from av.audio.frame import AudioFrame
+from av.error import FFmpegError
+from numpy.typing import NDArray
+
+from model.errors import UserError
+from model.files import placeholder
+
+LOUDEST = 100  # in units of full scale; a file with larger samples does not hold sound in [-1, 1]
+FILE_RATES = range(1_000, 768_001)  # Hz, that recordings may have
+SNIFFED = 4096  # bytes that `is_container` needs to know every kind
+_BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
+_FIVE_CHANNELS = 1 + 2 * 0.5**0.5  # what ITU-R BS.775 adds up in a channel of the stereo mix
+_KNOWN = "give WAV, FLAC, OGG, MP3, M4A or WebM"
+
+Block = NDArray[np.float32]  # [sample, channel], 1 or 2 channels
+
+
+class Decoder(ABC):
+    """An open recording. `rate` is in Hz, `channels` is 1 or 2, and `name` is how messages call it."""
+
+    name: str
+    rate: int
+    channels: int
+
+    def blocks(self) -> Iterator[Block]:
+        """Yields the samples from the start.
+
+        Raises `UserError`, after the blocks that could be read, where the recording is damaged or holds samples that
+        are not finite or far beyond full scale.
+        """
+        if self.rate not in FILE_RATES:
+            raise UserError(f"{self.name} has {self.rate} samples a second; give audio of 1 kHz to 768 kHz")
+        came = 0
+        try:
+            for block in self._blocks():
+                self._check(block, came)
+                yield block
+                came += len(block)
+        except (soundfile.LibsndfileError, FFmpegError) as error:
+            raise self.damage(came) from error
+
+    def damage(self, came: int) -> UserError:
+        """What to raise where nothing can be read after `came` samples."""
+        return UserError(f"{self.name} cannot be read any further than {came / self.rate:.2f} s; give an intact file")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what was opened here."""
+
+    @abstractmethod
+    def _blocks(self) -> Iterator[Block]: ...
+
+    def _check(self, block: Block, came: int) -> None:
+        finite = np.isfinite(block).all(axis=1)
+        if np.abs(block[finite]).max(initial=0) > LOUDEST:
+            raise UserError(f"{self.name} is over {LOUDEST} times as loud as full scale; scale it to [-1, 1]")
+        if not finite.all():
+            second = (came + int(finite.argmin())) / self.rate
+            raise UserError(f"{self.name} holds a sample that is no finite number at {second:.3f} s; repair it")
+
+
+class _SequentialFile(soundfile.SoundFile):
+    """A file that is read from front to back. soundfile would seek after every read, and seeks in MP3 are inexact."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class SndfileDecoder(Decoder):
+    """A file that libsndfile reads. More than two channels become their mean."""
+
+    def __init__(self, path: str) -> None:
+        self.name, self._path = repr(path), path
+        self.file = _SequentialFile(path)
+        self.rate = self.file.samplerate
+        self.channels = 2 if self.file.channels == 2 else 1
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no other decoder might make more of the file.
+
+        The header of an unfinished recording may tell of no samples though there are some, channels of surround sound
+        have unknown places, and libsndfile takes the padding of WAV files in GSM 6.10 for a block of samples.
+        """
+        padded = (self.file.format, self.file.subtype) == ("WAV", "GSM610")
+        whole = self.file.frames > 0 or _is_whole_riff(self._path)
+        return whole and self.file.channels <= 2 and not padded
+
+    def _blocks(self) -> Iterator[Block]:
+        try:
+            self.file.seek(0)
+        except soundfile.LibsndfileError:  # telephone codecs can only be read forwards
+            self.file.close()
+            self.file = _SequentialFile(self._path)
+        while len(block := self.file.read(_BLOCK, dtype="float32", always_2d=True)):
+            yield _at_most_two(block)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+def _is_whole_riff(path: str) -> bool:
+    """Whether the file is as long as its header says: then a recording without samples is empty, and not unfinished."""
+    with Path(path).open("rb") as file:
+        name, size = file.read(4), int.from_bytes(file.read(4), "little")
+        return name == b"RIFF" and size + 8 == file.seek(0, os.SEEK_END)
+
+
+class FFmpegDecoder(Decoder):
+    """A recording that FFmpeg reads from a binary file or pipe; of a film, its sound.
+
+    Surround sound is mixed down to stereo with the weights of ITU-R BS.775, scaled so that five full channels do not
+    clip. More than eight channels become their mean. Packets that cannot be decoded are skipped, as players do, unless
+    nothing comes after them.
+
+    Construction decodes the first packet, and raises `UserError` if there is none. `head` is what was already read of
+    a pipe, which can be decoded only once.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, head: bytes = b"") -> None:
+        self.name, self._file, self._head = name, file, head
+        frames = self._frames()
+        try:
+            first = next(frames, None)
+        except FFmpegError as error:
+            raise UserError(f"{name} is not audio in a known format; {_KNOWN}") from error
+        if first is None:
+            raise UserError(f"{name} holds no sound that can be decoded; {_KNOWN}")
+        self._ahead: Iterator[AudioFrame] | None = chain([first], frames)
+        self.rate = first.sample_rate
+        self._places = first.layout.nb_channels
+        self.channels = 2 if 2 <= self._places <= 8 else 1
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._ahead = None  # closes the container
+        self._file.close()
+
+    def _frames(self) -> Iterator[AudioFrame]:
+        # FFmpeg must not take the file's name for an address, nor open what a playlist names.
+        options, file = {"protocol_whitelist": ""}, _Nameless(self._file, self._head)
+        with av.open(file, "r", options=options, metadata_errors="ignore") as container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                return
+            failure = None
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except FFmpegError as error:
+                    failure = error
+                    continue
+                if frames and packet.size:  # not what the decoder still held
+                    failure = None
+                yield from (frame for frame in frames if isinstance(frame, AudioFrame))
+            if failure is not None:
+                raise failure
+
+    def _blocks(self) -> Iterator[Block]:
+        frames, self._ahead = self._ahead, None
+        if frames is None:
+            self._file.seek(0)
+            frames = self._frames()
+        mixed = 2 < self._places <= 8
+        to_float = av.AudioResampler("flt", "stereo" if mixed else None)
+        came = 0
+        for frame in frames:
+            try:
+                parts = to_float.resample(_placed(frame))
+            except ValueError as error:
+                second = came / self.rate
+                raise UserError(f"{self.name} changes its rate or channels at {second:.2f} s; convert it") from error
+            for part in parts:
+                came += part.samples
+                block = part.to_ndarray().reshape(part.samples, -1)
+                yield _at_most_two(block / _FIVE_CHANNELS if mixed else block)
+
+
+class _Nameless:
+    """A binary file without its name. It gives `head` first, and then what is there, without waiting for more."""
+
+    def __init__(self, file: BinaryIO, head: bytes) -> None:
+        self._head, self._read = head, getattr(file, "read1", file.read)
+        if not head and file.seekable():
+            self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none at the end."""
+        if not self._head:
+            return self._read(size)
+        data, self._head = self._head[:size], self._head[size:]
+        return data
+
+
+def _at_most_two(block: NDArray[Any]) -> Block:
+    """The block, or the mean of its channels."""
+    block = block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
+    return block.astype(np.float32, copy=False)
+
+
+def _placed(frame: AudioFrame) -> AudioFrame:
+    """The frame, but three channels of unknown places are left, right and centre; FFmpeg would drop the third."""
+    if frame.layout.name != "3 channels":
+        return frame
+    placed = AudioFrame.from_ndarray(frame.to_ndarray(), frame.format.name, "3.0")
+    placed.sample_rate = frame.sample_rate
+    return placed
+
+
+def open_decoder(path: str) -> Decoder:
+    """Opens the audio file at `path`. Raises `UserError` if that cannot be done."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise UserError(f"{path!r} is not a file; name an audio file, or '-' for standard input")
+        with Path(path).open("rb"):  # libsndfile would not say why a file cannot be opened
+            pass
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read ({error.strerror}); name an audio file") from error
+    known = _known_to_libsndfile(path)
+    if known is not None and known.is_exact:
+        return known
+    file = Path(path).open("rb")  # noqa: SIM115, the decoder closes it
+    try:
+        decoder = FFmpegDecoder(file, repr(path))
+    except UserError as error:
+        file.close()
+        if known is None:
+            instead = placeholder(Path(path))
+            raise (UserError(f"{path!r} {instead}") if instead else error) from error.__cause__
+        return known
+    if known is not None:
+        known.close()
+    return decoder
+
+
+def _known_to_libsndfile(path: str) -> SndfileDecoder | None:
+    with suppress(soundfile.LibsndfileError, TypeError):  # TypeError: headerless, by its suffix
+        return SndfileDecoder(path)
+    return None
+
+
+# First bytes of RIFF, RF64, W64, FLAC, Ogg, tagged MP3, AU, AIFF, CAF, AMR, Matroska and WebM, ASF, WavPack, FLV, and
+# of MPEG program streams.
+_MAGIC = (
+    *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b".snd", b"FORM", b"caff", b"#!AMR"),
+    *(b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvpk", b"FLV", b"\0\0\1\xba"),
+)
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # that MP4 and QuickTime begin with, after their size
+_PACKET = 188  # bytes, of an MPEG transport stream; each packet begins with a "G"
+_MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe5\xf0-\xf5\xf8-\xfd][^\xff]")  # of MP2, MP3, or AAC in ADTS
+
+
+def is_container(head: bytes) -> bool:
+    """Whether a stream that begins with `head`, of up to `SNIFFED` bytes, is a recording rather than raw samples."""
+    if head.startswith(_MAGIC) or head[4:8] in _BOXES:
+        return True
+    packets = {head[k : k + _PACKET] for k in range(0, len(head), _PACKET)}
+    if len(packets) >= 3 and all(packet.startswith(b"G") for packet in packets):  # a steady tone has equal packets
+        return True
+    # Raw samples may look like one frame of MPEG audio, but not like three of the same kind.
+    return bool(_MPEG_FRAME.match(head)) and sum(_kind(head[k:]) == _kind(head) for k in range(len(head) - 3)) >= 3
+
+
+def _kind(frame: bytes) -> bytes:
+    """What is the same in the headers of all frames of a stream: layer, sampling rate, channels."""
+    return bytes(byte & mask for byte, mask in zip(frame[:4], b"\xff\xff\x0c\xc0", strict=True))

@@ -1,0 +1,455 @@
+"""The Python API: a portrait and a voice in, frames with their sound out.
+
+    from streaming import TalkingHeadPipeline
+
+    with TalkingHeadPipeline.from_pretrained("SoulX-FlashTalk-14B", precision="fp8-vae") as pipeline:
+        for rgb, sound in pipeline.stream("me.jpg", "voice.wav"):
+            show(rgb, sound)
+
+`from_pretrained` says what runs where; `stream` and `generate` say what is seen and heard.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.command import check_choice
+from model.compile import load_compiled
+from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS, Config
+from model.errors import UserError
+from model.image import load_image, resize_center_crop
+from model.portrait import keep_face
+from model.sampler import NUM_TIMESTEPS, TorchNoise
+from model.text import tokenize
+from model.weights.checkpoint import Models, load_models, random_models
+from model.weights.quantize import is_fp8_checkpoint
+from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer, stream_featurizer
+from streaming.auto_size import Size, largest_in_time, sizes_like
+from streaming.cuda_graphs import CudaGraphs
+from streaming.generator import ChunkGenerator
+from streaming.session import Group, Session, play, run
+from streaming.sinks import Sink, open_sink
+from streaming.sources import ArraySource, FileSource, Slice, Source
+from streaming.timers import StageTimer
+from streaming.writer import Progress, check_finite
+
+MIN_PORTRAIT = 16  # pixels a side
+MAX_SIDE = 4096  # pixels
+MAX_SHIFT = 100.0
+
+Picture = str | Path | Image.Image | NDArray[np.uint8]
+Sound = str | Path | tuple[NDArray[np.floating], int] | Source
+
+
+class VideoFrames(NamedTuple):
+    """Consecutive frames of the video and the sound that is heard while they are shown."""
+
+    rgb: NDArray[np.uint8]  # [n, height, width, 3]
+    sound: NDArray[np.float32]  # [samples, channels], in [-1, 1]
+
+
+class VideoStream:
+    """An iterator over the `VideoFrames` of one portrait and one voice, in order, each group as soon as it is decoded.
+
+    Attributes:
+        fps: frames a second of the video.
+        rate: samples a second of the sound.
+        channels: of the sound, 1 or 2.
+        duration: of the sound in seconds, None if its end is not known.
+        frames: how many were given so far.
+    """
+
+    def __init__(self, groups: Iterator[Group], source: Source, fps: int, release: Callable[[], None]) -> None:
+        """Use `TalkingHeadPipeline.stream`."""
+        self.fps, self.rate, self.channels, self.duration = fps, source.rate, source.channels, source.duration
+        self.frames = 0
+        self._groups, self._release = groups, release
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> VideoFrames:
+        try:
+            group = next(self._groups)
+            rgb = group.rgb.cpu().numpy()
+            check_finite(bool(group.finite), self.frames)
+        except BaseException:
+            self.close()
+            raise
+        self.frames += len(rgb)
+        return VideoFrames(rgb, group.sound)
+
+    def close(self) -> None:
+        """Ends the video and closes its files. Then the pipeline can begin another one."""
+        self._groups = iter(())
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class TalkingHeadPipeline:
+    """Makes talking-head videos with one set of weights, in one size, one video at a time.
+
+    Attributes:
+        config: all dimensions, in the picture's size.
+        settings: what was chosen, as JSON values, for reports.
+        device: where the networks run.
+        timer: the stages of the video that is made, or was made last.
+    """
+
+    def __init__(
+        self, config: Config, load: Callable[[], Models], device: torch.device, graphs: bool, noise: str, settings: Any
+    ) -> None:
+        """Use `from_pretrained`."""
+        self.config, self.device, self.settings = config, device, settings
+        self.timer = StageTimer(device)
+        self._load, self._graphs, self._noise = load, graphs, noise
+        self._models: Models | None = None
+        self._generators: dict[int, ChunkGenerator] = {}  # by denoising steps
+        self._busy = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny",
+        *,
+        preset: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        size: tuple[int, int] | Literal["auto"] | None = None,
+        frames: int | None = None,
+        steps: int = 4,
+        shift: float | None = None,
+        color: float = 1.0,
+        compiled: bool | None = None,
+        wav2vec: str | Path | None = None,
+        noise: str = "counter",
+        random_weights: bool = False,
+        lazy: bool = False,
+    ) -> Self:
+        """Chooses weights, device and picture, and loads the networks.
+
+        Args:
+            model: The folder of a checkpoint, or the name of a preset for a run without one. "tiny" is the only preset
+                that runs so without `random_weights`; the others would draw noise.
+            preset: The dimensions of the checkpoint. Default: "flashtalk-14b".
+            device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
+            precision: "fp32", "bf16", "fp8", "fp8-attn", "fp8-vae", or "auto": what the checkpoint is made for, bf16 on
+                a GPU, fp32 on a CPU.
+            size: Width and height of the video in pixels, multiples of 16. Default: those of the preset, which the
+                student was trained for. "auto" loads the networks, times chunks of some sizes of the preset's format,
+                and takes the largest that this machine plays in real time; `settings["measured"]` says what it took.
+            frames: Frames of a chunk, of which the first `motion_frames_num` repeat the chunk before. Default: the
+                preset's. 1 more than a multiple of 4.
+            steps: Denoising steps a chunk, 1 to 1,000; the student was distilled for 4 and 2.
+            shift: Of the timesteps, towards noise; above 0. Default: the preset's, 5 in the published code.
+            color: How far each frame's colours are moved to the portrait's, 0 to 1.
+            compiled: Whether to compile the student, and on a GPU to capture CUDA graphs. Default: on a GPU only.
+            wav2vec: The folder of the speech encoder, if it is neither in the checkpoint nor beside it.
+            noise: "counter" is a function of seed, chunk and position, the same on every machine; "torch" draws what
+                the published code draws for a seed on such a device, and works without CUDA graphs only.
+            random_weights: Whether to run a preset other than "tiny" without weights, for timing.
+            lazy: Whether `load` or the first video loads the networks, and not this call.
+
+        Raises:
+            UserError: An argument has a value that is not supported, or the checkpoint cannot be loaded. The message
+                is one line that says what fits.
+        """
+        folder = None if str(model) in PRESETS else Path(model)
+        if folder is None and preset not in (None, str(model)):
+            raise UserError(f"preset {preset}: {model} is the preset already; name a checkpoint's folder or one preset")
+        if folder is not None and random_weights:
+            raise UserError("a checkpoint and random weights exclude each other")
+        name = preset or ("flashtalk-14b" if folder else str(model))
+        check_choice("preset", name, PRESETS)
+        if folder is None and name != "tiny" and not random_weights:
+            raise UserError(f"preset {name} needs the folder of a checkpoint (or random weights, which draw noise)")
+        check_choice("device", device, ("auto", "cpu", "cuda"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device cuda: PyTorch sees no NVIDIA GPU here; use cpu")
+        if precision == "auto":
+            eight = folder is not None and is_fp8_checkpoint(folder)
+            precision = "fp8" if eight else "bf16" if device == "cuda" else "fp32"
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("noise", noise, ("counter", "torch"))
+        compiled = device == "cuda" if compiled is None else compiled
+        if noise == "torch" and compiled and device == "cuda":
+            raise UserError("noise torch: CUDA graphs cannot hold a generator's draws; do not compile, or take counter")
+
+        where, dtypes, speech = torch.device(device), PRECISIONS[precision], Path(wav2vec) if wav2vec else None
+        preset_size = (PRESETS[name].chunk.width, PRESETS[name].chunk.height)
+        first = preset_size if size is None or size == "auto" else size
+        config = _configured(PRESETS[name], first, frames, steps, shift, color)
+        if compiled:
+            load = partial(load_compiled, config, folder, where, dtypes, speech)
+        elif folder is not None:
+            load = partial(load_models, config, folder, where, dtypes, speech)
+        else:
+            load = partial(random_models, config, where, dtypes)
+        settings = {
+            "preset": name, "checkpoint": str(folder) if folder else None, "precision": precision, "noise": noise,
+            "compiled": compiled, "steps": steps, "chunk": asdict(config.chunk),
+        }  # fmt: skip
+        pipeline = cls(config, load, where, compiled and device == "cuda", noise, settings)
+        if size == "auto":
+            pipeline._take_largest_size()
+        if not lazy:
+            pipeline.load()
+        return pipeline
+
+    def load(self) -> Models:
+        """The networks, which the first call loads. Sets cuDNN's float32 convolutions to full precision."""
+        if self._models is None:
+            torch.backends.cudnn.allow_tf32 = False
+            self._models = self._load()
+        return self._models
+
+    def portrait(self, image: Picture) -> NDArray[np.uint8]:
+        """The portrait in the size of the video, RGB bytes [height, width, 3].
+
+        It is scaled to cover the picture, and its middle is cut out, or a part beside the middle if a face would be cut
+        otherwise. `image` is a file that Pillow reads, a Pillow image, or RGB bytes [height, width, 3].
+        """
+        if isinstance(image, str | Path):
+            picture, name = load_image(Path(image)), str(image)
+        else:
+            picture, name = Image.fromarray(image) if isinstance(image, np.ndarray) else image, "the portrait"
+        if min(picture.size) < MIN_PORTRAIT:
+            raise UserError(
+                f"{name}: {picture.width} x {picture.height} pixels show no portrait; give a larger picture"
+            )
+        height, width = self.config.chunk.height, self.config.chunk.width
+        return (
+            resize_center_crop(keep_face(picture.convert("RGB"), height, width), height, width).permute(1, 2, 0).numpy()
+        )
+
+    def stream(
+        self,
+        image: Picture,
+        audio: Sound,
+        *,
+        prompt: str | None = None,
+        seed: int = 9999,
+        steps: int | None = None,
+        audio_mode: str = "stream",
+        loudness: str = "steady",
+    ) -> VideoStream:
+        """A video of the portrait speaking the voice, as long as the voice, frame by frame.
+
+        Args:
+            image: The portrait: a file that Pillow reads, a Pillow image, or RGB bytes [height, width, 3].
+            audio: The voice: a file of sound or film, (samples, rate) with samples [n] or [n, channels] in [-1, 1], or
+                a `Source`, which then stays open.
+            prompt: What is to be seen. Default: a person talking.
+            seed: The same seed gives the same video.
+            steps: Denoising steps a chunk. Default: those of `from_pretrained`.
+            audio_mode: "stream" hears up to now, as a live session must; "once" hears the whole sound first.
+            loudness: In mode "stream", "steady" keeps the gain that a sample entered with; "published" measures the
+                last eight seconds anew for every chunk.
+
+        Raises:
+            UserError: An argument cannot be used, here or, if the sound turns out to be damaged, while iterating.
+            RuntimeError: Another stream of this pipeline is neither finished nor closed.
+        """
+        with ExitStack() as stack:
+            source = self._open(audio, stack)
+            stack.enter_context(self._exclusive())
+            run_of = self._session(image, source, prompt, seed, steps, audio_mode, loudness)
+            groups = play(*run_of, self.config.chunk, self.timer)
+            return VideoStream(groups, source, self.config.chunk.tgt_fps, stack.pop_all().close)
+
+    def generate(
+        self,
+        image: Picture,
+        audio: Sound,
+        out: str | Path | Sink,
+        *,
+        prompt: str | None = None,
+        seed: int = 9999,
+        steps: int | None = None,
+        audio_mode: str = "stream",
+        loudness: str = "steady",
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> Progress:
+        """Writes the video of `stream` to NAME.mp4, to a folder of PNG files, or to a `Sink`, which then stays open.
+
+        Arguments as in `stream`. Encoding runs in a thread of its own, beside the generation. `on_progress` is called
+        after every group of frames. Returns what was made and how fast. If the run ends early, by an exception or an
+        interruption, everything that was written before is kept.
+        """
+        chunk = self.config.chunk
+        with ExitStack() as stack:
+            source = self._open(audio, stack)
+            if not isinstance(out, Sink):
+                geometry = (chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels)
+                out = stack.enter_context(open_sink(str(out), *geometry))
+            stack.enter_context(self._exclusive())
+            run_of = self._session(image, source, prompt, seed, steps, audio_mode, loudness)
+            progress = Progress()
+            for progress in run(*run_of, out, chunk, self.timer):
+                on_progress(progress)
+            return progress
+
+    def close(self) -> None:
+        """Frees the networks and what belongs to them. A later call loads them again."""
+        self._generators.clear()
+        self._models = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _take_largest_size(self) -> None:
+        """Changes to the largest picture that plays in real time."""
+        chunk, stride = self.config.chunk, self.config.vae.spatial_stride * self.config.dit.patch_size[1]
+        preset, duration = (chunk.width, chunk.height), chunk.new_frames / chunk.tgt_fps
+        size, seconds = largest_in_time(self._chunk_seconds, sizes_like(*preset, stride, MAX_SIDE), preset, duration)
+        self._resize(size)
+        self.settings |= {"measured": {"size": list(size), "chunk_s": seconds, "lasts_s": duration}}
+
+    def _resize(self, size: Size) -> None:
+        self.config = replace(self.config, chunk=replace(self.config.chunk, width=size[0], height=size[1]))
+        self.settings["chunk"] = asdict(self.config.chunk)
+        self._generators.clear()
+
+    def _chunk_seconds(self, size: Size) -> float:
+        """Seconds that a chunk takes in this size, infinity if there is too little memory."""
+        self._resize(size)
+        chunk = self.config.chunk
+        chunks = 3 if self.device.type == "cuda" else 2  # the first compiles, and on a GPU the second records graphs
+        hum = np.sin(np.arange(chunks * chunk.slice_samples) / 20, dtype=np.float32)
+        grey = np.full((chunk.height, chunk.width, 3), 128, np.uint8)
+        try:
+            with self.stream(grey, (hum, chunk.sample_rate)) as stream:
+                began = time.perf_counter()
+                for _ in stream:
+                    if stream.frames == (chunks - 1) * chunk.new_frames:
+                        began = time.perf_counter()
+                return time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            return math.inf
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One video at a time: they would share the memory of CUDA graphs."""
+        if self._busy:
+            raise RuntimeError("this pipeline is making another video: finish or close that first")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _open(self, audio: Sound, stack: ExitStack) -> Source:
+        """The source of the voice. One that is opened here is closed with the stack, and its warning is a warning."""
+        if isinstance(audio, Source):
+            return audio
+        chunk = self.config.chunk
+        source = FileSource(str(audio), chunk) if isinstance(audio, str | Path) else ArraySource(*audio, chunk)
+        stack.enter_context(source)
+        if source.warning:
+            warnings.warn(source.warning, stacklevel=3)
+        return source
+
+    def _session(
+        self,
+        image: Picture,
+        source: Source,
+        prompt: str | None,
+        seed: int,
+        steps: int | None,
+        audio_mode: str,
+        loudness: str,
+    ) -> tuple[Session, Iterable[Slice], AudioFeaturizer]:
+        """A session at its start, the slices of its sound, and what makes windows of features of them."""
+        check_choice("audio_mode", audio_mode, ("stream", "once"))
+        check_choice("loudness", loudness, ("steady", "published"))
+        portrait = torch.from_numpy(self.portrait(image)).permute(2, 0, 1)
+        models, generator, chunk = self.load(), self._generator(steps), self.config.chunk
+        self.timer.clear()
+        ids = tokenize(prompt or DEFAULT_PROMPT, self.config.text, self.config.dit.text_len, models.folder)
+        session = Session(generator, generator.prepare(portrait, ids), seed)
+        slices: Iterable[Slice] = source
+        if audio_mode == "once":
+            slices = list(source)
+            featurizer = once_featurizer(models.audio, chunk, slices)
+        else:
+            featurizer = stream_featurizer(models.audio, chunk, loudness)
+        return session, slices, on_stream(featurizer, generator.audio_stream)
+
+    def _generator(self, steps: int | None) -> ChunkGenerator:
+        """The generator of this number of steps, made when it is first asked for."""
+        steps = _checked_steps(self.config.chunk.sample_steps if steps is None else steps)
+        if steps not in self._generators:
+            models = self.load()
+            config = replace(models.config, chunk=replace(self.config.chunk, sample_steps=steps))
+            noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
+            graphs = partial(CudaGraphs, self.device) if self._graphs else None
+            self._generators[steps] = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs)
+        return self._generators[steps]
+
+
+def _checked_steps(steps: int) -> int:
+    if not 1 <= steps <= NUM_TIMESTEPS:
+        raise UserError(f"steps {steps}: name a number from 1 to {NUM_TIMESTEPS}")
+    return steps
+
+
+def _configured(
+    preset: Config, size: tuple[int, int] | None, frames: int | None, steps: int, shift: float | None, color: float
+) -> Config:
+    """The preset with another picture, chunk or sampling."""
+    chunk, stride = preset.chunk, preset.vae.spatial_stride * preset.dit.patch_size[1]
+    width, height = size or (chunk.width, chunk.height)
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels % stride or not stride <= pixels <= MAX_SIDE:
+            below = min(max(pixels // stride * stride, stride), MAX_SIDE)
+            fits = f"{below} or {below + stride}" if below + stride <= MAX_SIDE and below < pixels else f"{below}"
+            raise UserError(f"size {width}x{height}: the {name} must be a multiple of {stride}, such as {fits}")
+    frames = chunk.frame_num if frames is None else frames
+    group, longest = preset.vae.temporal_stride, chunk.cached_frames
+    if (frames - 1) % group or not chunk.motion_frames_num < frames <= longest:
+        least = chunk.motion_frames_num + group
+        raise UserError(
+            f"frames {frames}: a chunk has {least}, {least + group}, {least + 2 * group} ... frames, at most {longest}"
+        )
+    shift = chunk.sample_shift if shift is None else shift
+    if not 0 < shift <= MAX_SHIFT:
+        raise UserError(f"shift {shift}: name a number above 0, at most {MAX_SHIFT:g}; the published code has 5")
+    if not 0 <= color <= 1:
+        raise UserError(f"color {color}: name a number from 0 (colours as generated) to 1 (those of the portrait)")
+    chunk = replace(
+        chunk,
+        width=width,
+        height=height,
+        frame_num=frames,
+        sample_steps=_checked_steps(steps),
+        sample_shift=shift,
+        color_correction_strength=color,
+    )
+    return replace(preset, chunk=chunk)
