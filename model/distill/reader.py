@@ -202,8 +202,8 @@ class Reader:
         """The six numbers of the mouth, [T, 6], from `mouth_crops` of the frames, [T, 32, 32, 3] in 0 .. 1."""
         if squares.shape[1:] != (2 * RADIUS, 2 * RADIUS, 3):
             raise ValueError(f"squares: got {squares.shape}, wanted [T, {2 * RADIUS}, {2 * RADIUS}, 3]")
-        both = [_run(self._network.mouth, side) for side in (squares, squares[:, :, ::-1])]
-        return np.mean(both, axis=0) * MOUTH_DEVIATION + MOUTH_MEAN
+        seen, mirrored = (_run(self._network.mouth, side) for side in (squares, squares[:, :, ::-1]))
+        return ((seen + mirrored) / 2 * MOUTH_DEVIATION + MOUTH_MEAN).astype(np.float32)
 
     def read_face(self, frames: Frames) -> NDArray[np.float32]:
         """The numbers of `FACE`, [T, 6], from frames as `read` gets them."""
@@ -213,7 +213,7 @@ class Reader:
         seen, mirrored = (
             _run(self._network.face, side) * FACE_DEVIATION + FACE_MEAN for side in (frames, frames[:, :, ::-1])
         )
-        return (seen + mirrored * MIRROR_SIGN + MIRROR_OFFSET) / 2
+        return ((seen + mirrored * MIRROR_SIGN + MIRROR_OFFSET) / 2).astype(np.float32)
 
 
 def _run(network: nn.Module, frames: Frames) -> NDArray[np.float32]:
