@@ -10,6 +10,8 @@ import json
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -47,19 +49,30 @@ def pack(folder: Path, key: str, file: Path) -> None:
         raise UserError(f"--pack {file} cannot be written ({error.strerror}); name another place") from error
 
 
+def check_packed(file: Path, key: str) -> None:
+    """Raises `UserError` unless `pack` has written `file` with this `key`: for this device and these versions."""
+    with _reading(file), tarfile.open(file) as archive:
+        member = archive.extractfile(f"./{MANIFEST}")
+        made = json.load(member)["key"] if member else None
+    if made != key:
+        raise UserError(f"--unpack {file}: it was made on {made}, but this machine is {key}")
+
+
 def unpack(file: Path, folder: Path, key: str) -> None:
     """Extracts a file that `pack` has written into `folder`.
 
     Raises `UserError` if the file cannot be read or was made for another device or other versions.
     """
+    check_packed(file, key)
+    with _reading(file), tarfile.open(file) as archive:
+        folder.mkdir(parents=True, exist_ok=True)
+        archive.extractall(folder, filter="data")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        with tarfile.open(file) as archive:
-            member = archive.extractfile(f"./{MANIFEST}")
-            made = json.load(member)["key"] if member else None
-            if made != key:
-                raise UserError(f"--unpack {file}: it was made on {made}, but this machine is {key}")
-            folder.mkdir(parents=True, exist_ok=True)
-            archive.extractall(folder, filter="data")
+        yield
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--unpack {file} cannot be read or is not a packed cache: {error}") from error
 
@@ -84,9 +97,12 @@ def command(
     check_choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
+    key = cache_key(where)
+    if source is not None:
+        check_packed(source, key)  # before a folder is made for it
     if packed is None or source is not None:  # else the file keeps what is compiled
         writable_cache_dir(where)
-    folder, key = use_compile_cache(where), cache_key(where)
+    folder = use_compile_cache(where)
     if source is not None:
         unpack(source, folder, key)
         print(f"{folder}: unpacked")
