@@ -100,10 +100,13 @@ def test_prompts_are_encoded_though_they_cannot_be_kept(tmp_path: Path, capsys: 
 
 
 @pytest.mark.usefixtures("no_place")
-@pytest.mark.parametrize("options", [[], ["--unpack", "packed.tar"]])
+@pytest.mark.parametrize("packed", [False, True])
 def test_warming_a_cache_that_cannot_be_written_is_refused(
-    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    packed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "compiled").mkdir()
+    warm.pack(tmp_path / "compiled", cache_key(CPU), tmp_path / "packed.tar")
+    options = ["--unpack", str(tmp_path / "packed.tar")] if packed else []
     monkeypatch.setattr("sys.argv", ["warm", "--preset", "tiny", "--device", "cpu", *options])
     assert warm.main() == 2
     error = capsys.readouterr().err
