@@ -30,6 +30,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the training in
 Threads = Annotated[
     int, typer.Option(min=1, help="Threads of PyTorch; the machine stays usable with one fewer than cores.")
 ]
+Start = Annotated[Path | None, typer.Option(help="Weights to begin with, such as the shipped ones.")]
 
 THREADS = max(1, (os.cpu_count() or 2) - 1)
 
@@ -74,9 +75,10 @@ def train_reader(
     steps: Steps = None,
     resume: Resume = False,
     threads: Threads = THREADS,
+    start: Start = None,
 ) -> None:
     """Trains the networks that read mouth, lids and pose from pictures."""
-    _train(reader.train, out, seed, minutes, steps, resume, threads)
+    _train(partial(reader.train, start=start), out, seed, minutes, steps, resume, threads)
 
 
 @app.command("audio", epilog="Example: python -m model.distill audio --minutes 40 --out out/audio")
@@ -87,9 +89,10 @@ def train_audio(
     steps: Steps = None,
     resume: Resume = False,
     threads: Threads = THREADS,
+    start: Start = None,
 ) -> None:
     """Trains the speech encoder that hears the shape of the mouth."""
-    _train(audio.train, out, seed, minutes, steps, resume, threads)
+    _train(partial(audio.train, start=start), out, seed, minutes, steps, resume, threads)
 
 
 @app.command("codec", epilog="Example: python -m model.distill codec --minutes 120 --out out/codec")
@@ -100,7 +103,7 @@ def train_codec(
     steps: Steps = None,
     resume: Resume = False,
     threads: Threads = THREADS,
-    start: Annotated[Path | None, typer.Option(help="Weights to begin with, instead of the linear codec.")] = None,
+    start: Start = None,
 ) -> None:
     """Trains the video codec, which starts at the linear codec in closed form."""
     _train(partial(codec.train, start=start), out, seed, minutes, steps, resume, threads)

@@ -237,6 +237,7 @@ def train(
     budget: Budget,
     seed: int = 0,
     resume: bool = False,
+    start: Path | None = None,
     config: AudioConfig = CONFIG,
     batch: int = BATCH,
     pool: int = POOL,
@@ -247,7 +248,8 @@ def train(
     """Trains the encoder in `folder`, and writes its weights there when the budget is used up.
 
     Each step sees `batch` rings, drawn from `pool` tracks of 12 s. The scale of the outputs is that of `scale_tracks`
-    tracks of speech. The logged R^2 are those of `evaluation_tracks` tracks of held-out voices.
+    tracks of speech. The logged R^2 are those of `evaluation_tracks` tracks of held-out voices. `start` names weights to
+    begin with, such as the shipped ones, instead of random ones; their scale is kept.
 
     Raises:
         UserError: espeak-ng is not installed, or what `training.train` raises.
@@ -255,7 +257,11 @@ def train(
     torch.manual_seed(seed)
     encoder = new_encoder(config)
     tracks = Pool(seed, pool)
-    scale = MouthScale.measured([Pool(seed, pool, kind="speech")[index].mouth for index in range(scale_tracks)])
+    if start is None:
+        scale = MouthScale.measured([Pool(seed, pool, kind="speech")[index].mouth for index in range(scale_tracks)])
+    else:
+        before, scale = load_audio(start)
+        encoder.load_state_dict(before.state_dict())
     held_out = Pool(seed, evaluation_tracks, held_out=True, kind="speech")
     heard = [held_out[index] for index in range(evaluation_tracks)]
 

@@ -400,6 +400,7 @@ def train(
     budget: Budget,
     seed: int = 0,
     resume: bool = False,
+    start: Path | None = None,
     clips: int = 500,
     report: Callable[[str], None] = print,
 ) -> Counters:
@@ -410,6 +411,7 @@ def train(
         budget: How long, without the minute or two that drawing the stills takes.
         seed: Of people, voices, movement, weights and changes.
         resume: Continues the training in `folder`.
+        start: Weights to begin with, such as the shipped ones, instead of random ones.
         clips: How many sentences the stills are of, each spoken by four people.
         report: Gets lines of progress.
 
@@ -420,6 +422,8 @@ def train(
     stills, held_out = draw_stills(seed, clips), draw_stills(seed, min(clips, HELD_OUT_CLIPS), held_out=True)
     torch.manual_seed(seed)
     network = ReaderNetwork()
+    if start is not None:
+        network.load_state_dict(load_trained(start)[0])
 
     def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         squares, mouth, pictures, face = batch
