@@ -248,8 +248,8 @@ def train(
     """Trains the encoder in `folder`, and writes its weights there when the budget is used up.
 
     Each step sees `batch` rings, drawn from `pool` tracks of 12 s. The scale of the outputs is that of `scale_tracks`
-    tracks of speech. The logged R^2 are those of `evaluation_tracks` tracks of held-out voices. `start` names weights to
-    begin with, such as the shipped ones, instead of random ones; their scale is kept.
+    tracks of speech. The logged R^2 are those of `evaluation_tracks` tracks of held-out voices. `start` names weights
+    to begin with, such as the shipped ones, instead of random ones; their scale is kept.
 
     Raises:
         UserError: espeak-ng is not installed, or what `training.train` raises.

@@ -237,6 +237,10 @@ def test_a_training_learns_writes_and_loads(tmp_path: Path) -> None:
     again, same_scale = load_audio(tmp_path / "again.safetensors")
     assert same_scale == scale
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    train(tmp_path / "more", Budget(steps=1), 2, start=tmp_path / "audio.safetensors")
+    more, same_scale = load_audio(tmp_path / "more" / "audio.safetensors")
+    assert same_scale == scale
+    assert all((x - encoder.state_dict()[name]).abs().max() < 0.01 for name, x in more.state_dict().items())
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="not a trained network"):
         load_audio(tmp_path / "damaged.safetensors")

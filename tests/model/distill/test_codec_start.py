@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from model.config import VAEConfig
 from model.distill.codec_network import decode_clips, encode_clips
-from model.distill.codec_start import Sample, start_at_linear_codec
+from model.distill.codec_start import DIFFERENCE_GAIN, Sample, start_at_linear_codec
 from model.vae import VAE
 
 CONFIG = VAEConfig(24, 32, (1, 2, 3), 1, (True, True), 2, True, (0.0,) * 32, (1.0,) * 32)
@@ -85,7 +85,16 @@ def test_more_channels_than_the_video_needs_are_filled_by_time(fitted):
     differences = [channel for channel in range(48) if taps[channel].min() < 0]
     assert 0 < len(differences) < 48
     for channel in differences:
-        assert sorted(taps[channel][taps[channel] != 0].tolist()) == [-0.5, 0.5]
+        half = 0.5 * DIFFERENCE_GAIN
+        assert sorted(taps[channel][taps[channel] != 0].tolist()) == [-half, half]
+
+
+def test_latents_survive_a_round_trip(fitted):
+    """The decoder undoes the gain of differences."""
+    vae, deviation = fitted
+    latents = encode_clips(vae, smooth_clip(11))
+    moved = encode_clips(vae, decode_clips(vae, latents)) - latents
+    assert moved.square().mean().sqrt() < 0.01 * deviation[0]
 
 
 def test_branches_see_numbers_of_ordinary_size(fitted):

@@ -23,6 +23,7 @@ from model.distill.reader import (
     table,
     train,
 )
+from model.distill.trained import load_trained
 from model.distill.training import Budget
 from model.errors import UserError
 
@@ -182,9 +183,12 @@ def test_stills_belong_to_their_truth() -> None:
     assert len({picture.tobytes() for picture in stills.pictures}) >= 8  # four people
 
 
-def test_a_short_training_writes_a_reader(tmp_path: Path) -> None:
+def test_a_short_training_begins_with_given_weights_and_writes_a_reader(tmp_path: Path) -> None:
     lines = []
-    train(tmp_path, Budget(steps=2), seed=3, clips=1, report=lines.append)
+    train(tmp_path, Budget(steps=2), seed=3, start=WEIGHTS, clips=1, report=lines.append)
+    before, after = (load_trained(path)[0] for path in (WEIGHTS, tmp_path / WEIGHTS.name))
+    weights = [name for name in before if "running" not in name and "tracked" not in name]
+    assert all((after[name] - before[name]).abs().max() < 0.01 for name in weights)
     assert any("centre_error" in line for line in lines)
     reading = load_reader(tmp_path / WEIGHTS.name).read(noise(3, 128, 128))
     assert np.isfinite(reading.mouth).all()
