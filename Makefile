@@ -44,7 +44,8 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint audit
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf .venv out

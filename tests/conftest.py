@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from model.machine import CACHE_ENV
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
 settings.load_profile("tests")
 
