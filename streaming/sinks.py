@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import UserError
-from model.files import replacing
+from model.files import check_replaceable, replacing
 
 _KINDS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
 
@@ -107,6 +107,7 @@ class Mp4Sink(Sink):
         self._header = self._muxed([])
         self._part = path.with_name(path.stem + ".part.mp4")
         try:
+            check_replaceable(path)  # a link may lead elsewhere than to the folder of the part file
             self._file = self._part.open("xb", buffering=0)
         except FileExistsError as error:
             raise UserError(f"{str(self._part)!r} holds the frames of another run; move or delete it first") from error

@@ -233,6 +233,13 @@ def test_mp4_that_cannot_be_finished_keeps_its_frames(
     assert names(tmp_path) == ["film.mp4"]
 
 
+def test_mp4_at_a_link_into_a_folder_that_is_missing_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").symlink_to(tmp_path / "missing" / "film.mp4")
+    with pytest.raises(UserError, match=r"film\.mp4' cannot be written \(No such file or directory\); name another"):
+        written(tmp_path / "film.mp4")
+    assert names(tmp_path) == ["film.mp4"]
+
+
 def test_mp4_of_an_exception(tmp_path: Path) -> None:
     """The frames so far are a finished film; without any, nothing is left."""
     for count, left in ((3, ["film.mp4"]), (0, [])):
