@@ -15,8 +15,9 @@ heads (bf16); the output of each step is gathered (float32), and so are the deco
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich import box
@@ -26,10 +27,10 @@ from rich.table import Table
 from model.config import PRESETS, Config
 from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
+from profiling.cases.evidence import gather
 from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
-from profiling.formats import load
-from profiling.results import OK, Run, VariantResult, as_json_text
+from profiling.results import OK, CaseResult, Run, VariantResult, as_json_text
 from profiling.tables import duration, terminal
 
 BEST, OURS = "best", "ours"  # sets of kernels
@@ -77,6 +78,24 @@ class Projection:
     chunk: float | None = None
     startup: float | None = None
     fps: float | None = None
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """One run of all cases and variants of the device with most cases; of what is in several runs, the newest.
+
+    `runs` are the newest first. Raises `UserError` if there are none.
+    """
+    if not runs:
+        raise UserError("there are no results to project from")
+    count = Counter(device for run in runs for device in [run.machine.device] * len(run.cases))
+    device = max(count, key=lambda name: count[name], default=runs[0].machine.device)
+    same = [run for run in reversed(runs) if run.machine.device == device]
+    cases: dict[str, CaseResult] = {}
+    for case in (case for run in same for case in run.cases):
+        if case.best(ours=True) or case.case not in cases:
+            cases[case.case] = case
+    variants = {variant.variant: variant for run in same for variant in run.variants}
+    return replace(same[-1], cases=tuple(cases.values()), variants=tuple(variants.values()))
 
 
 def communication(config: Config, world: int) -> dict[str, float]:
@@ -215,16 +234,17 @@ def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhe
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
-    """Implements `python -m profiling project`; returns 1 if the run lacks cases for every projection."""
+def project_command(places: Sequence[Path], gpus: str, link: str, as_json: bool) -> int:
+    """Implements `python -m profiling project`; returns 1 if the runs lack cases for every projection."""
     worlds, connection = parse_world_sizes(gpus), parse_link(link)
-    results = load(run)
+    runs, unreadable = gather(places)
+    results = merged([run for _, run in runs])
     found, overheads, preset = project(results, worlds, connection)
-    notes = list(assumptions(preset, results.machine.device, connection, overheads))
+    notes = [*assumptions(preset, results.machine.device, connection, overheads), *unreadable]
     if as_json:
         about = {
             "projection": True,
-            "run": str(run),
+            "files": sorted({file for file, run in runs if run.machine.device == results.machine.device}),
             "preset": preset,
             "link": asdict(connection),
             "assumptions": notes,
@@ -273,9 +293,14 @@ def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
             console.print(_table(complete))
         for projection in projections:
             if lacks := projection.lacks:
-                more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
-                text = f"{_gpus(projection)}: incomplete, lacks times for {', '.join(lacks[:3])}{more}"
-                console.print(escape(text), soft_wrap=True)
+                console.print(escape(f"{_gpus(projection)}: incomplete, lacks {len(lacks)} times:"), soft_wrap=True)
+                console.print(*(f"  {escape(line)}" for line in _by_operation(lacks)), sep="\n", soft_wrap=True)
+
+
+def _by_operation(cases: Sequence[str]) -> Iterator[str]:
+    """The names of cases, one line for each operation: "linear: 14b-w2-qkv/fp8, 14b-w2-up/fp8"."""
+    for operation, names in itertools.groupby(sorted(cases), lambda name: name.partition("/")[0]):
+        yield f"{operation}: {', '.join(rest for name in names if (rest := name.partition('/')[2]))}".removesuffix(": ")
 
 
 def _table(projections: Sequence[Projection]) -> Table:

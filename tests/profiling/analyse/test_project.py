@@ -10,7 +10,7 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.analyse.project import BEST, OURS, Link, communication, parse_link, project
+from profiling.analyse.project import BEST, OURS, Link, communication, merged, parse_link, project
 from profiling.cases import Case, registry
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
@@ -221,9 +221,26 @@ def test_if_nothing_can_be_projected_the_answer_is_no(
 ) -> None:
     save(run, tmp_path / "run.json")
     assert call(monkeypatch, tmp_path / "run.json", "--gpus", "4") == 1
-    assert "4 GPUs: incomplete, lacks times for chunk_attention/14b-w4/bf16" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 GPUs: incomplete, lacks 30 times:" in out
+    assert "linear: 14b-w4-down/bf16, 14b-w4-out/bf16, 14b-w4-qkv/bf16, 14b-w4-up/bf16" in out
+
+
+def test_a_folder_is_one_run_of_the_newest_cases_of_the_commonest_device(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = len(run.cases) // 2
+    first, second = (dataclasses.replace(run, cases=c) for c in (run.cases[:half], run.cases[half:]))
+    slower = dataclasses.replace(run.cases[0], measurements=(Measurement("k", OK, ours=True, samples=(9.0,)),))
+    older = dataclasses.replace(run, started="2025-01-01", cases=(slower,))
+    other = dataclasses.replace(older, machine=dataclasses.replace(H100, device="another"), started="2027-01-01")
+    together = merged([other, first, second, older])
+    assert together.machine == H100
+    assert {case.case: case for case in together.cases} == {case.case: case for case in run.cases}
+    for i, part in enumerate((first, second, older, other)):
+        save(part, tmp_path / f"{i}.json")
+    assert call(monkeypatch, tmp_path, "--gpus", "1") == 0
+    assert "incomplete" not in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_one_line(
