@@ -39,7 +39,6 @@ Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = Path(__file__).parent / "analyse" / "targets.toml"
-BUDGETS = Path(__file__).parent / "audit" / "budgets.toml"
 
 
 @app.command()
@@ -63,7 +62,9 @@ def bench(
 def audit(
     patterns: Patterns = None,
     target: Annotated[list[str] | None, typer.Option(help="sm_90 (default), sm_89, sm_100; repeatable.")] = None,
-    budget: Annotated[Path, typer.Option(help="Budget file that kernels must keep to.")] = BUDGETS,
+    budget: Annotated[
+        Path | None, typer.Option(help="Budget file that kernels must keep to. Default: that of this repository.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     cases: Cases = None,
     json: Json = False,

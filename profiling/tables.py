@@ -290,6 +290,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
             out.add_row(escape(result.case))
             case = result.case
         out.add_row(*_audit_cells(result), style="red" if result.faults else None)
+    out.title = f"compiled for {', '.join(dict.fromkeys(result.target for result in results))}"
     out.caption = f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
     return out
 
@@ -303,7 +304,12 @@ def _audit_cells(result: AuditResult) -> Iterator[str]:
     yield f"{result.shared / 1024:.0f}K"
     yield percent(result.occupancy)
     yield " ".join(name for name in result.instructions if name.endswith("MMA"))
-    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
+    if not result.bounds:
+        yield from ("" for _ in AUDIT_UNITS)
+        yield "not modelled"
+        yield ""
+        return
+    bound = max(result.bounds, key=lambda unit: result.bounds[unit])
     for unit in AUDIT_UNITS:
         value = number(result.tile.get(f"{unit}_cycles"))
         yield f"[bold]{value}[/]" if unit == bound else value
