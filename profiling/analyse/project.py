@@ -7,7 +7,9 @@ Every rank does the same work on its share, so one rank's time is the chunk's ti
     rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host);
                    assumed to be the same at every world size
 
-There are projections for two sets of kernels: the best of all back-ends, peers included, and ours alone. The bytes
+There are projections for two sets of kernels: the best of all back-ends, peers included, and ours alone. A third one,
+which needs no kernels, divides the stages of a chunk that was measured on one GPU. No kernel is more efficient on a
+share than on the whole, so it is what can be reached at most. The bytes
 follow from `model/config.py`. In every layer q, k, v and the attention's output change between split tokens and split
 heads (bf16); the output of each step is gathered (float32), and so are the decoded video and the motion latents (bf16).
 """
@@ -31,10 +33,10 @@ from profiling.cases.evidence import gather
 from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
 from profiling.results import OK, CaseResult, Run, VariantResult, as_json_text
-from profiling.tables import duration, terminal
+from profiling.tables import duration, stage_value, terminal
 
-BEST, OURS = "best", "ours"  # sets of kernels
-TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone"}
+BEST, OURS, DIVIDED = "best", "ours", "divided"  # sets of kernels, and the chunk without them
+TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone", DIVIDED: "the measured chunk, divided evenly"}
 BF16, FP32 = 2, 4  # bytes
 
 
@@ -151,6 +153,27 @@ def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
     return stages[DENOISE] + stages[DECODE] * decoded + stages[COLOR] * group / chunk.new_frames
 
 
+def divided_chunk(variant: VariantResult, dtype: str, config: Config, world: int, link: Link) -> Projection | None:
+    """The stages of a measured chunk divided by `world`, with communication; None if it has no stages.
+
+    Not divided are what no stage covers, and what comes between denoising and the first frame.
+    """
+    step, chunk, first = (stage_value(variant, stage) for stage in ("denoise/step", "chunk", "first_frame"))
+    if step is None or chunk is None or first is None:
+        return None
+    steps = len(variant.stages["denoise/step"]) / len(variant.chunk)
+    decode, motion, color = (stage_value(variant, stage) or 0.0 for stage in ("decode", "motion", "color"))
+    whole = {DENOISE: steps * step, DECODE: decode + motion, COLOR: color}
+    stages = {stage: seconds / world for stage, seconds in whole.items()}
+    sent = {stage: count / link.one_way for stage, count in communication(config, world).items()}
+    rest = max(0.0, chunk - sum(whole.values()))
+    total = sum(stages.values()) + sum(sent.values()) + rest
+    startup = first - whole[DENOISE] + stages[DENOISE] + sent[DENOISE]
+    return Projection(
+        world, dtype, DIVIDED, (), stages, sum(sent.values()), rest, total, startup, variant.frames / total
+    )
+
+
 @dataclass(frozen=True)
 class Overhead:
     """What a measured chunk on one GPU takes beyond its kernels, in one dtype; times in seconds."""
@@ -195,6 +218,9 @@ def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projectio
             startup, fps = first_frame_seconds(config, stages) + overhead.startup_rest, config.chunk.new_frames / chunk
             times = kernel_times.stages, sum(sent.values()), overhead.rest, chunk, startup, fps
             found.append(Projection(world, dtype, kernel_set, (), *times))
+        if variant := fastest_variant(run, dtype):
+            shares = (divided_chunk(variant, dtype, config, world, link) for world in worlds)
+            found += [share for share in shares if share is not None]
     return found, overheads, preset
 
 
@@ -216,6 +242,7 @@ def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhe
     yield "startup: from the window of speech features to the first new frames, decoding in proportion to frames"
     if any(overhead.dtype == "fp8" for overhead in overheads):
         yield "fp8: products only; quantising their inputs is not included"
+    yield "divided: kernels are as efficient on a share as on the whole, so it is what can be reached at most"
     for overhead in overheads:
         dtype, rest = overhead.dtype, overhead.rest
         if not overhead.variant:

@@ -25,7 +25,8 @@ kernel misses its goal; a goal that no run can answer is unmeasured. Kernels of 
 
 An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
 from all results together, for a stage `fps` or `first_frame` and our kernels in the fastest dtype. It is labelled as a
-projection.
+projection. Where kernels were not measured, a chunk divided evenly shows what can be reached at most. The goal is then
+missed or unmeasured, never met.
 """
 
 import fnmatch
@@ -44,7 +45,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
-from profiling.analyse.project import OURS, merged, parse_link, project
+from profiling.analyse.project import DIVIDED, OURS, Projection, merged, parse_link, project
 from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling
 from profiling.defaults import default_backend
@@ -203,13 +204,17 @@ class _UnmeasuredError(Exception):
     """The run cannot answer; the message says why."""
 
 
+class _AbsentError(_UnmeasuredError):
+    """The run has nothing of what the target is about."""
+
+
 class _BrokenError(Exception):
     """The back-end or variant that should answer is wrong; the message says how."""
 
 
 def evaluate(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
     """Evaluates a target on the first of the runs, given as (file, run), that can answer it."""
-    first, reason = next(iter(target.goals)), "no results of such a machine"
+    first, reason, absent = next(iter(target.goals)), "", "no results of such a machine"
     runs = [(file, run) for file, run in runs if target.applies(run)]
     if target.gpus is not None:
         return _evaluate_projection(target, [run for _, run in runs])
@@ -222,13 +227,16 @@ def evaluate(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
                 )
             except _BrokenError as error:
                 return TargetResult(target, MISSED, measure, detail=str(error), file=file)
+            except _AbsentError as error:
+                absent = str(error)
+                continue
             except _UnmeasuredError as error:
-                reason = str(error)
+                reason = reason or str(error)  # of the newest run that has something of it
                 continue
             results.append(_judged(TargetResult(target, MET, measure, value, detail, file)))
         if results:
             return _with_contenders(min(results, key=lambda result: result.shortfall or 0), run)
-    return TargetResult(target, UNMEASURED, first, detail=reason)
+    return TargetResult(target, UNMEASURED, first, detail=reason or absent)
 
 
 def _judged(result: TargetResult) -> TargetResult:
@@ -256,24 +264,34 @@ def _evaluate_projection(target: Target, runs: Sequence[Run]) -> TargetResult:
     """Evaluates a target on the projection of all the runs together that meets it best."""
     measure, world = next(iter(target.goals)), target.gpus or 1
     try:
-        found = [p for p in project(merged(runs), (world,), parse_link(target.link))[0] if p.kernels == OURS]
+        found, *_ = project(merged(runs), (world,), parse_link(target.link))
     except UserError as error:
         return TargetResult(target, UNMEASURED, measure, detail=str(error))
-    complete = [p for p in found if not p.lacks]
-    if not complete:
-        least = min(found, key=lambda p: len(p.lacks))
-        why = f"the projection lacks times for {len(least.lacks)} cases of {world} GPUs, which `project` lists"
+    ours = [p for p in found if p.kernels == OURS]
+    if complete := [p for p in ours if not p.lacks]:
+        return _nearest(target, measure, complete)
+    lacks = min(len(p.lacks) for p in ours)
+    why = f"the projection lacks times for {lacks} cases of {world} GPUs, which `project` lists"
+    if not (most := [p for p in found if p.kernels == DIVIDED]):
         return TargetResult(target, UNMEASURED, measure, detail=why)
+    result = _nearest(target, measure, most)
+    if result.verdict == MISSED:
+        return replace(result, detail=f"at most, {result.detail}")
+    return replace(result, verdict=UNMEASURED, detail=f"at most, if the measured chunk divides evenly; {why}")
+
+
+def _nearest(target: Target, measure: str, projections: Iterable[Projection]) -> TargetResult:
+    """The result of the projection that meets the target best."""
     results = []
-    for p in complete:
-        value, detail = p.fps if target.stage == "fps" else p.startup, f"projected, {p.dtype}"
-        results.append(_judged(TargetResult(target, MET, measure, value, detail)))
+    for p in projections:
+        value = p.fps if target.stage == "fps" else p.startup
+        results.append(_judged(TargetResult(target, MET, measure, value, f"projected, {p.dtype}")))
     return min(results, key=lambda result: result.shortfall or 0)
 
 
 def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if (case := run.case(target.subject)) is None:
-        raise _UnmeasuredError("not in any results")
+        raise _AbsentError("not in any results")
     mine, seconds = _our_measurement(target, case)
     if measure == "ratio":
         peer = case.best(ours=False) if target.peer == BEST else case.of(target.peer or "")
@@ -298,7 +316,7 @@ def _our_measurement(target: Target, case: CaseResult) -> tuple[str, float]:
         if m.status in (WRONG, ERROR):
             raise _BrokenError(f"{m.backend} is {'wrong' if m.status == WRONG else 'failing'}: {m.detail}")
     if not candidates:
-        raise _UnmeasuredError(f"no back-end {target.backend}" if target.backend else "no back-end of ours yet")
+        raise _UnmeasuredError(f"no back-end {target.backend}" if target.backend else "only peers were measured")
     status = candidates[0].status
     raise _UnmeasuredError(f"{candidates[0].backend}: {'not timed' if status == OK else status}")
 
@@ -309,6 +327,8 @@ def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if measure == "ratio":
         try:
             peer, theirs = _best_variant(run, target.peer or "", stage, least=True)
+        except _AbsentError as error:
+            raise _UnmeasuredError(f"peer {target.peer}: not in the run of {mine}") from error
         except _BrokenError as error:
             raise _UnmeasuredError(f"peer {error}") from error
         return theirs / value, f"{mine} against {peer}"
@@ -324,7 +344,9 @@ def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[s
     for v in chosen:
         if v.status in (WRONG, ERROR):
             raise _BrokenError(f"{v.variant} is {'wrong' if v.status == WRONG else 'failing'}: {v.detail}")
-    raise _UnmeasuredError(f"no {stage} of {pattern}" if chosen else f"no variant {pattern}")
+    if chosen:
+        raise _UnmeasuredError(f"no {stage} of {pattern}")
+    raise _AbsentError(f"no variant {pattern}")
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -355,8 +377,8 @@ def _table(results: Iterable[TargetResult]) -> Table:
     out.add_column("goal", overflow="fold", min_width=36)
     for heading in ("wanted", "got"):
         out.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("fastest of ours", "runs by default", "best peer", "verdict"):
-        out.add_column(heading, overflow="fold")
+    for heading in ("fastest of ours", "by default", "best peer", "verdict"):
+        out.add_column(heading, no_wrap=True)
     for name, group in groupby(results, lambda o: o.target.name):
         out.add_section()
         out.add_row(f"[bold]{escape(name)}[/]")
@@ -384,9 +406,9 @@ def _cells(result: TargetResult) -> Iterator[str]:
         yield f"{escape(contender.backend)}\n[dim]{duration(contender.seconds)}[/]" if contender else ""
     if verdict == MISSED and result.shortfall is not None:
         verdict += f" by {percent(result.shortfall)}"
-    stretch = ", stretch too" if result.stretched else ""
-    projected = ", projected" if target.gpus and result.value is not None else ""
-    yield f"[{COLOURS[result.verdict]}]{verdict}{stretch}{projected}[/]"
+    verdict += "\nstretch too" if result.stretched else ""
+    verdict += "\nprojected" if target.gpus and result.value is not None else ""
+    yield f"[{COLOURS[result.verdict]}]{verdict}[/]"
 
 
 def _with_unit(target: Target, measure: str, value: float | None) -> str:

@@ -10,7 +10,7 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.analyse.project import BEST, OURS, Link, communication, merged, parse_link, project
+from profiling.analyse.project import BEST, OURS, Link, communication, divided_chunk, merged, parse_link, project
 from profiling.cases import Case, registry
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
@@ -146,6 +146,20 @@ def test_what_a_measured_chunk_takes_beyond_our_kernels_is_added_everywhere(run:
     assert rows[1, OURS].chunk == pytest.approx(8.0)
     assert rows[1, OURS].startup == pytest.approx(first + 0.25)
     assert rows[8, BEST].chunk == pytest.approx(3.72 / 8 + 0.087412 + 0.56, rel=1e-4)
+
+
+def test_a_measured_chunk_can_be_divided() -> None:
+    stages = {"denoise/step": (0.4,) * 8, "decode": (0.1,) * 4, "motion": (0.05,) * 2, "color": (0.02,) * 2}
+    chunk = VariantResult("bf16-eager", OK, stages=stages, chunk=(2.0, 2.0), first_frame=(1.7, 1.7), frames=28)
+    one, two = (divided_chunk(chunk, "bf16", CONFIG, world, LINK) for world in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert one.stages == pytest.approx({"denoise": 1.6, "decode and motion": 0.25, "color": 0.02})
+    assert (one.chunk, one.rest, one.startup, one.fps) == pytest.approx((2.0, 0.13, 1.7, 14))
+    sent = communication(CONFIG, 2)
+    assert two.chunk == pytest.approx(1.87 / 2 + 0.13 + sum(sent.values()) / 1e11)
+    assert two.startup == pytest.approx(0.8 + 0.1 + sent["denoise"] / 1e11)
+    assert divided_chunk(dataclasses.replace(chunk, stages={}), "bf16", CONFIG, 2, LINK) is None
 
 
 def test_a_missing_case_leaves_no_number() -> None:

@@ -113,7 +113,7 @@ def test_a_wrong_kernel_misses_its_goal(status: str) -> None:
         ([], "no results of such a machine"),
         ([run(machine=CPU)], "no results of such a machine"),
         ([run()], "not in any results"),
-        ([run(case(timed("cudnn", 0.01)))], "no back-end of ours yet"),
+        ([run(case(timed("cudnn", 0.01)))], "only peers were measured"),
         ([run(case(Measurement("triton", OK, True)))], "triton: not timed"),
         ([run(case(Measurement("triton", NOT_INSTALLED, True)))], "triton: not installed"),
         ([run(case(timed("triton", 0.01, ours=True)))], "peer best: not measured"),
@@ -154,7 +154,7 @@ def test_the_fastest_the_default_and_the_best_peer_stand_beside_each_other() -> 
 
 def test_a_kernel_of_another_program_meets_no_goal() -> None:
     foreign = as_peers(dataclasses.replace(RUN, command="probe.py --out x"))
-    assert held(target(seconds=1.0), foreign).detail == "no back-end of ours yet"
+    assert held(target(seconds=1.0), foreign).detail == "only peers were measured"
 
 
 def test_a_share_above_the_ceiling_says_why() -> None:
@@ -236,6 +236,14 @@ def test_a_variant_is_held_to_its_goal(
     assert result.value is None if value is None else result.value == pytest.approx(value)
 
 
+def test_the_reason_is_that_of_the_newest_run_that_has_something_of_it() -> None:
+    nothing = dataclasses.replace(run(), started="2027-01-01")
+    result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="published"), VARIANTS, nothing)
+    assert result.detail == "peer published: not in the run of bf16-compiled"
+    goal = dataclasses.replace(target(ratio=1.0), peer="cudnn")
+    assert held(goal, nothing, run(case(timed("cudnn", 0.01)))).detail == "only peers were measured"
+
+
 def test_against_a_variant_that_failed_nothing_is_measured() -> None:
     result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="fp8-graphs"), VARIANTS)
     assert (result.verdict, result.detail) == (UNMEASURED, "peer fp8-graphs is failing: OutOfMemoryError")
@@ -276,6 +284,19 @@ def test_a_projected_goal_is_answered_by_all_runs_together(tmp_path: Path) -> No
     result = held(goal, student, vae)
     assert (result.verdict, result.detail) == (MET, "projected, bf16")
     assert result.value is not None
+
+
+def test_a_divided_chunk_misses_a_goal_or_leaves_it_open() -> None:
+    """No kernel of 8 GPUs was measured, but a chunk on one: divided, it is what can be reached at most."""
+    goal = Target("goal", "8 x H800", {"at_least": 20}, stage="fps", gpus=8, link="H800")
+    one = run(case(timed("triton", 1e-3, ours=True), name="chunk_attention/14b-w1/bf16"))
+    one = dataclasses.replace(
+        one, cases=(dataclasses.replace(one.cases[0], calls=160.0),), variants=(variant("bf16-eager", 0.4),)
+    )
+    result = held(goal, one)
+    assert (result.verdict, result.value) == (UNMEASURED, pytest.approx(42, abs=1))
+    assert result.detail.startswith("at most, if the measured chunk divides evenly; the projection lacks times for")
+    assert held(dataclasses.replace(goal, goals={"at_least": 90}), one).verdict == MISSED
 
 
 def test_without_results_a_projection_is_unmeasured() -> None:
