@@ -5,7 +5,7 @@ graph, where a copy is a memcpy node: 2.44 instead of 3.02 TB/s on one H100. The
 `with_launched_copy` replaces such a ceiling by that of another run of the same device, and says so in the run's notes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +21,14 @@ def copy_is_too_low(machine: Machine, ceilings: Ceilings) -> bool:
 
 
 def with_launched_copy(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, Run]]:
-    """The runs, given as (file, run); a copy's ceiling that is too low is replaced by the launched one of its device.
+    """The runs, given as (file, run), the newest first; a copy's ceiling that is too low becomes a launched one.
 
-    A run of a device without a launched copy keeps its ceiling. Its notes say that its shares of it are too high.
+    It is the newest one of the same device. A run of a device without any keeps its ceiling. The runs' notes say so.
     """
-    launched = {run.machine.device: (file, run.ceilings) for file, run in runs if run.ceilings.copy_launched}
+    launched: dict[str, tuple[str, Ceilings]] = {}
+    for file, run in runs:
+        if run.ceilings.copy_launched:
+            launched.setdefault(run.machine.device, (file, run.ceilings))
     return [(file, _corrected(run, *launched.get(run.machine.device, ("", None)))) for file, run in runs]
 
 
@@ -39,6 +42,12 @@ def _corrected(run: Run, file: str, better: Ceilings | None) -> Run:
     note = f"the copy's ceiling is {rate}, of {Path(file).name}, as in the run itself {GRAPH_COPY}"
     ceilings = replace(own, copy_bytes_s=better.copy_bytes_s, copy_launched=True)
     return replace(run, ceilings=ceilings, notes=(*run.notes, note))
+
+
+def ceiling_notes(runs: Iterable[Run]) -> list[str]:
+    """What the runs' notes say of their ceilings, each sentence once."""
+    notes = dict.fromkeys(note for run in runs for note in run.notes if "ceiling" in note)
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def above_ceiling(case: CaseResult, seconds: float | None, ceilings: Ceilings, machine: Machine) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kernels.chunk_attention import LARGE_HEAD_DIM
 from kernels.tuning import FOLDER, TunedTable, nearest_config, table_for
+from model.errors import UserError
 from profiling.results import OK, CaseResult, Machine
 
 
@@ -40,7 +41,7 @@ def default_backend(case: CaseResult, machine: Machine) -> str | None:
     """The back-end that runs on that machine if nothing is asked for; None where that is not known.
 
     It follows the tuned tables as they are now, not as they were when the case was measured. An operation with a single
-    back-end of ours has no choice.
+    back-end of ours has no choice. Raises `UserError` if a table is damaged.
     """
     ours = [m.backend for m in case.measurements if m.ours and m.status == OK]
     choice = CHOICES.get(case.operation)
@@ -67,4 +68,7 @@ def _tuned_backend(case: CaseResult, choice: Choice, machine: Machine) -> str | 
 
 
 def _table(machine: Machine) -> TunedTable | None:
-    return table_for(machine.device, machine.capability or "", FOLDER)
+    try:
+        return table_for(machine.device, machine.capability or "", FOLDER)
+    except ValueError as error:
+        raise UserError(str(error)) from error

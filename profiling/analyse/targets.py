@@ -47,7 +47,7 @@ from rich.table import Table
 from model.errors import UserError
 from profiling.analyse.project import DIVIDED, OURS, Projection, merged, parse_link, project
 from profiling.cases.evidence import gather
-from profiling.ceilings import above_ceiling
+from profiling.ceilings import above_ceiling, ceiling_notes
 from profiling.defaults import default_backend
 from profiling.results import ERROR, OK, WRONG, CaseResult, Measurement, Run, as_json_text
 from profiling.tables import duration, number, percent, stage_value, terminal
@@ -364,12 +364,20 @@ def targets_command(file: Path, files: Sequence[Path], allow_unmeasured: bool, a
     else:
         console = terminal()
         console.print(_table(results))
+        for note in ceiling_notes(_answering(results, runs)):
+            console.print(escape(note), soft_wrap=True)
         for note in notes:
             console.print(f"not read: {escape(note)}", soft_wrap=True)
         console.print(", ".join(f"{counts[v]} {v}" for v in (MET, MISSED, UNMEASURED)), soft_wrap=True)
     if counts[MISSED]:
         return MISSED_CODE
     return UNMEASURED_CODE if counts[UNMEASURED] and not allow_unmeasured else 0
+
+
+def _answering(results: Iterable[TargetResult], runs: Sequence[tuple[str, Run]]) -> list[Run]:
+    """The runs that answered for a share of a ceiling."""
+    files = {result.file for result in results if result.measure == "percent_of_ceiling"}
+    return [run for file, run in runs if file in files]
 
 
 def _table(results: Iterable[TargetResult]) -> Table:

@@ -38,7 +38,7 @@ def gather(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
                 found += _read(file)
             except UserError as error:
                 notes.append(str(error))
-    return sorted(with_launched_copy(found), key=lambda item: item[1].started, reverse=True), notes
+    return with_launched_copy(sorted(found, key=lambda item: item[1].started, reverse=True)), notes
 
 
 def _read(file: Path) -> list[tuple[str, Run]]:

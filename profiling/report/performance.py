@@ -12,6 +12,7 @@ from typing import TypeVar
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.cases.evidence import COMMITTED, gather
+from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
@@ -97,14 +98,8 @@ def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
         yield _row(*cells, *_source(file, run))
         if ours.above:
             reasons.append(f"`{case.case}`, {ours.backend}, is above its ceiling (!): {ours.above}.")
-    for note in (*reasons, *_ceiling_notes(run for _, run, _ in measured)):
+    for note in (*reasons, *ceiling_notes(run for _, run, _ in measured)):
         yield f"\n{note}"
-
-
-def _ceiling_notes(runs: Iterable[Run]) -> list[str]:
-    """What the runs' notes say about their ceilings, each once."""
-    notes = dict.fromkeys(note for run in runs for note in run.notes if "ceiling" in note)
-    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def _newest(

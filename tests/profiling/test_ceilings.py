@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from profiling.ceilings import above_ceiling, with_launched_copy
+from profiling.ceilings import above_ceiling, ceiling_notes, with_launched_copy
 from profiling.results import CaseResult, Ceilings, Machine, Run
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0")
@@ -26,6 +26,13 @@ def test_a_copy_in_a_graph_is_replaced_by_a_launched_one_of_the_same_device() ->
     assert note.startswith(
         "the copy's ceiling is 3.00 TB/s, of new.json, as in the run itself the copy was timed as a node"
     )
+
+
+def test_of_several_launched_copies_the_newest_counts() -> None:
+    old, newer = run(H100, Ceilings(2.4e12)), run(H100, Ceilings(3.1e12, copy_launched=True))
+    corrected = with_launched_copy([("newer", newer), ("older", run(H100, LAUNCHED)), ("old", old)])[2][1]
+    assert corrected.ceilings.copy_bytes_s == 3.1e12
+    assert ceiling_notes([corrected, corrected, newer]) == [f"T{corrected.notes[0][1:]}."]
 
 
 def test_without_a_launched_copy_the_run_says_that_its_shares_are_too_high() -> None:

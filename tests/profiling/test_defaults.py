@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from kernels import tuning
 from kernels.common import FP8
 from kernels.tuning import GPU, assume_gpu
+from model.errors import UserError
 from profiling.cases import Case, registry
 from profiling.cases.convolution import conv_shapes, prepare_weight
 from profiling.defaults import default_backend
@@ -106,6 +108,14 @@ def test_the_description_agrees_with_the_dispatchers(machine: str) -> None:
         with assume_gpu(named), FakeCudaMode(), pytest.raises(Chosen) as chosen:
             dispatch(case)
         assert default_backend(case_result(case, measured), gpu) == str(chosen.value), case.name
+
+
+def test_a_damaged_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text("{")
+    monkeypatch.setattr("profiling.defaults.FOLDER", tmp_path)
+    case = case_result(CASES[0], ())
+    with pytest.raises(UserError, match=r"nvidia-h100-80gb-hbm3.json is not JSON"):
+        default_backend(case, MACHINES["H100"])
 
 
 def test_an_operation_with_one_back_end_has_no_choice() -> None:
