@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from profiling.ceilings import above_ceiling, ceiling_notes, with_launched_copy
+from profiling.devices import named
 from profiling.results import CaseResult, Ceilings, Machine, Run
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0")
@@ -68,3 +69,18 @@ def test_a_time_above_the_ceiling_has_its_reason(
     found = above_ceiling(case, seconds, ceilings, machine)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("driver", "device"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40S", "L40S"),
+        ("AMD EPYC 9B14", None),
+    ],
+)
+def test_a_device_is_found_by_a_word_of_its_name(driver: str, device: str | None) -> None:
+    found = named(driver)
+    assert (found.name if found else None) == device
