@@ -1,8 +1,8 @@
 """`python -m profiling`: measure, compare, audit and report. This file only reads options; each command has its module.
 
 Tables go to standard output; with `--json` the same goes there as JSON, and nothing else. Exit codes: 0 is good, 1
-means that the answer is no (a regression, a broken budget, an unmet target, a wrong kernel), 2 is a user's mistake,
-explained in one line.
+means that the answer is no (a regression, a broken budget, a missed target, a wrong kernel), 2 is a user's mistake,
+explained in one line, 3 means that a target is unmeasured.
 """
 
 import signal
@@ -39,7 +39,6 @@ Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = Path(__file__).parent / "analyse" / "targets.toml"
-BUDGETS = Path(__file__).parent / "audit" / "budgets.toml"
 
 
 @app.command()
@@ -63,7 +62,9 @@ def bench(
 def audit(
     patterns: Patterns = None,
     target: Annotated[list[str] | None, typer.Option(help="sm_90 (default), sm_89, sm_100; repeatable.")] = None,
-    budget: Annotated[Path, typer.Option(help="Budget file that kernels must keep to.")] = BUDGETS,
+    budget: Annotated[
+        Path | None, typer.Option(help="Budget file that kernels must keep to. Default: that of this repository.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     cases: Cases = None,
     json: Json = False,
@@ -110,13 +111,15 @@ def report(
 
 @app.command()
 def docs(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Markdown file.")] = Path("docs/performance.md"),
-    results: Results = RESULTS,
+    root: Annotated[Path, typer.Option(help="The repository whose documents are written.")] = Path(),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a committed document differs.")
+    ] = False,
 ) -> None:
-    """Writes the page of performance figures from the committed results."""
+    """Writes docs/performance.md and README's table from the committed results and tuned tables."""
     from profiling.report.performance import docs_command
 
-    raise typer.Exit(docs_command(results, out))
+    raise typer.Exit(docs_command(root, check))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -151,14 +154,19 @@ def tune(
 def targets(
     file: Annotated[Path, typer.Option(help="File of goals.")] = TARGETS,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Results files or folders (repeatable). Default: the committed ones.")
+        list[Path] | None,
+        typer.Option(help="Results files, tuned tables or folders of them (repeatable). Default: the committed ones."),
     ] = None,
+    allow_unmeasured: Annotated[
+        bool, typer.Option("--allow-unmeasured", help="Exit with 0 if no goal is missed, even if some are unmeasured.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Compares the newest results with the goals; exit code 1 unless all are met."""
+    """Compares the newest measurements with the goals; exit code 1 if one is missed, else 3 if one is unmeasured."""
     from profiling.analyse.targets import targets_command
+    from profiling.cases.evidence import COMMITTED
 
-    raise typer.Exit(targets_command(file, results or [RESULTS], json))
+    raise typer.Exit(targets_command(file, results or COMMITTED, allow_unmeasured, json))
 
 
 @app.command()
@@ -195,15 +203,19 @@ def gpu(
 
 @app.command()
 def project(
-    run: Annotated[Path, typer.Argument(help="Results file with cases at several world sizes.")],
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Results files, tuned tables or folders of them. Default: the committed ones."),
+    ] = None,
     gpus: Annotated[str, typer.Option(help="World sizes, comma-separated.")] = "1,2,4,8",
     link: Annotated[str, typer.Option(help="Link between the GPUs: a name in devices.toml, or GB/s.")] = "H100",
     json: Json = False,
 ) -> None:
-    """Projects chunk time and startup at other world sizes, and prints its assumptions."""
+    """Projects chunk time and startup at other world sizes, and prints its assumptions and what it lacks."""
     from profiling.analyse.project import project_command
+    from profiling.cases.evidence import COMMITTED
 
-    raise typer.Exit(project_command(run, gpus, link, json))
+    raise typer.Exit(project_command(places or COMMITTED, gpus, link, json))
 
 
 INTERRUPTED = 130  # the exit code

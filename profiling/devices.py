@@ -1,5 +1,6 @@
 """Devices by their data sheet, for models where nothing was measured. The numbers are in devices.toml."""
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -55,3 +56,9 @@ def of_target(target: str) -> Device:
     if target not in known:
         raise UserError(f"there is no target {target}; there are {', '.join(sorted(known))}")
     return known[target]
+
+
+def named(name: str) -> Device | None:
+    """The device that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is not in the file."""
+    words = re.split(r"[^A-Za-z0-9]+", name)
+    return next((device for device in devices().values() if device.name in words), None)

@@ -28,6 +28,7 @@ class KernelLaunch:
     kernel: str
     grid: tuple[int, ...]
     compiled: Any  # triton's CompiledKernel
+    arguments: tuple[tuple[str, int], ...] = ()  # the integers among its arguments, by name
 
 
 class CompileOnlyDriver:
@@ -96,7 +97,10 @@ def record_launches(arch: int) -> Iterator[LaunchRecorder]:
         kernels.append(self)
         recorder.compiling = self.__name__
         compiled = run(self, *args, grid=grid, **(kwargs | {"warmup": True}))
-        recorder.launches.append(KernelLaunch(self.__name__, _grid(self, grid, args, kwargs), compiled))
+        bound = _bound(self, args, kwargs)
+        whole = tuple((name, value) for name, value in bound.items() if type(value) is int)
+        sizes: Any = grid(bound) if callable(grid) else grid
+        recorder.launches.append(KernelLaunch(self.__name__, tuple(map(int, sizes)), compiled, whole))
         recorder.compiling = ""
         return compiled
 
@@ -121,10 +125,8 @@ def compiling_for(gpu: GPU) -> Iterator[LaunchRecorder]:
         yield recorder
 
 
-def _grid(kernel: JITFunction[Any], grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The grid as numbers; if it is a function of the arguments, it is called with them."""
-    if callable(grid):
-        bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
-        bound.apply_defaults()
-        grid = grid(bound.arguments)
-    return tuple(int(n) for n in grid)
+def _bound(kernel: JITFunction[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The launch's arguments by name, without options such as num_warps."""
+    bound = kernel.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
+    bound.apply_defaults()
+    return bound.arguments

@@ -1,5 +1,8 @@
 """Reads results files in every format that is accepted: this project's own schema, and pytest-benchmark's JSON.
 
+A file in our schema may be of another program: its command is then a script, such as the probe of 2026-11-26. What such
+a program measured is no kernel of this repository, so all of it counts as peers.
+
 pytest-benchmark keeps every round if told to, so nothing is lost. What a benchmark measures stands in its `extra_info`
 (case, backend, ours, operation, shape, dtype, flops, bytes, world, calls, dims), under names of any schema version.
 """
@@ -33,7 +36,7 @@ def load(path: Path) -> Run:
 def from_json(values: Any, source: str) -> Run:
     """The run that JSON values describe, see `load`; `source` is what errors call them by."""
     if (run := from_own_json(values, source)) is not None:
-        return run
+        return as_peers(run) if of_another_program(run) else run
     try:
         run = from_pytest_benchmark(values)
     except ValueError as error:
@@ -43,6 +46,17 @@ def from_json(values: Any, source: str) -> Run:
     if run is None:
         raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
     return run
+
+
+def of_another_program(run: Run) -> bool:
+    """Whether a program outside of this repository measured the run: its command is a script, none of our commands."""
+    return run.command.split(" ")[0].endswith(".py")
+
+
+def as_peers(run: Run) -> Run:
+    """The run with every back-end as a peer."""
+    cases = (replace(c, measurements=tuple(replace(m, ours=False) for m in c.measurements)) for c in run.cases)
+    return replace(run, cases=tuple(cases))
 
 
 def from_pytest_benchmark(values: Any) -> Run | None:

@@ -58,6 +58,7 @@ class Ceilings:
 
     copy_bytes_s: float | None = None  # bytes read plus bytes written, a second
     matmul_flop_s: dict[str, float] = field(default_factory=dict)  # by dtype: fp32, bf16, fp8
+    copy_launched: bool = False  # as kernels are; earlier files timed a node of a CUDA graph, slower on a GPU
 
 
 @dataclass(frozen=True)

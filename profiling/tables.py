@@ -10,14 +10,17 @@ import os
 import statistics
 import sys
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, groupby
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from profiling.ceilings import above_ceiling
 from profiling.results import (
     ERROR,
     OK,
@@ -25,6 +28,7 @@ from profiling.results import (
     AuditResult,
     CaseResult,
     Ceilings,
+    Machine,
     Measurement,
     Run,
     StageInterval,
@@ -53,14 +57,15 @@ class MeasurementRow:
     ratio: float | None  # best peer's seconds over this one's; above 1 is faster than the best peer
     error: float | None  # relative, against the reference
     detail: str
+    above: str  # why it is faster than the ceiling allows; empty if it is not
 
 
 def measurement_rows(run: Run) -> list[MeasurementRow]:
     """All measurements of a run, in its order, with the numbers derived from them."""
-    return [_row(case, m, run.ceilings) for case in run.cases for m in case.measurements]
+    return [_row(case, m, run.ceilings, run.machine) for case in run.cases for m in case.measurements]
 
 
-def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> MeasurementRow:
+def _row(case: CaseResult, m: Measurement, ceilings: Ceilings, machine: Machine) -> MeasurementRow:
     seconds, bound, peer = m.seconds, case.bound(ceilings), case.best(ours=False)
     return MeasurementRow(
         case=case.case,
@@ -76,6 +81,7 @@ def _row(case: CaseResult, m: Measurement, ceilings: Ceilings) -> MeasurementRow
         ratio=peer.seconds / seconds if seconds and peer and peer.seconds else None,
         error=m.error,
         detail=m.detail,
+        above=above_ceiling(case, seconds, ceilings, machine),
     )
 
 
@@ -91,13 +97,14 @@ def measurement_table(rows: Iterable[MeasurementRow]) -> Table:
     out.add_column("case, back-end", overflow="fold")
     for heading in ("time", "spread", "TFLOP/s", "GB/s", "of ceiling", "x peer"):
         out.add_column(heading, justify="right", no_wrap=True)
-    case = None
-    for row in rows:
-        if row.case != case:
-            out.add_section()
-            out.add_row(escape(row.case))
-            case = row.case
-        out.add_row(*_cells(row), style="bold" if row.ours else None)
+    rows = list(rows)
+    for case, group in groupby(rows, key=lambda row: row.case):
+        out.add_section()
+        out.add_row(escape(case))
+        for row in group:
+            out.add_row(*_cells(row), style="bold" if row.ours else None)
+    if above := list(dict.fromkeys(row.above for row in rows if row.above)):
+        out.caption = "\n".join(f"! above its ceiling: {escape(reason)}" for reason in above)
     return out
 
 
@@ -114,8 +121,13 @@ def _cells(row: MeasurementRow) -> Iterator[str]:
     yield f"±{percent(row.spread)}" if row.spread is not None else ""
     yield number(row.tflops)
     yield number(row.gbs)
-    yield f"{percent(row.ceiling)} {row.bound or ''}".strip()
+    yield share_of_ceiling(row)
     yield f"{row.ratio:.2f}" if row.ratio is not None else ""
+
+
+def share_of_ceiling(row: MeasurementRow) -> str:
+    """The share of the ceiling and what bounds it, with an exclamation mark if it is above: "87% memory"."""
+    return f"{percent(row.ceiling)}{'!' if row.above else ''} {row.bound or ''}".strip()
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class VariantRow:
     ratio: float | None  # the baseline's seconds over this one's; the baseline is the run's first variant
     stages: dict[str, float]  # span -> seconds per chunk, all its calls together
     calls: dict[str, float]  # span -> calls per chunk
+    beside: dict[str, float]  # span -> seconds per chunk of the calls beside other work, on another stream
     first_call: float | None
     peak_bytes: int | None
     weights_bytes: int | None
@@ -149,6 +162,58 @@ def critical_path(timeline: Iterable[StageInterval]) -> float:
         ends.append(interval.end)
         longest.append(max(longest[-1], chain))
     return longest[-1]
+
+
+def calls_beside(variant: VariantResult, stage: str) -> tuple[bool, ...]:
+    """For each call of a stage in a chunk, whether it runs beside other work: on a stream that is not the busiest one.
+
+    The traced chunk shows it. Without one, or where its calls are others, all calls count as one after the other.
+    """
+    busy: defaultdict[int, float] = defaultdict(float)
+    for interval in variant.timeline:
+        busy[interval.stream] += interval.end - interval.begin
+    calls = sorted((i for i in variant.timeline if i.stage == stage), key=lambda i: i.begin)
+    if len(calls) * len(variant.chunk) != len(variant.stages.get(stage, ())):
+        return (False,) * (len(variant.stages.get(stage, ())) // max(len(variant.chunk), 1))
+    main = [i for i in variant.timeline if i.stream == max(busy, key=lambda stream: busy[stream])]
+    return tuple(i not in main and any(_overlap(i, other) for other in main) for i in calls)
+
+
+def stage_value(variant: VariantResult, stage: str) -> float | None:
+    """The median of a stage over a variant's chunks; None if it was not measured.
+
+    Stages are spans, whose calls in a chunk count together unless they run beside other work, and those that
+    `profiling.analyse.targets` defines.
+    """
+    if stage in ("peak_bytes", "gaps"):
+        return getattr(variant, stage)
+    if stage == "fps":
+        return variant.frames / statistics.median(variant.chunk) if variant.chunk else None
+    if stage == "after_denoise":
+        first, steps = stage_value(variant, "first_frame"), variant.per_chunk("denoise/step")
+        return first - statistics.median(steps) if first and steps else None
+    whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, "denoise/step": variant.stages.get(stage, ())}
+    samples = whole[stage] if stage in whole else _alone(variant, stage)
+    return statistics.median(samples) if samples else None
+
+
+def _alone(variant: VariantResult, stage: str) -> tuple[float, ...]:
+    """Seconds of a stage in each chunk, without its calls beside other work."""
+    if not variant.per_chunk(stage):
+        return ()
+    beside, calls = calls_beside(variant, stage), variant.stages[stage]
+    chunks = (calls[i : i + len(beside)] for i in range(0, len(calls), len(beside)))
+    return tuple(sum(s for s, hidden in zip(chunk, beside, strict=True) if not hidden) for chunk in chunks)
+
+
+def _overlap(a: StageInterval, b: StageInterval) -> bool:
+    return min(a.end, b.end) - max(a.begin, b.begin) > CLOCK_TOLERANCE
+
+
+def _beside_seconds(variant: VariantResult, stage: str) -> float:
+    """Mean seconds a chunk of a stage's calls beside other work."""
+    beside, calls = calls_beside(variant, stage), variant.stages[stage]
+    return sum(s for s, hidden in zip(calls, cycle(beside or (False,)), strict=False) if hidden) / len(variant.chunk)
 
 
 def variant_rows(run: Run) -> list[VariantRow]:
@@ -173,6 +238,7 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
         ratio=baseline / seconds if seconds and baseline else None,
         stages={span: sum(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
         calls={span: len(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
+        beside={span: _beside_seconds(v, span) for span in v.stages} if seconds else {},
         first_call=v.first_call,
         peak_bytes=v.peak_bytes,
         weights_bytes=v.weights_bytes,
@@ -224,6 +290,7 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
             out.add_row(escape(result.case))
             case = result.case
         out.add_row(*_audit_cells(result), style="red" if result.faults else None)
+    out.title = f"compiled for {', '.join(dict.fromkeys(result.target for result in results))}"
     out.caption = f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
     return out
 
@@ -237,7 +304,12 @@ def _audit_cells(result: AuditResult) -> Iterator[str]:
     yield f"{result.shared / 1024:.0f}K"
     yield percent(result.occupancy)
     yield " ".join(name for name in result.instructions if name.endswith("MMA"))
-    bound = max(result.bounds, key=lambda unit: result.bounds[unit], default="")
+    if not result.bounds:
+        yield from ("" for _ in AUDIT_UNITS)
+        yield "not modelled"
+        yield ""
+        return
+    bound = max(result.bounds, key=lambda unit: result.bounds[unit])
     for unit in AUDIT_UNITS:
         value = number(result.tile.get(f"{unit}_cycles"))
         yield f"[bold]{value}[/]" if unit == bound else value

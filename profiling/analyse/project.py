@@ -7,7 +7,9 @@ Every rank does the same work on its share, so one rank's time is the chunk's ti
     rest           what a measured chunk on one GPU takes beyond its kernels (launch gaps, small operations, host);
                    assumed to be the same at every world size
 
-There are projections for two sets of kernels: the best of all back-ends, peers included, and ours alone. The bytes
+There are projections for two sets of kernels: the best of all back-ends, peers included, and ours alone. A third one,
+which needs no kernels, divides the stages of a chunk that was measured on one GPU. No kernel is more efficient on a
+share than on the whole, so it is what can be reached at most. The bytes
 follow from `model/config.py`. In every layer q, k, v and the attention's output change between split tokens and split
 heads (bf16); the output of each step is gathered (float32), and so are the decoded video and the motion latents (bf16).
 """
@@ -15,8 +17,9 @@ heads (bf16); the output of each step is gathered (float32), and so are the deco
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich import box
@@ -26,14 +29,14 @@ from rich.table import Table
 from model.config import PRESETS, Config
 from model.errors import UserError
 from profiling.cases import FAMILIES, Case, Family, registry
+from profiling.cases.evidence import gather
 from profiling.cases.shapes import COLOR, DECODE, DENOISE, STAGE_NAMES
 from profiling.devices import devices
-from profiling.formats import load
-from profiling.results import OK, Run, VariantResult, as_json_text
-from profiling.tables import duration, terminal
+from profiling.results import OK, CaseResult, Run, VariantResult, as_json_text
+from profiling.tables import duration, stage_value, terminal
 
-BEST, OURS = "best", "ours"  # sets of kernels
-TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone"}
+BEST, OURS, DIVIDED = "best", "ours", "divided"  # sets of kernels, and the chunk without them
+TITLES = {BEST: "the best of all kernels", OURS: "our kernels alone", DIVIDED: "the measured chunk, divided evenly"}
 BF16, FP32 = 2, 4  # bytes
 
 
@@ -77,6 +80,24 @@ class Projection:
     chunk: float | None = None
     startup: float | None = None
     fps: float | None = None
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """One run of all cases and variants of the device with most cases; of what is in several runs, the newest.
+
+    `runs` are the newest first. Raises `UserError` if there are none.
+    """
+    if not runs:
+        raise UserError("there are no results to project from")
+    count = Counter(device for run in runs for device in [run.machine.device] * len(run.cases))
+    device = max(count, key=lambda name: count[name], default=runs[0].machine.device)
+    same = [run for run in reversed(runs) if run.machine.device == device]
+    cases: dict[str, CaseResult] = {}
+    for case in (case for run in same for case in run.cases):
+        if case.best(ours=True) or case.case not in cases:
+            cases[case.case] = case
+    variants = {variant.variant: variant for run in same for variant in run.variants}
+    return replace(same[-1], cases=tuple(cases.values()), variants=tuple(variants.values()))
 
 
 def communication(config: Config, world: int) -> dict[str, float]:
@@ -132,6 +153,27 @@ def first_frame_seconds(config: Config, stages: Mapping[str, float]) -> float:
     return stages[DENOISE] + stages[DECODE] * decoded + stages[COLOR] * group / chunk.new_frames
 
 
+def divided_chunk(variant: VariantResult, dtype: str, config: Config, world: int, link: Link) -> Projection | None:
+    """The stages of a measured chunk divided by `world`, with communication; None if it has no stages.
+
+    Not divided are what no stage covers, and what comes between denoising and the first frame.
+    """
+    step, chunk, first = (stage_value(variant, stage) for stage in ("denoise/step", "chunk", "first_frame"))
+    if step is None or chunk is None or first is None:
+        return None
+    steps = len(variant.stages["denoise/step"]) / len(variant.chunk)
+    decode, motion, color = (stage_value(variant, stage) or 0.0 for stage in ("decode", "motion", "color"))
+    whole = {DENOISE: steps * step, DECODE: decode + motion, COLOR: color}
+    stages = {stage: seconds / world for stage, seconds in whole.items()}
+    sent = {stage: count / link.one_way for stage, count in communication(config, world).items()}
+    rest = max(0.0, chunk - sum(whole.values()))
+    total = sum(stages.values()) + sum(sent.values()) + rest
+    startup = first - whole[DENOISE] + stages[DENOISE] + sent[DENOISE]
+    return Projection(
+        world, dtype, DIVIDED, (), stages, sum(sent.values()), rest, total, startup, variant.frames / total
+    )
+
+
 @dataclass(frozen=True)
 class Overhead:
     """What a measured chunk on one GPU takes beyond its kernels, in one dtype; times in seconds."""
@@ -176,6 +218,9 @@ def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projectio
             startup, fps = first_frame_seconds(config, stages) + overhead.startup_rest, config.chunk.new_frames / chunk
             times = kernel_times.stages, sum(sent.values()), overhead.rest, chunk, startup, fps
             found.append(Projection(world, dtype, kernel_set, (), *times))
+        if variant := fastest_variant(run, dtype):
+            shares = (divided_chunk(variant, dtype, config, world, link) for world in worlds)
+            found += [share for share in shares if share is not None]
     return found, overheads, preset
 
 
@@ -197,6 +242,7 @@ def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhe
     yield "startup: from the window of speech features to the first new frames, decoding in proportion to frames"
     if any(overhead.dtype == "fp8" for overhead in overheads):
         yield "fp8: products only; quantising their inputs is not included"
+    yield "divided: kernels are as efficient on a share as on the whole, so it is what can be reached at most"
     for overhead in overheads:
         dtype, rest = overhead.dtype, overhead.rest
         if not overhead.variant:
@@ -215,16 +261,17 @@ def assumptions(preset: str, device: str, link: Link, overheads: Sequence[Overhe
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def project_command(run: Path, gpus: str, link: str, as_json: bool) -> int:
-    """Implements `python -m profiling project`; returns 1 if the run lacks cases for every projection."""
+def project_command(places: Sequence[Path], gpus: str, link: str, as_json: bool) -> int:
+    """Implements `python -m profiling project`; returns 1 if the runs lack cases for every projection."""
     worlds, connection = parse_world_sizes(gpus), parse_link(link)
-    results = load(run)
+    runs, unreadable = gather(places)
+    results = merged([run for _, run in runs])
     found, overheads, preset = project(results, worlds, connection)
-    notes = list(assumptions(preset, results.machine.device, connection, overheads))
+    notes = [*assumptions(preset, results.machine.device, connection, overheads), *unreadable]
     if as_json:
         about = {
             "projection": True,
-            "run": str(run),
+            "files": sorted({file for file, run in runs if run.machine.device == results.machine.device}),
             "preset": preset,
             "link": asdict(connection),
             "assumptions": notes,
@@ -273,9 +320,14 @@ def _show(found: Sequence[Projection], notes: Sequence[str]) -> None:
             console.print(_table(complete))
         for projection in projections:
             if lacks := projection.lacks:
-                more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
-                text = f"{_gpus(projection)}: incomplete, lacks times for {', '.join(lacks[:3])}{more}"
-                console.print(escape(text), soft_wrap=True)
+                console.print(escape(f"{_gpus(projection)}: incomplete, lacks {len(lacks)} times:"), soft_wrap=True)
+                console.print(*(f"  {escape(line)}" for line in _by_operation(lacks)), sep="\n", soft_wrap=True)
+
+
+def _by_operation(cases: Sequence[str]) -> Iterator[str]:
+    """The names of cases, one line for each operation: "linear: 14b-w2-qkv/fp8, 14b-w2-up/fp8"."""
+    for operation, names in itertools.groupby(sorted(cases), lambda name: name.partition("/")[0]):
+        yield f"{operation}: {', '.join(rest for name in names if (rest := name.partition('/')[2]))}".removesuffix(": ")
 
 
 def _table(projections: Sequence[Projection]) -> Table:

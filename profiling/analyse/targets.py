@@ -1,4 +1,4 @@
-"""Compares the goals of `targets.toml` with the newest results that can answer them.
+"""Compares the goals of `targets.toml` with the newest results and tuned tables that can answer them.
 
     [[target]]
     name = "self-attention against the best peer"
@@ -10,24 +10,28 @@
 
 The goal of a case is a lower bound of `ratio` (peer's seconds over ours), `percent_of_ceiling` (of what the machine
 reached at the start of the run) or `tflops`, or an upper bound of `seconds`. It applies to the fastest correct back-end
-of ours, or to the one named by `backend`. The goal of a variant is an upper bound of `seconds` or a lower bound of
-`ratio` in a stage, or `at_least` or `at_most` for stages that are not times. If an entry has several goals, meeting one
-of them is enough. Stages:
+of ours, or to the one named by `backend`; what runs by default and the best peer stand beside it. The goal of a variant
+is an upper bound of `seconds` or a lower bound of `ratio` in a stage, or `at_least` or `at_most` for stages that are no
+times. If an entry has several goals, meeting one of them is enough. Stages:
 
     chunk, first_frame      seconds of the whole chunk, and until its first frames are ready
     after_denoise           the part of first_frame that is not denoising
     denoise/step            seconds of one step
-    decode, color, ...      seconds of a span in one chunk, all its calls together
+    decode, color, ...      seconds of a span in one chunk, its calls together; those beside other work do not count
     fps, peak_bytes, gaps   new frames a second; peak bytes of memory; share of a chunk in which the GPU was idle
 
 If a pattern matches several variants, the best of them counts. Ratios are within one run, never across two. A wrong
-kernel misses its goal; a goal that no run can answer is unmeasured.
+kernel misses its goal; a goal that no run can answer is unmeasured. Kernels of other programs are peers.
+
+An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
+from all results together, for a stage `fps` or `first_frame` and our kernels in the fastest dtype. It is labelled as a
+projection. Where kernels were not measured, a chunk divided evenly shows what can be reached at most. The goal is then
+missed or unmeasured, never met.
 """
 
 import fnmatch
 import math
 import re
-import statistics
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,28 +45,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
-from profiling.formats import load
-from profiling.results import ERROR, OK, WRONG, CaseResult, Run, VariantResult, as_json_text
-from profiling.tables import duration, number, percent, terminal
+from profiling.analyse.project import DIVIDED, OURS, Projection, merged, parse_link, project
+from profiling.cases.evidence import gather
+from profiling.ceilings import above_ceiling, ceiling_notes
+from profiling.defaults import default_backend
+from profiling.results import ERROR, OK, WRONG, CaseResult, Measurement, Run, as_json_text
+from profiling.tables import duration, number, percent, stage_value, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
 BEST = "best"  # the fastest right peer
-RESULTS = Path(__file__).parents[1] / "results"  # may not exist before anything is measured
+MISSED_CODE, UNMEASURED_CODE = 1, 3  # exit codes
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
-TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "backend", "peer")
+PROJECTED_STAGES = ("fps", "first_frame")
+TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "backend", "peer", "link")
 
 # --- Goals ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Target:
-    """One entry of the file, for one case or for variants."""
+    """One entry of the file, for one case, for variants, or for a projection."""
 
     name: str
-    subject: str  # case, or shell pattern of variants
+    subject: str  # case, or shell pattern of variants; "8 x H800" for a projection
     goals: Mapping[str, float]  # by measure; meeting one of them is enough
     device: str = ""  # regular expression, searched in the device's name
     kind: str | None = None
@@ -70,6 +78,8 @@ class Target:
     backend: str | None = None
     peer: str | None = None
     stretch: float | None = None  # of the first goal
+    gpus: int | None = None  # of a projection
+    link: str = ""  # between them
 
     def applies(self, run: Run) -> bool:
         """Whether the run took place on a machine that the target is for."""
@@ -102,8 +112,8 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
     """The targets of one entry. Raises ValueError that says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError("is not a table; write [[target]]")
-    allowed = VARIANT_MEASURES if "variant" in entry else CASE_MEASURES
-    known = (*TEXT_KEYS, *allowed, "cases", "stretch")
+    allowed = CASE_MEASURES if "cases" in entry or "stage" not in entry else VARIANT_MEASURES
+    known = (*TEXT_KEYS, *allowed, "cases", "stretch", "gpus")
     for key in entry:
         if key not in known:
             raise ValueError(f"{key} is not a key of it; there are {', '.join(known)}")
@@ -111,23 +121,29 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
         if not isinstance(entry.get(key, ""), str):
             raise ValueError(f"{key} = {entry[key]!r}, wanted a text")
     goals = {key: _positive(entry, key) for key in entry if key in allowed}
-    variants, cases = entry.get("variant"), entry.get("cases", [])
+    variants, cases, gpus = entry.get("variant"), entry.get("cases", []), entry.get("gpus")
     if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
         raise ValueError(f"cases = {cases!r}, wanted a list of names")
     _require(bool(entry.get("name")), "has no name")
-    _require(bool(cases) != bool(variants), "wants either cases or a variant")
-    _require(("stage" in entry) == bool(variants), "a stage goes with a variant, and a variant needs one")
+    _require([bool(cases), bool(variants), gpus is not None].count(True) == 1, "wants either cases, a variant, or gpus")
+    _require(("stage" in entry) == (not cases), "a stage goes with a variant or gpus, and these need one")
     _require(bool(goals), f"has no goal; there are {', '.join(allowed)}")
     _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
-    _require(not ("backend" in entry and variants), "a backend goes with cases")
+    _require(not ("backend" in entry and not cases), "a backend goes with cases")
+    _require(("link" in entry) == (gpus is not None), "a link goes with gpus, and gpus need one")
+    if gpus is not None:
+        _require(type(gpus) is int and gpus > 0, f"gpus = {gpus!r}, wanted a number of GPUs")
+        _require(entry["stage"] in PROJECTED_STAGES, f"projections have the stages {', '.join(PROJECTED_STAGES)}")
+        _require("ratio" not in goals, "a projection has no peer")
     _require(entry.get("kind") in (None, "cuda", "cpu"), f"kind = {entry.get('kind')!r}, wanted cuda or cpu")
     try:
         re.compile(entry.get("device", ""))
     except re.error as error:
         raise ValueError(f"device is no regular expression: {error}") from error
-    common = {key: entry[key] for key in ("name", "device", "kind", "stage", "backend", "peer") if key in entry}
+    common = {key: entry[key] for key in entry if key not in (*goals, "cases", "variant", "stretch")}
     stretch = _positive(entry, "stretch") if "stretch" in entry else None
-    return [Target(subject=subject, goals=goals, stretch=stretch, **common) for subject in cases or [variants]]
+    subjects = cases or [variants or f"{gpus} x {entry['link']}"]
+    return [Target(subject=subject, goals=goals, stretch=stretch, **common) for subject in subjects]
 
 
 def _positive(entry: Mapping[str, Any], key: str) -> float:
@@ -146,8 +162,16 @@ def _require(condition: bool, complaint: str) -> None:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """A back-end that stands beside a goal; without seconds, the run did not time it."""
+
+    backend: str
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class TargetResult:
-    """A target with its verdict."""
+    """A target with its verdict; the contenders are those of the run that answers for a case."""
 
     target: Target
     verdict: str
@@ -155,6 +179,9 @@ class TargetResult:
     value: float | None = None
     detail: str = ""  # why it is unmeasured, or the back-end or variant that answered
     file: str | None = None
+    fastest: Contender | None = None  # of ours
+    default: Contender | None = None  # what runs if nothing is asked for
+    peer: Contender | None = None  # the best one
 
     @property
     def shortfall(self) -> float | None:
@@ -177,16 +204,21 @@ class _UnmeasuredError(Exception):
     """The run cannot answer; the message says why."""
 
 
+class _AbsentError(_UnmeasuredError):
+    """The run has nothing of what the target is about."""
+
+
 class _BrokenError(Exception):
     """The back-end or variant that should answer is wrong; the message says how."""
 
 
-def evaluate(target: Target, runs: Iterable[tuple[str, Run]]) -> TargetResult:
+def evaluate(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
     """Evaluates a target on the first of the runs, given as (file, run), that can answer it."""
-    first, reason = next(iter(target.goals)), "no results of such a machine"
+    first, reason, absent = next(iter(target.goals)), "", "no results of such a machine"
+    runs = [(file, run) for file, run in runs if target.applies(run)]
+    if target.gpus is not None:
+        return _evaluate_projection(target, [run for _, run in runs])
     for file, run in runs:
-        if not target.applies(run):
-            continue
         results = []
         for measure in target.goals:
             try:
@@ -195,19 +227,71 @@ def evaluate(target: Target, runs: Iterable[tuple[str, Run]]) -> TargetResult:
                 )
             except _BrokenError as error:
                 return TargetResult(target, MISSED, measure, detail=str(error), file=file)
-            except _UnmeasuredError as error:
-                reason = str(error)
+            except _AbsentError as error:
+                absent = str(error)
                 continue
-            result = TargetResult(target, MET, measure, value, detail, file)
-            results.append(result if (result.shortfall or 0) <= 0 else replace(result, verdict=MISSED))
+            except _UnmeasuredError as error:
+                reason = reason or str(error)  # of the newest run that has something of it
+                continue
+            results.append(_judged(TargetResult(target, MET, measure, value, detail, file)))
         if results:
-            return min(results, key=lambda result: result.shortfall or 0)
-    return TargetResult(target, UNMEASURED, first, detail=reason)
+            return _with_contenders(min(results, key=lambda result: result.shortfall or 0), run)
+    return TargetResult(target, UNMEASURED, first, detail=reason or absent)
+
+
+def _judged(result: TargetResult) -> TargetResult:
+    return result if (result.shortfall or 0) <= 0 else replace(result, verdict=MISSED)
+
+
+def _with_contenders(result: TargetResult, run: Run) -> TargetResult:
+    """The result with the fastest back-end of ours, the default one and the best peer of its case."""
+    if (case := run.case(result.target.subject)) is None:
+        return result
+    default = default_backend(case, run.machine)
+    return replace(
+        result,
+        fastest=_contender(case.best(ours=True)),
+        default=_contender(case.of(default) or Measurement(default, OK)) if default else None,
+        peer=_contender(case.best(ours=False)),
+    )
+
+
+def _contender(m: Measurement | None) -> Contender | None:
+    return Contender(m.backend, m.seconds) if m else None
+
+
+def _evaluate_projection(target: Target, runs: Sequence[Run]) -> TargetResult:
+    """Evaluates a target on the projection of all the runs together that meets it best."""
+    measure, world = next(iter(target.goals)), target.gpus or 1
+    try:
+        found, *_ = project(merged(runs), (world,), parse_link(target.link))
+    except UserError as error:
+        return TargetResult(target, UNMEASURED, measure, detail=str(error))
+    ours = [p for p in found if p.kernels == OURS]
+    if complete := [p for p in ours if not p.lacks]:
+        return _nearest(target, measure, complete)
+    lacks = min(len(p.lacks) for p in ours)
+    why = f"the projection lacks times for {lacks} cases of {world} GPUs, which `project` lists"
+    if not (most := [p for p in found if p.kernels == DIVIDED]):
+        return TargetResult(target, UNMEASURED, measure, detail=why)
+    result = _nearest(target, measure, most)
+    if result.verdict == MISSED:
+        return replace(result, detail=f"at most, {result.detail}")
+    return replace(result, verdict=UNMEASURED, detail=f"at most, if the measured chunk divides evenly; {why}")
+
+
+def _nearest(target: Target, measure: str, projections: Iterable[Projection]) -> TargetResult:
+    """The result of the projection that meets the target best."""
+    results = []
+    for p in projections:
+        value = p.fps if target.stage == "fps" else p.startup
+        results.append(_judged(TargetResult(target, MET, measure, value, f"projected, {p.dtype}")))
+    return min(results, key=lambda result: result.shortfall or 0)
 
 
 def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if (case := run.case(target.subject)) is None:
-        raise _UnmeasuredError("not in any results")
+        raise _AbsentError("not in any results")
     mine, seconds = _our_measurement(target, case)
     if measure == "ratio":
         peer = case.best(ours=False) if target.peer == BEST else case.of(target.peer or "")
@@ -217,7 +301,8 @@ def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if measure == "percent_of_ceiling":
         if (bound := case.bound(run.ceilings)) is None:
             raise _UnmeasuredError("that run measured no ceiling for it")
-        return 100 * bound[1] / seconds, f"{mine}, bound by {bound[0]}"
+        above = above_ceiling(case, seconds, run.ceilings, run.machine)
+        return 100 * bound[1] / seconds, f"{mine}, bound by {bound[0]}" + (f"; above it: {above}" if above else "")
     return (case.flops / seconds / 1e12 if measure == "tflops" else seconds), mine
 
 
@@ -231,7 +316,7 @@ def _our_measurement(target: Target, case: CaseResult) -> tuple[str, float]:
         if m.status in (WRONG, ERROR):
             raise _BrokenError(f"{m.backend} is {'wrong' if m.status == WRONG else 'failing'}: {m.detail}")
     if not candidates:
-        raise _UnmeasuredError(f"no back-end {target.backend}" if target.backend else "no back-end of ours yet")
+        raise _UnmeasuredError(f"no back-end {target.backend}" if target.backend else "only peers were measured")
     status = candidates[0].status
     raise _UnmeasuredError(f"{candidates[0].backend}: {'not timed' if status == OK else status}")
 
@@ -242,6 +327,8 @@ def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if measure == "ratio":
         try:
             peer, theirs = _best_variant(run, target.peer or "", stage, least=True)
+        except _AbsentError as error:
+            raise _UnmeasuredError(f"peer {target.peer}: not in the run of {mine}") from error
         except _BrokenError as error:
             raise _UnmeasuredError(f"peer {error}") from error
         return theirs / value, f"{mine} against {peer}"
@@ -257,46 +344,18 @@ def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[s
     for v in chosen:
         if v.status in (WRONG, ERROR):
             raise _BrokenError(f"{v.variant} is {'wrong' if v.status == WRONG else 'failing'}: {v.detail}")
-    raise _UnmeasuredError(f"no {stage} of {pattern}" if chosen else f"no variant {pattern}")
-
-
-def stage_value(variant: VariantResult, stage: str) -> float | None:
-    """The median of a stage over a variant's chunks, as the module defines it; None if it was not measured."""
-    if stage in ("peak_bytes", "gaps"):
-        return getattr(variant, stage)
-    if stage == "fps":
-        return variant.frames / statistics.median(variant.chunk) if variant.chunk else None
-    if stage == "after_denoise":
-        first, steps = stage_value(variant, "first_frame"), variant.per_chunk("denoise/step")
-        return first - statistics.median(steps) if first and steps else None
-    whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, "denoise/step": variant.stages.get(stage, ())}
-    samples = whole[stage] if stage in whole else variant.per_chunk(stage)
-    return statistics.median(samples) if samples else None
+    if chosen:
+        raise _UnmeasuredError(f"no {stage} of {pattern}")
+    raise _AbsentError(f"no variant {pattern}")
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def load_runs(places: Sequence[Path]) -> tuple[list[tuple[str, Run]], list[str]]:
-    """The runs in files and folders, as (file, run), the newest first; and errors about files in the folders."""
-    found, notes = [], []
-    for place in places:
-        if not place.is_dir():
-            if place != RESULTS:
-                found.append((str(place), load(place)))
-            continue
-        for file in sorted(place.glob("*.json")):
-            try:
-                found.append((str(file), load(file)))
-            except UserError as error:
-                notes.append(str(error))
-    return sorted(found, key=lambda item: item[1].started, reverse=True), notes
-
-
-def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
-    """Implements `python -m profiling targets`; returns 1 unless all targets are met."""
+def targets_command(file: Path, files: Sequence[Path], allow_unmeasured: bool, as_json: bool) -> int:
+    """Implements `python -m profiling targets`; returns 1 if a target is missed, else 3 if one is unmeasured."""
     targets = read_targets(file)
-    runs, notes = load_runs(files)
+    runs, notes = gather(files)
     results = [evaluate(target, runs) for target in targets]
     counts = Counter(result.verdict for result in results)
     if as_json:
@@ -305,18 +364,29 @@ def targets_command(file: Path, files: list[Path], as_json: bool) -> int:
     else:
         console = terminal()
         console.print(_table(results))
+        for note in ceiling_notes(_answering(results, runs)):
+            console.print(escape(note), soft_wrap=True)
         for note in notes:
             console.print(f"not read: {escape(note)}", soft_wrap=True)
         console.print(", ".join(f"{counts[v]} {v}" for v in (MET, MISSED, UNMEASURED)), soft_wrap=True)
-    return int(counts[MET] < len(results))
+    if counts[MISSED]:
+        return MISSED_CODE
+    return UNMEASURED_CODE if counts[UNMEASURED] and not allow_unmeasured else 0
+
+
+def _answering(results: Iterable[TargetResult], runs: Sequence[tuple[str, Run]]) -> list[Run]:
+    """The runs that answered for a share of a ceiling."""
+    files = {result.file for result in results if result.measure == "percent_of_ceiling"}
+    return [run for file, run in runs if file in files]
 
 
 def _table(results: Iterable[TargetResult]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    out.add_column("goal", overflow="fold")
+    out.add_column("goal", overflow="fold", min_width=36)
     for heading in ("wanted", "got"):
         out.add_column(heading, justify="right", no_wrap=True)
-    out.add_column("", overflow="fold")
+    for heading in ("fastest of ours", "by default", "best peer", "verdict"):
+        out.add_column(heading, no_wrap=True)
     for name, group in groupby(results, lambda o: o.target.name):
         out.add_section()
         out.add_row(f"[bold]{escape(name)}[/]")
@@ -334,16 +404,19 @@ def _table(results: Iterable[TargetResult]) -> Table:
 
 
 def _cells(result: TargetResult) -> Iterator[str]:
-    """What was wanted, what was measured, and the verdict."""
+    """What was wanted, what was measured, who did it, and the verdict."""
     target, verdict = result.target, result.verdict
     yield ("≤ " if result.measure in AT_MOST else "≥ ") + _with_unit(
         target, result.measure, target.goals[result.measure]
     )
     yield _with_unit(target, result.measure, result.value)
+    for contender in (result.fastest, result.default, result.peer):
+        yield f"{escape(contender.backend)}\n[dim]{duration(contender.seconds)}[/]" if contender else ""
     if verdict == MISSED and result.shortfall is not None:
         verdict += f" by {percent(result.shortfall)}"
-    stretch = ", stretch too" if result.stretched else ""
-    yield f"[{COLOURS[result.verdict]}]{verdict}{stretch}[/]"
+    verdict += "\nstretch too" if result.stretched else ""
+    verdict += "\nprojected" if target.gpus and result.value is not None else ""
+    yield f"[{COLOURS[result.verdict]}]{verdict}[/]"
 
 
 def _with_unit(target: Target, measure: str, value: float | None) -> str:

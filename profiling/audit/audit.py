@@ -6,8 +6,9 @@ it audits is what would run: arguments, specialisation, grid, warps, stages, and
 *Model* (`bounds`): the least seconds of a launch, for each unit of the GPU. The largest is the bound, and FLOPs over it
 are the modelled TFLOP/s, an upper bound. The model takes clock, rates and bandwidths from devices.toml and assumes that
 all units are busy all the time: no latency, no dependencies, no power limit. It counts the work of one pass of the main
-loop (`ttgir.py`), times the passes that the case's FLOPs need: no prologue, no epilogue, no padding. `AuditResult.tile`
-describes one pass in one block:
+loop (`ttgir.py`), times the passes that the case's FLOPs need: no prologue, no epilogue, no padding. An algorithm that
+saves FLOPs makes fewer passes, and these count. Masked lanes load and store no bytes. A kernel whose branches or loops
+depend on loaded values is not modelled. `AuditResult.tile` describes one pass in one block:
 
     flops_DTYPE      of matrix products on tensor cores, by operand: flops_bf16, flops_fp8, flops_tf32 ...
     fma              multiply-adds of matrix products on the ordinary units
@@ -47,9 +48,10 @@ from profiling.cases import Case, load_cases, registry, select
 from profiling.devices import Device, of_target
 from profiling.fake_gpu import KernelLaunch, compiling_for
 from profiling.machine import describe_machine
-from profiling.results import AuditResult, Run, as_json_text, build, now, save, to_json
+from profiling.results import AuditResult, Machine, NvmlTrace, Run, as_json_text, build, now, save, to_json
 from profiling.tables import audit_table, terminal
 
+BUDGETS = Path(__file__).with_name("budgets.toml")  # of this repository's kernels
 TENSOR_CORE_DTYPES = ("bf16", "fp16", "fp8", "int8")  # operands whose products must run on tensor cores at full rate
 MIN_TABLE_WIDTH = 110  # columns, even if a log or a terminal has fewer
 SERIALISED = "C75"  # ptxas serialised wgmma instructions
@@ -136,11 +138,13 @@ def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttg
 def work_shares(launches: Sequence[KernelLaunch], tiles: Sequence[ttgir.Tile]) -> list[float]:
     """The share of the case's FLOPs and bytes that each launch is assumed to do.
 
-    It is proportional to the matrix products of one pass in all its blocks or, if no kernel has any, to float
-    operations.
+    It is proportional to the matrix products of all its blocks, or of one pass in them if the number of passes is not
+    known of all launches. If no kernel has products, it is proportional to float operations.
     """
     blocks = [math.prod(launch.grid) for launch in launches]
-    weights = [n * tile.products for n, tile in zip(blocks, tiles, strict=True)]
+    passes = [tile.passes for tile in tiles]
+    each = [1.0 if None in passes else n or 0.0 for n in passes]
+    weights = [n * tile.products * times for n, tile, times in zip(blocks, tiles, each, strict=True)]
     if not any(weights):
         weights = [n * (tile.fp32 + tile.mufu) for n, tile in zip(blocks, tiles, strict=True)]
     if not any(weights):
@@ -215,22 +219,28 @@ def _compiler_message(error: Exception) -> str:
 def _results(case: Case, launches: Sequence[KernelLaunch], device: Device, budgets: Budgets) -> Iterator[AuditResult]:
     """Launches as results; repeated equal launches are one result, with the bounds of all of them together."""
     operations = {launch.compiled: ttgir.parse(launch.compiled.asm["ttgir"]) for launch in launches}
-    tiles = {compiled: ttgir.tile(ops) for compiled, ops in operations.items()}
-    parts = work_shares(launches, [tiles[launch.compiled] for launch in launches])
+    tiles = {launch: _tile(launch, operations[launch.compiled]) for launch in Counter(launches)}
+    parts = work_shares(launches, [tiles[launch] for launch in launches])
     for launch, times in Counter(launches).items():
         compiled, blocks = launch.compiled, math.prod(launch.grid)
-        tile, part = tiles[compiled], times * parts[launches.index(launch)]
-        passes = part * case.flops / tile.products if tile.products else float(times * blocks)
+        tile, part = tiles[launch], times * parts[launches.index(launch)]
+        needed = part * case.flops / tile.products if tile.products else math.inf
+        passes = needed if tile.passes is None else min(needed, times * blocks * tile.passes)
         seconds = bounds(tile, passes, blocks, part * case.bytes, device)
         result = replace(
             _compiled_result(case, launch, device),
-            tile=tile_fields(tile, device) | {"passes": passes},
-            bounds=seconds,
-            tflops=part * case.flops / max(seconds.values()) / 1e12 if part else None,
+            tile=tile_fields(tile, device) | {"passes": passes} if tile.modelled else {},
+            bounds=seconds if tile.modelled else {},
+            tflops=part * case.flops / max(seconds.values()) / 1e12 if part and tile.modelled else None,
         )
         budget = budgets.of(launch.kernel, case.name, device.target)
         miscompiled = ttgir.miscompilations(compiled.asm["ttgir"], operations[compiled])
         yield replace(result, faults=(*budget_faults(result, budget, device, tile), *miscompiled))
+
+
+def _tile(launch: KernelLaunch, ops: Sequence[ttgir.Op]) -> ttgir.Tile:
+    text = launch.compiled.asm["ttgir"]
+    return ttgir.tile(ttgir.executed(ops, text, dict(launch.arguments), launch.grid))
 
 
 def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditResult:
@@ -266,15 +276,17 @@ def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
 
 
 def audit_command(
-    patterns: list[str], targets: list[str], budget: Path, out: Path | None, extra: Path | None, as_json: bool
+    patterns: list[str], targets: list[str], budget: Path | None, out: Path | None, extra: Path | None, as_json: bool
 ) -> int:
     """Implements `python -m profiling audit`; returns 1 if any kernel has a fault."""
     if knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET=1 replaces the compiler, so there is nothing to audit; unset it")
     started, begin = now(), time.monotonic()
-    devices, budgets = [of_target(target) for target in targets], Budgets(budget)
+    devices, budgets = [of_target(target) for target in targets], Budgets(budget or BUDGETS)
     selected = _select_cases(extra, patterns)
-    run = Run("audit", started, describe_machine(torch.device("cpu")))
+    run = Run(
+        "audit", started, describe_targets(devices), nvml=NvmlTrace(note="no GPU: kernels were compiled, not run")
+    )
     if out is not None:
         save(run, out)  # fails now, not after the work, if the place cannot be written
     with Console(stderr=True).status("") as status:
@@ -282,7 +294,8 @@ def audit_command(
             for case in selected:
                 status.update(f"compiling {case.name} for {device.target}")
                 run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
-    run = replace(run, notes=tuple(_notes(selected, patterns, budgets)), seconds=time.monotonic() - begin)
+    all_chosen = not patterns and (extra is None or budget is not None)
+    run = replace(run, notes=tuple(_notes(selected, all_chosen, budgets)), seconds=time.monotonic() - begin)
     if out is not None:
         save(run, out)
     if as_json:
@@ -290,6 +303,14 @@ def audit_command(
     else:
         _print_run(run)
     return int(any(result.faults for result in run.audit))
+
+
+def describe_targets(devices: Sequence[Device]) -> Machine:
+    """The GPUs that an audit is about, by their data sheet; versions and revision are those of the compiler here."""
+    name = " and ".join(f"{device.name} ({device.target})" for device in devices)
+    capability = devices[0].capability if len(devices) == 1 else None
+    here = describe_machine(torch.device("cpu"))
+    return replace(here, kind="cuda", device=name, units=0, memory_bytes=0, capability=capability)
 
 
 def _print_run(run: Run) -> None:
@@ -322,9 +343,9 @@ def _select_cases(extra: Path | None, patterns: Sequence[str]) -> list[Case]:
     return compiled
 
 
-def _notes(selected: Sequence[Case], patterns: Sequence[str], budgets: Budgets) -> Iterator[str]:
-    """What a reader must know beside the results."""
+def _notes(selected: Sequence[Case], all_chosen: bool, budgets: Budgets) -> Iterator[str]:
+    """What a reader must know beside the results; `all_chosen` if the cases are all that the budgets are for."""
     if not selected:
         yield "none of these cases has a Triton kernel"
-    elif not patterns:  # all kernels were audited, so an unused budget is a mistake
+    elif all_chosen:  # so an unused budget is a mistake
         yield from (f"budget [{name}] matches no kernel and no case" for name in sorted(budgets.unused))

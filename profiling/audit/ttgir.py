@@ -4,25 +4,32 @@ TTGIR is the last representation in which Triton still has tiles: a matrix produ
 its operands. It is read by Triton's own parser (`triton._C`, which is not a public interface; `make test` shows when it
 changes).
 
+`execution.py` evaluates masks, branches and trip counts. Bytes count where masks let them through; arithmetic is done
+on the whole tile.
+
 *Main loop*: the one with most FLOPs among the innermost loops around matrix products. In a warp-specialised kernel each
 partition has its own copy of the loop (loads in one, products in another). These copies are recognised by their place
-among the loops of their partition, and count as one loop. A kernel without products is one pass from end to end, in
-which every loop counts as one iteration. Products outside of any loop form one pass with everything else outside of
-loops.
+among the loops of their partition, and count as one loop. Products outside of any loop form one pass with everything
+else outside of loops. Operations under a condition (`scf.if`) that contains no product are left out, since not every
+pass executes them.
 
-Operations under a condition (`scf.if`) that contains no product are left out, since not every pass executes them.
+A kernel without products is one pass from end to end: that of an average program, with all iterations of its loops and
+the branches that it takes. Where these depend on loaded values, there is no model.
 """
 
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from triton._C.libtriton import ir, nvidia
+
+from profiling.audit.execution import by_name, executions
 
 LOOPS = ("scf.for", "scf.while")
 PARTITIONS = ("ttg.warp_specialize", "ttg.warp_specialize.partitions")
@@ -30,6 +37,7 @@ COMBINES = ("tt.reduce", "tt.scan")
 DOTS = ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma", "ttng.tc_gen5_mma_scaled")
 TMA_LOADS = ("ttng.async_tma_copy_global_to_local", "ttng.async_tma_gather")
 TMA_STORES = ("ttng.async_tma_copy_local_to_global", "ttng.async_tma_scatter", "ttng.async_tma_reduce")
+LOADS = ("tt.load", "ttg.async_copy_global_to_local")
 STORES = ("tt.store", "tt.atomic_rmw")
 MUFU = (
     *("math.exp", "math.exp2", "math.log", "math.log2", "math.sqrt", "math.rsqrt", "math.sin", "math.cos"),
@@ -38,6 +46,7 @@ MUFU = (
 MUFU_PTX = re.compile(r"\b(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh)\.approx")  # in inline assembly
 ADDS = ("arith.addf", "arith.subf")
 FP32 = (*ADDS, "arith.mulf", "arith.maxnumf", "arith.minnumf", "arith.maximumf", "arith.minimumf", "math.fma")
+WORK = (*DOTS, *COMBINES, *TMA_LOADS, *TMA_STORES, *LOADS, *STORES, *MUFU, *FP32)  # what the model counts
 DTYPES = {"bf16": "bf16", "f16": "fp16", "f32": "tf32", "f8E4M3FN": "fp8", "f8E5M2": "fp8", "i8": "int8"}
 
 TILE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)")
@@ -64,6 +73,8 @@ class Op:
     assembly: str  # text of inline assembly
     scopes: tuple[Scope, ...] = ()  # outermost first
     loop: tuple[int, ...] = ()  # see `parse`
+    times: float | None = 1.0  # executions in a program, None if unknown; see `Execution`
+    share: float = 1.0  # of its tile that its mask lets through
 
     @property
     def branches(self) -> set[int]:
@@ -82,6 +93,8 @@ class Tile:
     store_bytes: float
     mufu: float  # elements of exponentials, divisions, roots ...
     fp32: float  # elements of additions, multiplications, maxima, including reductions and `fma`
+    passes: float | None = None  # in an average program, None if unknown
+    modelled: bool = True  # else nothing is known of its work, and all of it is 0
 
     @property
     def products(self) -> float:
@@ -156,8 +169,29 @@ def _with_loops(ops: Sequence[Op]) -> list[Op]:
     return [replace(op, loop=loop(op)) for op in ops]
 
 
+def executed(
+    ops: Sequence[Op], ttgir: str, arguments: Mapping[str, int] = MappingProxyType({}), grid: Sequence[int] = (1,)
+) -> list[Op]:
+    """The operations of `parse(ttgir)` as a launch with these integer arguments executes them.
+
+    Those of one kind come in the same order in the text as in `ops`.
+    """
+    groups = by_name(executions(ttgir, arguments, grid))
+    place: Counter[str] = Counter()
+    result = []
+    for op in ops:
+        if op.name in WORK:
+            found = groups[op.name][place[op.name]]
+            place[op.name] += 1
+            op = replace(op, times=found.times, share=found.share)
+        result.append(op)
+    if missed := {name for name in WORK if place[name] != len(groups.get(name, ()))}:
+        raise ValueError(f"ttgir: its text has other operations than its module: {', '.join(sorted(missed))}")
+    return result
+
+
 def tile(ops: Sequence[Op]) -> Tile:
-    """The work of one pass of the main loop."""
+    """The work of one pass of the main loop. Without `executed`, all masks are full and nothing is repeated."""
     flops: defaultdict[tuple[int, ...], float] = defaultdict(float)
     for op in ops:
         if op.name in DOTS:
@@ -165,42 +199,50 @@ def tile(ops: Sequence[Op]) -> Tile:
     loops = [loop for loop in flops if len(loop) > 1]  # a pipeline's first iterations may stand before its loop
     main = max(loops or flops, key=lambda loop: flops[loop], default=None)
     inside = [op for op in ops if main is None or op.loop == main]
+    if main is None:
+        if any(op.times is None for op in inside if op.name in WORK):
+            return Tile({}, 0.0, 0.0, 0.0, 0.0, 0.0, modelled=False)
+        return replace(_work(inside, lambda op: op.times or 0.0), passes=1.0)
     needed = {region for op in inside if op.name in DOTS for region in op.branches}
-    return _work([op for op in inside if op.branches <= needed])
+    passes = [op.times for op in inside if op.name in DOTS]
+    known = [times for times in passes if times is not None]
+    work = _work([op for op in inside if op.branches <= needed], lambda _: 1.0)
+    return replace(work, passes=max(known) if len(known) == len(passes) else None)
 
 
-def _work(ops: Sequence[Op]) -> Tile:
+def _work(ops: Sequence[Op], times: Callable[[Op], float]) -> Tile:
     tensor: defaultdict[str, float] = defaultdict(float)
     fma = load = store = mufu = 0.0
     for op in ops:
+        n = times(op)
         if op.name in DOTS:
             dtype = _dtype(op.operands[0])
             if "nvidia_mma" in "".join(op.results) or op.name != "tt.dot":
-                tensor[DTYPES.get(dtype, dtype)] += _flops(op)
+                tensor[DTYPES.get(dtype, dtype)] += n * _flops(op)
             else:  # a blocked layout: ordinary multiply-adds
-                fma += _flops(op) / 2
+                fma += n * _flops(op) / 2
         elif op.name in TMA_LOADS or op.name in TMA_STORES:
-            size = _bytes(_buffer(op))
+            size = n * _bytes(_buffer(op))
             load, store = (load + size, store) if op.name in TMA_LOADS else (load, store + size)
-        elif op.name in ("tt.load", "ttg.async_copy_global_to_local"):
-            load += _bytes(op.operands[0])  # the type of a tile of pointers states what they point to
+        elif op.name in LOADS:
+            load += n * op.share * _bytes(op.operands[0])  # a tile of pointers: its type states what they point to
         elif op.name in STORES:
-            store += _bytes(op.operands[0])
+            store += n * op.share * _bytes(op.operands[0])
         elif op.name in MUFU or MUFU_PTX.search(op.assembly):
-            mufu += _elements(op.results[0])
-    return Tile(dict(tensor), fma, load, store, mufu, fma + _fp32(ops))
+            mufu += n * _elements(op.results[0])
+    return Tile(dict(tensor), fma, load, store, mufu, fma + _fp32(ops, times))
 
 
-def _fp32(ops: Sequence[Op]) -> float:
+def _fp32(ops: Sequence[Op], times: Callable[[Op], float]) -> float:
     """Elements of float32 arithmetic. A product used only by one sum is fused with it; two 16-bit elements are one."""
     uses = Counter(value for op in ops for value in op.reads)
     single = {value for op in ops if op.name == "arith.mulf" for value in op.makes if uses[value] == 1}
     total = 0.0
     for op in ops:
         if op.name in COMBINES and _dtype(op.operands[0]).startswith(("f", "bf")):
-            total += _elements(op.operands[0]) * _lane_fraction(op.operands[0])
+            total += times(op) * _elements(op.operands[0]) * _lane_fraction(op.operands[0])
         elif op.name in FP32 and not (op.name in ADDS and single.intersection(op.reads)):
-            total += _elements(op.results[0]) * _lane_fraction(op.results[0])
+            total += times(op) * _elements(op.results[0]) * _lane_fraction(op.results[0])
     return total
 
 

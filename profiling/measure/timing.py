@@ -33,8 +33,11 @@ def num_input_sets(bytes_a_set: float, device: torch.device) -> int:
 class CallTimer:
     """Times equivalent calls on different inputs, after warming them up."""
 
-    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device) -> None:
-        """Runs every call once and finds how many fill a sample; on a GPU it captures these as a CUDA graph."""
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, *, capture: bool = True) -> None:
+        """Runs every call once and finds how many fill a sample; on a GPU it captures these as a CUDA graph.
+
+        Without `capture` they are launched one by one. Only long calls are then free of launch gaps.
+        """
         self._cuda = device.type == "cuda"
         self._turn = itertools.cycle(calls)
         for call in calls:
@@ -43,7 +46,7 @@ class CallTimer:
         self._count = 1
         rough = min(self.sample() for _ in range(2))
         self._count = max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(SAMPLE_SECONDS[device.type] / max(rough, 1e-9))))
-        if self._cuda:
+        if self._cuda and capture:
             self._capture()
 
     @property

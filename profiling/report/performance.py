@@ -1,75 +1,224 @@
-"""Writes docs/performance.md: the committed results as tables in Markdown, so that no number in it is typed in."""
+"""Writes docs/performance.md and README's short table from the committed results, so that no number is typed in.
 
-import re
-from collections.abc import Iterator
+Each row is the newest measurement of its case or variant on a device, from a results file or a tuned table, and says
+where it comes from. Times are medians. Results of other programs are left out.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from profiling.formats import load
-from profiling.results import CaseResult, Run, write
-from profiling.tables import duration, measurement_rows, number, percent, variant_rows
+from model.config import PRESETS
+from model.errors import UserError
+from profiling.cases.evidence import COMMITTED, gather
+from profiling.ceilings import ceiling_notes
+from profiling.defaults import default_backend
+from profiling.formats import of_another_program
+from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
+from profiling.tables import duration, measurement_rows, number, percent, share_of_ceiling, stage_value
+
+PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
+BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
+SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
+PRESET = "flashtalk-14b"
+
+Item = TypeVar("Item", CaseResult, VariantResult)
 
 HEAD = """# Performance
 
-Written by `python -m profiling docs` from the runs in [profiling/results](../profiling/results). `python -m profiling
-report RUN` shows one of them in full, `python -m profiling targets` holds them to the goals.
+Written by `python -m profiling docs` from the runs in [profiling/results](../profiling/results) and the tables in
+[kernels/tuned](../kernels/tuned). `python -m profiling report RUN` shows a run in full, `python -m profiling targets`
+holds them all to the goals.
 
-Weights and data are random. *Ours* is the fastest of our back-ends that ran, which need not be the one that runs by
-default. A *peer* is what one would use instead: cuDNN, cuBLAS, PyTorch eager or compiled. Its time over ours is in
-the column "x peer": above 1 is faster. *Of ceiling* is the share of what the same card copied or multiplied at the
-start of the run.
+Weights and data are random. Times are medians. Of each case and each way to run a chunk, the newest measurement is
+shown. A revision that ends in *dirty* had changes that were not committed; tuned tables store no revision.
+"""
+
+CASES_HEAD = """## Operations
+
+- *Fastest of ours* is the fastest right back-end of this repository that was measured.
+- *By default* is the one that runs if nothing is asked for, by the tuned tables as they are now.
+- *Best peer* is the fastest of what one would use instead: cuDNN, cuBLAS, PyTorch eager or compiled.
+- *x peer* is the best peer's time over the fastest of ours: above 1 is faster.
+- *Of ceiling* is the share of what the same card copied or multiplied at the start of the run. Tables store none.
 """
 
 
-def docs_command(results: Path, out: Path) -> int:
-    """Implements `python -m profiling docs`."""
-    write(out, performance_page(results))
-    print(out)
-    return 0
+# --- The page -------------------------------------------------------------------------------------------------------
 
 
-def performance_page(results: Path) -> str:
-    """The page of all results files in a folder, the newest first. Runs of other programs are left out."""
-    parts = [HEAD]
-    for path in sorted(results.glob("*.json"), reverse=True):
-        run = load(path)
-        if not run.command.startswith("gpu_first"):  # a program that is not in this repository
-            parts.append("\n".join(_section(path, run)) + "\n")
-    return "\n".join(parts)
+def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
+    """The page in Markdown; `runs` are given as (file, run), the newest first."""
+    runs = [(file, run) for file, run in runs if not of_another_program(run)]
+    lines = [*_variants(runs), "", CASES_HEAD, *_cases(runs)]
+    return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
-def _section(path: Path, run: Run) -> Iterator[str]:
-    versions = ", ".join(f"{name} {run.machine.versions[name]}" for name in ("torch", "triton"))
-    revision = re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", run.machine.revision or "unknown")
-    yield f"## {run.started[:10]}, {run.machine.device}: {path.stem[11:]}\n"
-    yield f"[{path.name}](../profiling/results/{path.name}), revision {revision}, {versions}.\n"
-    if run.variants:
-        yield from _variants(run)
-    if run.cases:
-        yield "| case | ours | | of ceiling | best peer | | x peer |"
-        yield "|---|---|---|---|---|---|---|"
-        yield from (line for case in run.cases if (line := _case(case, run)))
-
-
-def _variants(run: Run) -> Iterator[str]:
-    yield "| chunk | time | FPS | first frame | a step | decode | GPU idle | peak |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in variant_rows(run):
-        step = row.stages["denoise/step"] / row.calls["denoise/step"]
-        cells = (
-            duration(row.seconds), f"{row.fps or 0:.1f}", duration(row.first_frame), duration(step),
-            duration(row.stages["decode"]), percent(row.gaps), f"{(row.peak_bytes or 0) / 2**30:.1f} GiB",
-        )  # fmt: skip
-        yield f"| `{row.variant}` | {' | '.join(cells)} |"
+def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    yield "## Whole chunks\n"
+    yield from _header(
+        "chunk", "time", "FPS", "first frame", "a step", "decode alone", "encode again", "GPU idle", "peak memory"
+    )
+    for file, run, variant in _newest(runs, lambda run: run.variants, lambda variant: variant.variant):
+        if variant.status == OK:
+            stages = ("first_frame", "denoise/step", "decode", "motion")
+            cells = (
+                f"`{variant.variant}`", duration(stage_value(variant, "chunk")), fps(variant),
+                *(duration(stage_value(variant, stage)) for stage in stages),
+                percent(variant.gaps), gibibytes(variant.peak_bytes),
+            )  # fmt: skip
+            yield _row(*cells, *_source(file, run))
     yield ""
+    yield "*Decode alone* leaves out calls that run beside other work, as that of the motion latents does."
 
 
-def _case(case: CaseResult, run: Run) -> str | None:
-    rows = {row.backend: row for row in measurement_rows(run) if row.case == case.case}
-    ours, peer = case.best(ours=True), case.best(ours=False)
-    if ours is None:
-        return None
-    row = rows[ours.backend]
-    speed = f", {number(row.tflops)} TFLOP/s" if row.bound == "compute" else ""
-    best = f"{peer.backend} | {duration(peer.seconds)}" if peer else " | "
-    share, ratio = f"{percent(row.ceiling)} {row.bound or ''}", f"{row.ratio:.2f}" if row.ratio else ""
-    return f"| `{case.case}` | {ours.backend} | {duration(ours.seconds)}{speed} | {share} | {best} | {ratio} |"
+def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    measured = [
+        (file, run, case)
+        for file, run, case in _newest(runs, lambda run: run.cases, lambda case: case.case)
+        if case.best(ours=True)
+    ]
+    measured.sort(key=lambda item: item[2].case)
+    yield from _header("case", "fastest of ours", "of ceiling", "by default", "best peer", "x peer")
+    reasons: list[str] = []
+    for file, run, case in measured:
+        rows = {row.backend: row for row in measurement_rows(run) if row.case == case.case}
+        ours = rows[(case.best(ours=True) or Measurement("", OK)).backend]
+        speed = f", {number(ours.tflops)} TFLOP/s" if case.is_matmul else ""
+        peer = case.best(ours=False)
+        cells = (
+            f"`{case.case}`",
+            f"{_contender(case, ours.backend)}{speed}",
+            share_of_ceiling(ours),
+            _contender(case, default_backend(case, run.machine)),
+            _contender(case, peer.backend if peer else None),
+            f"{ours.ratio:.2f}" if ours.ratio else "",
+        )
+        yield _row(*cells, *_source(file, run))
+        if ours.above:
+            reasons.append(f"`{case.case}`, {ours.backend}, is above its ceiling (!): {ours.above}.")
+    for note in (*reasons, *ceiling_notes(run for _, run, _ in measured)):
+        yield f"\n{note}"
+
+
+def _newest(
+    runs: Sequence[tuple[str, Run]], items: Callable[[Run], Iterable[Item]], name: Callable[[Item], str]
+) -> list[tuple[str, Run, Item]]:
+    """Of each name and device the newest item, as (file, run, item); `runs` are the newest first."""
+    found: dict[tuple[str, str], tuple[str, Run, Item]] = {}
+    for file, run in runs:
+        for item in items(run):
+            found.setdefault((name(item), run.machine.device), (file, run, item))
+    return list(found.values())
+
+
+def _contender(case: CaseResult, backend: str | None) -> str:
+    """A back-end with its time, or without one if the run did not time it."""
+    measured = case.of(backend) if backend else None
+    return f"{backend} {duration(measured.seconds)}" if measured and measured.seconds else backend or ""
+
+
+def _source(file: str, run: Run) -> tuple[str, str, str, str]:
+    """Where a row comes from: a link to the file, date, device, revision."""
+    path = Path(file)
+    revision, dirty, _ = (run.machine.revision or "").partition("-dirty")
+    device = run.machine.device.removeprefix("NVIDIA ")
+    link = f"[{path.stem}](../{'/'.join(path.parts[-3:])})"
+    return link, run.started[:10], device, f"{revision[:9]}{dirty}" or "none stored"
+
+
+def _header(*names: str) -> Iterator[str]:
+    columns = (*names, "run", "date", "device", "revision")
+    yield _row(*columns)
+    yield _row(*("---" for _ in columns))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# --- README's table -------------------------------------------------------------------------------------------------
+
+
+def readme_table(runs: Sequence[tuple[str, Run]]) -> str:
+    """The short table: the published form of the preset beside the fastest one. `UserError` if one is missing."""
+    found = {
+        variant.variant: (file, run, variant)
+        for file, run, variant in reversed(_newest(runs, lambda run: run.variants, lambda v: v.variant))
+    }
+    if missing := [name for name in SIDES if name not in found]:
+        raise UserError(f"no results have the variant {' or '.join(missing)}, which README's table is about")
+    (left_file, run, left), (right_file, _, right) = (found[name] for name in SIDES)
+    chunk, device = PRESETS[PRESET].chunk, run.machine.device.split()[1]
+    what = f"one {device}, {chunk.width} x {chunk.height}, {left.frames} new frames a chunk, {chunk.sample_steps} steps"
+    lines = [
+        _row(f"{what}, random weights", "published form, eager bf16", f"this repository, `{right.variant}`"),
+        _row("---", "---", "---"),
+    ]
+    lines += [_row(name, value(left), f"**{value(right)}**") for name, value in _README_ROWS.items()]
+    links = (f"[{Path(f).name}](profiling/results/{Path(f).name})" for f in (left_file, right_file))
+    lines += ["", "Left: {}. Right:\n{}. [All results](docs/performance.md)".format(*links)]
+    return "\n".join(lines)
+
+
+def _seconds(stage: str) -> Callable[[VariantResult], str]:
+    return lambda variant: f"{stage_value(variant, stage) or 0:.2f} s"
+
+
+def fps(variant: VariantResult) -> str:
+    """New frames a second: "14.1"."""
+    return f"{stage_value(variant, 'fps') or 0:.1f}"
+
+
+def gibibytes(size: int | None) -> str:
+    """Bytes in units of 2^30: "21.7 GiB"."""
+    return f"{(size or 0) / 2**30:.1f} GiB"
+
+
+_README_ROWS: dict[str, Callable[[VariantResult], str]] = {
+    "chunk": _seconds("chunk"),
+    "frames a second (real time is 25)": fps,
+    "window of sound to first frame": _seconds("first_frame"),
+    "one denoising step": _seconds("denoise/step"),
+    "GPU memory at the peak": lambda variant: gibibytes(variant.peak_bytes),
+    "GPU idle in a chunk": lambda variant: f"{100 * (variant.gaps or 0):.1f} %",
+}
+
+
+def with_table(readme: str, table: str) -> str:
+    """The text of README with the table between its two markers. Raises `UserError` if it lacks them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"README has no lines {BEGIN} and {END}, between which its table stands")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def documents(root: Path, places: Sequence[Path] = COMMITTED) -> dict[Path, str]:
+    """Each generated document's path and text, for the repository at `root`."""
+    runs, unreadable = gather(places)
+    if unreadable:
+        raise UserError(unreadable[0])
+    try:
+        readme = (root / README).read_text()
+    except OSError as error:
+        raise UserError(f"{root / README} cannot be read ({error.strerror}); call this in the repository") from error
+    return {root / PAGE: performance_page(runs), root / README: with_table(readme, readme_table(runs))}
+
+
+def docs_command(root: Path, check: bool) -> int:
+    """Implements `python -m profiling docs`; with `check` it writes nothing and returns 1 if a document differs."""
+    texts = documents(root)
+    if not check:
+        for path, text in texts.items():
+            write(path, text)
+            print(path)
+        return 0
+    differ = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in differ:
+        print(f"{path} is not what the results give; run `python -m profiling docs`", file=sys.stderr)
+    return int(bool(differ))

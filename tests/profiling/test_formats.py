@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from model.errors import UserError
 from profiling.analyse.compare import compare_command, compare_runs
 from profiling.formats import from_json, load
-from profiling.results import OK
+from profiling.results import OK, CaseResult, Machine, Measurement, Run, save
 
 BENCHMARKS = """
 import pytest
@@ -145,3 +146,13 @@ def test_a_pytest_benchmark_file_with_names_of_version_1_has_the_present_ones(be
     assert (case.operation, case.shape, case.dims) == ("causal_conv3d", "tiny-time", {"rows": 4, "kt": 3, "k": 1})
     assert [len(m.samples) for m in case.measurements] == [7, 7]
     assert run.case("test_it.py::test_plain") is not None
+
+
+def test_what_another_program_measured_is_a_peer(tmp_path: Path) -> None:
+    """The probe of 2026-11-26 had kernels of its own, which met goals of this repository's."""
+    measurement = Measurement("triton w8", OK, ours=True, samples=(0.1,))
+    case = CaseResult("o/s/bf16", "o", "s", "bf16", 1.0, 1.0, measurements=(measurement,))
+    run = Run("probe.py --out x", "2026-01-01", Machine("cuda", "NVIDIA H100", 132, 80), cases=(case,))
+    for command, ours in (("probe.py --out x", False), ("bench", True), ("gpu --phase bench", True)):
+        save(replace(run, command=command), tmp_path / "run.json")
+        assert load(tmp_path / "run.json").cases[0].measurements == (replace(measurement, ours=ours),)

@@ -10,7 +10,7 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.analyse.project import BEST, OURS, Link, communication, parse_link, project
+from profiling.analyse.project import BEST, OURS, Link, communication, divided_chunk, merged, parse_link, project
 from profiling.cases import Case, registry
 from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
 
@@ -148,6 +148,20 @@ def test_what_a_measured_chunk_takes_beyond_our_kernels_is_added_everywhere(run:
     assert rows[8, BEST].chunk == pytest.approx(3.72 / 8 + 0.087412 + 0.56, rel=1e-4)
 
 
+def test_a_measured_chunk_can_be_divided() -> None:
+    stages = {"denoise/step": (0.4,) * 8, "decode": (0.1,) * 4, "motion": (0.05,) * 2, "color": (0.02,) * 2}
+    chunk = VariantResult("bf16-eager", OK, stages=stages, chunk=(2.0, 2.0), first_frame=(1.7, 1.7), frames=28)
+    one, two = (divided_chunk(chunk, "bf16", CONFIG, world, LINK) for world in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert one.stages == pytest.approx({"denoise": 1.6, "decode and motion": 0.25, "color": 0.02})
+    assert (one.chunk, one.rest, one.startup, one.fps) == pytest.approx((2.0, 0.13, 1.7, 14))
+    sent = communication(CONFIG, 2)
+    assert two.chunk == pytest.approx(1.87 / 2 + 0.13 + sum(sent.values()) / 1e11)
+    assert two.startup == pytest.approx(0.8 + 0.1 + sent["denoise"] / 1e11)
+    assert divided_chunk(dataclasses.replace(chunk, stages={}), "bf16", CONFIG, 2, LINK) is None
+
+
 def test_a_missing_case_leaves_no_number() -> None:
     found, *_ = project(made_up(without="rms_norm_rope/14b-w8/bf16"), (1, 4, 8), LINK)
     rows = {p.world: p for p in found if (p.dtype, p.kernels) == ("bf16", BEST)}
@@ -221,9 +235,26 @@ def test_if_nothing_can_be_projected_the_answer_is_no(
 ) -> None:
     save(run, tmp_path / "run.json")
     assert call(monkeypatch, tmp_path / "run.json", "--gpus", "4") == 1
-    assert "4 GPUs: incomplete, lacks times for chunk_attention/14b-w4/bf16" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 GPUs: incomplete, lacks 30 times:" in out
+    assert "linear: 14b-w4-down/bf16, 14b-w4-out/bf16, 14b-w4-qkv/bf16, 14b-w4-up/bf16" in out
+
+
+def test_a_folder_is_one_run_of_the_newest_cases_of_the_commonest_device(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = len(run.cases) // 2
+    first, second = (dataclasses.replace(run, cases=c) for c in (run.cases[:half], run.cases[half:]))
+    slower = dataclasses.replace(run.cases[0], measurements=(Measurement("k", OK, ours=True, samples=(9.0,)),))
+    older = dataclasses.replace(run, started="2025-01-01", cases=(slower,))
+    other = dataclasses.replace(older, machine=dataclasses.replace(H100, device="another"), started="2027-01-01")
+    together = merged([other, first, second, older])
+    assert together.machine == H100
+    assert {case.case: case for case in together.cases} == {case.case: case for case in run.cases}
+    for i, part in enumerate((first, second, older, other)):
+        save(part, tmp_path / f"{i}.json")
+    assert call(monkeypatch, tmp_path, "--gpus", "1") == 0
+    assert "incomplete" not in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_one_line(

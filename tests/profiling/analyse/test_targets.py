@@ -11,8 +11,9 @@ import pytest
 
 from model.errors import UserError
 from profiling.__main__ import TARGETS, main
-from profiling.analyse.targets import MET, MISSED, UNMEASURED, Target, TargetResult, evaluate, read_targets, stage_value
+from profiling.analyse.targets import MET, MISSED, UNMEASURED, Contender, Target, TargetResult, evaluate, read_targets
 from profiling.cases import registry
+from profiling.formats import as_peers
 from profiling.results import (
     ERROR,
     NOT_INSTALLED,
@@ -23,9 +24,11 @@ from profiling.results import (
     Machine,
     Measurement,
     Run,
+    StageInterval,
     VariantResult,
     save,
 )
+from profiling.tables import stage_value
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80)
 CPU = Machine("cpu", "some CPU", 2, 8)
@@ -110,7 +113,7 @@ def test_a_wrong_kernel_misses_its_goal(status: str) -> None:
         ([], "no results of such a machine"),
         ([run(machine=CPU)], "no results of such a machine"),
         ([run()], "not in any results"),
-        ([run(case(timed("cudnn", 0.01)))], "no back-end of ours yet"),
+        ([run(case(timed("cudnn", 0.01)))], "only peers were measured"),
         ([run(case(Measurement("triton", OK, True)))], "triton: not timed"),
         ([run(case(Measurement("triton", NOT_INSTALLED, True)))], "triton: not installed"),
         ([run(case(timed("triton", 0.01, ours=True)))], "peer best: not measured"),
@@ -135,6 +138,29 @@ def test_the_newest_run_that_measured_it_answers() -> None:
     )
     result = held(target(ratio=1.0), RUN, newest, newer, dataclasses.replace(h200, started="2026-04-01"))
     assert (result.file, result.verdict) == ("2026-02-01", MISSED)
+
+
+def test_the_fastest_the_default_and_the_best_peer_stand_beside_each_other() -> None:
+    """On one H100 the tuned table names the Hopper kernel for this shape, whatever was fastest in the run."""
+    dims = {"rows": 12096, "inputs": 5120, "outputs": 13824}
+    measurements = (timed("gluon", 0.02, True), timed("library", 0.01, True), timed("scaled-mm-row", 0.015))
+    product = dataclasses.replace(case(*measurements, name="linear/14b-w1-up/fp8"), dims=dims)
+    goal = dataclasses.replace(target(ratio=1.0), subject="linear/14b-w1-up/fp8")
+    result = held(goal, run(product, machine=dataclasses.replace(H100, capability="9.0")))
+    contenders = Contender("library", 0.01), Contender("gluon", 0.02), Contender("scaled-mm-row", 0.015)
+    assert (result.fastest, result.default, result.peer) == contenders
+    assert result.verdict == MET
+
+
+def test_a_kernel_of_another_program_meets_no_goal() -> None:
+    foreign = as_peers(dataclasses.replace(RUN, command="probe.py --out x"))
+    assert held(target(seconds=1.0), foreign).detail == "only peers were measured"
+
+
+def test_a_share_above_the_ceiling_says_why() -> None:
+    result = held(target(percent_of_ceiling=80), run(case(timed("triton", 0.005, ours=True))))
+    assert result.value == pytest.approx(150)
+    assert "above it: another algorithm, with fewer FLOPs" in result.detail
 
 
 # --- Variants -------------------------------------------------------------------------------------------------------
@@ -210,9 +236,72 @@ def test_a_variant_is_held_to_its_goal(
     assert result.value is None if value is None else result.value == pytest.approx(value)
 
 
+def test_the_reason_is_that_of_the_newest_run_that_has_something_of_it() -> None:
+    nothing = dataclasses.replace(run(), started="2027-01-01")
+    result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="published"), VARIANTS, nothing)
+    assert result.detail == "peer published: not in the run of bf16-compiled"
+    goal = dataclasses.replace(target(ratio=1.0), peer="cudnn")
+    assert held(goal, nothing, run(case(timed("cudnn", 0.01)))).detail == "only peers were measured"
+
+
 def test_against_a_variant_that_failed_nothing_is_measured() -> None:
     result = held(Target("goal", "bf16*", {"ratio": 1.0}, stage="chunk", peer="fp8-graphs"), VARIANTS)
     assert (result.verdict, result.detail) == (UNMEASURED, "peer fp8-graphs is failing: OutOfMemoryError")
+
+
+def test_calls_beside_other_work_are_not_summed() -> None:
+    one = dataclasses.replace(variant("fp8", 0.4), stages={"denoise/step": (0.4,) * 2, "decode": (0.3, 0.1) * 2})
+    timeline = (
+        StageInterval("denoise/step", 0, 0.0, 0.4),
+        StageInterval("decode", 1, 0.05, 0.35),
+        StageInterval("decode", 0, 0.4, 0.5),
+    )
+    assert stage_value(one, "decode") == pytest.approx(0.4)  # nothing shows that they overlap
+    assert stage_value(dataclasses.replace(one, timeline=timeline), "decode") == pytest.approx(0.1)
+    assert stage_value(dataclasses.replace(one, timeline=timeline), "denoise/step") == pytest.approx(0.4)
+
+
+# --- Projections ----------------------------------------------------------------------------------------------------
+
+
+def test_a_projected_goal_is_answered_by_all_runs_together(tmp_path: Path) -> None:
+    """A first run has the cases of the student, a second those of the VAE."""
+    text = toml(cases=None, seconds=None, gpus="8", link='"H800"', stage='"fps"', at_least="1")
+    (tmp_path / "goals.toml").write_text(text)
+    (goal,) = read_targets(tmp_path / "goals.toml")
+    cases = [c for c in registry().values() if c.shape.name.startswith("14b-w8") and c.shape.calls]
+    results = [
+        CaseResult(
+            c.name, c.operation.name, c.shape.name, c.dtype, c.flops, c.bytes, 8, c.shape.calls,
+            measurements=(timed("triton", 1e-4, ours=True),),
+        )
+        for c in cases
+    ]  # fmt: skip
+    student, vae = (run(*(r for r in results if ("level" in r.shape) == flag)) for flag in (False, True))
+    incomplete = held(goal, student)
+    assert incomplete.verdict == UNMEASURED
+    assert "the projection lacks times for" in incomplete.detail
+    result = held(goal, student, vae)
+    assert (result.verdict, result.detail) == (MET, "projected, bf16")
+    assert result.value is not None
+
+
+def test_a_divided_chunk_misses_a_goal_or_leaves_it_open() -> None:
+    """No kernel of 8 GPUs was measured, but a chunk on one: divided, it is what can be reached at most."""
+    goal = Target("goal", "8 x H800", {"at_least": 20}, stage="fps", gpus=8, link="H800")
+    one = run(case(timed("triton", 1e-3, ours=True), name="chunk_attention/14b-w1/bf16"))
+    one = dataclasses.replace(
+        one, cases=(dataclasses.replace(one.cases[0], calls=160.0),), variants=(variant("bf16-eager", 0.4),)
+    )
+    result = held(goal, one)
+    assert (result.verdict, result.value) == (UNMEASURED, pytest.approx(42, abs=1))
+    assert result.detail.startswith("at most, if the measured chunk divides evenly; the projection lacks times for")
+    assert held(dataclasses.replace(goal, goals={"at_least": 90}), one).verdict == MISSED
+
+
+def test_without_results_a_projection_is_unmeasured() -> None:
+    goal = Target("goal", "8 x H800", {"at_least": 32}, stage="fps", gpus=8, link="H800")
+    assert held(goal).detail == "there are no results to project from"
 
 
 # --- The file -------------------------------------------------------------------------------------------------------
@@ -259,13 +348,17 @@ def toml(**changes: str | None) -> str:
         (toml(seconds="inf"), "seconds = inf, wanted a positive number"),
         (toml(stretch='"a"'), "stretch = 'a', wanted a positive number"),
         (toml(cases='"op/shape/bf16"'), "cases = 'op/shape/bf16', wanted a list of names"),
-        (toml(cases=None), "wants either cases or a variant"),
-        (toml(variant='"a"', stage='"chunk"'), "wants either cases or a variant"),
-        (toml(cases=None, variant='"a"'), "a variant needs one"),
-        (toml(stage='"chunk"'), "a stage goes with a variant"),
+        (toml(cases=None), "wants either cases, a variant, or gpus"),
+        (toml(variant='"a"', stage='"chunk"'), "wants either cases, a variant, or gpus"),
+        (toml(cases=None, variant='"a"'), "a stage goes with a variant or gpus, and these need one"),
+        (toml(stage='"chunk"'), "a stage goes with a variant or gpus, and these need one"),
         (toml(ratio="1.0"), "a ratio needs a peer"),
         (toml(peer='"best"'), "a ratio needs a peer, and a peer a ratio"),
         (toml(cases=None, variant='"a"', stage='"chunk"', backend='"b"'), "a backend goes with cases"),
+        (toml(cases=None, gpus="8", stage='"fps"'), "a link goes with gpus, and gpus need one"),
+        (toml(link='"H800"'), "a link goes with gpus"),
+        (toml(cases=None, gpus='"8"', link='"H800"', stage='"fps"'), "gpus = '8', wanted a number of GPUs"),
+        (toml(cases=None, gpus="8", link='"H800"', stage='"decode"'), "have the stages fps, first_frame"),
         (toml(kind='"gpu"'), "kind = 'gpu', wanted cuda or cpu"),
         (toml(device='"H100("'), "device is no regular expression"),
     ],
@@ -308,8 +401,11 @@ def test_the_command_is_good_only_if_all_goals_are_met(
     assert call(monkeypatch, *common, folder / "easy.toml") == 0
     (folder / "unmeasured.toml").write_text(toml() + toml(cases='["x/y/z", "x/y/w"]'))
     capsys.readouterr()
-    assert call(monkeypatch, *common, folder / "unmeasured.toml") == 1
+    assert call(monkeypatch, *common, folder / "unmeasured.toml") == 3
     assert "2 cases" in capsys.readouterr().out
+    assert call(monkeypatch, *common, folder / "unmeasured.toml", "--allow-unmeasured") == 0
+    (folder / "both.toml").write_text(toml(seconds="0.001") + toml(cases='["x/y/z"]'))
+    assert call(monkeypatch, *common, folder / "both.toml", "--allow-unmeasured") == 1
 
 
 def test_the_json_has_value_shortfall_and_file(

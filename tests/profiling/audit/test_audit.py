@@ -1,5 +1,6 @@
 """The audit, on kernels compiled here for GPUs that are not: its numbers against arithmetic done by hand."""
 
+import io
 import json
 import math
 import sys
@@ -13,20 +14,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from rich.console import Console
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from profiling import formats
-from profiling.__main__ import BUDGETS, main
+from profiling.__main__ import main
 from profiling.audit import sass
-from profiling.audit.audit import Budgets, audit_case, bounds, budget_faults
+from profiling.audit.audit import BUDGETS, Budgets, audit_case, bounds, budget_faults
 from profiling.audit.ttgir import Tile
 from profiling.cases import Backend, Case, Shape, registry
 from profiling.devices import devices, of_target
 from profiling.fake_gpu import FakeCudaMode, record_launches
 from profiling.results import AuditResult
+from profiling.tables import AUDIT_UNITS, audit_table
 from tests.profiling import attention_kernel, toy
 from tests.profiling.attention_kernel import CASES, OPERATION, PRODUCTION, TINY, attention
 
@@ -208,7 +211,100 @@ def test_the_main_loop_is_the_innermost_around_products_without_its_branches() -
     assert result.tile["flops_bf16"] == 2 * 64**3
     assert result.tile["load_bytes"] == 2 * (64 * 64 * 2)
     assert [result.tile[name] for name in ("store_bytes", "mufu", "fp32", "fma")] == [0, 0, 0, 0]
-    assert result.bounds["tensor"] == pytest.approx(PRODUCTION_FLOPS / (132 * 4096 * 1.83e9))  # evenly shared out
+    passes = (12096 // 64) ** 2 * 2  # fewer than the case's FLOPs would need, and evenly shared out
+    assert result.tile["passes"] == pytest.approx(passes, rel=0.002)
+    assert result.bounds["tensor"] == pytest.approx(passes * 2 * 64**3 / (132 * 4096 * 1.83e9), rel=0.002)
+
+
+@triton.jit
+def masked_rows(x, y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """y = exp(x), row by row. The body stands under a condition in a loop, and part of the block is masked."""
+    offsets = tl.arange(0, BLOCK)
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        if row < rows:
+            values = tl.load(x + row * columns + offsets, mask=offsets < columns)
+            tl.store(y + row * columns + offsets, tl.exp(values.to(tl.float32)), mask=offsets < columns)
+
+
+def launch_masked_rows(q: Tensor, *_: Tensor) -> None:
+    rows, columns = len(q), q[0].numel()
+    parameters: dict[str, Any] = {"ROWS": 4, "BLOCK": 8192}
+    masked_rows[(triton.cdiv(rows, 4),)](q, torch.empty_like(q), rows, columns, **parameters)
+
+
+def test_bytes_count_where_the_mask_lets_them_through() -> None:
+    """The student's 5,120 channels in a block of 8,192: arithmetic is done on all of it, 5,120 are read and written."""
+    (result,) = audited(launch_masked_rows)
+    tile = result.tile
+    assert (tile["load_bytes"], tile["store_bytes"]) == (4 * 5120 * 2, 4 * 5120 * 2)
+    assert tile["mufu"] == 4 * 8192
+    assert result.bounds["l2"] == pytest.approx(2 * 12096 * 5120 * 2 / 5.5e12)
+    assert tile["passes"] == 12096 / 4
+
+
+@triton.jit
+def tiles_over_the_edge(x, y, rows, columns, BLOCK: tl.constexpr):  # noqa: N803
+    """y = x in tiles, of which the last ones reach over both edges."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < columns)
+    tl.store(y + row * columns + column, tl.load(x + row * columns + column, mask=inside), mask=inside)
+
+
+def test_tiles_at_the_edges_count_what_they_have() -> None:
+    def launcher(q: Tensor, *_: Tensor) -> None:
+        parameters: dict[str, Any] = {"BLOCK": 64}
+        tiles_over_the_edge[(3, 2)](q, torch.empty_like(q), 150, 100, **parameters)
+
+    (result,) = audited(launcher)
+    assert result.tile["load_bytes"] * result.tile["passes"] == pytest.approx(150 * 100 * 2)
+
+
+@triton.jit
+def until_zero(x, y):
+    """A loop whose length depends on what it loads."""
+    n = tl.load(x).to(tl.int32)
+    for i in range(n):
+        tl.store(y + i, tl.load(x + i))
+
+
+def test_what_depends_on_loaded_values_is_not_modelled() -> None:
+    def launcher(q: Tensor, *_: Tensor) -> None:
+        until_zero[(1,)](q, torch.empty_like(q))
+
+    (result,) = audited(launcher)
+    assert (result.bounds, result.tile, result.tflops) == ({}, {}, None)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(audit_table([result]))
+    text = console.export_text()
+    assert "not modelled" in text
+    assert "0.00" not in text
+
+
+def test_an_algorithm_that_saves_flops_has_the_passes_that_it_makes() -> None:
+    """The case's FLOPs are those of the whole attention; this launch has only 10 blocks of rows."""
+    few = Shape(PRODUCTION.name, {**PRODUCTION.dims, "queries": 1280})
+    (whole,) = audited(attention)
+
+    def launcher(q: Tensor, k: Tensor, v: Tensor) -> None:
+        attention(q[:1280], k, v)
+
+    (part,) = audited(launcher)
+    (alone,) = audited(attention, shape=few)
+    assert part.grid == alone.grid == (10, 40)
+    assert part.tile["passes"] == 10 * 40 * math.ceil(12096 / 128)
+    assert part.tile["passes"] < whole.tile["passes"] / 9
+
+
+def test_a_kernel_of_the_repository_has_work_or_no_model() -> None:
+    """One case of every operation and dtype. Of partial results of attention, the schedule knows how many there are."""
+    chosen = {(c.operation.name, c.dtype): c for c in registry().values() if c.shape.name.startswith("14b-w1")}
+    for case in chosen.values():
+        for result in audit_case(case, H100, Budgets(BUDGETS)):
+            modelled = any(result.tile.get(f"{unit}_cycles") for unit in AUDIT_UNITS)
+            assert modelled != (result.kernel == "combine_partials"), (result.case, result.kernel)
+            assert modelled == bool(result.bounds)
 
 
 def test_all_kernels_of_a_launcher_are_audited_and_equal_launches_are_one(production: AuditResult) -> None:
@@ -460,6 +556,8 @@ def test_the_command_shows_and_writes_what_it_found(
     shown = capsys.readouterr().out
     run = formats.load(out)
     assert run.command == "audit"
+    assert (run.machine.device, run.machine.kind, run.machine.capability) == ("H100 (sm_90)", "cuda", "9.0")
+    assert "compiled for sm_90" in shown
     assert [result.case for result in run.audit] == [case.name for case in CASES]
     assert run.audit[1] == production
     for word in ("attention_forward sm_90", "HGMMA", "2048", "1032", "516", "2878", "l2", "704"):
@@ -468,6 +566,13 @@ def test_the_command_shows_and_writes_what_it_found(
     assert call(monkeypatch, "test_attention/14b-w1/bf16", "--cases", KERNELS, "--budget", budget, "--json") == 0
     again = formats.from_json(json.loads(capsys.readouterr().out), "output")
     assert (again.audit, again.notes) == ((production,), ())  # some cases only: the budget may be for others
+
+
+def test_budgets_of_kernels_that_were_not_chosen_are_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--cases", KERNELS) == 0
+    assert "matches no kernel" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

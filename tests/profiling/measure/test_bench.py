@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from profiling.measure.bench import (
     split_rounds,
 )
 from profiling.measure.check import check_case, compare_outputs, poisoned_memory
+from profiling.measure.timing import CallTimer
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult
 from tests.profiling import toy
 
@@ -121,6 +123,21 @@ def test_quantised_layers_are_right_on_the_cpu_too(name: str, prepare: Callable[
 @pytest.mark.parametrize(("rounds", "sweeps", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
 def test_rounds_are_spread_over_sweeps(rounds: int, sweeps: int, parts: list[int]) -> None:
     assert split_rounds(rounds, sweeps) == parts
+
+
+def test_the_copy_is_launched_and_products_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph a copy is a memcpy node, which is slower than the kernels that it is the ceiling of."""
+    captured: list[bool] = []
+
+    class Timer(CallTimer):
+        def __init__(self, calls: Any, device: torch.device, *, capture: bool = True) -> None:
+            captured.append(capture)
+            super().__init__(calls, device, capture=capture)
+
+    monkeypatch.setattr("profiling.measure.bench.CallTimer", Timer)
+    monkeypatch.setitem(CEILING_SIZES, "cpu", CeilingSizes(2**22, 64, 2))
+    assert measure_ceilings(CPU, ["fp32"]).copy_launched
+    assert captured == [False, True]
 
 
 def test_ceilings_are_measured_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

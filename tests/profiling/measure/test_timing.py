@@ -70,3 +70,11 @@ def test_a_gpu_sample_is_a_graph_of_rotating_calls() -> None:
     timed = CallTimer([lambda x=x: x @ x for x in sets], gpu)
     assert timed.graph
     assert 1e-6 < timed.sample() < 1e-2
+
+
+@pytest.mark.gpu
+def test_calls_can_be_launched_without_a_graph() -> None:
+    x = torch.randn(2**20, device="cuda")
+    timed = CallTimer([x.clone], torch.device("cuda"), capture=False)
+    assert not timed.graph
+    assert timed.sample() > 0

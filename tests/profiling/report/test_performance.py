@@ -1,0 +1,118 @@
+"""The generated documents: where each row comes from, which measurement is shown, and what `--check` says."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.errors import UserError
+from profiling.__main__ import main
+from profiling.report.performance import BEGIN, END, PAGE, README, performance_page, readme_table, with_table
+from profiling.results import OK, CaseResult, Ceilings, Machine, Measurement, Run, VariantResult
+
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0", revision="0123456789abcdef-dirty")
+NAME = "linear/14b-w1-up/fp8"
+
+
+def linear(*measurements: Measurement) -> CaseResult:
+    dims = {"rows": 12096, "inputs": 5120, "outputs": 13824}
+    return CaseResult(NAME, *NAME.split("/"), flops=4e12, bytes=1e9, dims=dims, measurements=measurements)
+
+
+def timed(backend: str, seconds: float, ours: bool = False) -> Measurement:
+    return Measurement(backend, OK, ours, samples=(seconds,))
+
+
+def run(*cases: CaseResult, started: str = "2026-02-01T00:00:00+00:00", **more: Any) -> Run:
+    return Run("bench", started, replace(H100), cases=cases, ceilings=Ceilings(3e12, {"fp8": 1.5e15}, True), **more)
+
+
+def variant(name: str, step: float) -> VariantResult:
+    stages = {"denoise/step": (step,) * 4, "decode": (0.1, 0.2), "motion": (0.02,)}
+    return VariantResult(name, OK, stages=stages, chunk=(2.0,), first_frame=(1.5,), frames=28, peak_bytes=2**30, gaps=0)
+
+
+CASES = linear(timed("gluon", 0.0020, ours=True), timed("library", 0.0016, ours=True), timed("scaled-mm-row", 0.0018))
+
+
+def rows(page: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+
+
+def test_the_fastest_the_default_and_the_best_peer_are_columns_of_their_own() -> None:
+    (row,) = rows(performance_page([("profiling/results/2026-02-01-a.json", run(CASES))]))
+    assert row[:6] == [
+        f"`{NAME}`", "library 1.60 ms, 2500 TFLOP/s", "167%! compute", "gluon 2.00 ms", "scaled-mm-row 1.80 ms", "1.12"
+    ]  # fmt: skip
+    source = ["[2026-02-01-a](../profiling/results/2026-02-01-a.json)", "2026-02-01", "H100 80GB HBM3"]
+    assert row[6:] == [*source, "012345678-dirty"]
+
+
+def test_a_case_above_its_ceiling_is_explained() -> None:
+    page = performance_page([("profiling/results/a.json", run(CASES))])
+    assert f"`{NAME}`, library, is above its ceiling (!): another algorithm, with fewer FLOPs" in page
+
+
+def test_the_newest_measurement_is_shown_and_none_of_other_programs() -> None:
+    older, newer = run(CASES), run(linear(timed("gluon", 0.001, ours=True)), started="2026-03-01")
+    foreign = replace(newer, command="probe.py --out x", started="2026-04-01")
+    (row,) = rows(performance_page([("x/y/c.json", foreign), ("x/y/b.json", newer), ("x/y/a.json", older)]))
+    assert row[6] == "[b](../x/y/b.json)"
+
+
+def test_no_header_is_empty() -> None:
+    page = performance_page([("x/y/a.json", run(CASES, variants=(variant("fp8-vae", 0.4),)))])
+    headers = [line for line in page.splitlines() if line.startswith(("| chunk", "| case"))]
+    assert len(headers) == 2
+    assert all(cell.strip() for line in headers for cell in line.strip("|").split("|"))
+
+
+def test_decoding_beside_a_step_is_not_summed() -> None:
+    from profiling.results import StageInterval
+
+    timeline = (
+        StageInterval("denoise/step", 0, 0.0, 1.6),
+        StageInterval("decode", 1, 0.4, 0.5),
+        StageInterval("decode", 0, 1.6, 1.8),
+    )
+    page = performance_page([("x/y/a.json", run(variants=(replace(variant("fp8-vae", 0.4), timeline=timeline),)))])
+    assert rows(page)[0][5] == "200 ms"
+
+
+def test_the_short_table_has_both_sides_and_lacks_none() -> None:
+    runs = [("a.json", run(variants=(variant("bf16-eager", 0.8), variant("fp8-vae", 0.4))))]
+    table = readme_table(runs)
+    assert "| one denoising step | 0.80 s | **0.40 s** |" in table
+    assert "[a.json](profiling/results/a.json)" in table
+    with pytest.raises(UserError, match="no results have the variant fp8-vae"):
+        readme_table([("a.json", run(variants=(variant("bf16-eager", 0.8),)))])
+
+
+def test_the_table_replaces_what_stands_between_the_markers() -> None:
+    text = with_table(f"# Title\n{BEGIN}\nold\n{END}\nmore\n", "| new |")
+    assert text == f"# Title\n{BEGIN}\n\n| new |\n\n{END}\nmore\n"
+    with pytest.raises(UserError, match="README has no lines"):
+        with_table("# Title\n", "| new |")
+
+
+def test_the_command_writes_both_and_tells_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["profiling", "docs", "--root", str(tmp_path), *map(str, arguments)])
+        return main()
+
+    assert call("--check") == 2
+    assert "README.md cannot be read" in capsys.readouterr().err
+    (tmp_path / README).write_text(f"{BEGIN}\n{END}\n")
+    assert call("--check") == 1
+    assert capsys.readouterr().err.count("is not what the results give") == 2
+    assert call() == 0
+    assert (tmp_path / PAGE).read_text().startswith("# Performance")
+    assert call("--check") == 0
+    (tmp_path / PAGE).write_text("a figure typed in")
+    assert call("--check") == 1
