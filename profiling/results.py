@@ -70,7 +70,7 @@ class Measurement:
     """One back-end on one case."""
 
     backend: str
-    status: str
+    status: str  # ok, wrong, error, not installed, unsupported or skipped
     ours: bool = False  # else it is a peer
     detail: str = ""  # why it is not ok
     error: float | None = None  # relative Frobenius error against the reference
@@ -142,7 +142,7 @@ class VariantResult:
     """A whole chunk in one way of running it: precision, kernels, compile mode."""
 
     variant: str  # "bf16-eager"
-    status: str
+    status: str  # as of a measurement
     detail: str = ""
     stages: dict[str, tuple[float, ...]] = field(default_factory=dict)  # span name -> seconds, one value a call
     chunk: tuple[float, ...] = ()  # seconds of each whole chunk
