@@ -338,6 +338,31 @@ def test_the_table_and_the_json_tell_a_regression_and_the_exit_code_does(
     assert call(monkeypatch, *paths, "--threshold", "0.2") == 0
 
 
+def test_the_table_for_a_pull_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = Measurement("m", ERROR, True, "no | <b>\nsecond line")
+    a = run(*(case(f"{name}/s/d", measured("m", 1e-3)) for name in ("slow", "same", "odd")), variants=(variant(1.0),))
+    b = run(
+        case("slow/s/d", measured("m", 1.1e-3, seed=1)),
+        case("same/s/d", measured("m", 1e-3, seed=1)),
+        case("odd/s/d", odd),
+        variants=(variant(1.0, peak=3 * 2**29),),
+    )
+    assert call(monkeypatch, *files(tmp_path, a, later(b)), "--markdown") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "**3 regressed**: 1 broken, 1 slower, 1 larger, 5 same"
+    assert lines[2] == "| verdict | case | back-end | before | after | ratio | 99 % sure | noise |"
+    assert lines[4] == "| **broken** (error: no \\| &lt;b> second line) | `odd/s/d` | m | 999 µs |  |  |  |  |"
+    assert lines[5].startswith("| **slower** | `slow/s/d` | m | 999 µs | 1.10 ms | 1.")
+    assert lines[6] == "| **larger** | `bf16-eager` | peak memory | 1.00 GiB | 1.50 GiB | 1.500 |  |  |"
+    assert lines[7] == ""
+    assert lines[8] == "<details><summary>Compared runs</summary>"
+    assert f"- {tmp_path}/a.json (2026-01-01T00:00:00+00:00, 111111111), with " in lines[11]
+    assert lines[-1] == "</details>"
+    assert call(monkeypatch, *files(tmp_path, a, b), "--markdown", "--json") == 2
+
+
 def test_further_runs_are_taken_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seconds = (1e-3, 1.06e-3, 0.93e-3)
     a, b, c = files(tmp_path, *(run(case("o/s/d", measured("m", s, seed=i))) for i, s in enumerate(seconds)))
