@@ -103,6 +103,19 @@ def compare(
 
 
 @app.command()
+def bisect(
+    case: Annotated[str, typer.Argument(help="The case, by its whole name.")],
+    good: Annotated[Path, typer.Option(help="Results file of a good revision, as bench --out wrote it.")],
+    rounds: Annotated[int, typer.Option(help="Rounds of bench.")] = 20,
+    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a fraction: 0.02 is 2 %.")] = 0.02,
+) -> None:
+    """A step of git bisect run: exit code 0 is good, 1 slower or broken, 125 cannot be measured, 128 ends it."""
+    from profiling.analyse.bisection import bisect_command
+
+    raise typer.Exit(bisect_command(case, good, rounds, threshold))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Results file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one self-contained HTML file.")] = None,

@@ -100,7 +100,7 @@ def compare_command(
     elif shown_as == MARKDOWN:
         print("\n".join(_markdown(outcome)))
     else:
-        _show(outcome)
+        show(outcome)
     return int(outcome.regressed > 0)
 
 
@@ -143,7 +143,8 @@ def _totals(outcome: Outcome) -> str:
 # --- For a terminal -------------------------------------------------------------------------------------------------
 
 
-def _show(outcome: Outcome) -> None:
+def show(outcome: Outcome) -> None:
+    """Prints the table, the notes and the counts."""
     rows = outcome.rows
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
