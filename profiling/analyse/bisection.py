@@ -40,13 +40,16 @@ def bisect_command(case: str, good: Path, rounds: int, threshold: float) -> int:
 
 def _good_run(file: Path, case: str) -> Run:
     """The good run, of which only the case is kept. Raises `UserError` if it has no time of ours on it."""
-    run = load(file)
-    kept = replace(run, cases=tuple(c for c in run.cases if c.case == case), variants=())
+    kept = _only(load(file), case)
     if not any(item.ours and item.samples for item in items_of(kept).values()):
         raise UserError(
             f"{file} has no time of ours on {case}; measure it at a good revision by bench {case} --out {file}"
         )
     return kept
+
+
+def _only(run: Run, case: str) -> Run:
+    return replace(run, cases=tuple(c for c in run.cases if c.case == case), variants=())
 
 
 def _measured(case: str, device: str, rounds: int, out: Path) -> Run | None:
@@ -56,7 +59,7 @@ def _measured(case: str, device: str, rounds: int, out: Path) -> Run | None:
     code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}, check=False).returncode
     try:
         if code in (0, 1) and out.is_file():  # 1: a back-end is wrong or raised
-            return load(out)
+            return _only(load(out), case)  # bench takes a name that others contain for theirs, too
         print(f"cannot be measured: bench ended with code {code}", file=sys.stderr)
     except UserError as error:
         print(f"cannot be measured: {error}", file=sys.stderr)

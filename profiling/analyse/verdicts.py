@@ -364,5 +364,5 @@ def tree_notes(joined: Join, found: Sequence[Comparison], threshold: float) -> l
         notes.append(f"not read, as these are no results or of a later version: {', '.join(unread)}")
     if joined.left_out:
         tree, file = (joined.before, joined.after) if joined.before.whole else (joined.after, joined.before)
-        notes.append(f"{joined.left_out} further measurements of {tree.name} are of cases that {file.name} lacks")
+        notes.append(f"measurements of {tree.name} left out, as {file.name} lacks their cases: {joined.left_out}")
     return notes
