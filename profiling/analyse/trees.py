@@ -7,7 +7,7 @@ never for a file.
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ class Source:
 
     name: str
     run: Run
+    later: bool = False  # measured at the revision, but committed after it
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Tree:
     sources: tuple[Source, ...]  # the first one that has measured a case speaks for it
     whole: bool = True  # False for a single file, which says nothing about the cases that it lacks
     unread: tuple[str, ...] = ()  # committed files that cannot be read any more
+
+    @property
+    def measured_later(self) -> bool:
+        """Whether results were measured at this revision and committed later."""
+        return any(source.later for source in self.sources)
 
     def may_hold(self, entry: "Entry") -> bool:
         """Whether a measurement that the tree lacks may stand in one of its files that cannot be read."""
@@ -145,7 +151,7 @@ def find_tree(name: str, results: Path) -> Tree:
         ) from None
     sources, unread = _read_committed(commit, results)
     later, _ = _read_committed("HEAD", results)
-    measured_at_it = [source for source in later if source.run.machine.revision == commit]
+    measured_at_it = [replace(source, later=True) for source in later if source.run.machine.revision == commit]
     if not (tree := (*_newest_first(measured_at_it), *_newest_first(sources))):
         raise UserError(
             f"no readable results of {name} ({commit[:9]}) are committed in {results}: none were measured at it, and "

@@ -202,6 +202,8 @@ class _Comparer:
         """The verdict on an item that one tree seems to lack; None if it does lack it."""
         if a and (device := self._joined.devices_after.get((key.name, key.part))):
             return _untimed(UNMEASURED, f"measured on {device} only")
+        if a and a.source.later and not self._joined.after.measured_later:  # so nobody measured there what it may lack
+            return _untimed(UNMEASURED, "not measured at the second revision")
         if (a and self._joined.after.may_hold(a)) or (b and self._joined.before.may_hold(b)):
             return _untimed(UNSURE, "perhaps in a file that cannot be read any more")
         return None

@@ -448,6 +448,20 @@ def test_a_revision_stands_for_the_newest_results_measured_at_it(
     assert (runs["before"]["file"], runs["after"]["file"]) == ("HEAD:results/new.json", "HEAD:results/now.json")
 
 
+def test_what_was_measured_at_the_first_revision_alone_is_not_missing_at_the_second(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = repository.commit(a=dataclasses.replace(run(case("else/s/d", measured("m", 1e-3))), started="2026-01-01"))
+    head = repository.commit()
+    repository.commit(b=of(1e-3, "2026-01-02", base))
+    assert call(monkeypatch, "HEAD~2", "HEAD~1", "--results", repository.results) == 2
+    assert "nothing was measured in between" in capsys.readouterr().err
+    other = dataclasses.replace(MACHINE, revision=head)
+    repository.commit(c=later(run(case("else/s/d", measured("m", 1e-3)), machine=other), 3))
+    assert call(monkeypatch, "HEAD~3", "HEAD~2", "--results", repository.results, "--json") == 1
+    assert document(capsys)["counts"] == {"missing": 1, "same": 1}, "there, other cases were measured"
+
+
 def test_a_revision_without_its_own_stands_for_the_newest_results_in_its_tree(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
