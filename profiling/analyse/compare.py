@@ -91,7 +91,9 @@ def compare_command(
     if not rows:
         raise UserError(f"{before} and {after} hold no times; compare runs of bench, or of gpu --phase bench or e2e")
     if all(row.change.verdict == UNMEASURED for row in rows):
-        raise UserError(f"{before} and {after} are the same results; nothing was measured in between")
+        raise UserError(
+            f"nothing was measured between {before} and {after}: no case has two measurements on one device"
+        )
     rows, no_longer = accept(rows, entries, datetime.now(UTC).date())
     notes = [f"not compared: {line}" for line in differing if not force] + tree_notes(joined, rows, threshold)
     outcome = Outcome(joined, again, differing if force else [], notes + no_longer, rows)
