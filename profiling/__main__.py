@@ -2,7 +2,7 @@
 
 Tables go to standard output; with `--json` the same goes there as JSON, and nothing else. Exit codes: 0 is good, 1
 means that the answer is no (a regression, a broken budget, an unmet target, a wrong kernel), 2 is a user's mistake,
-explained in one line. `bisect` answers git: 125 is "cannot be measured", 128 a user's mistake.
+explained in one line.
 """
 
 import signal
