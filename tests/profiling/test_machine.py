@@ -200,6 +200,21 @@ def test_the_driver_tells_its_settings_as_far_as_the_card_has_them(monkeypatch: 
     assert machine.driver_state(torch.device("cuda")) == {}
 
 
+def test_a_gpu_is_described_with_its_settings_and_launch_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"nvmlDeviceGetPersistenceMode": lambda _: 0, "nvmlDeviceGetEccMode": lambda _: [1, 1]}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(**settings))
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=80, major=9, minor=0, L2_cache_size=50
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = describe_machine(torch.device("cuda"))
+    assert (found.kind, found.device, found.units, found.capability) == ("cuda", properties.name, 132, "9.0")
+    assert (found.driver, found.ecc, found.persistence) == ("580.1", True, False)
+    assert found.tuned == machine.tuned_hash(properties.name, "9.0")
+    assert found.revision == revision()
+    assert (found.container, found.environment) == (machine.in_container(), machine.environment())
+
+
 def test_the_table_of_launch_parameters_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = ("NVIDIA H100 80GB HBM3", "9.0")
     whole = machine.tuned_hash(*device)
