@@ -101,9 +101,14 @@ class Entry:
     source: Source
 
     def is_measurement_of(self, other: "Entry") -> bool:
-        """Whether both are one and the same measurement, kept in both trees."""
-        (a, x), (b, y) = (self.item, self.source.run), (other.item, other.source.run)
-        return (x.started, a.status, a.samples) == (y.started, b.status, b.samples)
+        """Whether both are one and the same measurement, kept in both trees.
+
+        A campaign's runs are kept together, too, in a file that began with the first one: rounds do not come twice, but
+        a size in bytes does.
+        """
+        a, b = self.item, other.item
+        same_run = self.source.run.started == other.source.run.started
+        return (a.status, a.samples) == (b.status, b.samples) and (same_run or len(set(a.samples)) > 1)
 
 
 def device_of(machine: Machine) -> str:
@@ -122,12 +127,17 @@ def newest_entries(tree: Tree, *, any_device: bool = False) -> dict[Key, Entry]:
         device = "" if any_device else device_of(source.run.machine)
         items = {Key(device, *name): Entry(item, source) for name, item in items_of(source.run).items()}
         for key, entry in items.items():
-            known = found.get(key)
-            better = known is None or (entry.item.status in MEASURED and known.item.status not in MEASURED)
-            if better and key[:2] not in lost:
+            if key[:2] not in lost and (key not in found or _says_more(entry.item, found[key].item)):
                 found[key] = entry
         lost |= {key[:2] for key in items if key.part == WHOLE_CASE}
     return found
+
+
+def _says_more(item: Item, newer: Item) -> bool:
+    """Whether an item says more than a newer one, which was not measured, or found right without a time."""
+    if newer.status in MEASURED:
+        return newer.status == OK and not newer.samples and bool(item.samples)
+    return item.status in MEASURED
 
 
 def find_tree(name: str, results: Path) -> Tree:

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +70,6 @@ def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None
 def test_a_pytest_benchmark_file_compares_with_itself(benchmark_file: Path) -> None:
     run = load(benchmark_file)
     assert {row.change.verdict for row in compare_runs(run, run)} == {UNMEASURED}
-    assert {row.change.verdict for row in compare_runs(run, replace(run, started="2027"))} == {"same"}
 
 
 def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file: Path) -> None:
@@ -97,7 +95,7 @@ def test_benchmarks_of_others_regress(benchmark_file: Path, about: dict, tmp_pat
     """Whatever they note about themselves, also if nothing in a file is called ours."""
     values = json.loads(benchmark_file.read_text())
     values["benchmarks"] = [benchmark | {"extra_info": about} for benchmark in values["benchmarks"][2:]]
-    for day, name, factor in ((1, "before", 1), (2, "after", 10), (3, "even", 1)):
+    for day, name, factor in ((1, "before", 1), (2, "after", 10), (3, "even", 1.001)):
         content = slower(values, factor) | {"datetime": f"2026-01-0{day}T00:00:00+00:00"}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     before, after, even = (str(tmp_path / f"{name}.json") for name in ("before", "after", "even"))

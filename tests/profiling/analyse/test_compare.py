@@ -51,8 +51,13 @@ def run(*cases: CaseResult, machine: Machine = MACHINE, **more: Any) -> Run:
 
 
 def later(r: Run, day: int = 2) -> Run:
-    """The same run, but of another day."""
-    return dataclasses.replace(r, started=f"2026-01-{day:02}T00:00:00+00:00")
+    """The same run on another day, on which every case takes a ten-thousandth longer for each day."""
+
+    def anew(m: Measurement) -> Measurement:
+        return dataclasses.replace(m, samples=tuple((1 + 1e-4 * day) * seconds for seconds in m.samples))
+
+    cases = (dataclasses.replace(c, measurements=tuple(map(anew, c.measurements))) for c in r.cases)
+    return dataclasses.replace(r, started=f"2026-01-{day:02}T00:00:00+00:00", cases=tuple(cases))
 
 
 def verdicts(found: Sequence[Comparison]) -> dict[str, str]:
@@ -347,7 +352,7 @@ def test_the_table_for_a_pull_request(
         case("slow/s/d", measured("m", 1.1e-3, seed=1)),
         case("same/s/d", measured("m", 1e-3, seed=1)),
         case("odd/s/d", odd),
-        variants=(variant(1.0, peak=3 * 2**29),),
+        variants=(variant(1.001, peak=3 * 2**29),),
     )
     assert call(monkeypatch, *files(tmp_path, a, later(b)), "--markdown") == 1
     lines = capsys.readouterr().out.splitlines()
@@ -506,8 +511,12 @@ def test_a_later_file_that_could_not_measure_a_case_does_not_hide_it(
     )
     assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 0
     assert document(capsys)["counts"] == {"new": 1, "not measured in between": 1}
+    checked = dataclasses.replace(measured("m", 1e-3), samples=())
+    repository.commit(check=later(run(case("o/s/d", checked)), 3))
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 0
+    assert document(capsys)["counts"] == {"new": 1, "not measured in between": 1}, "right, but not timed"
     lost = Measurement("all", ERROR, True, "ended the process")  # what a campaign writes
-    repository.commit(c=later(run(case("o/s/d", lost)), 3))
+    repository.commit(c=later(run(case("o/s/d", lost)), 4))
     assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
     assert document(capsys)["counts"] == {"missing": 1, "new": 1, "not measured in between": 1}
 
@@ -624,7 +633,10 @@ def test_two_revisions_with_the_same_results_are_not_compared_with_themselves(
     repository.commit()
     assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
     assert "nothing was measured between " in capsys.readouterr().err
-    repository.commit(c=of(4e-3, "2026-01-03"))
+    repository.commit(campaign=of(2e-3, "2026-01-03"))  # the same rounds, in a file of another beginning
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
+    assert "nothing was measured between " in capsys.readouterr().err
+    repository.commit(c=of(4e-3, "2026-01-04"))
     assert call(monkeypatch, "HEAD", "HEAD~1", "--results", repository.results, "--json") == 0
     assert ratio(capsys) == pytest.approx(0.5)  # backwards too
 
