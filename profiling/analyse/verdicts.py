@@ -110,13 +110,6 @@ def require_comparable(joined: Join, *, force: bool) -> list[str]:
 # --- Verdicts -------------------------------------------------------------------------------------------------------
 
 
-def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Comparison]:
-    """Compares all that either of two runs has measured, whatever machines they were made on; see `compare_trees`."""
-    first, second = (Tree(name, (Source(name, run),)) for name, run in (("before", before), ("after", after)))
-    further = [Tree(f"again {i}", (Source(f"again {i}", run),)) for i, run in enumerate(again)]
-    return compare_trees(join(first, second, any_device=True), further, threshold, force=True)
-
-
 def compare_trees(joined: Join, again: Sequence[Tree], threshold: float, *, force: bool) -> list[Comparison]:
     """Compares all that either tree has measured, the most important first.
 

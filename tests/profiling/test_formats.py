@@ -11,9 +11,10 @@ import pytest
 
 from model.errors import UserError
 from profiling.analyse.compare import JSON, compare_command
-from profiling.analyse.verdicts import UNMEASURED, compare_runs
+from profiling.analyse.verdicts import UNMEASURED
 from profiling.formats import from_json, load
 from profiling.results import OK
+from tests.profiling.runs import compare_runs
 
 BENCHMARKS = """
 import pytest

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from profiling.__main__ import main
-from profiling.analyse.verdicts import Comparison, compare_runs
+from profiling.analyse.verdicts import Comparison
 from profiling.formats import from_json
 from profiling.results import (
     ERROR,
@@ -30,6 +30,7 @@ from profiling.results import (
     save,
     to_json,
 )
+from tests.profiling.runs import compare_runs
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
