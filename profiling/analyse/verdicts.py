@@ -84,7 +84,7 @@ def join(before: Tree, after: Tree, *, any_device: bool = False) -> Join:
     if before.whole != after.whole:
         scope = {key[:2] for key in (new if before.whole else old)}
     kept = {key: pair for key, pair in pairs.items() if key[:2] in scope}
-    devices_after = {(key.name, key.part): key.device for key in new}
+    devices_after = {(k.name, k.part): k.device for k, entry in new.items() if entry.item.status in MEASURED}
     return Join(before, after, kept, devices_after, len(pairs) - len(kept))
 
 

@@ -98,6 +98,13 @@ def test_spikes_are_left_out_but_not_a_second_mode() -> None:
     assert len(without_spikes([1.0] * 6 + [9.0])) == 7  # most are equal: no distance is usual
 
 
+def test_spikes_that_leave_too_few_rounds_hide_no_large_change() -> None:
+    before = [1.0, 1.01, 0.99, 1.02, 5.0, 7.0]
+    change = compare_samples(before, [10 * seconds for seconds in before])
+    assert change.verdict == "slower"
+    assert change.detail == "4 rounds, too few for statistics: apart, by more than 10%"
+
+
 @settings(max_examples=80)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 25), st.integers(5, 25), st.floats(-0.1, 0.1))
 def test_the_interval_is_that_of_the_rank_test(seed: int, m: int, n: int, shift: float) -> None:
