@@ -77,7 +77,9 @@ def audit(
 
 @app.command()
 def compare(
-    before: Annotated[str, typer.Argument(help="Results file, or a git revision whose results are committed.")],
+    before: Annotated[
+        str, typer.Argument(help="Results file, a folder of them, or a git revision whose results are committed.")
+    ],
     after: Annotated[str, typer.Argument(help="The same.")],
     again: Annotated[
         list[str] | None, typer.Option(help="Further runs of the first one; their spread counts as noise (repeatable).")
@@ -86,13 +88,32 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compare even across devices or versions, with a warning.")
     ] = False,
+    accepted: Annotated[Path | None, typer.Option(help="TOML file of accepted regressions.")] = None,
     results: Results = RESULTS,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a pull request.")] = False,
     json: Json = False,
 ) -> None:
-    """Compares two runs: for every case, whether it became faster or slower, or broke. Exit code 1 on a regression."""
-    from profiling.analyse.compare import compare_command
+    """Compares results by case: whether each became faster or slower, or broke. Exit code 1 on a regression."""
+    from model.errors import UserError
+    from profiling.analyse.compare import JSON, MARKDOWN, compare_command
 
-    raise typer.Exit(compare_command(before, after, again or [], threshold, force, results, json))
+    if markdown and json:
+        raise UserError("--markdown and --json: only one of them can be printed")
+    shown_as = MARKDOWN if markdown else JSON if json else ""
+    raise typer.Exit(compare_command(before, after, again or [], threshold, force, results, accepted, shown_as))
+
+
+@app.command()
+def bisect(
+    case: Annotated[str, typer.Argument(help="The case, by its whole name.")],
+    good: Annotated[Path, typer.Option(help="Results file of a good revision, as bench --out wrote it.")],
+    rounds: Annotated[int, typer.Option(help="Rounds of bench.")] = 20,
+    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a fraction: 0.02 is 2 %.")] = 0.02,
+) -> None:
+    """A step of git bisect run: exit code 0 is good, 1 slower or broken, 125 cannot be measured, 128 ends it."""
+    from profiling.analyse.bisection import bisect_command
+
+    raise typer.Exit(bisect_command(case, good, rounds, threshold))
 
 
 @app.command()

@@ -19,18 +19,28 @@ from profiling import migrate
 from profiling.results import OK, CaseResult, Machine, Measurement, Run, finite, from_own_json
 
 
+class NoResultsError(UserError):
+    """The file is of another program."""
+
+
 def load(path: Path) -> Run:
     """Reads a results file or a pytest-benchmark JSON file.
 
     Raises `UserError` for a file that is neither, is damaged, or has a later schema version.
     """
     try:
-        values = json.loads(path.read_text())
+        return parse(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def parse(content: bytes, source: str) -> Run:
+    """The run in a file's content, see `load`; `source` is what errors call it by."""
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return from_json(values, str(path))
+        raise UserError(f"{source} is not JSON: {error}") from error
+    return from_json(values, source)
 
 
 def from_json(values: Any, source: str) -> Run:
@@ -44,7 +54,7 @@ def from_json(values: Any, source: str) -> Run:
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
     if run is None:
-        raise UserError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
+        raise NoResultsError(f"{source} holds no results: it is neither a file of ours nor pytest-benchmark's")
     return run
 
 

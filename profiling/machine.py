@@ -1,11 +1,14 @@
 """The machine that a run takes place on: what it is, and what NVML reports of it meanwhile."""
 
+import hashlib
+import os
 import platform
 import subprocess
 import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +17,20 @@ from typing import Any
 import psutil
 import torch
 
+from kernels import tuning
 from model.errors import UserError
 from model.machine import cpu_name, package_version
 from profiling.results import Machine, NvmlTrace
 
 PACKAGES = ("torch", "triton", "numpy", "torchao", "flash-attn", "flash-attn-4", "sageattention", "flashtalk-triton")
 READING_INTERVAL = 0.1  # seconds
+
+CHECKOUT = Path(__file__).parents[1]
+CODE = ("kernels", "model", "streaming", "profiling", ":!profiling/results")  # as git names it
+VARIABLES = ("TRITON_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "OMP_", "MKL_")
+CACHE_SUFFIX = "_CACHE_DIR"  # of variables that say only where kernels are kept
+CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
+CONTAINER_VARIABLES = {"container", "KUBERNETES_SERVICE_HOST", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"}
 
 # NVML's bits for reduced clocks; idleness and application settings do not count as throttling.
 THROTTLE_REASONS = {
@@ -43,48 +54,90 @@ def resolve_device(device: str) -> torch.device:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Describes the machine, with the versions that decide how fast it runs."""
+    """Describes the machine, with all that decides how fast it runs: versions, settings, and the code's revision."""
     versions = {"python": platform.python_version()}
     versions |= {name: found for name in PACKAGES if (found := package_version(name)) is not None}
+    here = partial(Machine, revision=revision(), container=in_container(), environment=environment())
     if device.type != "cuda":
         memory = psutil.virtual_memory().total
-        return Machine("cpu", cpu_name(), torch.get_num_threads(), memory, versions=versions, revision=revision())
+        return here("cpu", cpu_name(), torch.get_num_threads(), memory, versions=versions)
     properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
     versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     versions |= {d.metadata["Name"]: d.version for d in distributions() if "cublas" in (d.metadata["Name"] or "")}
-    return Machine(
+    return here(
         "cuda",
         properties.name,
         properties.multi_processor_count,
         properties.total_memory,
-        capability=f"{properties.major}.{properties.minor}",
+        capability=capability,
         l2_bytes=properties.L2_cache_size,
-        driver=_driver(),
         versions=versions,
-        revision=revision(),
+        tuned=tuned_hash(properties.name, capability),
+        **driver_state(device),
     )
 
 
 def revision() -> str | None:
-    """The git commit of this checkout, with "-dirty" if tracked files differ from it; None outside of git."""
-    here = Path(__file__).parent
+    """The git commit of this checkout, or None where git does not keep it.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+    If the code differs from the commit, "-dirty-" and a hash of the difference follow, untracked files included. Code
+    is every file of the packages except results.
+    """
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=CHECKOUT, check=True, capture_output=True).stdout
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        # An installed copy may lie in another project's checkout.
+        git("ls-files", "--error-unmatch", "profiling/machine.py")
+        commit = git("rev-parse", "HEAD").decode().strip()
+        difference = git("diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *CODE)
+        untracked = git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE).decode()
     except (OSError, subprocess.CalledProcessError):
         return None
+    for name in filter(None, untracked.split("\0")):
+        file = CHECKOUT / name
+        difference += f"\0{name}\0".encode() + (file.read_bytes() if file.is_file() else b"")  # a link may lead nowhere
+    return f"{commit}-dirty-{_hash(difference)}" if difference else commit
 
 
-def _driver() -> str | None:
+def tuned_hash(name: str, capability: str) -> str | None:
+    """The hash of the table of launch parameters that a GPU uses; None if it uses none."""
+    table = tuning.table_for(name, capability, tuning.FOLDER)
+    return _hash(tuning.to_json(table).encode()) if table else None
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def in_container() -> bool:
+    """Whether this process runs inside a container: Docker, Podman, Kubernetes, Apptainer, or another that says so."""
+    return not CONTAINER_VARIABLES.isdisjoint(os.environ) or any(Path(file).exists() for file in CONTAINER_FILES)
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that change how kernels are built or run."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(VARIABLES) and not name.endswith(CACHE_SUFFIX)
+    }
+
+
+def driver_state(device: torch.device) -> dict[str, Any]:
+    """What NVML says of the driver: its version, and whether ECC and persistence mode are on; a GPU may lack either."""
+    state: dict[str, Any] = {}
     with suppress(Exception):  # NVML may be missing
-        import pynvml
+        import pynvml as nvml
 
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    return None
+        nvml.nvmlInit()
+        state["driver"] = str(nvml.nvmlSystemGetDriverVersion())
+        handle = _nvml_handle(nvml, device)
+        state["persistence"] = bool(nvml.nvmlDeviceGetPersistenceMode(handle))
+        state["ecc"] = bool(nvml.nvmlDeviceGetEccMode(handle)[0])  # the last one, as GeForce cards lack it
+    return state
 
 
 class NvmlMonitor:

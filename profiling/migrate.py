@@ -7,6 +7,10 @@ applies it when it meets an old file.
 Version 2 gave operations, dimensions and back-ends the names that they have in `kernels`. Two operations that differed
 only in their shapes became one: the VAE's attention is `chunk_attention`, and a convolution in time alone is a
 `causal_conv3d` with a kernel of 3 x 1 x 1. What was measured is unchanged.
+
+Version 3 records more about the machine. Names that changed while version 2 was written are the same in all its files:
+the audio layer's back-end is "absorbed", that of a convolution and its normalisation is "separate", and the dimension
+of attention by frame is `tokens_per_frame`.
 """
 
 from typing import Any
@@ -29,16 +33,27 @@ KERNEL_SIZES = {  # dimensions that only the operation's name stated
     "time_conv": {"kt": 3, "k": 1},
 }
 _HEADS = {"channels": "head_dim"}
+_FRAMES = {"per_frame": "tokens_per_frame"}
 DIMENSIONS = {  # by operation of version 2
     "chunk_attention": _HEADS,
     "text_image_attention": _HEADS | {"collapsed": "dedup_padding"},
-    "frame_attention": _HEADS,
-    "audio_layer": _HEADS,
+    "frame_attention": _HEADS | _FRAMES,
+    "audio_layer": _HEADS | _FRAMES,
     "rms_norm_rope": _HEADS,
     "rms_norm_rope_fp8": _HEADS,
     "norm_attention": _HEADS,
 }
-BACKENDS = {"audio_attention": {"folded": "absorbed"}, "conv_norm": {"apart": "separate"}}  # by operation of version 1
+BACKENDS = {"audio_layer": {"folded": "absorbed"}, "causal_conv3d_norm": {"apart": "separate"}}  # the same
+
+
+def newest(values: dict[str, Any]) -> dict[str, Any]:
+    """A results file of any version as one of the present version.
+
+    Damaged values may raise AttributeError, KeyError or TypeError.
+    """
+    if values["version"] == 1:
+        values = version_2(values)
+    return version_3(values) if values["version"] == 2 else values
 
 
 def version_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +68,14 @@ def version_2(values: dict[str, Any]) -> dict[str, Any]:
     return new | {"version": 2}
 
 
+def version_3(values: dict[str, Any]) -> dict[str, Any]:
+    """A results file of version 2 as one of version 3."""
+    cases = {"cases": [case(item) for item in values["cases"]]} if "cases" in values else {}
+    return values | cases | {"version": 3}
+
+
 def case(values: dict[str, Any]) -> dict[str, Any]:
-    """A case of version 1, also as pytest-benchmark's `extra_info` has it; one of version 2 is returned as it is."""
+    """A case of any version, also as pytest-benchmark's `extra_info` has it, in the present names."""
     new = _renamed(values, {"products": "is_matmul"})
     old: str = values.get("operation", "")
     if old in OPERATIONS:
@@ -63,7 +84,7 @@ def case(values: dict[str, Any]) -> dict[str, Any]:
         new["case"] = _case_name(values["case"])
     if dims := values.get("dims"):  # a case without any has none to complete
         new["dims"] = KERNEL_SIZES.get(old, {}) | _renamed(dims, DIMENSIONS.get(OPERATIONS.get(old, old), {}))
-    backends = BACKENDS.get(old, {})
+    backends = BACKENDS.get(OPERATIONS.get(old, old), {})
     if "backend" in values:  # in extra_info, which is of one back-end
         new["backend"] = backends.get(values["backend"], values["backend"])
     if "measurements" in values:

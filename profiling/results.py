@@ -25,7 +25,7 @@ from model.files import check_replaceable, replacing
 from profiling import migrate
 
 SCHEMA = "flashtalk-profile"
-VERSION = 2  # profiling.migrate reads earlier ones
+VERSION = 3  # profiling.migrate reads earlier ones
 LOW, HIGH = 1e-30, 1e30  # of numbers in a file
 
 OK = "ok"  # ran and is right; the only status with times
@@ -49,7 +49,12 @@ class Machine:
     l2_bytes: int | None = None
     driver: str | None = None
     versions: dict[str, str] = field(default_factory=dict)  # python, torch, triton, cuda, cudnn, cublas ...
-    revision: str | None = None  # git commit; ends in "-dirty" if files differed from it
+    revision: str | None = None  # git commit; with uncommitted changes to the code, "-dirty-" and their hash follow
+    tuned: str | None = None  # hash of the table of launch parameters that this GPU uses
+    ecc: bool | None = None  # whether the GPU's memory corrects errors, which costs bandwidth on some
+    persistence: bool | None = None  # whether the driver stays loaded between processes
+    container: bool | None = None  # whether the process ran inside a container
+    environment: dict[str, str] | None = None  # environment variables that change how kernels are built or run
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Measurement:
     """One back-end on one case."""
 
     backend: str
-    status: str
+    status: str  # ok, wrong, error, not installed, unsupported or skipped
     ours: bool = False  # else it is a peer
     detail: str = ""  # why it is not ok
     error: float | None = None  # relative Frobenius error against the reference
@@ -138,7 +143,7 @@ class VariantResult:
     """A whole chunk in one way of running it: precision, kernels, compile mode."""
 
     variant: str  # "bf16-eager"
-    status: str
+    status: str  # as of a measurement
     detail: str = ""
     stages: dict[str, tuple[float, ...]] = field(default_factory=dict)  # span name -> seconds, one value a call
     chunk: tuple[float, ...] = ()  # seconds of each whole chunk
@@ -269,13 +274,12 @@ def from_own_json(values: Any, source: str) -> Run | None:
     """
     if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
         return None
-    if values.get("version") not in (1, VERSION):
+    if values.get("version") not in range(1, VERSION + 1):
         raise UserError(f"{source} has schema version {values.get('version')!r}, this is version {VERSION}")
-    if values["version"] == 1:
-        try:
-            values = migrate.version_2(values)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
+    try:
+        values = migrate.newest(values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{source} is damaged: {type(error).__name__} {error}") from error
     try:
         return build(Run, {k: v for k, v in values.items() if k not in ("schema", "version")}, "run")
     except (TypeError, ValueError) as error:
@@ -300,6 +304,7 @@ def finite(value: Any, where: str) -> float:
 T = TypeVar("T")
 
 
+# msgspec would read dataclasses too, but lets unknown fields, NaN and 1e300 pass.
 def build(cls: type[T], values: Any, where: str) -> T:
     """The dataclass `cls` from JSON values, every field checked against its annotation; ValueError names the field."""
     if not isinstance(values, dict):

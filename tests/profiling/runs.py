@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
+from profiling.analyse.trees import Source, Tree
+from profiling.analyse.verdicts import Comparison, compare_trees, join
 from profiling.cases import Case, registry
 from profiling.results import (
     ERROR,
@@ -288,3 +290,10 @@ def run(
         else NvmlTrace(note="this run was on a CPU, which NVML does not watch"),
         notes=("torchao was not installed",) if gpu else (),
     )
+
+
+def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: float = 0.02) -> list[Comparison]:
+    """Compares two runs, each a tree by itself, whatever machines they were made on."""
+    first, second = (Tree(name, (Source(name, run),)) for name, run in (("before", before), ("after", after)))
+    further = [Tree(f"again {i}", (Source(f"again {i}", run),)) for i, run in enumerate(again)]
+    return compare_trees(join(first, second, any_device=True), further, threshold, force=True)

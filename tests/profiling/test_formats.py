@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from profiling.analyse.compare import compare_command, compare_runs
+from profiling.analyse.compare import JSON, compare_command
+from profiling.analyse.verdicts import UNMEASURED
 from profiling.formats import from_json, load
 from profiling.results import OK, CaseResult, Machine, Measurement, Run, save
+from tests.profiling.runs import compare_runs
 
 BENCHMARKS = """
 import pytest
@@ -69,7 +71,7 @@ def test_a_pytest_benchmark_file_keeps_every_round(benchmark_file: Path) -> None
 
 def test_a_pytest_benchmark_file_compares_with_itself(benchmark_file: Path) -> None:
     run = load(benchmark_file)
-    assert {row.change.verdict for row in compare_runs(run, run)} == {"same"}
+    assert {row.change.verdict for row in compare_runs(run, run)} == {UNMEASURED}
 
 
 def test_a_pytest_benchmark_file_without_rounds_has_its_quartiles(benchmark_file: Path) -> None:
@@ -95,12 +97,13 @@ def test_benchmarks_of_others_regress(benchmark_file: Path, about: dict, tmp_pat
     """Whatever they note about themselves, also if nothing in a file is called ours."""
     values = json.loads(benchmark_file.read_text())
     values["benchmarks"] = [benchmark | {"extra_info": about} for benchmark in values["benchmarks"][2:]]
-    for name, factor in (("before", 1), ("after", 10), ("even", 1)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(slower(values, factor)))
+    for day, name, factor in ((1, "before", 1), (2, "after", 10), (3, "even", 1.001)):
+        content = slower(values, factor) | {"datetime": f"2026-01-0{day}T00:00:00+00:00"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     before, after, even = (str(tmp_path / f"{name}.json") for name in ("before", "after", "even"))
-    assert compare_command(before, after, [], 0.02, False, tmp_path, True) == 1
-    assert compare_command(before, even, [], 0.02, False, tmp_path, True) == 0
-    assert compare_command(after, before, [], 0.02, False, tmp_path, True) == 0
+    assert compare_command(before, after, [], 0.02, False, tmp_path, None, JSON) == 1
+    assert compare_command(before, even, [], 0.02, False, tmp_path, None, JSON) == 0
+    assert compare_command(after, before, [], 0.02, False, tmp_path, None, JSON) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, "fast", None, True])

@@ -224,6 +224,25 @@ def test_a_backend_of_version_1_is_read_under_its_new_name(operation: str, old: 
     assert found.measurements == (Measurement(new, "ok", ours=True), Measurement("eager", "ok"))
 
 
+@pytest.mark.parametrize(
+    ("operation", "old", "new"),
+    [
+        ("audio_layer", "folded", "absorbed"),
+        ("causal_conv3d_norm", "apart", "separate"),
+        ("linear", "folded", "folded"),
+    ],
+)
+def test_names_that_changed_while_version_2_was_written_are_the_present_ones(
+    operation: str, old: str, new: str
+) -> None:
+    measurements = [{"backend": old, "status": "ok"}]
+    values = old_case(operation, "s", {"per_frame": 4}, is_matmul=True, measurements=measurements)
+    del values["products"]
+    (found,) = from_json(change("cases", [values]) | {"version": 2}, "old.json").cases
+    assert found.measurements == (Measurement(new, "ok"),)
+    assert found.dims == ({"tokens_per_frame": 4} if operation == "audio_layer" else {"per_frame": 4})
+
+
 def test_a_run_of_version_1_loses_nothing() -> None:
     document = to_json(RUN) | {"version": 1, "notes": ["a note"]}
     document["gauges"] = document.pop("nvml") | {"watts": [650.0], "note": "one reading"}

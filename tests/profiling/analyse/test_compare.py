@@ -1,23 +1,19 @@
-"""Verdicts on synthetic timings of known noise, on whole runs, and on results that git keeps."""
+"""Verdicts on whole runs, and on trees of results: files, folders, and what git keeps."""
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu
 
 from profiling.__main__ import main
-from profiling.analyse.compare import Comparison, compare_runs, compare_samples, without_spikes
+from profiling.analyse.verdicts import Comparison
+from profiling.formats import from_json
 from profiling.results import (
     ERROR,
     NOT_INSTALLED,
@@ -32,149 +28,9 @@ from profiling.results import (
     Run,
     VariantResult,
     save,
+    to_json,
 )
-
-Rng = np.random.Generator
-
-# --- Statistics -----------------------------------------------------------------------------------------------------
-
-
-def timings(rng: Rng, factor: float = 1.0, rounds: int = 20, noise: float = 0.03, spikes: float = 0.05) -> list[float]:
-    """Lognormal rounds around `factor` milliseconds, now and then one that takes 1.1 to 2.7 times as long."""
-    logs = noise * rng.standard_normal(rounds) + (rng.random(rounds) < spikes) * rng.uniform(0.1, 1.0, rounds)
-    return (1e-3 * factor * np.exp(logs)).tolist()
-
-
-def drifting(rng: Rng, kept: float = 0.7, noise: float = 0.03, rounds: int = 20) -> list[float]:
-    """Rounds of which each keeps a share of how far the one before it was off."""
-    logs = [noise * rng.standard_normal()]
-    for _ in range(rounds - 1):
-        logs.append(kept * logs[-1] + noise * math.sqrt(1 - kept**2) * rng.standard_normal())
-    return (1e-3 * np.exp(logs)).tolist()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_runs_are_the_same_in_95_of_100_draws(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    verdicts = Counter(compare_samples(timings(rng), timings(rng)).verdict for _ in range(100))
-    assert verdicts["same"] >= 95, verdicts
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("factor", "verdict"), [(1.05, "slower"), (1 / 1.05, "faster")])
-def test_a_change_of_5_percent_is_found_in_90_of_100_draws(factor: float, verdict: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    verdicts = Counter(compare_samples(timings(rng), timings(rng, factor)).verdict for _ in range(100))
-    assert verdicts[verdict] >= 90, verdicts
-
-
-def test_at_the_noise_of_a_gpu_a_change_of_3_percent_is_found_and_equal_runs_are_the_same() -> None:
-    rng = np.random.default_rng(0)
-    equal = Counter(compare_samples(timings(rng, noise=0.01), timings(rng, noise=0.01)).verdict for _ in range(100))
-    slower = Counter(
-        compare_samples(timings(rng, noise=0.01), timings(rng, 1.03, noise=0.01)).verdict for _ in range(100)
-    )
-    assert equal["same"] == 100
-    assert slower["slower"] >= 97
-
-
-def test_equal_runs_on_a_drifting_machine_are_mostly_the_same() -> None:
-    """Rounds that resemble their neighbours say less than they seem to: unwidened, 80 of 100 would be the same."""
-    rng = np.random.default_rng(0)
-    verdicts = Counter(compare_samples(drifting(rng), drifting(rng)).verdict for _ in range(300))
-    assert verdicts["same"] >= 0.9 * 300, verdicts
-
-
-def test_a_change_below_the_threshold_is_the_same_however_certain() -> None:
-    rng = np.random.default_rng(0)
-    before, after = timings(rng, noise=0.001), timings(rng, 1.015, noise=0.001)
-    change = compare_samples(before, after)
-    assert change.low is not None
-    assert change.low > 1
-    assert change.verdict == "same"
-    assert compare_samples(before, after, threshold=0.01).verdict == "slower"
-
-
-def test_the_spread_of_repeated_runs_is_noise() -> None:
-    """Every process is off by a few percent of its own: 6 % is much within one run, and nothing among several."""
-    rng = np.random.default_rng(0)
-    before, after = timings(rng, noise=0.005), timings(rng, 1.06, noise=0.005)
-    assert compare_samples(before, after).verdict == "slower"
-    change = compare_samples(before, after, again=[timings(rng, 0.93, noise=0.005), timings(rng, 1.01, noise=0.005)])
-    assert change.verdict == "same"
-    assert change.noise == pytest.approx(0.075, abs=0.01)
-    assert change.detail == "within the noise"
-
-
-def test_a_jump_within_the_first_run_is_noise() -> None:
-    rng = np.random.default_rng(0)
-    before = timings(rng, rounds=10, noise=0.004) + timings(rng, 1.1, rounds=10, noise=0.004)
-    change = compare_samples(before, timings(rng, 1.1, noise=0.004))
-    assert change.noise == pytest.approx(0.1, abs=0.01)
-    assert change.verdict == "same"
-
-
-def test_spikes_are_left_out_but_not_a_second_mode() -> None:
-    spiky = [1.0, 1.01, 0.99, 1.02, 5.0, 0.98, 1.0, 1.03]
-    assert np.exp(without_spikes(spiky)).tolist() == pytest.approx([v for v in spiky if v < 5])
-    bimodal = [1.0, 1.01, 0.99, 1.02, 1.5, 1.48, 1.52, 1.51]
-    assert len(without_spikes(bimodal)) == 8
-    assert len(without_spikes([1.0] * 6 + [9.0])) == 7  # most are equal: no distance is usual
-
-
-@settings(max_examples=80)
-@given(st.integers(0, 2**32 - 1), st.integers(5, 25), st.integers(5, 25), st.floats(-0.1, 0.1))
-def test_the_interval_is_that_of_the_rank_test(seed: int, m: int, n: int, shift: float) -> None:
-    """It excludes 1 exactly where the test of Mann and Whitney, as scipy has it, rejects equality at 1 %."""
-    rng = np.random.default_rng(seed)
-    a, b = 0.03 * rng.uniform(-1, 1, m), shift + 0.03 * rng.uniform(-1, 1, n)  # uniform: nothing to leave out
-    if any(len(without_spikes(np.exp(x).tolist())) < len(x) or judge_drift(x) for x in (a, b)):
-        return
-    change = compare_samples(np.exp(a).tolist(), np.exp(b).tolist())
-    excluded = (change.low or 0) > 1 or (change.high or math.inf) < 1
-    assert excluded == (mannwhitneyu(a, b, method="asymptotic", use_continuity=False).pvalue <= 0.01)
-
-
-def judge_drift(x: np.ndarray) -> bool:
-    """Whether the rounds resemble their neighbours by chance, which widens the interval."""
-    ranks = np.argsort(np.argsort(x)) - (len(x) - 1) / 2
-    return (ranks[1:] * ranks[:-1]).sum() / (ranks**2).sum() > 2 / math.sqrt(len(x))
-
-
-@settings(max_examples=60)
-@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12), st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12))
-def test_any_two_sets_of_times_get_a_verdict_and_turn_around(before: list[float], after: list[float]) -> None:
-    there, back = compare_samples(before, after), compare_samples(after, before)
-    assert there.verdict in ("slower", "faster", "same", "unsure")
-    assert there.ratio is not None
-    assert there.ratio * (back.ratio or 0) == pytest.approx(1)
-    if there.low and there.high:
-        assert there.low <= there.ratio * (1 + 1e-12)
-        assert there.ratio <= there.high * (1 + 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "verdict", "detail"),
-    [
-        ((0.99, 1.0, 1.02), (1.19, 1.2, 1.21), "slower", "3 rounds, too few for statistics: apart, by more than 10%"),
-        ((0.99, 1.0, 1.02), (0.79, 0.8, 0.81), "faster", "too few for statistics: apart"),
-        ((0.99, 1.0, 1.02), (1.05, 1.06, 1.07), "unsure", "and not far apart"),
-        ((0.9, 1.0, 1.3), (1.2, 1.25, 1.3), "unsure", "and not far apart"),
-        ((0.9, 1.0, 1.3), (0.8, 1.01, 1.4), "same", "medians within 2.0%"),
-        ((1.0,), (1.5,), "unsure", "1 rounds, too few for statistics, and not far apart"),
-        ((1.0,), (1.01,) * 20, "same", "1 rounds"),
-        ((0.0, 1.0), (1.0, 1.0), "unsure", "a time that is not above zero"),
-        ((1.0,) * 9, (math.nan,) * 9, "unsure", "a time that is not above zero"),
-        ((math.nan, *(1.0,) * 9), (1.0,) * 10, "unsure", "a time that is not above zero"),
-        ((1.0,) * 9, (*(1.0,) * 8, math.inf), "unsure", "a time that is not above zero"),
-    ],
-)
-def test_few_rounds_need_a_large_change(before: Any, after: Any, verdict: str, detail: str) -> None:
-    change = compare_samples(before, after)
-    assert change.verdict == verdict
-    assert detail in change.detail
-    assert (change.low, change.high, change.noise) == (None, None, None)
-
+from tests.profiling.runs import compare_runs
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
@@ -184,7 +40,7 @@ MACHINE = Machine("cuda", "NVIDIA H100", 132, 80, "9.0", 50, "580.1", VERSIONS, 
 
 def measured(backend: str, seconds: float, ours: bool = True, seed: int = 0) -> Measurement:
     rng = np.random.default_rng([seed, len(backend), ours])
-    return Measurement(backend, OK, ours, samples=tuple(timings(rng, 1e3 * seconds, noise=0.005, spikes=0)))
+    return Measurement(backend, OK, ours, samples=tuple((seconds * np.exp(0.005 * rng.standard_normal(20))).tolist()))
 
 
 def case(name: str, *measurements: Measurement) -> CaseResult:
@@ -193,6 +49,16 @@ def case(name: str, *measurements: Measurement) -> CaseResult:
 
 def run(*cases: CaseResult, machine: Machine = MACHINE, **more: Any) -> Run:
     return Run("bench", "2026-01-01T00:00:00+00:00", machine, cases=cases, **more)
+
+
+def later(r: Run, day: int = 2) -> Run:
+    """The same run on another day, on which every case takes a ten-thousandth longer for each day."""
+
+    def anew(m: Measurement) -> Measurement:
+        return dataclasses.replace(m, samples=tuple((1 + 1e-4 * day) * seconds for seconds in m.samples))
+
+    cases = (dataclasses.replace(c, measurements=tuple(map(anew, c.measurements))) for c in r.cases)
+    return dataclasses.replace(r, started=f"2026-01-{day:02}T00:00:00+00:00", cases=tuple(cases))
 
 
 def verdicts(found: Sequence[Comparison]) -> dict[str, str]:
@@ -231,7 +97,7 @@ def test_each_change_of_status_has_its_verdict_and_regressions_come_first() -> N
         "never": (absent, late, None),
     }
     runs = [run(*(case(f"{name}/s/d", fate[i]) for name, fate in fates.items() if fate[i])) for i in (0, 1)]
-    found = compare_runs(runs[0], runs[1])
+    found = compare_runs(runs[0], later(runs[1]))
     assert verdicts(found) == {f"{name}/s/d: m": verdict for name, (*_, verdict) in fates.items() if verdict}
     regressed = [row.regressed for row in found]
     assert regressed == sorted(regressed, reverse=True)
@@ -315,7 +181,7 @@ def test_a_pair_timed_in_one_run_only_or_in_another_way_says_so() -> None:
         (untimed, untimed, "same", "right, not timed"),
         (fine, graph, "same", "timed as a CUDA graph in one run only"),
     ):
-        (row,) = compare_runs(run(case("o/s/d", before)), run(case("o/s/d", after)))
+        (row,) = compare_runs(run(case("o/s/d", before)), later(run(case("o/s/d", after))))
         assert (row.change.verdict, row.change.detail) == (verdict, detail)
 
 
@@ -338,7 +204,9 @@ def test_other_devices_and_versions_are_not_compared_unless_forced(
 ) -> None:
     machine = dataclasses.replace(MACHINE, **change)
     a, b = files(
-        tmp_path, run(case("o/s/d", measured("m", 1e-3))), run(case("o/s/d", measured("m", 1e-3)), machine=machine)
+        tmp_path,
+        run(case("o/s/d", measured("m", 1e-3))),
+        later(run(case("o/s/d", measured("m", 1e-3)), machine=machine)),
     )
     assert call(monkeypatch, a, b) == 2
     out, err = capsys.readouterr()
@@ -359,12 +227,72 @@ def test_own_version_python_patch_level_and_missing_facts_may_differ(
     versions = {"python": "3.12.9", "torch": "2.11.0", "flashtalk-triton": "0.2.0", "numpy": "2.3"}
     machine = dataclasses.replace(MACHINE, versions=versions, revision="2" * 40)
     paths = files(
-        tmp_path, run(case("o/s/d", measured("m", 1e-3))), run(case("o/s/d", measured("m", 1e-3)), machine=machine)
+        tmp_path,
+        run(case("o/s/d", measured("m", 1e-3))),
+        later(run(case("o/s/d", measured("m", 1e-3)), machine=machine)),
     )
     assert call(monkeypatch, *paths, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["forced"] == []
     assert document["notes"] == ["stated by one run only, so not compared: numpy, triton"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ("2.11.0", "2.11.0+cu130", "same"),
+        ("2.11.0+cu130", "2.11.0", "same"),
+        ("2.11.0+cu130", "2.11.0+cu130", "same"),
+        ("2.11.0+cu126", "2.11.0+cu130", "torch 2.11.0+cu126 / 2.11.0+cu130"),
+        ("2.11.0", "2.11.1+cu130", "torch 2.11.0 / 2.11.1+cu130"),
+    ],
+)
+def test_two_spellings_of_a_version_are_one(
+    first: str,
+    second: str,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machines = [dataclasses.replace(MACHINE, versions=VERSIONS | {"torch": torch}) for torch in (first, second)]
+    runs = [later(run(case("o/s/d", measured("m", 1e-3)), machine=m), i + 1) for i, m in enumerate(machines)]
+    code = call(monkeypatch, *files(tmp_path, *runs))
+    out, err = capsys.readouterr()
+    assert verdict in (out or err)
+    assert code == (0 if verdict == "same" else 2)
+
+
+def test_each_circumstance_that_differs_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("tuned", "ecc", "persistence", "container", "environment")
+    first = dict(zip(names, ("aa", True, True, False, {"A": "1", "B": "x", "C": "same"}), strict=True))
+    second = dict(zip(names, ("bb", False, False, True, {"A": "2", "C": "same"}), strict=True))
+    runs = [
+        later(
+            run(
+                case("o/s/d", measured("m", 1e-3)),
+                machine=dataclasses.replace(MACHINE, **facts),
+                nvml=NvmlTrace(power_limit_watts=watts),
+            ),
+            day,
+        )
+        for day, facts, watts in ((1, first, 700.0), (2, second, 500.0), (3, {}, None))
+    ]
+    a, b, old = files(tmp_path, *runs)
+    assert call(monkeypatch, a, b, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        "table of launch parameters: aa in the first run, bb in the second",
+        "power limit: 700 W in the first run, 500 W in the second",
+        "ECC: on in the first run, off in the second",
+        "persistence mode: on in the first run, off in the second",
+        "inside a container: no in the first run, yes in the second",
+        "environment variable A: 1 in the first run, 2 in the second",
+        "environment variable B: x in the first run, not set in the second",
+    ]
+    assert call(monkeypatch, a, old, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [], "a file of an earlier version does not say"
 
 
 def test_notes_tell_what_happened_to_the_machine(
@@ -382,7 +310,7 @@ def test_notes_tell_what_happened_to_the_machine(
     assert call(monkeypatch, *files(tmp_path, a, b), "--json") == 0
     assert json.loads(capsys.readouterr().out)["notes"] == [
         "the second run was throttled: power cap 40% of the time",
-        f"the second run was made with uncommitted changes to {'2' * 40}-dirty",
+        f"the second run was made with uncommitted changes: {'2' * 40}-dirty",
         "in the second run the machine copied 4.0% slower",
         "peers, whose code did not change, became 20% slower (median of 1): perhaps the machine did",
     ]
@@ -416,6 +344,31 @@ def test_the_table_and_the_json_tell_a_regression_and_the_exit_code_does(
     assert call(monkeypatch, *paths, "--threshold", "0.2") == 0
 
 
+def test_the_table_for_a_pull_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = Measurement("m", ERROR, True, "no | <b>\nsecond line")
+    a = run(*(case(f"{name}/s/d", measured("m", 1e-3)) for name in ("slow", "same", "odd")), variants=(variant(1.0),))
+    b = run(
+        case("slow/s/d", measured("m", 1.1e-3, seed=1)),
+        case("same/s/d", measured("m", 1e-3, seed=1)),
+        case("odd/s/d", odd),
+        variants=(variant(1.001, peak=3 * 2**29),),
+    )
+    assert call(monkeypatch, *files(tmp_path, a, later(b)), "--markdown") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "**3 regressed**: 1 broken, 1 slower, 1 larger, 5 same"
+    assert lines[2] == "| verdict | case | back-end | before | after | ratio | 99 % sure | noise |"
+    assert lines[4] == "| **broken** (error: no \\| &lt;b> second line) | `odd/s/d` | m | 999 µs |  |  |  |  |"
+    assert lines[5].startswith("| **slower** | `slow/s/d` | m | 999 µs | 1.10 ms | 1.")
+    assert lines[6] == "| **larger** | `bf16-eager` | peak memory | 1.00 GiB | 1.50 GiB | 1.500 |  |  |"
+    assert lines[7] == ""
+    assert lines[8] == "<details><summary>Compared runs</summary>"
+    assert f"- {tmp_path}/a.json (2026-01-01T00:00:00+00:00, 111111111), with " in lines[11]
+    assert lines[-1] == "</details>"
+    assert call(monkeypatch, *files(tmp_path, a, b), "--markdown", "--json") == 2
+
+
 def test_further_runs_are_taken_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seconds = (1e-3, 1.06e-3, 0.93e-3)
     a, b, c = files(tmp_path, *(run(case("o/s/d", measured("m", s, seed=i))) for i, s in enumerate(seconds)))
@@ -426,7 +379,7 @@ def test_further_runs_are_taken_from_the_command_line(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("a.json", "none.json"), "none.json is neither a file nor a git revision"),
+        (("a.json", "none.json"), "none.json is neither a file, a folder nor a git revision"),
         (("a.json", "a.json", "--threshold", "5"), "--threshold 5.0: it is a share between 0 and 1"),
         (("a.json", "b.json"), "hold no times"),
         (("a.json", "broken.json"), "broken.json is not JSON"),
@@ -497,8 +450,22 @@ def test_a_revision_stands_for_the_newest_results_measured_at_it(
     assert call(monkeypatch, "v1", "HEAD~1", "--results", repository.results, "--json") == 1
     document = json.loads(capsys.readouterr().out)
     assert document["rows"][0]["change"]["ratio"] == pytest.approx(2)
-    assert document["before"]["file"] == "HEAD:results/new.json"
-    assert document["after"]["file"] == "HEAD:results/now.json"
+    (runs,) = document["runs"]
+    assert (runs["before"]["file"], runs["after"]["file"]) == ("HEAD:results/new.json", "HEAD:results/now.json")
+
+
+def test_what_was_measured_at_the_first_revision_alone_is_not_missing_at_the_second(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = repository.commit(a=dataclasses.replace(run(case("else/s/d", measured("m", 1e-3))), started="2026-01-01"))
+    head = repository.commit()
+    repository.commit(b=of(1e-3, "2026-01-02", base))
+    assert call(monkeypatch, "HEAD~2", "HEAD~1", "--results", repository.results) == 2
+    assert "nothing was measured between " in capsys.readouterr().err
+    other = dataclasses.replace(MACHINE, revision=head)
+    repository.commit(c=later(run(case("else/s/d", measured("m", 1e-3)), machine=other), 3))
+    assert call(monkeypatch, "HEAD~3", "HEAD~2", "--results", repository.results, "--json") == 1
+    assert document(capsys)["counts"] == {"missing": 1, "same": 1}, "there, other cases were measured"
 
 
 def test_a_revision_without_its_own_stands_for_the_newest_results_in_its_tree(
@@ -512,24 +479,152 @@ def test_a_revision_without_its_own_stands_for_the_newest_results_in_its_tree(
     assert ratio(capsys) == pytest.approx(0.5)
 
 
-def test_of_two_revisions_the_newest_comparable_results_are_taken(
+def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_files_that_measure_other_cases_are_joined_by_case(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file each of two operations and of a chunk, then one of them anew: nothing is missing."""
+    other = dataclasses.replace(run(case("else/s/d", measured("m", 1e-3))), started="2026-01-05")
+    chunk = dataclasses.replace(run(variants=(variant(1.0),)), started="2026-01-06")
+    repository.commit(a=of(1e-3, "2026-01-01"), b=other, c=chunk)
+    repository.commit(d=of(1.5e-3, "2026-01-09"))
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
+    found = document(capsys)
+    assert found["counts"] == {"slower": 1, "not measured in between": 6}
+    assert found["rows"][0]["change"]["ratio"] == pytest.approx(1.5)
+    assert [file.split(":")[1] for file in found["rows"][0]["files"]] == ["results/a.json", "results/d.json"]
+    repository.git("rm", "-q", "results/b.json")
+    repository.commit()
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
+    assert document(capsys)["counts"] == {"missing": 1, "not measured in between": 6}, "its whole tree lacks it"
+
+
+def test_a_later_file_that_could_not_measure_a_case_does_not_hide_it(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository.commit(a=of(1e-3, "2026-01-01"))
+    late = Measurement("m", SKIPPED, True, "no time was left")
+    repository.commit(
+        b=later(run(case("o/s/d", late), case("else/s/d", measured("m", 1e-3)))),
+    )
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 0
+    assert document(capsys)["counts"] == {"new": 1, "not measured in between": 1}
+    checked = dataclasses.replace(measured("m", 1e-3), samples=())
+    repository.commit(check=later(run(case("o/s/d", checked)), 3))
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 0
+    assert document(capsys)["counts"] == {"new": 1, "not measured in between": 1}, "right, but not timed"
+    lost = Measurement("all", ERROR, True, "ended the process")  # what a campaign writes
+    repository.commit(c=later(run(case("o/s/d", lost)), 4))
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
+    assert document(capsys)["counts"] == {"missing": 1, "new": 1, "not measured in between": 1}
+
+
+def test_results_written_anew_in_another_schema_are_the_same_measurements(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = of(1e-3, "2026-01-01")
+    measurement = {
+        "backend": "folded",
+        "status": "ok",
+        "ours": True,
+        "samples": list(r.cases[0].measurements[0].samples),
+    }
+    old = {
+        "case": "audio_attention/s/bf16", "operation": "audio_attention", "shape": "s", "dtype": "bf16", "flops": 1.0,
+        "bytes": 1.0, "dims": {"per_frame": 4, "channels": 8}, "measurements": [measurement],
+    }  # fmt: skip
+    new = old | {"case": "audio_layer/s/bf16", "operation": "audio_layer", "dims": {"per_frame": 4, "head_dim": 8}}
+    for version, values in ((1, old), (2, new)):
+        content = to_json(r) | {"version": version, "cases": [values]}
+        (repository.results / "a.json").write_text(json.dumps(content))
+        repository.commit()
+    save(from_json(content, "a.json"), repository.results / "a.json")
+    repository.commit()
+    for first, second in (("HEAD~2", "HEAD~1"), ("HEAD~1", "HEAD"), ("HEAD~2", "HEAD")):
+        assert call(monkeypatch, first, second, "--results", repository.results) == 2
+        assert "nothing was measured between " in capsys.readouterr().err
+
+
+def test_devices_are_compared_each_by_itself(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository.commit(a=of(1e-3, "2026-01-01"), cpu=of(50e-3, "2026-01-05", device="some CPU"))
     repository.commit(b=of(3e-3, "2026-01-09"))
     assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
-    assert ratio(capsys) == pytest.approx(3)
+    found = document(capsys)
+    assert found["counts"] == {"slower": 1, "not measured in between": 1}
+    assert found["rows"][0]["change"]["ratio"] == pytest.approx(3)
+    repository.git("rm", "-q", "results/a.json", "results/b.json")
+    repository.commit()
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 2
+    assert "nothing was measured between " in capsys.readouterr().err, (
+        "the case is there, though of another device only"
+    )
 
 
-def test_results_of_another_kind_are_not_what_a_revision_is_compared_by(
+def test_other_versions_spoil_what_they_measured_only(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each time kernels were measured and then a whole chunk."""
-    other = dataclasses.replace(run(case("else/s/d", measured("m", 1e-3)), machine=MACHINE), started="2026-01-02")
-    repository.commit(a=of(1e-3, "2026-01-01"), a2=other)
-    repository.commit(b=of(3e-3, "2026-01-09"))
-    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results, "--json") == 1
-    assert ratio(capsys) == pytest.approx(3)
+    other = dataclasses.replace(MACHINE, versions=VERSIONS | {"torch": "2.12.0"})
+    both = case("o/s/d", measured("m", 1e-3)), case("else/s/d", measured("m", 1e-3))
+    repository.commit(a=run(*both))
+    repository.commit(b=later(run(case("else/s/d", measured("m", 1.5e-3)), machine=other)))
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
+    assert "torch 2.11.0 / 2.12.0" in capsys.readouterr().err
+    repository.commit(c=later(run(both[0], machine=MACHINE), 3))
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 0
+    found = document(capsys)
+    assert found["counts"] == {"unsure": 1, "same": 1}
+    assert found["rows"][0]["change"]["detail"] == "not compared: torch 2.11.0 / 2.12.0"
+    assert found["notes"][0].startswith("not compared: ")
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json", "--force") == 1
+    assert document(capsys)["counts"] == {"slower": 1, "same": 1}
+
+
+def test_a_committed_file_that_nobody_reads_any_more_may_hold_what_a_tree_lacks(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (repository.results / "old.json").write_text('{"argv": ["--budget", "1"]}')
+    repository.commit(a=of(1e-3, "2026-01-05"))
+    repository.git("rm", "-q", "results/old.json")
+    anew = dataclasses.replace(run(case("else/s/d", measured("m", 1e-3))), started="2026-01-01")
+    repository.commit(old=anew)
+    for first, second in (("HEAD~1", "HEAD"), ("HEAD", "HEAD~1")):
+        assert call(monkeypatch, first, second, "--results", repository.results, "--json") == 0
+        found = document(capsys)
+        assert found["counts"] == {"unsure": 1, "not measured in between": 1}
+        assert found["rows"][0]["change"]["detail"] == "perhaps in a file that cannot be read any more"
+        assert "old.json" in found["notes"][0]
+
+
+def test_folders_and_files_are_compared_like_revisions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run(case("else/s/d", measured("m", 1e-3)))
+    for folder, runs in {
+        "a": {"x": of(1e-3, "2026-01-01"), "deep/y": other},
+        "b": {"x": of(1e-3, "2026-01-01"), "y": other, "z": of(1.5e-3, "2026-01-03")},
+    }.items():
+        for name, r in runs.items():
+            save(r, tmp_path / folder / f"{name}.json")
+    (tmp_path / "b" / "trace.json").write_text('{"traceEvents": []}')
+    assert call(monkeypatch, tmp_path / "a", tmp_path / "b", "--json") == 1
+    assert document(capsys)["counts"] == {"slower": 1, "not measured in between": 1}
+    assert call(monkeypatch, tmp_path / "a", tmp_path / "b" / "z.json", "--json") == 1
+    found = document(capsys)
+    assert found["counts"] == {"slower": 1}, "a file says nothing about cases that it lacks"
+    assert found["notes"][-1].endswith("/z.json lacks their cases: 1")
+    assert call(monkeypatch, tmp_path / "b" / "z.json", tmp_path / "a", "--json") == 0
+    assert document(capsys)["counts"] == {"faster": 1}
+    (tmp_path / "b" / "bad.json").write_text('{"schema": "flashtalk-profile", "version": 1}')
+    assert call(monkeypatch, tmp_path / "a", tmp_path / "b") == 2
+    assert "bad.json is damaged" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert call(monkeypatch, tmp_path / "none", tmp_path / "a") == 2
+    assert "no file in" in capsys.readouterr().err
 
 
 def test_two_revisions_with_the_same_results_are_not_compared_with_themselves(
@@ -538,10 +633,13 @@ def test_two_revisions_with_the_same_results_are_not_compared_with_themselves(
     repository.commit(a=of(1e-3, "2026-01-01"), b=of(2e-3, "2026-01-02"))
     repository.commit()
     assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
-    assert "are the same results; nothing was measured in between" in capsys.readouterr().err
-    repository.commit(c=of(4e-3, "2026-01-03"))
+    assert "nothing was measured between " in capsys.readouterr().err
+    repository.commit(campaign=of(2e-3, "2026-01-03"))  # the same rounds, in a file of another beginning
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
+    assert "nothing was measured between " in capsys.readouterr().err
+    repository.commit(c=of(4e-3, "2026-01-04"))
     assert call(monkeypatch, "HEAD", "HEAD~1", "--results", repository.results, "--json") == 0
-    assert ratio(capsys) == pytest.approx(0.5)  # backwards too, the newest of each that are not shared
+    assert ratio(capsys) == pytest.approx(0.5)  # backwards too
 
 
 def test_a_revision_without_results_says_what_to_do(
@@ -554,4 +652,4 @@ def test_a_revision_without_results_says_what_to_do(
     assert "no readable results of HEAD" in (err := capsys.readouterr().err)
     assert "bench --out" in err
     assert call(monkeypatch, "nobranch", "HEAD", "--results", repository.results) == 2
-    assert "nobranch is neither a file nor a git revision" in capsys.readouterr().err
+    assert "nobranch is neither a file, a folder nor a git revision" in capsys.readouterr().err
