@@ -5,6 +5,7 @@ means that the answer is no (a regression, a broken budget, an unmet target, a w
 explained in one line.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -50,10 +51,18 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds; each one times every back-end once, in a new order.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="Only check Triton kernels, on a CPU in Triton's interpreter.")
+    ] = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the correct ones in interleaved rounds."""
+    if interpret and not list_:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, which the import below does
+        from profiling.measure.interpret import interpret_command
+
+        raise typer.Exit(interpret_command(patterns or [], device, backend or [], out, cases, json))
     from profiling.measure.bench import bench_command
 
     raise typer.Exit(bench_command(patterns or [], device, backend or [], rounds, out, list_, cases, json))

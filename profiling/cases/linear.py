@@ -86,7 +86,8 @@ def linear_backend(name: str, fp8: bool) -> Backend:
         return lambda: dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     configs = {"gluon": partial(linear_configs, fp8), "triton": partial(linear_configs_triton, fp8)}.get(name)
-    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if configs else None, configs=configs)
+    launcher = launch if configs else None
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launcher, configs=configs, gluon=name == "gluon")
 
 
 def operand(x: Tensor) -> tuple[Tensor, Tensor]:
