@@ -54,18 +54,35 @@ def bench(
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Only check Triton kernels, on a CPU in Triton's interpreter.")
     ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Sizes of a dimension: rows=1024:16384:x2, rows=1000:5000:+500, queries=keys=512:8192:x2."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the sweep into this file, .svg or .png.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")] = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the correct ones in interleaved rounds."""
-    if interpret and not list_:
+    if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, which the import below does
-        from profiling.measure.interpret import interpret_command
+    from profiling.measure.bench import BenchOptions, bench_command
+    from profiling.measure.interpret import interpret_command
 
-        raise typer.Exit(interpret_command(patterns or [], device, backend or [], out, cases, json))
-    from profiling.measure.bench import bench_command
-
-    raise typer.Exit(bench_command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
+    options = BenchOptions(
+        patterns=patterns or (),
+        device=device,
+        backends=backend or (),
+        rounds=rounds,
+        out=out,
+        list_only=list_,
+        sweep=sweep,
+        plot=plot,
+        extra=cases,
+        as_json=json,
+        as_csv=csv,
+    )
+    raise typer.Exit(interpret_command(options) if interpret and not list_ else bench_command(options))
 
 
 @app.command()

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from rich.table import Table
 from triton.runtime.interpreter import InterpretedFunction
 
 from model.errors import UserError
-from profiling.cases import TOLERANCES, Case, requested_cases
+from profiling.cases import TOLERANCES, Case
 from profiling.machine import describe_machine
-from profiling.measure.bench import require_known_backends
+from profiling.measure.bench import BenchOptions, chosen_cases, require_known_backends
 from profiling.measure.check import check_case
 from profiling.results import (
     ERROR,
@@ -95,26 +94,27 @@ def _without_times(measurement: Measurement, launches: int) -> Measurement:
     return replace(measurement, first_call=None)
 
 
-def interpret_command(
-    patterns: Sequence[str], device: str, backends: Sequence[str], out: Path | None, extra: Path | None, as_json: bool
-) -> int:
+def interpret_command(options: BenchOptions) -> int:
     """Implements `python -m profiling bench --interpret`; returns 1 if a kernel of ours is wrong or raised."""
-    if out is not None or device == "cuda":
-        raise UserError("bench --interpret runs on the CPU and measures nothing: leave out --out and --device cuda")
+    if options.device == "cuda":
+        raise UserError("bench --interpret runs on the CPU: leave out --device cuda")
+    if options.out or options.plot or options.as_csv:
+        raise UserError("bench --interpret measures nothing: leave out --out, --plot and --csv")
     seed = secrets.randbits(31)
-    cases = {c.name: c for case in requested_cases(patterns, CPU, extra) if (c := interpreted_case(case)).backends}
+    requested = chosen_cases(options, CPU)
+    cases = {c.name: c for case in requested if (c := interpreted_case(case)).backends}
     if not cases:
         raise UserError("bench --interpret: none of these cases has a back-end with a launcher, so no kernel to check")
-    require_known_backends([*cases.values()], backends)
+    require_known_backends([*cases.values()], options.backends)
     console = Console(stderr=True)
     console.print(f"seed {seed}", highlight=False)
     results = []
     with console.status("") as status:
         for case in cases.values():
             status.update(f"interpreting {case.name}")
-            results.append(check_interpreted(case, seed, backends or None))
+            results.append(check_interpreted(case, seed, options.backends or None))
     run = Run("bench --interpret", now(), describe_machine(CPU), cases=tuple(results), notes=(f"seed {seed}",))
-    if as_json:
+    if options.as_json:
         print(as_json_text(to_json(run)))
     else:
         terminal().print(_table(run.cases, cases))

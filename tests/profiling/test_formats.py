@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.errors import UserError
+from profiling.__main__ import main
 from profiling.analyse.compare import compare_command, compare_runs
 from profiling.formats import from_json, load
 from profiling.machine import describe_machine
@@ -152,7 +153,9 @@ def test_a_pytest_benchmark_file_with_names_of_version_1_has_the_present_ones(be
     assert run.case("test_it.py::test_plain") is not None
 
 
-def test_benchmarks_of_two_gpus_never_pass_as_one_device(tmp_path: Path, benchmark_file: Path) -> None:
+def test_benchmarks_of_two_gpus_never_pass_as_one_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, benchmark_file: Path
+) -> None:
     values = json.loads(benchmark_file.read_text())
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         gpu = Machine("cuda", name, 132, 80 * 10**9, "9.0", 50 * 2**20, "570.86.15", {"triton": "3.6.0"}, "abc")
@@ -160,8 +163,10 @@ def test_benchmarks_of_two_gpus_never_pass_as_one_device(tmp_path: Path, benchma
         path = tmp_path / f"{gpu.device[7:11]}.json"
         path.write_text(json.dumps(values))
         assert load(path).machine == gpu
-    with pytest.raises(UserError, match="NVIDIA H200"):
-        compare_command(str(tmp_path / "H100.json"), str(tmp_path / "H200.json"), [], 0.02, False, tmp_path, True)
+    paths = [str(tmp_path / "H100.json"), str(tmp_path / "H200.json")]
+    monkeypatch.setattr(sys, "argv", ["profiling", "compare", *paths])
+    assert main() == 2
+    assert "NVIDIA H200" in capsys.readouterr().err
 
 
 def test_a_damaged_machine_is_refused(benchmark_file: Path) -> None:

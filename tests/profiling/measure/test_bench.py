@@ -118,9 +118,9 @@ def test_quantised_layers_are_right_on_the_cpu_too(name: str, prepare: Callable[
     assert result.measurements[0].status == OK, result.measurements
 
 
-@pytest.mark.parametrize(("rounds", "sweeps", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
-def test_rounds_are_spread_over_sweeps(rounds: int, sweeps: int, parts: list[int]) -> None:
-    assert split_rounds(rounds, sweeps) == parts
+@pytest.mark.parametrize(("rounds", "passes", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
+def test_rounds_are_spread_over_passes(rounds: int, passes: int, parts: list[int]) -> None:
+    assert split_rounds(rounds, passes) == parts
 
 
 def test_ceilings_are_measured_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
