@@ -35,6 +35,7 @@ Patterns = Annotated[
 ]
 Cases = Annotated[Path | None, typer.Option("--cases", help="A Python file whose CASES are added to the registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Hot = Annotated[bool, typer.Option("--hot", help="Warm the GPU to its power cap first; report MHz, W, J a call.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
@@ -51,6 +52,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds; each one times every back-end once, in a new order.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
+    hot: Hot = False,
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Only check Triton kernels, on a CPU in Triton's interpreter.")
     ] = False,
@@ -78,6 +80,7 @@ def bench(
         list_only=list_,
         sweep=sweep,
         plot=plot,
+        hot=hot,
         extra=cases,
         as_json=json,
         as_csv=csv,
@@ -164,13 +167,14 @@ def tune(
     device: Device = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 600,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: kernels/tuned.")] = None,
+    hot: Hot = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
     """Searches launch parameters and writes the fastest correct ones to DEVICE.json."""
     from profiling.measure.tune import tune_command
 
-    raise typer.Exit(tune_command(patterns or [], device, budget, out, cases, json))
+    raise typer.Exit(tune_command(patterns or [], device, budget, out, hot, cases, json))
 
 
 @app.command()

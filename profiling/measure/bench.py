@@ -26,6 +26,7 @@ from profiling.cases import TORCH_DTYPES, Call, Case, requested_cases
 from profiling.cases.linear import prepare_scaled_mm
 from profiling.machine import NvmlMonitor, describe_machine, resolve_device
 from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
+from profiling.measure.hot import HotBench, hot_bench, hot_table
 from profiling.measure.sweep import check_plot, parse_sweep, swept_cases, write_plot
 from profiling.measure.timing import CallTimer, interleave, num_input_sets
 from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
@@ -98,10 +99,12 @@ def time_case(
     rounds: int,
     seed: int,
     on_backend: Callable[[str], None] = lambda _: None,
+    hot: HotBench | None = None,
 ) -> CaseResult:
     """Adds up to `rounds` rounds of the correct back-ends to a result, on fresh inputs made from `seed`.
 
-    A round is one sample of each back-end. `on_backend` and exceptions are as in `check_case`.
+    A round is one sample of each back-end. With `hot` the samples are those of a hot GPU instead, of one back-end after
+    the other. `on_backend` and exceptions are as in `check_case`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     found = {m.backend: m for m in result.measurements}
@@ -118,7 +121,11 @@ def time_case(
                     raise_if_gpu_lost(device)
                     found[m.backend] = replace(m, status=ERROR, detail=one_line(error), samples=())
         on_backend("")
-        for name, samples in zip(ready, interleave([*ready.values()], rounds, seed), strict=True):
+        if hot is None:
+            samples_of = dict(zip(ready, interleave([*ready.values()], rounds, seed), strict=True))
+        else:
+            samples_of = hot.measure(case.name, ready)
+        for name, samples in samples_of.items():
             found[name] = replace(found[name], samples=(*found[name].samples, *samples))
     del sets, ready
     if device.type == "cuda":
@@ -161,6 +168,7 @@ class BenchOptions:
     sweep: str | None = None
     plot: Path | None = None
     extra: Path | None = None  # file of cases
+    hot: bool = False
     as_json: bool = False
     as_csv: bool = False
 
@@ -184,7 +192,8 @@ def bench_command(options: BenchOptions) -> int:
         check_plot(options.plot, options.sweep)
     if options.list_only:
         return _print_list(cases, options.as_json)
-    run = _measure(cases, device, options)
+    hot = hot_bench(device) if options.hot else None
+    run = _measure(cases, device, options, hot)
     if options.plot is not None and options.sweep is not None:
         write_plot(run, parse_sweep(options.sweep), options.plot)
     if options.as_json:
@@ -193,14 +202,17 @@ def bench_command(options: BenchOptions) -> int:
         print(measurement_csv(run), end="")
     else:
         terminal().print(measurement_table(measurement_rows(run)))
+        if hot is not None:
+            terminal().print(hot_table(hot))
         _print_notes(run)
     return int(any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements))
 
 
-def _measure(cases: Sequence[Case], device: torch.device, options: BenchOptions) -> Run:
+def _measure(cases: Sequence[Case], device: torch.device, options: BenchOptions, hot: HotBench | None) -> Run:
     """Measures the cases; the results file is written after each of them."""
     started, begin, seed = now(), time.monotonic(), secrets.randbits(31)
-    run = Run("bench", started, describe_machine(device), notes=(f"seed {seed}",))
+    notes = (f"seed {seed}",)
+    run = Run("bench --hot" if hot else "bench", started, describe_machine(device), notes=notes)
     if options.out is not None:
         save(run, options.out)  # fails now, not after the work, if the place cannot be written
     console = Console(stderr=True)
@@ -209,12 +221,12 @@ def _measure(cases: Sequence[Case], device: torch.device, options: BenchOptions)
         set_benchmark_state()
         run = replace(run, ceilings=measure_ceilings(device, {case.dtype for case in cases}))
         results: dict[str, CaseResult] = {}
-        for i, share in enumerate(split_rounds(options.rounds, PASSES[device.type])):
+        for i, share in enumerate(split_rounds(options.rounds, 1 if hot else PASSES[device.type])):
             for case in cases:
                 status.update(f"pass {i + 1}, {case.name}")
                 try:
                     before = results.get(case.name) or check_case(case, device, seed, options.backends or None)
-                    results[case.name] = time_case(case, before, device, share, seed + i + 1)
+                    results[case.name] = time_case(case, before, device, share, seed + i + 1, hot=hot)
                 except torch.AcceleratorError as error:
                     raise UserError(
                         f"{case.name} left the process without a working GPU ({one_line(error)}); leave it out, or"
@@ -222,6 +234,7 @@ def _measure(cases: Sequence[Case], device: torch.device, options: BenchOptions)
                     ) from error
                 seconds = time.monotonic() - begin
                 run = replace(run, cases=tuple(results.values()), nvml=monitor.nvml, seconds=seconds)
+                run = replace(run, notes=(*notes, *(hot.notes() if hot else ())))
                 if options.out is not None:
                     save(run, options.out)
     return run
