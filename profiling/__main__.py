@@ -53,6 +53,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
     hot: Hot = False,
+    once: Annotated[bool, typer.Option("--once", help="Make one call inside a profiler's range, untimed.")] = False,
+    ncu: Annotated[bool, typer.Option("--ncu", help="Profile one call with Nsight Compute, or print how.")] = False,
+    proton: Annotated[bool, typer.Option("--proton", help="Profile calls with Triton's Proton, or print how.")] = False,
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Only check Triton kernels, on a CPU in Triton's interpreter.")
     ] = False,
@@ -66,10 +69,15 @@ def bench(
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the correct ones in interleaved rounds."""
+    modes = {"interpret": interpret, "once": once, "ncu": ncu, "proton": proton}
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if len(chosen) > 1:
+        raise UserError(f"bench --{chosen[0]} and --{chosen[1]}: only one of them can be done")
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, which the import below does
     from profiling.measure.bench import BenchOptions, bench_command
     from profiling.measure.interpret import interpret_command
+    from profiling.measure.profilers import profile_command
 
     options = BenchOptions(
         patterns=patterns or (),
@@ -81,11 +89,14 @@ def bench(
         sweep=sweep,
         plot=plot,
         hot=hot,
+        profiler="" if interpret else "".join(chosen),
         extra=cases,
         as_json=json,
         as_csv=csv,
     )
-    raise typer.Exit(interpret_command(options) if interpret and not list_ else bench_command(options))
+    if list_ or not chosen:
+        raise typer.Exit(bench_command(options))
+    raise typer.Exit(interpret_command(options) if interpret else profile_command(options))
 
 
 @app.command()

@@ -169,6 +169,7 @@ class BenchOptions:
     plot: Path | None = None
     extra: Path | None = None  # file of cases
     hot: bool = False
+    profiler: str = ""  # "once", "ncu" or "proton" of `profiling.measure.profilers`; "" measures
     as_json: bool = False
     as_csv: bool = False
 
