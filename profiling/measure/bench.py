@@ -29,7 +29,7 @@ from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
 from profiling.measure.hot import HotBench, hot_bench, hot_table
 from profiling.measure.sweep import check_plot, parse_sweep, swept_cases, write_plot
 from profiling.measure.timing import CallTimer, interleave, num_input_sets
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
+from profiling.results import ERROR, OK, UNSUPPORTED, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
 from profiling.tables import measurement_csv, measurement_rows, measurement_table, terminal
 
 PASSES = {"cuda": 2, "cpu": 4}  # through all cases; they share the rounds
@@ -248,6 +248,8 @@ def _print_notes(run: Run) -> None:
     print(f"{run.machine.device}: copy {(ceilings.copy_bytes_s or 0) / 1e9:.4g} GB/s, products {products}")
     if above := sum((row.ceiling or 0) > 1.1 for row in measurement_rows(run)):
         print(f"{above} results exceed their ceiling: their operands stay in a cache, or its measurement was disturbed")
+    if run.machine.kind == "cpu" and any(m.ours and m.status == UNSUPPORTED for c in run.cases for m in c.measurements):
+        print("`bench --interpret` checks Triton kernels without a GPU")
     if run.nvml.throttled:
         reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.nvml.throttled.items())
         print(f"throttled: {reasons}", file=sys.stderr)
