@@ -5,20 +5,14 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from model.errors import UserError
-from profiling.__main__ import main
 from profiling.analyse.compare import compare_command, compare_runs
 from profiling.formats import from_json, load
-from profiling.machine import describe_machine
-from profiling.results import OK, Machine
-
-ROOT = Path(__file__).parents[2]
+from profiling.results import OK
 
 BENCHMARKS = """
 import pytest
@@ -151,42 +145,3 @@ def test_a_pytest_benchmark_file_with_names_of_version_1_has_the_present_ones(be
     assert (case.operation, case.shape, case.dims) == ("causal_conv3d", "tiny-time", {"rows": 4, "kt": 3, "k": 1})
     assert [len(m.samples) for m in case.measurements] == [7, 7]
     assert run.case("test_it.py::test_plain") is not None
-
-
-def test_benchmarks_of_two_gpus_never_pass_as_one_device(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, benchmark_file: Path
-) -> None:
-    values = json.loads(benchmark_file.read_text())
-    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
-        gpu = Machine("cuda", name, 132, 80 * 10**9, "9.0", 50 * 2**20, "570.86.15", {"triton": "3.6.0"}, "abc")
-        values["machine_info"]["profiling"] = asdict(gpu)
-        path = tmp_path / f"{gpu.device[7:11]}.json"
-        path.write_text(json.dumps(values))
-        assert load(path).machine == gpu
-    paths = [str(tmp_path / "H100.json"), str(tmp_path / "H200.json")]
-    monkeypatch.setattr(sys, "argv", ["profiling", "compare", *paths])
-    assert main() == 2
-    assert "NVIDIA H200" in capsys.readouterr().err
-
-
-def test_a_damaged_machine_is_refused(benchmark_file: Path) -> None:
-    values = json.loads(benchmark_file.read_text())
-    values["machine_info"]["profiling"] = {"kind": "cuda", "device": 7, "units": 132, "memory_bytes": 1}
-    with pytest.raises(UserError, match=r"^file is damaged: machine_info.profiling.device is 7"):
-        from_json(values, "file")
-
-
-def test_the_registry_joins_pytest_benchmark_with_a_file_of_cases(tmp_path: Path) -> None:
-    """Other tests are deselected rather than skipped one by one, and so is what another device runs."""
-    here = Path(__file__).parent / "measure"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only"]
-    command += [f"--benchmark-json={tmp_path / 'out.json'}", f"--cases={ROOT / 'examples' / 'my_kernel.py'}"]
-    command += ["-k", "small", str(here / "test_benchmarks.py"), str(here / "test_timing.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "SKIPPED" not in done.stdout
-    run = load(tmp_path / "out.json")
-    assert run.machine == describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    (case,) = run.cases
-    assert case.case == "gated_rms_norm/small/fp32"
-    assert "torch" in {m.backend for m in case.measurements}
