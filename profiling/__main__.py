@@ -50,7 +50,9 @@ def bench(
     device: Device = "auto",
     backend: Annotated[list[str] | None, typer.Option(help="Only these back-ends (repeatable).")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; each one times every back-end once, in a new order.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results file, or a profiler's report, to this path.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
     hot: Hot = False,
     once: Annotated[bool, typer.Option("--once", help="Make one call inside a profiler's range, untimed.")] = False,
