@@ -5,6 +5,7 @@ means that the answer is no (a regression, a broken budget, a missed target, a w
 explained in one line, 3 means that a target is unmeasured.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ Patterns = Annotated[
 ]
 Cases = Annotated[Path | None, typer.Option("--cases", help="A Python file whose CASES are added to the registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Hot = Annotated[bool, typer.Option("--hot", help="Warm the GPU to its power cap first; report MHz, W, J a call.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Results = Annotated[Path, typer.Option(help="Folder of committed results.")]
 
@@ -47,15 +49,55 @@ def bench(
     device: Device = "auto",
     backend: Annotated[list[str] | None, typer.Option(help="Only these back-ends (repeatable).")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; each one times every back-end once, in a new order.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results file, or a profiler's report, to this path.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List cases and back-ends without measuring.")] = False,
+    hot: Hot = False,
+    once: Annotated[bool, typer.Option("--once", help="Make one call inside a profiler's range, untimed.")] = False,
+    ncu: Annotated[bool, typer.Option("--ncu", help="Profile one call with Nsight Compute, or print how.")] = False,
+    proton: Annotated[bool, typer.Option("--proton", help="Profile calls with Triton's Proton, or print how.")] = False,
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="Only check Triton kernels, on a CPU in Triton's interpreter.")
+    ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Sizes of a dimension: rows=1024:16384:x2, rows=1000:5000:+500, queries=keys=512:8192:x2."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the sweep into this file, .svg or .png.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")] = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
     """Checks every back-end against the reference, then times the correct ones in interleaved rounds."""
-    from profiling.measure.bench import bench_command
+    modes = {"interpret": interpret, "once": once, "ncu": ncu, "proton": proton}
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if len(chosen) > 1:
+        raise UserError(f"bench --{chosen[0]} and --{chosen[1]}: only one of them can be done")
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, which the import below does
+    from profiling.measure.bench import BenchOptions, bench_command
+    from profiling.measure.interpret import interpret_command
+    from profiling.measure.profilers import profile_command
 
-    raise typer.Exit(bench_command(patterns or [], device, backend or [], rounds, out, list_, cases, json))
+    options = BenchOptions(
+        patterns=patterns or (),
+        device=device,
+        backends=backend or (),
+        rounds=rounds,
+        out=out,
+        list_only=list_,
+        sweep=sweep,
+        plot=plot,
+        hot=hot,
+        profiler="" if interpret else "".join(chosen),
+        extra=cases,
+        as_json=json,
+        as_csv=csv,
+    )
+    if list_ or not chosen:
+        raise typer.Exit(bench_command(options))
+    raise typer.Exit(interpret_command(options) if interpret else profile_command(options))
 
 
 @app.command()
@@ -162,13 +204,14 @@ def tune(
     device: Device = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 600,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: kernels/tuned.")] = None,
+    hot: Hot = False,
     cases: Cases = None,
     json: Json = False,
 ) -> None:
     """Searches launch parameters and writes the fastest correct ones to DEVICE.json."""
     from profiling.measure.tune import tune_command
 
-    raise typer.Exit(tune_command(patterns or [], device, budget, out, cases, json))
+    raise typer.Exit(tune_command(patterns or [], device, budget, out, hot, cases, json))
 
 
 @app.command()

@@ -5,6 +5,8 @@ a program measured is no kernel of this repository, so all of it counts as peers
 
 pytest-benchmark keeps every round if told to, so nothing is lost. What a benchmark measures stands in its `extra_info`
 (case, backend, ours, operation, shape, dtype, flops, bytes, world, calls, dims), under names of any schema version.
+Where it ran stands in `machine_info["profiling"]`, the fields of `Machine`, which tests/conftest.py writes by
+pytest-benchmark's hook. A file without it becomes a CPU's.
 """
 
 import json
@@ -16,7 +18,7 @@ from typing import Any
 
 from model.errors import UserError
 from profiling import migrate
-from profiling.results import OK, CaseResult, Machine, Measurement, Run, finite, from_own_json
+from profiling.results import OK, CaseResult, Machine, Measurement, Run, build, finite, from_own_json
 
 
 class NoResultsError(UserError):
@@ -116,6 +118,8 @@ def _benchmark_result(benchmark: Mapping[str, Any]) -> tuple[CaseResult, Measure
 
 
 def _benchmark_machine(info: Mapping[str, Any], commit: Mapping[str, Any]) -> Machine:
+    if "profiling" in info:
+        return build(Machine, info["profiling"], "machine_info.profiling")
     cpu = info.get("cpu") or {}
     device = cpu.get("brand_raw") or info.get("processor") or info.get("machine") or "unknown CPU"
     dirty = "-dirty" if commit.get("dirty") else ""

@@ -134,7 +134,7 @@ def driver_state(device: torch.device) -> dict[str, Any]:
 
         nvml.nvmlInit()
         state["driver"] = str(nvml.nvmlSystemGetDriverVersion())
-        handle = _nvml_handle(nvml, device)
+        handle = nvml_handle(nvml, device)
         state["persistence"] = bool(nvml.nvmlDeviceGetPersistenceMode(handle))
         state["ecc"] = bool(nvml.nvmlDeviceGetEccMode(handle)[0])  # the last one, as GeForce cards lack it
     return state
@@ -179,7 +179,7 @@ class NvmlMonitor:
             import pynvml as nvml
 
             nvml.nvmlInit()
-            handle = _nvml_handle(nvml, self._device)
+            handle = nvml_handle(nvml, self._device)
             self._limit = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
             begin = time.monotonic()
             while not self._stop.is_set():
@@ -202,7 +202,7 @@ def concatenate(first: NvmlTrace, later: NvmlTrace, offset: float) -> NvmlTrace:
     return replace(later, throttled=throttled, **{c: (*getattr(first, c), *getattr(shifted, c)) for c in columns})
 
 
-def _nvml_handle(nvml: Any, device: torch.device) -> Any:
+def nvml_handle(nvml: Any, device: torch.device) -> Any:
     """NVML's handle of torch's GPU. With several GPUs it goes by UUID, as CUDA_VISIBLE_DEVICES renumbers them."""
     if nvml.nvmlDeviceGetCount() == 1:
         return nvml.nvmlDeviceGetHandleByIndex(0)

@@ -5,6 +5,8 @@
 audit.
 """
 
+import csv
+import io
 import math
 import os
 import statistics
@@ -12,8 +14,8 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import cycle, groupby
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, cycle, groupby
 
 from rich import box
 from rich.console import Console
@@ -49,6 +51,8 @@ class MeasurementRow:
     ours: bool
     status: str
     seconds: float | None  # median per call
+    p20: float | None  # seconds: a fifth of the samples are faster
+    p80: float | None  # seconds: a fifth of the samples are slower
     spread: float | None  # see `Measurement.spread`
     tflops: float | None  # 1e12 FLOP/s
     gbs: float | None  # 1e9 bytes/s, of the least bytes that the case needs
@@ -67,12 +71,15 @@ def measurement_rows(run: Run) -> list[MeasurementRow]:
 
 def _row(case: CaseResult, m: Measurement, ceilings: Ceilings, machine: Machine) -> MeasurementRow:
     seconds, bound, peer = m.seconds, case.bound(ceilings), case.best(ours=False)
+    fifths = statistics.quantiles(m.samples, n=5, method="inclusive") if len(m.samples) > 1 else None
     return MeasurementRow(
         case=case.case,
         backend=m.backend,
         ours=m.ours,
         status=m.status,
         seconds=seconds,
+        p20=fifths[0] if fifths else None,
+        p80=fifths[3] if fifths else None,
         spread=m.spread if seconds else None,
         tflops=case.flops / seconds / 1e12 if seconds and case.flops else None,
         gbs=case.bytes / seconds / 1e9 if seconds and case.bytes else None,
@@ -85,6 +92,21 @@ def _row(case: CaseResult, m: Measurement, ceilings: Ceilings, machine: Machine)
     )
 
 
+def measurement_csv(run: Run) -> str:
+    """All measurements of a run as CSV: the fields of `MeasurementRow`, and a column `dims.NAME` for each dimension.
+
+    A number that was not measured is empty.
+    """
+    dims = [case.dims for case in run.cases for _ in case.measurements]
+    columns = [f.name for f in fields(MeasurementRow)] + [f"dims.{name}" for name in dict.fromkeys(chain(*dims))]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row, sizes in zip(measurement_rows(run), dims, strict=True):
+        writer.writerow(asdict(row) | {f"dims.{name}": size for name, size in sizes.items()})
+    return out.getvalue()
+
+
 def terminal() -> Console:
     """A console on standard output; a file or a pipe, which has no width, gets one that fits the tables."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -95,7 +117,7 @@ def measurement_table(rows: Iterable[MeasurementRow]) -> Table:
     """The rows for a terminal: each case's name, then its back-ends below it, ours in bold."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case, back-end", overflow="fold")
-    for heading in ("time", "spread", "TFLOP/s", "GB/s", "of ceiling", "x peer"):
+    for heading in ("p20", "p50", "p80", "TFLOP/s", "GB/s", "of ceiling", "x peer"):
         out.add_column(heading, justify="right", no_wrap=True)
     rows = list(rows)
     for case, group in groupby(rows, key=lambda row: row.case):
@@ -117,8 +139,9 @@ def _cells(row: MeasurementRow) -> Iterator[str]:
         )
         return
     yield name
+    yield duration(row.p20)
     yield duration(row.seconds) or "right"  # checked only
-    yield f"±{percent(row.spread)}" if row.spread is not None else ""
+    yield duration(row.p80)
     yield number(row.tflops)
     yield number(row.gbs)
     yield share_of_ceiling(row)

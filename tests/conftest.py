@@ -1,8 +1,10 @@
-"""Setup of all tests: number of threads, options, skipped markers, no deadlines for property tests."""
+"""Setup of all tests: number of threads, options, skipped markers, no deadlines for property tests; benchmark files."""
 
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder of parity cases (default: tests/golden)",
     )
+    parser.addoption(  # pytest takes what follows a blank for a test file
+        "--cases", type=Path, help="--cases=FILE: Python file whose CASES --benchmark-only times, not the registry's"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("benchmark_only"):  # other tests are no part of this run, so they are not skipped one by one
+        config.hook.pytest_deselected(items=[item for item in items if "benchmark" not in item.keywords])
+        items[:] = [item for item in items if "benchmark" in item.keywords]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if "benchmark" in item.keywords and not config.getoption("benchmark_only"):
             item.add_marker(pytest.mark.skip(reason="a benchmark: run it with --benchmark-only"))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Puts what `profiling.formats` reads into a benchmark's file, so that two GPUs never pass as one device."""
+    from profiling.machine import describe_machine
+
+    machine_info["profiling"] = asdict(describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

@@ -34,6 +34,8 @@ from profiling.cases.case import (
     Operation,
     Output,
     Shape,
+    compiled,
+    kernel_backend,
     no_setup,
 )
 from profiling.cases.registry import FAMILIES, Family, load_cases, registry, requested_cases, select
@@ -50,6 +52,8 @@ __all__ = [
     "Operation",
     "Output",
     "Shape",
+    "compiled",
+    "kernel_backend",
     "load_cases",
     "no_setup",
     "registry",

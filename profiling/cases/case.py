@@ -54,6 +54,7 @@ class Backend:
         launcher: of a Triton kernel, what the operation calls on CUDA tensors. The audit compiles what it launches.
         configs: the launch parameters worth trying at given dimensions, for the tuner. `prepare(*inputs, config=...)`
             and `launcher(*inputs, config=...)` must accept each of them.
+        gluon: whether its kernel is written in Gluon, which Triton's interpreter cannot run.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Backend:
     needs: str | None = None
     launcher: Callable[..., object] | None = None
     configs: Callable[[Dims], Iterable[dict[str, Any]]] | None = None
+    gluon: bool = False
 
     @property
     def installed(self) -> bool:
@@ -189,7 +191,8 @@ def kernel_backend(
     def launch(*inputs: Any, config: LaunchConfig | None = None) -> Output:
         return launcher(*(empty_operands or operands)(*inputs), config=config)
 
-    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if audited else None, configs=configs)
+    audit = launch if audited else None
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=audit, configs=configs, gluon=name == "gluon")
 
 
 def kernel_and_library(

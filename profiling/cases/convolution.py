@@ -192,9 +192,8 @@ def ours_conv_norm(backend: str, fp8: bool) -> Backend:
 
     if backend != "fused":
         return Backend(backend, prepare, ours=True, devices=CUDA if backend == "separate" else ("cpu",))
-    return Backend(
-        backend, prepare, ours=True, devices=CUDA, launcher=launcher, configs=partial(conv_norm_configs, fp8)
-    )
+    configs = partial(conv_norm_configs, fp8)
+    return Backend(backend, prepare, ours=True, devices=CUDA, launcher=launcher, configs=configs, gluon=True)
 
 
 def conv_norm_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:

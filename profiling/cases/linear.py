@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
-from kernels.layer_norm import launch_layer_norm_fp8, launch_quantize_rows, layer_norm_modulate_fp8, quantize_rows
+from kernels.layer_norm import (
+    launch_layer_norm_fp8,
+    launch_quantize_rows,
+    layer_norm_modulate,
+    layer_norm_modulate_fp8,
+    quantize_rows,
+)
 from kernels.linear import (
     BACKENDS,
     FP32_ACCUM_MIN_K,
     Epilogue,
     dispatch,
+    linear,
     linear_fp8,
     linear_fp8_quantized,
     output_bound,
@@ -86,7 +93,8 @@ def linear_backend(name: str, fp8: bool) -> Backend:
         return lambda: dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     configs = {"gluon": partial(linear_configs, fp8), "triton": partial(linear_configs_triton, fp8)}.get(name)
-    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch if configs else None, configs=configs)
+    launcher = launch if configs else None
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launcher, configs=configs, gluon=name == "gluon")
 
 
 def operand(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +204,11 @@ def prepare_norm_torchao(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bia
     return compiled(run)(x)
 
 
+def prepare_norm_linear_ours(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
+    """This repository's two operations in 16 bits, with GELU in the second one's epilogue."""
+    return lambda: linear(layer_norm_modulate(x, shift, scale, EPS), w, bias, "gelu_tanh" if gelu else None)
+
+
 def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
     """This repository's two kernels. As in the model, the output of GELU is e4m3 for the next layer."""
     w8, w_scale = quantize_rows(w)
@@ -217,6 +230,11 @@ def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias:
     bound = x_scale.new_empty(2) if gelu else None
     epilogue, dtype = Epilogue(bias, gelu, bound=bound), FP8 if gelu else x.dtype
     return dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
+
+
+def prepare_residual_ours(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Call:
+    """This repository's operation in 16 bits, with gate and residual in its epilogue."""
+    return lambda: linear(y, w, bias, None, gate, x)
 
 
 def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, quantised: bool) -> Call:
@@ -279,7 +297,11 @@ NORM_LINEAR = Operation(
     bytes=lambda d, item: d["outputs"] * d["inputs"] * item + d["rows"] * (d["inputs"] + d["outputs"]) * max(item, 2.0),
     backends={
         "fp32": eager_and_compiled(norm_linear),
-        "bf16": eager_and_compiled(norm_linear),
+        "bf16": (
+            Backend("ours", prepare_norm_linear_ours, ours=True),
+            Backend("torch", no_setup(norm_linear)),
+            Backend("torch-compiled", compiled(norm_linear), devices=CUDA),
+        ),
         "fp8": (
             Backend("ours", prepare_norm_linear_fp8, ours=True, devices=ANYWHERE, launcher=launch_norm_linear),
             Backend("scaled-mm-row", prepare_norm_scaled_mm, devices=("cuda",)),
@@ -300,7 +322,11 @@ LINEAR_RESIDUAL = Operation(
     ),
     backends={
         "fp32": eager_and_compiled(linear_residual),
-        "bf16": eager_and_compiled(linear_residual),
+        "bf16": (
+            Backend("ours", prepare_residual_ours, ours=True),
+            Backend("torch", no_setup(linear_residual)),
+            Backend("torch-compiled", compiled(linear_residual), devices=CUDA),
+        ),
         "fp8": (
             Backend("ours", prepare_residual_fp8, ours=True, devices=ANYWHERE, launcher=launch_residual),
             Backend("scaled-mm-row", prepare_residual_scaled_mm, devices=("cuda",)),

@@ -2,7 +2,7 @@
 
 A back-end that is wrong (`profiling.measure.check`) gets an error instead of a time.
 
-The rounds of a case are spread over several sweeps through all cases, each with fresh inputs. Slow drift of the machine
+The rounds of a case are spread over several passes through all cases, each with fresh inputs. Slow drift of the machine
 and the placement of operands in memory therefore show up as variance within a run.
 """
 
@@ -26,12 +26,14 @@ from profiling.cases import TORCH_DTYPES, Call, Case, requested_cases
 from profiling.cases.linear import prepare_scaled_mm
 from profiling.machine import NvmlMonitor, describe_machine, resolve_device
 from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
+from profiling.measure.hot import HotBench, hot_bench, hot_table
+from profiling.measure.sweep import check_plot, parse_sweep, swept_cases, write_plot
 from profiling.measure.timing import CallTimer, interleave, num_input_sets
-from profiling.results import ERROR, OK, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
-from profiling.tables import measurement_rows, measurement_table, terminal
+from profiling.results import ERROR, OK, UNSUPPORTED, WRONG, CaseResult, Ceilings, Run, as_json_text, now, save, to_json
+from profiling.tables import measurement_csv, measurement_rows, measurement_table, terminal
 
-SWEEPS = {"cuda": 2, "cpu": 4}  # through all cases; they share the rounds
-PLACEMENTS = 2  # sets of inputs per case, where there are no sweeps
+PASSES = {"cuda": 2, "cpu": 4}  # through all cases; they share the rounds
+PLACEMENTS = 2  # sets of inputs per case, where there are no passes
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,12 @@ def time_case(
     rounds: int,
     seed: int,
     on_backend: Callable[[str], None] = lambda _: None,
+    hot: HotBench | None = None,
 ) -> CaseResult:
     """Adds up to `rounds` rounds of the correct back-ends to a result, on fresh inputs made from `seed`.
 
-    A round is one sample of each back-end. `on_backend` and exceptions are as in `check_case`.
+    A round is one sample of each back-end. With `hot` the samples are those of a hot GPU instead, of one back-end after
+    the other. `on_backend` and exceptions are as in `check_case`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     found = {m.backend: m for m in result.measurements}
@@ -118,7 +122,11 @@ def time_case(
                     raise_if_gpu_lost(device)
                     found[m.backend] = replace(m, status=ERROR, detail=one_line(error), samples=())
         on_backend("")
-        for name, samples in zip(ready, interleave([*ready.values()], rounds, seed), strict=True):
+        if hot is None:
+            samples_of = dict(zip(ready, interleave([*ready.values()], rounds, seed), strict=True))
+        else:
+            samples_of = hot.measure(case.name, ready)
+        for name, samples in samples_of.items():
             found[name] = replace(found[name], samples=(*found[name].samples, *samples))
     del sets, ready
     if device.type == "cuda":
@@ -134,10 +142,10 @@ def input_sets(case: Case, device: torch.device, generator: torch.Generator) -> 
     return [first, *(case.inputs(device, generator) for _ in range(num_input_sets(size, device) - 1))]
 
 
-def split_rounds(rounds: int, sweeps: int) -> list[int]:
-    """Splits rounds as evenly as possible over at most `sweeps` sweeps."""
-    sweeps = min(rounds, sweeps)
-    return [rounds * (i + 1) // sweeps - rounds * i // sweeps for i in range(sweeps)]
+def split_rounds(rounds: int, passes: int) -> list[int]:
+    """Splits rounds as evenly as possible over at most `passes` passes."""
+    passes = min(rounds, passes)
+    return [rounds * (i + 1) // passes - rounds * i // passes for i in range(passes)]
 
 
 def require_known_backends(cases: Sequence[Case], names: Sequence[str]) -> None:
@@ -148,40 +156,79 @@ def require_known_backends(cases: Sequence[Case], names: Sequence[str]) -> None:
             raise UserError(f"--backend {name}: none of these cases has it; they have {', '.join(known)}")
 
 
-def bench_command(
-    patterns: list[str],
-    device_name: str,
-    backends: list[str],
-    rounds: int,
-    out: Path | None,
-    list_: bool,
-    extra: Path | None,
-    as_json: bool,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What the command line of `bench` asks for."""
+
+    patterns: Sequence[str] = ()
+    device: str = "auto"
+    backends: Sequence[str] = ()  # none means all
+    rounds: int = 20
+    out: Path | None = None
+    list_only: bool = False
+    sweep: str | None = None
+    plot: Path | None = None
+    extra: Path | None = None  # file of cases
+    hot: bool = False
+    profiler: str = ""  # "once", "ncu" or "proton" of `profiling.measure.profilers`; "" measures
+    as_json: bool = False
+    as_csv: bool = False
+
+
+def chosen_cases(options: BenchOptions, device: torch.device) -> list[Case]:
+    """The cases that the command line asks for, at every size of its sweep."""
+    cases = requested_cases(options.patterns, device, options.extra)
+    return list(swept_cases(cases, parse_sweep(options.sweep))) if options.sweep is not None else cases
+
+
+def bench_command(options: BenchOptions) -> int:
     """Implements `python -m profiling bench`; returns 1 if a back-end of ours is wrong or raised."""
-    device = resolve_device(device_name)
-    cases = requested_cases(patterns, device, extra)
-    require_known_backends(cases, backends)
-    if rounds < 1:
-        raise UserError(f"--rounds {rounds}: at least 1 is needed")
-    if list_:
-        return _print_list(cases, as_json)
+    device = resolve_device(options.device)
+    cases = chosen_cases(options, device)
+    require_known_backends(cases, options.backends)
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: at least 1 is needed")
+    if options.as_json and options.as_csv:
+        raise UserError("--json and --csv: both go to standard output; leave one of them out")
+    if options.plot is not None:
+        check_plot(options.plot, options.sweep)
+    if options.list_only:
+        return _print_list(cases, options.as_json)
+    hot = hot_bench(device) if options.hot else None
+    run = _measure(cases, device, options, hot)
+    if options.plot is not None and options.sweep is not None:
+        write_plot(run, parse_sweep(options.sweep), options.plot)
+    if options.as_json:
+        print(as_json_text(to_json(run)))
+    elif options.as_csv:
+        print(measurement_csv(run), end="")
+    else:
+        terminal().print(measurement_table(measurement_rows(run)))
+        if hot is not None:
+            terminal().print(hot_table(hot))
+        _print_notes(run)
+    return int(any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements))
+
+
+def _measure(cases: Sequence[Case], device: torch.device, options: BenchOptions, hot: HotBench | None) -> Run:
+    """Measures the cases; the results file is written after each of them."""
     started, begin, seed = now(), time.monotonic(), secrets.randbits(31)
-    run = Run("bench", started, describe_machine(device), notes=(f"seed {seed}",))
-    if out is not None:
-        save(run, out)  # fails now, not after the work, if the place cannot be written
+    notes = (f"seed {seed}",)
+    run = Run("bench --hot" if hot else "bench", started, describe_machine(device), notes=notes)
+    if options.out is not None:
+        save(run, options.out)  # fails now, not after the work, if the place cannot be written
     console = Console(stderr=True)
     console.print(f"seed {seed}", highlight=False)
     with NvmlMonitor(device) as monitor, console.status("measuring the machine's ceilings") as status:
         set_benchmark_state()
         run = replace(run, ceilings=measure_ceilings(device, {case.dtype for case in cases}))
         results: dict[str, CaseResult] = {}
-        for sweep, share in enumerate(split_rounds(rounds, SWEEPS[device.type])):
+        for i, share in enumerate(split_rounds(options.rounds, 1 if hot else PASSES[device.type])):
             for case in cases:
-                status.update(f"sweep {sweep + 1}, {case.name}")
+                status.update(f"pass {i + 1}, {case.name}")
                 try:
-                    before = results.get(case.name) or check_case(case, device, seed, backends or None)
-                    results[case.name] = time_case(case, before, device, share, seed + sweep + 1)
+                    before = results.get(case.name) or check_case(case, device, seed, options.backends or None)
+                    results[case.name] = time_case(case, before, device, share, seed + i + 1, hot=hot)
                 except torch.AcceleratorError as error:
                     raise UserError(
                         f"{case.name} left the process without a working GPU ({one_line(error)}); leave it out, or"
@@ -189,14 +236,10 @@ def bench_command(
                     ) from error
                 seconds = time.monotonic() - begin
                 run = replace(run, cases=tuple(results.values()), nvml=monitor.nvml, seconds=seconds)
-                if out is not None:
-                    save(run, out)
-    if as_json:
-        print(as_json_text(to_json(run)))
-    else:
-        terminal().print(measurement_table(measurement_rows(run)))
-        _print_notes(run)
-    return int(any(m.ours and m.status in (WRONG, ERROR) for c in run.cases for m in c.measurements))
+                run = replace(run, notes=(*notes, *(hot.notes() if hot else ())))
+                if options.out is not None:
+                    save(run, options.out)
+    return run
 
 
 def _print_notes(run: Run) -> None:
@@ -204,6 +247,8 @@ def _print_notes(run: Run) -> None:
     ceilings, rates = run.ceilings, run.ceilings.matmul_flop_s.items()
     products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates)
     print(f"{run.machine.device}: copy {(ceilings.copy_bytes_s or 0) / 1e9:.4g} GB/s, products {products}")
+    if run.machine.kind == "cpu" and any(m.ours and m.status == UNSUPPORTED for c in run.cases for m in c.measurements):
+        print("`bench --interpret` checks Triton kernels without a GPU")
     if run.nvml.throttled:
         reasons = ", ".join(f"{name} {share:.0%} of the time" for name, share in run.nvml.throttled.items())
         print(f"throttled: {reasons}", file=sys.stderr)

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ MIN_ROUNDS = 4
 L2_MULTIPLE = 4  # all input sets together are this many times the L2 cache
 MAX_INPUT_SETS = 256
 MAX_CALLS_A_SAMPLE = 256
+SAMPLES_AHEAD = 3  # that a GPU has to do while the CPU prepares more, where there must be no pause
 SPIN_CYCLES = 1_000_000  # of the GPU, about 0.5 ms: the CPU gets ahead, so samples contain no launch gaps
 
 
@@ -56,17 +58,44 @@ class CallTimer:
 
     def sample(self) -> float:
         """One sample: mean seconds per call."""
-        if not self._cuda:
-            begin = time.perf_counter()
-            self._run()
-            return (time.perf_counter() - begin) / self._count
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)
-        start.record()
+        if self._cuda:
+            torch.cuda._sleep(SPIN_CYCLES)
+        begin = self._mark()
         self._run()
-        end.record()
+        return self._between(begin, self._mark())
+
+    def sustain(self, seconds: float, on_sample: Callable[[], object] = lambda: None) -> tuple[list[float], int]:
+        """Repeats the calls without a pause for at least `seconds`; returns samples, and how many calls there were.
+
+        `on_sample` is called between samples. On a GPU that has work for longer than this takes.
+        """
+        samples: list[float] = []
+        marks = [self._mark()]
+        end = time.monotonic() + seconds
+        while not samples or time.monotonic() < end:
+            self._run()
+            marks.append(self._mark())
+            on_sample()
+            if len(marks) > SAMPLES_AHEAD:
+                samples.append(self._between(*marks[:2]))
+                del marks[0]
+        samples += [self._between(a, b) for a, b in itertools.pairwise(marks)]
+        return samples, len(samples) * self._count
+
+    def _mark(self) -> Any:
+        """A point in time: on a GPU an event, which is recorded once the work before it is done."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        """Seconds a call between two marks around a sample's calls; waits for the second one."""
+        if not self._cuda:
+            return (end - begin) / self._count
         end.synchronize()
-        return start.elapsed_time(end) / 1000 / self._count
+        return begin.elapsed_time(end) / 1000 / self._count
 
     def _run(self) -> None:
         if self._graph is not None:

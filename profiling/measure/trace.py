@@ -8,6 +8,10 @@ recorded, so a chunk takes a few megabytes and the command keeps its speed.
 launched that work yet. A span occupies the GPU from the first to the last piece of work launched inside it, on whatever
 stream; the part of that extent that no kernel, copy or fill covers is gap. A chunk is the spans up to and including
 `motion`. The first of several chunks is left out, since it compiles and allocates.
+
+An *account* of a span is the sum of its kernels beside the time it took on the GPU, and the rest: time in which none of
+its kernels runs, and time in which several do. `bench` times the same kernels alone. A kernel that takes longer here
+ran at a lower clock, or beside others.
 """
 
 import gzip
@@ -68,6 +72,20 @@ class SpanTime:
     median: float
     gpu_median: float | None = None  # seconds from the first to the last work on the GPU
     gaps: float | None = None  # share of the GPU's time, in steady chunks
+    account: "Account | None" = None  # of its time on the GPU, in steady chunks
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a span's time on the GPU consists of: seconds a call of the span, the mean over its calls.
+
+    `seconds` is the sum of `kernels` plus `idle` minus `overlap`.
+    """
+
+    seconds: float  # from the first to the last piece of its work
+    kernels: tuple[OperationTime, ...]  # `calls` in a call of the span, `share` of `seconds`
+    idle: float  # none of its kernels runs
+    overlap: float  # counted more than once, as kernels run at the same time
 
 
 @dataclass(frozen=True)
@@ -137,11 +155,39 @@ class _GpuWork:
 
     launched: list[float]  # seconds
     ran: list[Interval]
+    names: list[str]
+
+    def places(self, windows: Iterable[Interval]) -> list[slice]:
+        """For each window in which work was launched, where that work is."""
+        found = (slice(bisect_left(self.launched, begin), bisect_right(self.launched, end)) for begin, end in windows)
+        return [place for place in found if place.start < place.stop]
 
     def extents(self, windows: Iterable[Interval]) -> list[Interval]:
         """For each window in which work was launched, from the begin of its first to the end of its last piece."""
-        places = ((bisect_left(self.launched, begin), bisect_right(self.launched, end)) for begin, end in windows)
-        return [found for i, j in places if (found := extent(self.ran[i:j]))]
+        return [found for place in self.places(windows) if (found := extent(self.ran[place]))]
+
+    def account(self, windows: Iterable[Interval]) -> Account | None:
+        """What the extents of these windows consist of, on average; None if no work was launched in them."""
+        if not (places := self.places(windows)):
+            return None
+        total = busy = 0.0
+        seconds: defaultdict[str, float] = defaultdict(float)
+        calls: Counter[str] = Counter()
+        for place in places:
+            ran = self.ran[place]
+            begin, end = extent(ran) or (0.0, 0.0)
+            total += end - begin
+            busy += sum(b - a for a, b in merge_intervals(ran))
+            for name, (a, b) in zip(self.names[place], ran, strict=True):
+                seconds[name] += b - a
+                calls[name] += 1
+        n = len(places)
+        rows = (
+            OperationTime(name, round(calls[name] / n), s / n, s / total if total else 0.0)
+            for name, s in seconds.items()
+        )
+        kernels = tuple(sorted(rows, key=lambda row: -row.seconds))
+        return Account(total / n, kernels, (total - busy) / n, (sum(seconds.values()) - busy) / n)
 
 
 def _interval(event: Event) -> Interval:
@@ -156,9 +202,9 @@ def _gpu_work(events: Iterable[Event]) -> _GpuWork:
         if event.get("cat") in LAUNCH_CALLS and number is not None:
             calls[number] = event["ts"] / 1e6
         elif event.get("cat") in GPU_WORK:
-            work.append((number, _interval(event)))
-    pairs = sorted((calls.get(number, ran[0]), ran) for number, ran in work)
-    return _GpuWork([launched for launched, _ in pairs], [ran for _, ran in pairs])
+            work.append((number, _interval(event), event["name"]))
+    rows = sorted((calls.get(number, ran[0]), ran, name) for number, ran, name in work)
+    return _GpuWork([launched for launched, _, _ in rows], [ran for _, ran, _ in rows], [name for _, _, name in rows])
 
 
 def _self_times(events: Iterable[Event]) -> tuple[OperationTime, ...]:
@@ -244,7 +290,8 @@ def _first_steps(calls: Sequence[Event]) -> list[int]:
 
 def _span(name: str, calls: Sequence[Interval], work: _GpuWork, since: float) -> SpanTime:
     seconds = [end - begin for begin, end in calls]
-    extents = work.extents(window for window in calls if window[0] >= since)
+    steady = [window for window in calls if window[0] >= since]
+    extents = work.extents(steady)
     return SpanTime(
         name,
         len(calls),
@@ -252,6 +299,7 @@ def _span(name: str, calls: Sequence[Interval], work: _GpuWork, since: float) ->
         statistics.median(seconds),
         statistics.median(end - begin for begin, end in extents) if extents else None,
         gap_share(work.ran, extents),
+        work.account(steady),
     )
 
 
@@ -360,7 +408,17 @@ def trace_command(arguments: list[str], out: Path, top: int, as_json: bool) -> i
 
 
 def _top_operations(summary: Summary, top: int) -> Summary:
-    return replace(summary, operations=summary.operations[:top], kernels=summary.kernels[:top])
+    """The summary with the `top` longest operations, and with these of each span; the others are added up in one."""
+    spans = tuple(replace(span, account=_top_kernels(span.account, top)) for span in summary.spans)
+    return replace(summary, operations=summary.operations[:top], kernels=summary.kernels[:top], spans=spans)
+
+
+def _top_kernels(account: Account | None, top: int) -> Account | None:
+    if account is None or len(account.kernels) <= top:
+        return account
+    shown, others = account.kernels[:top], account.kernels[top:]
+    calls, seconds, share = (sum(getattr(row, name) for row in others) for name in ("calls", "seconds", "share"))
+    return replace(account, kernels=(*shown, OperationTime(f"{len(others)} others", calls, seconds, share)))
 
 
 def _print_summary(summary: Summary) -> None:
@@ -371,6 +429,8 @@ def _print_summary(summary: Summary) -> None:
     console.print(_operations_table("operation on the CPU", summary.operations))
     if summary.spans:
         console.print(_spans_table(summary.spans, on_gpu=bool(summary.kernels)))
+    if accounts := [(span.name, span.account) for span in summary.spans if span.account is not None]:
+        console.print(_accounts_table(accounts))
     if not summary.kernels:
         print("There is no GPU in this trace, so no launch gaps.")
     elif summary.gaps is not None:
@@ -391,6 +451,21 @@ def _spans_table(spans: Iterable[SpanTime], on_gpu: bool) -> Table:
     for span in spans:
         cells = (duration(span.total), duration(span.median), duration(span.gpu_median), percent(span.gaps))
         out.add_row(escape(span.name), str(span.count), *cells[: 2 + len(gpu)])
+    return out
+
+
+def _accounts_table(accounts: Iterable[tuple[str, Account]]) -> Table:
+    """For each span, its time on the GPU, and below it what that consists of."""
+    out = _table("span, kernel", "a call", "calls", "share")
+    for name, account in accounts:
+        out.add_section()
+        out.add_row(escape(name), duration(account.seconds), style="bold")
+        for row in account.kernels:
+            out.add_row(f"  {escape(row.name)}", duration(row.seconds), str(row.calls), percent(row.share))
+        together = sum(row.seconds for row in account.kernels)
+        rest = {"sum of its kernels": together, "none of them runs": account.idle, "at the same time": -account.overlap}
+        for what, seconds in rest.items():
+            out.add_row(f"  [italic]{what}[/]", duration(seconds), "", percent(seconds / (account.seconds or 1.0)))
     return out
 
 

@@ -6,7 +6,8 @@ A case goes through five stages. Each has its share of the case's time, so that 
     check     every candidate is checked against the reference; wrong or failing ones are discarded, with the reason
     halve     successive halving: heats of a few candidates in interleaved rounds, of which the faster half goes on
     others    all other back-ends of the case are checked too
-    final     the remaining candidates and the other back-ends in interleaved rounds; the fastest one wins
+    final     the remaining candidates and the other back-ends in interleaved rounds; the fastest one wins. With --hot
+              one after the other on a hot GPU (`profiling.measure.hot`)
 
 A candidate is a back-end with one set of its launch parameters. Cases that take most of a chunk come first and get most
 of the time. Checking and timing are those of `bench`.
@@ -20,7 +21,7 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +41,7 @@ from profiling.cases import Backend, Case, requested_cases
 from profiling.machine import describe_machine, resolve_device
 from profiling.measure.bench import input_sets, measure_ceilings, set_benchmark_state
 from profiling.measure.check import case_result, check_backend, one_line, reference_outputs
+from profiling.measure.hot import HotBench, hot_bench, hot_table, hot_values
 from profiling.measure.timing import CallTimer, interleave
 from profiling.results import OK, Ceilings, as_json_text, now, write
 from profiling.tables import duration, terminal
@@ -67,6 +69,11 @@ class Candidate:
         if self.config is None:
             return self.backend
         return replace(self.backend, prepare=partial(self.backend.prepare, config=self.config))
+
+    @property
+    def label(self) -> str:
+        """The back-end's name and these launch parameters: "triton ROWS=2 num_warps=8"."""
+        return " ".join((self.backend.name, *(f"{name}={value}" for name, value in (self.config or {}).items())))
 
 
 @dataclass(frozen=True)
@@ -147,22 +154,36 @@ class _CaseTuner:
             self.discard(candidate, result.detail)
         return result.status == OK
 
-    def time_candidates(self, candidates: Sequence[Candidate], rounds: int, until: float) -> dict[int, float]:
-        """Median seconds per call, by index, in at least one round. What cannot be timed is left out."""
+    def time_candidates(
+        self, candidates: Sequence[Candidate], rounds: int, until: float, hot: HotBench | None = None
+    ) -> dict[int, float]:
+        """Median seconds per call, by index, in at least one round. What cannot be timed is left out.
+
+        With `hot` they are those of a hot GPU, of one candidate after the other, however long that takes.
+        """
         timed: dict[int, CallTimer] = {}
         for i, candidate in enumerate(candidates):
             try:
                 timed[i] = CallTimer([candidate.bound_backend.prepare(*inputs) for inputs in self.sets], self.device)
             except Exception as error:
                 self.discard(candidate, one_line(error))
+        if hot is not None:
+            labels = {f"{i + 1}. {candidates[i].label}": i for i in timed}
+            read = hot.measure(self.case.name, {label: timed[i] for label, i in labels.items()})
+            medians = {labels[label]: statistics.median(values) for label, values in read.items()}
+        else:
+            medians = self._interleaved(timed, rounds, until)
+        timed.clear()
+        _free_graphs(self.device)
+        return medians
+
+    def _interleaved(self, timed: Mapping[int, CallTimer], rounds: int, until: float) -> dict[int, float]:
         samples: dict[int, list[float]] = {i: [] for i in timed}
         for done in range(rounds):
             if done and time.monotonic() >= until:
                 break
             for i, (seconds,) in zip(timed, interleave([*timed.values()], 1, self.seed + done), strict=True):
                 samples[i].append(seconds)
-        timed.clear()
-        _free_graphs(self.device)
         return {i: statistics.median(values) for i, values in samples.items()}
 
     def successive_halving(self, alive: Sequence[Candidate], until: float) -> list[Candidate]:
@@ -193,12 +214,14 @@ def _free_graphs(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def tune_case(case: Case, device: torch.device, deadline: float, seed: int) -> TuningResult:
+def tune_case(
+    case: Case, device: torch.device, deadline: float, seed: int, hot: HotBench | None = None
+) -> TuningResult:
     """Finds the fastest correct back-end of a case, and the best launch parameters of each back-end of ours.
 
     `deadline` is on the clock of `time.monotonic`; what was begun by then is finished. `seed` determines inputs and
-    orders. Raises RuntimeError if a candidate leaves the process without a working GPU; other exceptions discard the
-    candidate.
+    orders. With `hot` the last stage is on a hot GPU. Raises RuntimeError if a candidate leaves the process without a
+    working GPU; other exceptions discard the candidate.
     """
     found, begin = candidates(case, device), time.monotonic()
     if begin >= deadline:
@@ -222,7 +245,7 @@ def tune_case(case: Case, device: torch.device, deadline: float, seed: int) -> T
         others = [Candidate(b) for b in case.backends if not b.configs and device.type in b.devices and b.installed]
         others = [c for c in others if time.monotonic() < joined and tuner.is_correct(c)]
         if time.monotonic() < deadline:
-            out = _final_round(tuner, finalists, others, out, deadline)
+            out = _final_round(tuner, finalists, others, out, deadline, hot)
     del tuner
     _free_graphs(device)
     return out
@@ -234,9 +257,10 @@ def _final_round(
     others: Sequence[Candidate],
     so_far: TuningResult,
     deadline: float,
+    hot: HotBench | None,
 ) -> TuningResult:
     alive = [*finalists, *others]
-    medians = tuner.time_candidates(alive, FINAL_ROUNDS, deadline)
+    medians = tuner.time_candidates(alive, FINAL_ROUNDS, deadline, hot)
     best: dict[str, tuple[float, Candidate]] = {}
     for i in sorted(medians, key=lambda i: medians[i]):
         best.setdefault(alive[i].backend.name, (medians[i], alive[i]))
@@ -268,7 +292,12 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 
 def tune_cases(
-    cases: Iterable[Case], device: torch.device, deadline: float, seed: int, ceilings: Ceilings
+    cases: Iterable[Case],
+    device: torch.device,
+    deadline: float,
+    seed: int,
+    ceilings: Ceilings,
+    hot: HotBench | None = None,
 ) -> Iterator[TuningResult]:
     """Tunes cases, the most expensive ones of a chunk first, each with its share of the time.
 
@@ -279,7 +308,7 @@ def tune_cases(
     for i, (weight, case) in enumerate(weighed):
         begin = time.monotonic()
         part = weight / sum(other for other, _ in weighed[i:])
-        yield tune_case(case, device, begin + part * (deadline - begin), seed)
+        yield tune_case(case, device, begin + part * (deadline - begin), seed, hot)
 
 
 def _least_chunk_seconds(case: Case, ceilings: Ceilings) -> float:
@@ -309,7 +338,13 @@ def write_table(entries: Iterable[TunedEntry], device: torch.device, folder: Pat
 
 
 def tune_command(
-    patterns: list[str], device_name: str, budget: float, out: Path | None, extra: Path | None, as_json: bool
+    patterns: list[str],
+    device_name: str,
+    budget: float,
+    out: Path | None,
+    hot_final: bool,
+    extra: Path | None,
+    as_json: bool,
 ) -> int:
     """Implements `python -m profiling tune`; returns 1 if no launch parameters of some case were correct."""
     begin, seed = time.monotonic(), secrets.randbits(31)
@@ -323,6 +358,7 @@ def tune_command(
     if not tunable:
         some = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
         raise UserError(f"nothing to tune: no back-end of {some} has launch parameters to try on {device.type}")
+    hot = hot_bench(device) if hot_final else None
     folder = out or (tuning.FOLDER if device.type == "cuda" else None)
     if folder is not None:
         write(folder / WRITE_TEST, "")  # fails now, not after the work, if the place cannot be written
@@ -334,7 +370,7 @@ def tune_command(
     with console.status("measuring the machine's ceilings") as status:
         ceilings = measure_ceilings(device, {case.dtype for case in tunable}) if len(tunable) > 1 else Ceilings()
         status.update(f"tuning {len(tunable)} cases")
-        for result in tune_cases(tunable, device, begin + budget, seed, ceilings):
+        for result in tune_cases(tunable, device, begin + budget, seed, ceilings, hot):
             results.append(result)
             status.update(f"{len(results)} of {len(tunable)} done, last {result.case}")
             if folder is not None and result.entry is not None:
@@ -343,9 +379,12 @@ def tune_command(
         shown = [asdict(result) | {"ratio": result.ratio} for result in results]
         written = None if path is None else str(path)
         values = {"device": describe_machine(device).device, "table": written, "cases": shown, "nothing_to_tune": idle}
+        values |= {"hot": hot_values(hot)} if hot is not None else {}
         print(as_json_text(values))
     else:
         _print_results(results)
+        if hot is not None:
+            terminal().print(hot_table(hot))
         if idle:
             print(f"nothing to tune: {', '.join(idle)}")
         if folder is None:

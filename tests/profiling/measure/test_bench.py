@@ -120,9 +120,18 @@ def test_quantised_layers_are_right_on_the_cpu_too(name: str, prepare: Callable[
     assert result.measurements[0].status == OK, result.measurements
 
 
-@pytest.mark.parametrize(("rounds", "sweeps", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
-def test_rounds_are_spread_over_sweeps(rounds: int, sweeps: int, parts: list[int]) -> None:
-    assert split_rounds(rounds, sweeps) == parts
+@pytest.mark.parametrize("gelu", [0, 1])
+@pytest.mark.parametrize("name", ["norm_linear/14b-w1-up", "linear_residual/14b-w1-down"])
+def test_16_bit_layers_are_those_of_the_model_with_pytorch_as_a_peer(name: str, gelu: int) -> None:
+    operation = registry()[f"{name}/bf16"].operation
+    shape = Shape("small", {"rows": 64, "inputs": 256, "outputs": 192, "gelu": gelu, "quantised": 0})
+    result = check_case(Case(operation, shape, "bf16", TOLERANCES["bf16"]), CPU, seed=5, only=("ours", "torch"))
+    assert [(m.backend, m.ours, m.status) for m in result.measurements] == [("ours", True, OK), ("torch", False, OK)]
+
+
+@pytest.mark.parametrize(("rounds", "passes", "parts"), [(20, 4, [5] * 4), (7, 4, [1, 2, 2, 2]), (2, 4, [1, 1])])
+def test_rounds_are_spread_over_passes(rounds: int, passes: int, parts: list[int]) -> None:
+    assert split_rounds(rounds, passes) == parts
 
 
 def test_the_copy_is_launched_and_products_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The registry under pytest-benchmark: `pytest --benchmark-only`, with its own JSON (`--benchmark-json`) and compare.
 
-Without `--benchmark-only` these are skipped: the same cases are checked, untimed, in test_bench.py.
+`--cases=mine.py` times that file's cases, and not the registry's. Without `--benchmark-only` these are skipped: the
+same cases are checked, untimed, in test_bench.py.
 """
 
 from dataclasses import asdict
@@ -9,19 +10,26 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from model.errors import UserError
 from profiling.cases import Backend, Case, requested_cases
 from profiling.measure.bench import set_benchmark_state
 from profiling.measure.check import case_result, check_backend, reference_outputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(case, b) for case in requested_cases([], DEVICE, None) for b in case.backends]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark for each back-end of a case that is for this device."""
+    try:
+        cases = requested_cases([], DEVICE, metafunc.config.getoption("cases"))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
+    pairs = [(case, backend) for case in cases for backend in case.backends if DEVICE.type in backend.devices]
+    metafunc.parametrize(("case", "backend"), pairs, ids=[f"{case.name}-{backend.name}" for case, backend in pairs])
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize(("case", "backend"), PAIRS, ids=[f"{case.name}-{b.name}" for case, b in PAIRS])
 def test_case(benchmark: BenchmarkFixture, case: Case, backend: Backend) -> None:
-    if DEVICE.type not in backend.devices:
-        pytest.skip(f"{backend.name} is not for {DEVICE.type}")
     if not backend.installed:
         pytest.skip(f"{backend.name}: {backend.needs} is not installed")
     set_benchmark_state()

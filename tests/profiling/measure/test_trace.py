@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from profiling.__main__ import main
+from profiling.measure import trace as trace_module
 from profiling.measure.trace import Event, chunk_intervals, gap_share, merge_intervals, parse_command, summarise
 from profiling.results import StageInterval
 
@@ -94,6 +95,37 @@ def test_an_outer_span_has_the_work_of_the_inner_one_too() -> None:
     outer, inner = summarise([*spans, *work]).spans
     assert (outer.name, outer.gpu_median, outer.gaps) == ("outer", pytest.approx(8), pytest.approx(5 / 8))
     assert (inner.name, inner.gpu_median, inner.gaps) == ("inner", pytest.approx(1), pytest.approx(0))
+
+
+def test_a_spans_account_is_its_kernels_and_the_rest() -> None:
+    """Two steps of 10 and 12 seconds: kernels of 9 and 10 seconds, of which 1 second is spent at the same time."""
+    spans = [span("denoise/step", 0, 1), span("denoise/step", 1, 2)]
+    first = [*launched(1, 0.1, 10, 14), *launched(2, 0.2, 14, 15, stream=8), *launched(3, 0.3, 16, 20)]
+    second = [*launched(4, 1.1, 30, 36), *launched(5, 1.2, 35, 37, stream=8), *launched(6, 1.3, 40, 42)]
+    elsewhere = launched(7, 5, 15, 16, stream=9)
+    (step,) = summarise([*spans, *first, *second, *elsewhere]).spans
+    account = step.account
+    assert account is not None
+    assert account.seconds == pytest.approx((10 + 12) / 2)
+    assert [(k.name, k.calls) for k in account.kernels] == [("kernel_7", 2), ("kernel_8", 1)]
+    assert [k.seconds for k in account.kernels] == pytest.approx([(8 + 8) / 2, (1 + 2) / 2])
+    assert [k.share for k in account.kernels] == pytest.approx([16 / 22, 3 / 22])
+    assert account.idle == pytest.approx((1 + 3) / 2)
+    assert account.overlap == pytest.approx((0 + 1) / 2)
+    total = sum(k.seconds for k in account.kernels) + account.idle - account.overlap
+    assert total == pytest.approx(account.seconds)
+
+
+def test_an_account_without_its_short_kernels_has_their_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    work = [part for i in range(4) for part in launched(i, 0.1, 10 + i, 11 + i, stream=i)]
+    summary = trace_module._top_operations(summarise([span("decode", 0, 1), *work]), 1)
+    account = summary.spans[0].account
+    assert account is not None
+    assert [(k.name, k.calls, k.seconds) for k in account.kernels[1:]] == [("3 others", 3, pytest.approx(3))]
+    trace_module._print_summary(summary)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["3", "others", "3.00", "s", "3", "75%"] in lines
+    assert ["sum", "of", "its", "kernels", "4.00", "s", "100%"] in lines
 
 
 def test_the_timeline_is_from_step_to_step_on_the_gpus_streams() -> None:

@@ -266,7 +266,7 @@ def test_heavy_cases_come_first_and_get_their_part_of_the_time(monkeypatch: pyte
     """60 % of the time, then three quarters of the rest, then what is left: nothing here takes any."""
     seen: list[tuple[str, float]] = []
 
-    def record(case: Case, device: torch.device, deadline: float, seed: int) -> TuningResult:
+    def record(case: Case, device: torch.device, deadline: float, seed: int, hot: object) -> TuningResult:
         seen.append((case.name.split("/")[0], deadline - time.monotonic()))
         return TuningResult(case.name)
 
