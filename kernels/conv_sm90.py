@@ -51,6 +51,7 @@ from kernels.sm90 import (
     previous_stage,
     smem_layout,
     split_columns,
+    thread_barrier,
     to_e4m3_x4,
 )
 from kernels.tuning import LaunchConfig, gpu_of
@@ -276,7 +277,7 @@ def mma_partition(operands, CONSUMER_ID: gl.constexpr, cfg):
             inv_norm = 1.0 / gl.maximum(gl.sqrt(squares), 1e-12)
         subtiles = split_columns(acc0) + (acc1,)  # noqa: RUF005
         for i in gl.static_range(cfg.SUBTILES):
-            gl.thread_barrier()  # or ptxas loads the vectors of all subtiles first, and runs out of registers
+            thread_barrier()  # or ptxas loads the vectors of all subtiles first, and runs out of registers
             out = y_smem.index(CONSUMER_ID * cfg.SUBTILES + i)  # [1, TILE_H, 8, n], seen as [pixels, n]
             out = out._reinterpret(out.dtype, [cfg.BLOCK_M, cfg.BLOCK_N0 // 2], y_layout)
             channel = out_channel + i * (cfg.BLOCK_N0 // 2)

@@ -49,6 +49,7 @@ from kernels.sm90 import (
     read_work_tile,
     smem_layout,
     split_columns,
+    thread_barrier,
     to_e4m3_x4,
 )
 from kernels.tuning import LaunchConfig, gpu_of
@@ -163,7 +164,7 @@ def store_tile(left, right, partial, column, row, end, y_desc, scales, vectors, 
         column = column * BLOCK_N
         quarters = split_columns(left) + split_columns(right)
         for i in gl.static_range(4):
-            gl.thread_barrier()  # or ptxas loads all quarters' vectors first, and runs out of registers
+            thread_barrier()  # or ptxas loads all quarters' vectors first, and runs out of registers
             epilogue(quarters[i], column + i * (BLOCK_N // 4), first_row, scales, vectors, sizes,
                      y_smem.index(4 * CONSUMER_ID + i), SCALED, BIAS, GELU, RESIDUAL, GATED, QUANTIZE)  # fmt: skip
         if QUANTIZE:

@@ -23,6 +23,7 @@ from kernels.common import FP8
 
 GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
 WGMMA_M = gl.constexpr(64)  # rows of a wgmma instruction, and so of a consumer's tile
+thread_barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 shortened its name
 WORK_TILE_FIELDS = gl.constexpr(6)  # of a row of `StreamKSchedule.work_tiles`
 
 

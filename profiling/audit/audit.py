@@ -209,7 +209,12 @@ def _record_case(
 
 
 def _compiler_message(error: Exception) -> str:
-    """An error in one line: what ptxas says, or where Triton's compiler stopped, or else its first line."""
+    """An error in one line: what ptxas says, or why Triton's compiler stopped, or else its first line.
+
+    Triton raises an error for every call on the way to the line that it cannot compile. The first of them has a reason.
+    """
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     told = lines[-1] if isinstance(error, CompilationError) else lines[0]
     told = next((line for line in lines if line.startswith("ptxas fatal")), told)
