@@ -1,6 +1,7 @@
 """Setup of all tests: number of threads, options, skipped markers, no deadlines for property tests; benchmark files."""
 
 import os
+import signal
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,11 @@ settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Redirects the user's cache, so that tests neither read nor change it."""
+    """Redirects the user's cache, so that tests neither read nor change it, and lets Ctrl-C interrupt.
+
+    A shell makes what it runs in the background ignore Ctrl-C, which some tests send.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
     os.environ[CACHE_ENV] = folder.name
     config.add_cleanup(folder.cleanup)

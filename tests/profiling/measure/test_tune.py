@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from kernels.tuning import TunedConfig, TunedEntry, device_slug, nearest_config,
 from profiling.__main__ import main
 from profiling.cases import Backend, Call, Case, Operation, Shape, no_setup
 from profiling.machine import describe_machine
-from profiling.measure import tune
+from profiling.measure import bench, timing, tune
 from profiling.measure.tune import TuningResult, candidates, tune_case, write_table
 from profiling.results import Ceilings
 from tests.profiling import attention_kernel
+from tests.profiling.clock import CLOCK
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def doubling(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
             return out
         if wait == -3:
             return x * 2.01
-        time.sleep(wait / 1000)
+        CLOCK.sleep(wait / 1000)
         return x * 2
 
     return call
@@ -84,8 +84,13 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    CLOCK.stand_in(monkeypatch, timing, tune)
+
+
 def soon(seconds: float) -> float:
-    return time.monotonic() + seconds
+    return CLOCK.monotonic() + seconds
 
 
 def entry_of(outcome: TuningResult) -> TunedEntry:
@@ -177,7 +182,7 @@ def test_compiling_ahead_calls_every_candidate_in_inference_mode_and_leaves_erro
     tuner.compile(candidates(toy, CPU), soon(60))
     assert sorted(called) == [wait for wait in range(40) if wait != 3]
     assert tuner.failed == []
-    tuner.compile(candidates(toy, CPU), time.monotonic())
+    tuner.compile(candidates(toy, CPU), CLOCK.monotonic())
     assert len(called) == 39
 
 
@@ -242,15 +247,15 @@ def test_a_case_ends_by_its_deadline_with_what_could_be_tried() -> None:
 
     def prepare(x: Tensor, config: Mapping[str, int] | None = None) -> Call:
         if (number := (config or {})["number"]) not in compiled:
-            time.sleep(0.2)
+            CLOCK.sleep(0.2)
             compiled.add(number)
         return doubling(x, config)
 
     space = [{"number": i, "wait": 1 + i % 3} for i in range(30)]
     slow = dataclasses.replace(waiting(), prepare=prepare, configs=lambda _: space)
-    begin = time.monotonic()
+    begin = CLOCK.monotonic()
     outcome = tune_case(case("toy", slow, peer(5)), CPU, begin + 4, 0)
-    assert time.monotonic() - begin < 5
+    assert CLOCK.monotonic() - begin < 5
     assert outcome.tried == len(compiled)
     assert 3 <= outcome.tried < 30
     assert outcome.untried == 30 - outcome.tried
@@ -258,7 +263,7 @@ def test_a_case_ends_by_its_deadline_with_what_could_be_tried() -> None:
 
 
 def test_no_time_is_no_entry_and_nothing_runs() -> None:
-    outcome = tune_case(case("toy", waiting(1, 2)), CPU, time.monotonic(), 0)
+    outcome = tune_case(case("toy", waiting(1, 2)), CPU, CLOCK.monotonic(), 0)
     assert (outcome.entry, outcome.tried, outcome.untried, outcome.broken) == (None, 0, 2, False)
 
 
@@ -267,7 +272,7 @@ def test_heavy_cases_come_first_and_get_their_part_of_the_time(monkeypatch: pyte
     seen: list[tuple[str, float]] = []
 
     def record(case: Case, device: torch.device, deadline: float, seed: int, hot: object) -> TuningResult:
-        seen.append((case.name.split("/")[0], deadline - time.monotonic()))
+        seen.append((case.name.split("/")[0], deadline - CLOCK.monotonic()))
         return TuningResult(case.name)
 
     monkeypatch.setattr(tune, "tune_case", record)
@@ -338,6 +343,7 @@ def test_json_is_all_there_is_on_standard_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A broken kernel: exit code 1 and no table, but the other case is there. No folder is written unasked on a CPU."""
+    monkeypatch.setitem(bench.CEILING_SIZES, "cpu", bench.CeilingSizes(2**20, 64, 1))
     assert call(monkeypatch, "tune_good", "tune_broken", "--budget", 60, "--json") == 1
     values = json.loads(capsys.readouterr().out)
     assert (values["device"], values["table"], values["nothing_to_tune"]) == (describe_machine(CPU).device, None, [])
