@@ -1,4 +1,4 @@
-"""A clock for tests of what measures time: only what sleeps by it moves it, so that no load changes what is measured."""
+"""A clock for tests of what measures time: only what sleeps by it moves it, so that no load changes a measurement."""
 
 from types import ModuleType
 
