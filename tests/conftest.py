@@ -21,9 +21,12 @@ settings.load_profile("tests")
 def pytest_configure(config: pytest.Config) -> None:
     """Redirects the user's cache, so that tests neither read nor change it, and lets Ctrl-C interrupt.
 
-    A shell makes what it runs in the background ignore Ctrl-C, which some tests send.
+    A shell makes what it runs in the background ignore Ctrl-C, which some tests send. pytest-xdist gives its workers a
+    width and a name, which what they test must not see.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("COLUMNS", "PYTEST_XDIST_WORKER"):
+        os.environ.pop(name, None)
     folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
     os.environ[CACHE_ENV] = folder.name
     config.add_cleanup(folder.cleanup)
