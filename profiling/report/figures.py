@@ -140,10 +140,9 @@ def timeline(run: Run, width: float = WIDE) -> Figure | None:
         for stream, lane in enumerate(found):
             used |= _draw_lane(axes, place + 0.5, lane)
             if stream:
-                words, style = f"at the same time, on stream {stream + 1}", {"color": GREY, "bbox": PAPER, "zorder": 5}
-                axes.annotate(
-                    words, (1000 * lane[-1].end, place + 0.5), (6, 0), textcoords="offset points", va="center", **style
-                )
+                words = f"at the same time, {'on stream' if run.machine.kind == 'cuda' else 'in thread'} {stream + 1}"
+                style: Any = {"textcoords": "offset points", "va": "center", "color": GREY, "bbox": PAPER, "zorder": 5}
+                axes.annotate(words, (1000 * lane[-1].end, place + 0.5), (6, 0), **style)
             place += 1
     for budget in budgets:
         axes.axvline(1000 * budget, color=BLACK, lw=1.4, ls=(0, (4, 2)), zorder=4)
@@ -219,9 +218,7 @@ def nvml_strips(run: Run, width: float = WIDE) -> Figure | None:
 
 def throttling(run: Run) -> str:
     """Whether the GPU was throttled, in words."""
-    if not run.nvml.seconds:
-        return f"Throttling unknown: {run.nvml.note or 'NVML was not read'}."
-    if not run.nvml.throttled:
-        return "The GPU was not throttled."
-    reasons = ", ".join(f"{name} in {percent(part)} of the readings" for name, part in run.nvml.throttled.items())
-    return f"The GPU was throttled: {reasons}."
+    if run.nvml.throttled:
+        reasons = ", ".join(f"{name} in {percent(part)} of the readings" for name, part in run.nvml.throttled.items())
+        return f"The GPU was throttled: {reasons}."
+    return "The GPU was not throttled." if run.nvml.seconds else f"Throttling unknown: {run.nvml.note or 'not read'}."

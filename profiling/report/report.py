@@ -27,7 +27,16 @@ from profiling.formats import load
 from profiling.report import figures
 from profiling.report.history import history
 from profiling.report.roofline import roofline
-from profiling.report.verdict import CHANGES, Tile, answered_goals, before_and_after, change_in_words, changes, tiles
+from profiling.report.verdict import (
+    CHANGES,
+    Tile,
+    answered_goals,
+    before_and_after,
+    change_in_words,
+    changes,
+    counted,
+    tiles,
+)
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
 from profiling.tables import (
     AUDIT_UNITS,
@@ -129,7 +138,7 @@ def render_page(found: Evidence, drawn: Drawn) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (duration, memory, number, percent, rate, ratio, change_in_words, before_and_after)
+    functions = (duration, memory, number, percent, rate, ratio, change_in_words, before_and_after, counted)
     environment.filters |= {function.__name__: function for function in functions}
     run, script = found.run, Path(__file__).with_name(SCRIPT).read_text()
     rows = variant_rows(run)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from profiling.ceilings import above_ceiling
 from profiling.report.figures import BLACK, DTYPE_COLOURS, GREY, WHITE, WIDE, shorten, styled
@@ -70,36 +70,53 @@ def roofline(run: Run, width: float = WIDE) -> Figure | None:
     dots = [dot for pair in pairs for dot in pair]
     labelled = sorted((pair[0] for pair in pairs), key=lambda dot: dot.to_gain, reverse=True)[:LABELS]
     roofs = {dtype: flop_s for dtype, flop_s in run.ceilings.matmul_flop_s.items() if _used(dtype, dots)}
-    lines = len(labelled) + len(roofs)
-    wide = width == WIDE
-    below = 0 if wide else lines * LINE + 0.2  # inches for names
-    handles, columns = _handles(dots, run, pale=len(pairs) > len(labelled)), 7 if wide else 2
-    left, right = 0.55, 3.55 if wide else 0.5  # inches around the plot
-    top = 0.5 + 0.22 * math.ceil(len(handles) / columns)
-    figure = Figure(figsize=(width, top + max(3.2, LINE * lines) + 0.6 + below))
-    height = figure.get_figheight()
-    inside = (left / width, (0.6 + below) / height, 1 - (left + right) / width, 1 - (0.6 + below + top) / height)
-    axes = figure.add_axes(inside)
-    axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)")
-    scale, unit = _unit(max(*(dot.place[1] for dot in dots), *roofs.values()))
-    axes.set_title(unit, loc="left", fontsize=10)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    _limit(axes, dots, roofs.values())
+    lines = LINE * (len(labelled) + len(roofs))
+    below = 0 if width == WIDE else lines + 0.2  # inches for names
+    handles, columns = _handles(dots, run, pale=len(pairs) > len(labelled)), 7 if width == WIDE else 2
+    above = 0.5 + 0.22 * math.ceil(len(handles) / columns)
+    figure = Figure(figsize=(width, above + max(3.2, lines) + 0.6 + below))
+    figure.legend(handles=handles, loc="upper left", ncols=columns)
+    axes = _add_axes(figure, above, below)
+    _scale(axes, dots, roofs.values())
     for pair in pairs:
         _draw(axes, pair, pale=pair[0] not in labelled)
     _draw_roofs(axes, run, roofs)
-    labels = [Label(_words(dot, run), dot.place, dot.colour) for dot in labelled]
+    _label(figure, axes, [*_case_labels(labelled, run), *_roof_labels(axes, roofs)], below)
+    return figure
+
+
+def _add_axes(figure: Figure, above: float, below: float) -> Axes:
+    """Axes with so many inches above and below them, and a column for labels to their right."""
+    width, height = figure.get_size_inches()
+    left, right = 0.55, 3.55 if width == WIDE else 0.5
+    inside = (left / width, (0.6 + below) / height, 1 - (left + right) / width, 1 - (0.6 + below + above) / height)
+    return figure.add_axes(inside)
+
+
+def _scale(axes: Axes, dots: Sequence[Dot], roofs: Collection[float]) -> None:
+    """Fits the axes to the points and roofs, and names their units."""
+    x, y = zip(*(dot.place for dot in dots), strict=True)
+    scale, unit = _unit(max(*y, *roofs))
+    axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)")
+    axes.set_title(unit, loc="left", fontsize=10)
+    axes.set_xlim(min(x) / 1.6, max(x) * 1.6)
+    axes.set_ylim(min(y) / 1.6, max(*y, *roofs) * 1.6)
+    for axis, one, (low, high) in ((axes.xaxis, 1.0, axes.get_xlim()), (axes.yaxis, scale, axes.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _, one=one: f"{value / one:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _case_labels(dots: Sequence[Dot], run: Run) -> list[Label]:
+    return [Label(_words(dot, run), dot.place, dot.colour) for dot in dots]
+
+
+def _roof_labels(axes: Axes, roofs: Mapping[str, float]) -> list[Label]:
     end = axes.get_xlim()[1]
-    labels += [
-        Label(f"{dtype} products {rate(top, 'FLOP')}", (end, top), DTYPE_COLOURS.get(dtype, GREY), True)
+    return [
+        Label(f"{dtype} products {rate(top, 'FLOP')}", (end, top), DTYPE_COLOURS.get(dtype, GREY), roof=True)
         for dtype, top in roofs.items()
     ]
-    _label(figure, axes, labels, below)
-    figure.legend(handles=handles, loc="upper left", ncols=columns)
-    return figure
 
 
 def _used(dtype: str, dots: Sequence[Dot]) -> bool:
@@ -120,17 +137,6 @@ def _dots(case: CaseResult, run: Run) -> list[Dot]:
     bound = case.bound(run.ceilings)
     best = [m for ours in (True, False) if (m := case.best(ours))]
     return [Dot(case, m, m.seconds, bound[1] if bound else None) for m in best if m.seconds]
-
-
-def _limit(axes: Axes, dots: Sequence[Dot], roofs: Collection[float]) -> None:
-    x, y = zip(*(dot.place for dot in dots), strict=True)
-    axes.set_xlim(*_around(min(x), max(x)))
-    axes.set_ylim(*_around(min(y), max(*y, *roofs)))
-
-
-def _around(low: float, high: float) -> tuple[float, float]:
-    """The ends of a logarithmic axis for such values, with a power of ten between them, which gets a tick."""
-    return min(low / 1.6, 10 ** math.floor(math.log10(high * 1.6))), high * 1.6
 
 
 def _unit(most: float) -> tuple[float, str]:

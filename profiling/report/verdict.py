@@ -6,7 +6,7 @@ does it.
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,13 @@ def answered_goals(run: Run, file: str, targets: Sequence[Target]) -> list[Targe
 
 
 def _is_about(target: Target, run: Run) -> bool:
+    """Whether the run has a variant that the target is about, or has measured a back-end of ours on its case."""
     if target.gpus is not None:
         return False
     if target.stage:
         return any(fnmatch.fnmatchcase(variant.variant, target.subject) for variant in run.variants)
-    return run.case(target.subject) is not None
+    case = run.case(target.subject)
+    return case is not None and any(m.ours for m in case.measurements)
 
 
 def changes(run: Run, file: str, others: Sequence[tuple[str, Run]]) -> list[Comparison]:
@@ -80,10 +82,15 @@ def tiles(run: Run, goals: Sequence[TargetResult], changed: Sequence[Comparison]
 
 
 def _goals_tile(goals: Sequence[TargetResult]) -> Tile:
-    counts = Counter(goal.verdict for goal in goals)
-    others = ", ".join(f"{counts[v]} {v}" for v in (MISSED, UNMEASURED) if counts[v])
-    tone = "bad" if counts[MISSED] else "good" if counts[MET] else ""
-    return Tile("Goals met", f"{counts[MET]} of {len(goals)}", others, tone)
+    met = sum(goal.verdict == MET for goal in goals)
+    others = [goal for goal in goals if goal.verdict != MET]
+    tone = "bad" if any(goal.verdict == MISSED for goal in goals) else "good" if met else ""
+    return Tile("Goals met", f"{met} of {len(goals)}", counted(others), tone)
+
+
+def counted(goals: Iterable[TargetResult]) -> str:
+    """How many goals have each verdict: "3 missed, 1 met"."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in Counter(goal.verdict for goal in goals).items())
 
 
 def _change_tiles(changed: Sequence[Comparison]) -> Iterator[Tile]:

@@ -33,6 +33,7 @@ from profiling import tables
 from profiling.__main__ import TARGETS, main
 from profiling.analyse.targets import MET, MISSED, UNMEASURED, read_targets
 from profiling.cases.evidence import RESULTS, gather
+from profiling.formats import as_peers
 from profiling.report import figures, report
 from profiling.report.history import Line, Point, _chunk_seconds, history, lines
 from profiling.report.roofline import LABELS, _apart, roofline
@@ -296,6 +297,16 @@ def visible(axes: Axes, text: Text) -> bool:
     return text not in axes.get_yticklabels() or axes.get_ylim()[0] <= y <= axes.get_ylim()[1]
 
 
+@pytest.mark.parametrize("intensity", [3.7, 12, 99])
+def test_the_axes_of_a_roofline_fit_a_single_case(intensity: float) -> None:
+    figure = roofline(replace(TINY_RUN, cases=(replace(CASE, bytes=CASE.flops / intensity),)))
+    assert figure is not None
+    (axes,) = figure.axes
+    for low, high, labels in ((*axes.get_xlim(), axes.get_xticklabels()), (*axes.get_ylim(), axes.get_yticklabels())):
+        assert high / low < 10
+        assert any(visible(axes, label) for label in labels)
+
+
 @given(st.lists(st.floats(-50, 500), max_size=30))
 def test_labels_stand_apart_and_inside(wanted: list[float]) -> None:
     places = _apart(sorted(wanted), 19, 0, 600)
@@ -391,6 +402,8 @@ def test_the_nvml_figure_shows_the_power_limit(whole: Run, drawn: report.Drawn) 
     assert figures.throttling(whole) == "The GPU was throttled: power cap in 17% of the readings."
     assert figures.throttling(replace(whole, nvml=replace(whole.nvml, throttled={}))) == "The GPU was not throttled."
     assert figures.nvml_strips(TINY_RUN) is None
+    unread = replace(TINY_RUN, nvml=NvmlTrace(throttled={"power cap": 0.5}, note="read once a measurement"))
+    assert figures.throttling(unread) == "The GPU was throttled: power cap in 50% of the readings."
 
 
 def test_spans_and_dtypes_have_a_colour_each() -> None:
@@ -653,6 +666,7 @@ def test_goals_are_those_that_the_run_is_about() -> None:
     assert tile is not None
     assert tile.value == f"{verdicts.count(MET)} of {len(verdicts)}"
     assert evidence(replace(run, machine=runs.CPU, variants=())).goals == []
+    assert evidence(as_peers(replace(run, variants=()))).goals == []  # kernels of another program answer no goal
 
 
 def test_the_biggest_loss_and_gain_are_against_the_newest_earlier_run() -> None:
