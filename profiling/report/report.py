@@ -100,13 +100,13 @@ def gather_evidence(path: Path, results: Path, targets: Path) -> Evidence:
 
     Raises `UserError` if the run or the goals cannot be read.
     """
-    runs, unreadable = [(str(path), load(path))], []
+    shown, unreadable = str(path), []
+    runs = [(shown, load(path))]
     for file in sorted(results.glob("*.json")):
         try:
             runs += [] if file.samefile(path) else [(str(file), load(file))]
         except UserError as error:
             unreadable.append(str(error))
-    shown = runs[0][0]
     runs = with_launched_copy(sorted(runs, key=lambda item: item[1].started, reverse=True))
     others = [item for item in runs if item[0] != shown]
     run = dict(runs)[shown]
