@@ -166,10 +166,10 @@ def report(
     results: Results = RESULTS,
     json: Json = False,
 ) -> None:
-    """Shows a run: roofline, timeline, waterfall, history, tables."""
+    """Shows a run: verdict, timeline of a chunk, roofline, history, tables."""
     from profiling.report.report import report_command
 
-    raise typer.Exit(report_command(run, out, png, results, json))
+    raise typer.Exit(report_command(run, out, png, results, TARGETS, json))
 
 
 @app.command()

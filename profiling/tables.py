@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import chain, cycle, groupby
+from itertools import chain, groupby
 
 from rich import box
 from rich.console import Console
@@ -39,6 +39,7 @@ from profiling.results import (
 
 LOG_WIDTH = 140
 AUDIT_UNITS = ("tensor", "mufu", "fp32", "l2")  # of a multiprocessor, in the audit's model
+STEP = "denoise/step"  # the stage whose calls count one by one
 CLOCK_TOLERANCE = 1e-5  # seconds that successive stages may seem to overlap: the tracer's clock is no better
 
 
@@ -145,7 +146,7 @@ def _cells(row: MeasurementRow) -> Iterator[str]:
     yield number(row.tflops)
     yield number(row.gbs)
     yield share_of_ceiling(row)
-    yield f"{row.ratio:.2f}" if row.ratio is not None else ""
+    yield ratio(row.ratio)
 
 
 def share_of_ceiling(row: MeasurementRow) -> str:
@@ -160,13 +161,13 @@ class VariantRow:
     variant: str
     status: str
     frames: int  # new frames per chunk
-    seconds: float | None  # mean over its chunks
+    seconds: float | None  # median of its chunks
     fps: float | None  # new frames over that
     first_frame: float | None  # median seconds from window to first frames
     ratio: float | None  # the baseline's seconds over this one's; the baseline is the run's first variant
-    stages: dict[str, float]  # span -> seconds per chunk, all its calls together
+    stages: dict[str, float]  # span -> median seconds in a chunk, without calls beside other work; of a step, one call
     calls: dict[str, float]  # span -> calls per chunk
-    beside: dict[str, float]  # span -> seconds per chunk of the calls beside other work, on another stream
+    beside: dict[str, float]  # span -> median seconds in a chunk of the calls beside other work, on another stream
     first_call: float | None
     peak_bytes: int | None
     weights_bytes: int | None
@@ -213,30 +214,24 @@ def stage_value(variant: VariantResult, stage: str) -> float | None:
     if stage == "fps":
         return variant.frames / statistics.median(variant.chunk) if variant.chunk else None
     if stage == "after_denoise":
-        first, steps = stage_value(variant, "first_frame"), variant.per_chunk("denoise/step")
+        first, steps = stage_value(variant, "first_frame"), variant.per_chunk(STEP)
         return first - statistics.median(steps) if first and steps else None
-    whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, "denoise/step": variant.stages.get(stage, ())}
-    samples = whole[stage] if stage in whole else _alone(variant, stage)
+    whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, STEP: variant.stages.get(stage, ())}
+    samples = whole[stage] if stage in whole else _in_each_chunk(variant, stage, beside=False)
     return statistics.median(samples) if samples else None
 
 
-def _alone(variant: VariantResult, stage: str) -> tuple[float, ...]:
-    """Seconds of a stage in each chunk, without its calls beside other work."""
+def _in_each_chunk(variant: VariantResult, stage: str, *, beside: bool) -> tuple[float, ...]:
+    """Seconds of a stage in each chunk: of its calls beside other work, or of the others."""
     if not variant.per_chunk(stage):
         return ()
-    beside, calls = calls_beside(variant, stage), variant.stages[stage]
-    chunks = (calls[i : i + len(beside)] for i in range(0, len(calls), len(beside)))
-    return tuple(sum(s for s, hidden in zip(chunk, beside, strict=True) if not hidden) for chunk in chunks)
+    hidden, calls = calls_beside(variant, stage), variant.stages[stage]
+    chunks = (calls[i : i + len(hidden)] for i in range(0, len(calls), len(hidden)))
+    return tuple(sum(s for s, h in zip(chunk, hidden, strict=True) if h == beside) for chunk in chunks)
 
 
 def _overlap(a: StageInterval, b: StageInterval) -> bool:
     return min(a.end, b.end) - max(a.begin, b.begin) > CLOCK_TOLERANCE
-
-
-def _beside_seconds(variant: VariantResult, stage: str) -> float:
-    """Mean seconds a chunk of a stage's calls beside other work."""
-    beside, calls = calls_beside(variant, stage), variant.stages[stage]
-    return sum(s for s, hidden in zip(calls, cycle(beside or (False,)), strict=False) if hidden) / len(variant.chunk)
 
 
 def variant_rows(run: Run) -> list[VariantRow]:
@@ -246,7 +241,7 @@ def variant_rows(run: Run) -> list[VariantRow]:
 
 
 def _chunk_seconds(variant: VariantResult) -> float | None:
-    return statistics.fmean(variant.chunk) if variant.status == OK and variant.chunk else None
+    return stage_value(variant, "chunk") if variant.status == OK else None
 
 
 def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
@@ -259,9 +254,13 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
         fps=v.frames / seconds if seconds and v.frames else None,
         first_frame=statistics.median(v.first_frame) if v.first_frame else None,
         ratio=baseline / seconds if seconds and baseline else None,
-        stages={span: sum(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
+        stages={span: value for span in v.stages if (value := stage_value(v, span)) is not None} if seconds else {},
         calls={span: len(calls) / len(v.chunk) for span, calls in v.stages.items()} if seconds else {},
-        beside={span: _beside_seconds(v, span) for span in v.stages} if seconds else {},
+        beside={
+            span: statistics.median(found)
+            for span in v.stages
+            if seconds and (found := _in_each_chunk(v, span, beside=True))
+        },
         first_call=v.first_call,
         peak_bytes=v.peak_bytes,
         weights_bytes=v.weights_bytes,
@@ -273,7 +272,7 @@ def _variant_row(v: VariantResult, baseline: float | None) -> VariantRow:
 
 
 def variant_table(rows: Iterable[VariantRow]) -> Table:
-    """The variants for a terminal; a span's time is that of all its calls in a chunk."""
+    """The variants for a terminal; a span's time is that of its calls in a chunk, but for a step's, which is one."""
     rows = list(rows)
     spans = list(dict.fromkeys(span for row in rows for span in row.stages))
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -290,8 +289,8 @@ def variant_table(rows: Iterable[VariantRow]) -> Table:
             *(duration(row.stages.get(span)) for span in spans),
             number(row.fps),
             duration(row.first_frame),
-            f"{row.ratio:.2f}" if row.ratio is not None else "",
-            gigabytes(row.peak_bytes),
+            ratio(row.ratio),
+            memory(row.peak_bytes),
             percent(row.gaps),
         )
     return out
@@ -348,29 +347,42 @@ def number(value: float | None) -> str:
     return f"{value:.{max(0, 2 - magnitude)}f}"
 
 
+def ratio(value: float | None) -> str:
+    """How many times as fast: 1.13, 0.71, 0.00241. Empty for None and NaN."""
+    return f"{value:.2f}" if value is not None and 0.1 < value < math.inf else number(value)
+
+
 def percent(value: float | None) -> str:
-    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %. Empty for None and NaN."""
+    """A share in percent: 0.0712 is 7.1 %, 0.83 is 83 %, 0.000123 is 0.0123 %. Empty for None and NaN."""
     if value is None or not math.isfinite(value):
         return ""
+    if 0 < abs(value) < 0.00095:
+        return f"{number(100 * value)}%"
     return f"{value:.1%}" if abs(value) < 0.0995 else f"{value:.0%}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in a suitable unit: 12.3 µs, 4.56 ms, 7.89 s. Empty for None."""
+    """Seconds in a suitable unit: 12.6 ns, 12.3 µs, 4.56 ms, 7.89 s. Empty for None."""
     if seconds is None:
         return ""
-    scale, unit = next(((s, u) for s, u in ((1.0, "s"), (1e-3, "ms")) if abs(seconds) >= s), (1e-6, "µs"))
+    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+    scale, unit = next(((s, u) for s, u in units if abs(seconds) >= s), (1e-9, "ns"))
     return f"{number(seconds / scale)} {unit}"
 
 
-def gigabytes(size: float | None) -> str:
-    """Bytes in units of 1e9: 52.3 GB. Empty for None."""
-    return "" if size is None else f"{number(size / 1e9)} GB"
+def memory(size: float | None) -> str:
+    """Bytes in a suitable unit: 344 B, 160 KiB, 21.7 GiB. Empty for None."""
+    return "" if size is None else _scaled(size, 1024, ("B", "KiB", "MiB", "GiB"))
 
 
 def rate(value: float | None, unit: str) -> str:
-    """A rate per second in a suitable unit: 2.86 TB/s, 120 GFLOP/s. Empty for None."""
-    if value is None:
-        return ""
-    scale, prefix = (1e12, "T") if value >= 1e12 else (1e9, "G")
-    return f"{number(value / scale)} {prefix}{unit}/s"
+    """A rate per second in a suitable unit: 2.86 TB/s, 1.15 GFLOP/s. Empty for None."""
+    return "" if value is None else f"{_scaled(value, 1000, ('', 'k', 'M', 'G', 'T'))}{unit}/s"
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+    """The value in the largest unit that it fills, each `base` times the one before; whole in the smallest."""
+    power = 0
+    while abs(value) >= base and power + 1 < len(units):
+        value, power = value / base, power + 1
+    return f"{number(value) if power else f'{value:g}'} {units[power]}"

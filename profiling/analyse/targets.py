@@ -199,6 +199,26 @@ class TargetResult:
             return False
         return self.value <= target.stretch if self.measure in AT_MOST else self.value >= target.stretch
 
+    @property
+    def wanted(self) -> str:
+        """The goal in words: "≥ 1.20 x"."""
+        return ("≤ " if self.measure in AT_MOST else "≥ ") + self._with_unit(self.target.goals[self.measure])
+
+    @property
+    def got(self) -> str:
+        """The value in words; empty if nothing was measured."""
+        return "" if self.value is None else self._with_unit(self.value)
+
+    def _with_unit(self, value: float) -> str:
+        if self.measure == "seconds":
+            return duration(value)
+        if self.target.stage == "peak_bytes":
+            return f"{value / 2**30:.2f} GiB"
+        if self.target.stage == "gaps":
+            return percent(value)
+        unit = {"ratio": "x", "percent_of_ceiling": "%", "tflops": "TFLOP/s"}.get(self.measure, "")
+        return f"{number(value)} {unit}".strip()
+
 
 class _UnmeasuredError(Exception):
     """The run cannot answer; the message says why."""
@@ -406,10 +426,8 @@ def _table(results: Iterable[TargetResult]) -> Table:
 def _cells(result: TargetResult) -> Iterator[str]:
     """What was wanted, what was measured, who did it, and the verdict."""
     target, verdict = result.target, result.verdict
-    yield ("≤ " if result.measure in AT_MOST else "≥ ") + _with_unit(
-        target, result.measure, target.goals[result.measure]
-    )
-    yield _with_unit(target, result.measure, result.value)
+    yield result.wanted
+    yield result.got
     for contender in (result.fastest, result.default, result.peer):
         yield f"{escape(contender.backend)}\n[dim]{duration(contender.seconds)}[/]" if contender else ""
     if verdict == MISSED and result.shortfall is not None:
@@ -417,17 +435,3 @@ def _cells(result: TargetResult) -> Iterator[str]:
     verdict += "\nstretch too" if result.stretched else ""
     verdict += "\nprojected" if target.gpus and result.value is not None else ""
     yield f"[{COLOURS[result.verdict]}]{verdict}[/]"
-
-
-def _with_unit(target: Target, measure: str, value: float | None) -> str:
-    """A value with its unit."""
-    if value is None:
-        return ""
-    if measure == "seconds":
-        return duration(value)
-    if target.stage == "peak_bytes":
-        return f"{value / 2**30:.2f} GiB"
-    if target.stage == "gaps":
-        return percent(value)
-    unit = {"ratio": "x", "percent_of_ceiling": "%", "tflops": "TFLOP/s"}.get(measure, "")
-    return f"{number(value)} {unit}".strip()

@@ -16,7 +16,7 @@ from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
-from profiling.tables import duration, measurement_rows, number, percent, share_of_ceiling, stage_value
+from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
@@ -66,7 +66,7 @@ def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
             cells = (
                 f"`{variant.variant}`", duration(stage_value(variant, "chunk")), fps(variant),
                 *(duration(stage_value(variant, stage)) for stage in stages),
-                percent(variant.gaps), gibibytes(variant.peak_bytes),
+                percent(variant.gaps), memory(variant.peak_bytes),
             )  # fmt: skip
             yield _row(*cells, *_source(file, run))
     yield ""
@@ -171,17 +171,12 @@ def fps(variant: VariantResult) -> str:
     return f"{stage_value(variant, 'fps') or 0:.1f}"
 
 
-def gibibytes(size: int | None) -> str:
-    """Bytes in units of 2^30: "21.7 GiB"."""
-    return f"{(size or 0) / 2**30:.1f} GiB"
-
-
 _README_ROWS: dict[str, Callable[[VariantResult], str]] = {
     "chunk": _seconds("chunk"),
     "frames a second (real time is 25)": fps,
     "window of sound to first frame": _seconds("first_frame"),
     "one denoising step": _seconds("denoise/step"),
-    "GPU memory at the peak": lambda variant: gibibytes(variant.peak_bytes),
+    "GPU memory at the peak": lambda variant: memory(variant.peak_bytes),
     "GPU idle in a chunk": lambda variant: f"{100 * (variant.gaps or 0):.1f} %",
 }
 

@@ -1,86 +1,135 @@
 """Shows a run as one self-contained HTML file, as PNG files of its figures, as tables, or as JSON.
 
-Numbers come from `profiling.tables`, figures from figures.py and roofline.py, the page from report.html.j2. What a run
-does not contain is left out, or one sentence says why it is missing.
+Numbers come from `profiling.tables`, the verdict on top from verdict.py, figures from figures.py, history.py and
+roofline.py, the page from report.html.j2 and sort.js. What a run does not contain is left out.
 """
 
 import base64
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from model.errors import UserError
+from profiling.analyse.targets import MISSED, TargetResult, read_targets
+from profiling.analyse.verdicts import Comparison
+from profiling.ceilings import with_launched_copy
+from profiling.defaults import default_backend
 from profiling.formats import load
 from profiling.report import figures
-from profiling.report.figures import FigureOrReason
+from profiling.report.history import history
 from profiling.report.roofline import roofline
+from profiling.report.verdict import (
+    CHANGES,
+    Tile,
+    answered_goals,
+    before_and_after,
+    change_in_words,
+    changes,
+    counted,
+    tiles,
+)
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
 from profiling.tables import (
+    AUDIT_UNITS,
+    STEP,
     MeasurementRow,
+    VariantRow,
     audit_table,
     duration,
-    gigabytes,
     measurement_rows,
     measurement_table,
+    memory,
     number,
     percent,
     rate,
+    ratio,
     terminal,
     variant_rows,
     variant_table,
 )
 
-TEMPLATE = "report.html.j2"  # beside this file
+TEMPLATE, SCRIPT = "report.html.j2", "sort.js"  # beside this file
+
+Drawn = dict[str, tuple[Figure, Figure]]  # by name, each for a page and for a phone
 
 
-def report_command(run: Path, out: Path | None, png: Path | None, results: Path, json: bool) -> int:
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """A run with what it is held against."""
+
+    run: Run
+    others: list[tuple[str, Run]]  # committed ones, as (file, run), the newest first
+    unreadable: list[str]  # an error message for each committed file that cannot be read
+    goals: list[TargetResult]  # that the run answers
+    changed: list[Comparison]  # since earlier results
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The verdict."""
+        return list(tiles(self.run, self.goals, self.changed))
+
+
+def report_command(run: Path, out: Path | None, png: Path | None, results: Path, targets: Path, json: bool) -> int:
     """Implements `python -m profiling report`: writes the requested page and figures, or else prints tables."""
-    measured = load(run)
+    found = gather_evidence(run, results, targets)
     if out or png:
-        others, unreadable = load_committed(results)
-        drawn = draw_figures(measured, others)
-        files: dict[Path, str | bytes] = {out: render_page(measured, drawn, unreadable)} if out else {}
+        drawn = draw_figures(found)
+        files: dict[Path, str | bytes] = {out: render_page(found, drawn)} if out else {}
         if png:
-            files |= {png / f"{name}.png": figures.png(f) for name, f in drawn.items() if not isinstance(f, str)}
+            files |= {png / f"{name}.png": figures.png(wide) for name, (wide, _) in drawn.items()}
         for path, content in files.items():
             write(path, content)
     if json:
-        print(dumps(report_json(measured), indent=1))
+        print(dumps(report_json(found.run), indent=1))
     elif not (out or png):
-        show(measured, terminal())
+        show(found, terminal())
     return 0
 
 
-def load_committed(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs in a folder, and an error message for each file that cannot be read."""
-    runs, unreadable = [], []
-    for path in sorted(folder.glob("*.json")):
+def gather_evidence(path: Path, results: Path, targets: Path) -> Evidence:
+    """The run in a file, the committed runs in the folder `results`, and the verdicts on it.
+
+    Raises `UserError` if the run or the goals cannot be read.
+    """
+    shown, unreadable = str(path), []
+    runs = [(shown, load(path))]
+    for file in sorted(results.glob("*.json")):
         try:
-            runs.append(load(path))
+            runs += [] if file.samefile(path) else [(str(file), load(file))]
         except UserError as error:
             unreadable.append(str(error))
-    return runs, unreadable
+    runs = with_launched_copy(sorted(runs, key=lambda item: item[1].started, reverse=True))
+    others = [item for item in runs if item[0] != shown]
+    run = dict(runs)[shown]
+    goals = answered_goals(run, shown, read_targets(targets))
+    return Evidence(run, others, unreadable, goals, changes(run, shown, others))
 
 
-def draw_figures(run: Run, others: Sequence[Run]) -> dict[str, FigureOrReason]:
-    """All figures by name; `others` are runs that the history may include."""
-    return {
-        "waterfall": figures.waterfall(run),
-        "timeline": figures.timeline(run),
-        "streams": figures.streams(run),
-        "roofline": roofline(run),
-        "history": figures.history(run, others),
-        "gauges": figures.nvml_strips(run),
+def draw_figures(found: Evidence) -> Drawn:
+    """All figures by name; what a run has no numbers for is left out."""
+    functions = {
+        "timeline": figures.timeline,
+        "roofline": roofline,
+        "history": partial(history, others=[run for _, run in found.others]),
+        "gauges": figures.nvml_strips,
     }
+    drawn: Drawn = {}
+    for name, function in functions.items():
+        if wide := function(found.run):
+            drawn[name] = wide, function(found.run, width=figures.NARROW) or wide
+    return drawn
 
 
-def render_page(run: Run, drawn: dict[str, FigureOrReason], unreadable: Sequence[str]) -> str:
+def render_page(found: Evidence, drawn: Drawn) -> str:
     """The run as an HTML document that refers to nothing outside of it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -89,88 +138,128 @@ def render_page(run: Run, drawn: dict[str, FigureOrReason], unreadable: Sequence
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "gigabytes": gigabytes, "number": number, "percent": percent}
+    functions = (duration, memory, number, percent, rate, ratio, change_in_words, before_and_after, counted)
+    environment.filters |= {function.__name__: function for function in functions}
+    run, script = found.run, Path(__file__).with_name(SCRIPT).read_text()
+    rows = variant_rows(run)
     return environment.get_template(TEMPLATE).render(
         run=run,
+        revision=revision(run),
         facts=list(facts(run)),
-        headlines=list(headlines(run)),
-        throttling=figures.throttling(run)[0],
-        pictures={name: _data_url(f) for name, f in drawn.items() if not isinstance(f, str)},
-        sentences={name: f for name, f in drawn.items() if isinstance(f, str)},
-        cases=list(_cases(run)),
-        variants=variant_rows(run),
+        tiles=found.tiles,
+        missed=[goal for goal in found.goals if goal.verdict == MISSED],
+        others=[goal for goal in found.goals if goal.verdict != MISSED],
+        changed=[row for row in found.changed if row.change.verdict in CHANGES],
+        throttling=figures.throttling(run),
+        pictures={name: [_data_url(figure) for figure in pair] for name, pair in drawn.items()},
+        above=list(dict.fromkeys(row.above for row in measurement_rows(run) if row.above)),
+        cases=[CaseGroup.of(case, run) for case in run.cases],
+        variants=rows,
+        variant_lines=list(variant_lines(rows)),
         audit=[(result, *_modelled(result)) for result in run.audit],
-        unreadable=unreadable,
+        audit_units=AUDIT_UNITS,
+        targets=list(dict.fromkeys(result.target for result in run.audit)),
+        unreadable=found.unreadable,
         ok=OK,
+        script=Markup(script),  # a file of this package, so it needs no escaping
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _data_url(figure: figures.Figure) -> str:
+def _data_url(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(figure)).decode()}"
 
 
-def _cases(run: Run) -> Iterator[tuple[CaseResult, list[MeasurementRow]]]:
-    """Cases with their rows."""
-    for name, group in groupby(measurement_rows(run), key=lambda row: row.case):
-        if case := run.case(name):
-            yield case, list(group)
+@dataclasses.dataclass(frozen=True)
+class CaseGroup:
+    """A case with its back-ends: the fastest of ours first, then the others, the fast ones first."""
+
+    case: CaseResult
+    rows: list[MeasurementRow]  # right ones, and those that are wrong or failed
+    absent: list[MeasurementRow]  # not installed, unsupported, skipped
+    default: str | None  # the back-end that runs if nothing is asked for
+
+    @classmethod
+    def of(cls, case: CaseResult, run: Run) -> "CaseGroup":
+        """The group of one of the run's cases."""
+        best, choice = case.best(ours=True), any(m.ours for m in case.measurements)
+        rows = [row for row in measurement_rows(run) if row.case == case.case]
+        shown = [row for row in rows if row.status in (OK, WRONG, ERROR)]
+        shown.sort(key=lambda row: (not (best and row.backend == best.backend), row.seconds or 1e30))
+        absent = [row for row in rows if row not in shown]
+        return cls(case, shown, absent, default_backend(case, run.machine) if choice else None)
+
+    @property
+    def default_elsewhere(self) -> bool:
+        """Whether what runs by default is not among the rows."""
+        return self.default is not None and self.default not in [row.backend for row in self.rows]
 
 
-def _modelled(result: AuditResult) -> tuple[str, str]:
-    """A kernel's tensor-core instructions, and the unit that bounds it with its least time."""
+def variant_lines(rows: Sequence[VariantRow]) -> Iterator[tuple[str, list[str]]]:
+    """The numbers of variants as lines of a table: a name, and a cell for each variant; without empty lines."""
+    stages = dict.fromkeys(stage for row in rows for stage in row.stages)
+    lines = {
+        "chunk": [duration(row.seconds) for row in rows],
+        "times as fast as the first": [number(row.ratio) if len(rows) > 1 else "" for row in rows],
+        "frames a second": [f"{row.fps:.1f}" if row.fps else "" for row in rows],
+        "first frame": [duration(row.first_frame) for row in rows],
+    }
+    for stage in stages:
+        calls = [round(row.calls.get(stage, 0)) for row in rows]
+        name = f"{stage}, each of {max(calls)}" if stage == STEP else stage
+        lines[name] = [duration(row.stages.get(stage)) for row in rows]
+        lines[f"{stage}, beside other work"] = [duration(row.beside.get(stage) or None) for row in rows]
+    lines |= {
+        "critical path of the traced chunk": [duration(row.critical) for row in rows],
+        "all its work": [duration(row.work) for row in rows],
+        "GPU idle": [percent(row.gaps) for row in rows],
+        "peak memory": [memory(row.peak_bytes) for row in rows],
+        "weights": [memory(row.weights_bytes) for row in rows],
+        "first chunk, with compilation": [duration(row.first_call) for row in rows],
+    }
+    return ((name, cells) for name, cells in lines.items() if any(cells))
+
+
+def _modelled(result: AuditResult) -> tuple[str, str, float | None]:
+    """A kernel's tensor-core instructions, the unit that bounds it with its least time, and this in seconds."""
     products = ", ".join(f"{count} {name}" for name, count in result.instructions.items() if name.endswith("MMA"))
-    unit, seconds = max(result.bounds.items(), key=lambda item: item[1], default=("", None))
-    return products, f"{unit} {duration(seconds)}".strip()
+    unit, seconds = max(result.bounds.items(), key=lambda item: item[1], default=("not modelled", None))
+    return products, f"{unit} {duration(seconds)}".strip(), seconds
+
+
+def revision(run: Run) -> str:
+    """The revision of a run, short, and whether changes to it were not committed."""
+    commit, dirty, _ = (run.machine.revision or "").partition("-dirty")
+    return f"{commit[:9]}, with uncommitted changes" if dirty else commit[:9]
 
 
 def facts(run: Run) -> Iterator[tuple[str, str]]:
     """What is needed to judge a run's numbers, as (name, text)."""
     m, c = run.machine, run.ceilings
-    units = "multiprocessors" if m.kind == "cuda" else "threads"
-    parts = [m.device]
-    parts += [f"{m.units} {units}"] if m.units else []  # files of other programs may not state it
-    parts += [gigabytes(m.memory_bytes)] if m.memory_bytes else []
+    parts = [f"{m.units} {'multiprocessors' if m.kind == 'cuda' else 'threads'}"] if m.units else []
+    parts += [memory(m.memory_bytes)] if m.memory_bytes else []  # files of other programs may not state it
     parts += [f"compute capability {m.capability}"] if m.capability else []
-    parts += [f"L2 {number(m.l2_bytes / 1e6)} MB"] if m.l2_bytes else []
+    parts += [f"L2 {memory(m.l2_bytes)}"] if m.l2_bytes else []
     parts += [f"driver {m.driver}"] if m.driver else []
-    yield "device", ", ".join(parts)
+    parts += [f"power limit {run.nvml.power_limit_watts:.0f} W"] if run.nvml.power_limit_watts else []
+    if parts:
+        yield "device", ", ".join(parts)
     ceilings = [f"copy {rate(c.copy_bytes_s, 'B')}"] if c.copy_bytes_s else []
     ceilings += [f"{dtype} products {rate(flop_s, 'FLOP')}" for dtype, flop_s in c.matmul_flop_s.items()]
-    yield "measured ceilings", ", ".join(ceilings) or "none were measured"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in m.versions.items()) or "unknown"
-    yield "revision", m.revision or "unknown"
+    if ceilings:
+        yield "measured ceilings", ", ".join(ceilings)
+    if m.versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in m.versions.items())
+    if m.revision:
+        yield "revision", m.revision
     yield "command", run.command
-    yield "date", f"{run.started.replace('T', ' ').replace('+00:00', ' UTC')}, took {duration(run.seconds)}"
+    yield "date", f"{date(run)}, took {duration(run.seconds)}" if run.seconds else date(run)
+    yield from (("note", note) for note in run.notes)
 
 
-def headlines(run: Run) -> Iterator[str]:
-    """A few sentences for readers in a hurry."""
-    timed = [row for row in variant_rows(run) if row.seconds]
-    if timed:
-        fastest = min(timed, key=lambda row: row.seconds or 0)
-        speed = f", {number(fastest.fps)} FPS" if fastest.fps else ""
-        yield f"{fastest.variant} makes a chunk in {duration(fastest.seconds)}{speed}."
-        if fastest is not timed[0]:
-            yield f"That is {number(fastest.ratio)} times as fast as the baseline, {timed[0].variant}."
-    for row in timed:
-        if row.critical and row.work:
-            path, work = duration(row.critical), duration(row.work)
-            yield f"{row.variant}: the critical path of a chunk is {path}, all its work {work}."
-    pairs = [(ours, peer) for c in run.cases if (ours := c.best(True)) and (peer := c.best(False))]
-    if pairs:
-        won = sum((ours.seconds or 0) < (peer.seconds or 0) for ours, peer in pairs)
-        yield f"Ours is faster than the best peer in {won} of the {len(pairs)} cases that time both."
-    bad = [f"{r.backend} on {r.case}" for r in measurement_rows(run) if r.status in (WRONG, ERROR)]
-    bad += [v.variant for v in run.variants if v.status in (WRONG, ERROR)]
-    if bad:
-        yield f"Wrong or failed: {_first_few(bad)}."
-    if faulty := [f"{a.kernel} on {a.case}" for a in run.audit if a.faults]:
-        yield f"Over budget, or not compiled: {_first_few(faulty)}."
-
-
-def _first_few(names: Sequence[str], most: int = 5) -> str:
-    """The first few of the names."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def date(run: Run) -> str:
+    """When the run began, as one writes it."""
+    return run.started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def report_json(run: Run) -> dict[str, Any]:
@@ -192,16 +281,18 @@ def _plain(items: Iterable[Any]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(item) for item in items]
 
 
-def show(run: Run, console: Console) -> None:
+def show(found: Evidence, console: Console) -> None:
     """Prints the run to a terminal."""
-    for name, text in facts(run):
-        console.print(f"{name}: {text}", markup=False, highlight=False)
-    console.print(figures.throttling(run)[0], markup=False, highlight=False)
+    run = found.run
+    lines = [run.machine.device, *(f"{name}: {text}" for name, text in facts(run)), figures.throttling(run)]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
     if run.variants:
         console.print(variant_table(variant_rows(run)))
     if run.cases:
         console.print(measurement_table(measurement_rows(run)))
     if run.audit:
         console.print(audit_table(run.audit))
-    for line in (*headlines(run), *run.notes):
+    for tile in found.tiles:
+        line = f"{tile.name}: {tile.value}" + (f" ({tile.detail})" if tile.detail else "")
         console.print(line, markup=False, highlight=False)

@@ -1,33 +1,43 @@
 """The report: derived numbers, figures, and a page that opens in a browser and needs nothing else."""
 
+import base64
+import hashlib
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.text import Annotation
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
 from model.errors import UserError
 from profiling import tables
-from profiling.__main__ import main
+from profiling.__main__ import TARGETS, main
+from profiling.analyse.targets import MET, MISSED, UNMEASURED, read_targets
+from profiling.cases.evidence import RESULTS, gather
+from profiling.formats import as_peers
 from profiling.report import figures, report
-from profiling.report.roofline import LABELS, roofline
+from profiling.report.history import Line, Point, _chunk_seconds, history, lines
+from profiling.report.roofline import LABELS, _apart, roofline
+from profiling.report.verdict import Tile, answered_goals, changes
 from profiling.results import (
     ERROR,
     OK,
@@ -43,6 +53,7 @@ from profiling.results import (
 )
 from tests.profiling import runs
 
+SCRIPT = Path(report.__file__).with_name("sort.js").read_text()
 SOME = ("chunk_attention/14b-w1/*", "rms_norm_rope/14b-w1/*", "lab_transfer/14b-w1/*")
 HOSTILE = "<script>alert('x')</script> & \"y\" {{ 7 * 7 }} $\\frac$ [red]z[/]"
 CASE = CaseResult(
@@ -73,11 +84,15 @@ def earlier() -> list[Run]:
     return [runs.run(seed=1 + i, patterns=SOME, days=i) for i in range(3)]
 
 
+def evidence(run: Run, others: Sequence[Run] = (), unreadable: Sequence[str] = ()) -> report.Evidence:
+    named = [(f"{i}.json", other) for i, other in enumerate(others)]
+    goals, changed = answered_goals(run, "run.json", read_targets(TARGETS)), changes(run, "run.json", named[::-1])
+    return report.Evidence(run, named, list(unreadable), goals, changed)
+
+
 @pytest.fixture(scope="module")
-def drawn(whole: Run, earlier: list[Run]) -> dict[str, Figure]:
-    found = report.draw_figures(whole, earlier)
-    assert all(isinstance(figure, Figure) for figure in found.values()), found
-    return found  # type: ignore[return-value]
+def drawn(whole: Run, earlier: list[Run]) -> report.Drawn:
+    return report.draw_figures(evidence(whole, earlier))
 
 
 def xs(line: Line2D) -> list[float]:
@@ -132,6 +147,7 @@ def test_variant_rows_share_stages_over_chunks() -> None:
     ("seconds", "words"),
     [
         (None, ""),
+        (12.3456e-9, "12.3 ns"),
         (12.3456e-6, "12.3 µs"),
         (0.9996e-3, "1000 µs"),
         (4.5678e-3, "4.57 ms"),
@@ -141,6 +157,26 @@ def test_variant_rows_share_stages_over_chunks() -> None:
 )
 def test_duration_has_a_fitting_unit(seconds: float | None, words: str) -> None:
     assert tables.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(None, ""), (0, "0 B"), (32, "32 B"), (163_968, "160 KiB"), (23_330_000_000, "21.7 GiB")]
+)
+def test_memory_has_a_fitting_unit(size: float | None, words: str) -> None:
+    assert tables.memory(size) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, ""), (12, "12 B/s"), (1.153e9, "1.15 GB/s"), (3.02e12, "3.02 TB/s"), (4e15, "4000 TB/s")],
+)
+def test_a_rate_has_a_fitting_unit(value: float | None, words: str) -> None:
+    assert tables.rate(value, "B") == words
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.000261, "0.0261%"), (0.0712, "7.1%"), (0.83, "83%"), (0, "0.0%")])
+def test_a_share_is_not_rounded_to_nothing(share: float, words: str) -> None:
+    assert tables.percent(share) == words
 
 
 @given(st.floats(1e-6, 1e9))
@@ -175,83 +211,142 @@ def test_the_table_names_every_back_end_and_what_is_not_right(width: int) -> Non
 # --- Figures --------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_1000_pixels_wide_and_their_axes_have_units(drawn: dict[str, Figure]) -> None:
+def test_figures_are_as_wide_as_a_page_or_a_phone_and_their_axes_have_units(drawn: report.Drawn) -> None:
     units = {
-        "waterfall": {"time of one chunk (ms)"},
-        "timeline": {"time of one chunk (ms)"},
-        "streams": {"since the chunk's beginning (ms)"},
-        "roofline": {"arithmetic intensity (FLOP/byte)", "speed (TFLOP/s)"},
-        "gauges": {
-            "time since the run began (s)",
-            "SM clock\n(MHz)",
-            "power\n(W)",
-            "temperature\n(°C)",
-            "memory\n(GB)",
-        },
-        "history": {"time of a call", "date of the run (UTC)"},  # ticks carry the unit
+        "timeline": {"since the chunk's beginning (ms)"},
+        "roofline": {"arithmetic intensity (FLOP/byte)"},
+        "gauges": {"time since the run began (s)"},
+        "history": {"date of the run (UTC)"},
     }
     assert set(drawn) == set(units)
-    for name, figure in drawn.items():
-        labels = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
-        labels |= {figure.get_supxlabel(), figure.get_supylabel()}
-        assert labels - {""} == units[name], name
-        image = Image.open(io.BytesIO(figures.png(figure)))
-        assert image.width == 1000
-        assert np.asarray(image.convert("L")).std() > 10
-    panels = [axes for axes in drawn["history"].axes if axes.get_visible()]
+    for name, pair in drawn.items():
+        for figure, width in zip(pair, (1000, 420), strict=True):
+            labels = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
+            assert (labels | {figure.get_supxlabel()}) - {""} == units[name], name
+            image = Image.open(io.BytesIO(figures.png(figure)))
+            assert image.width == width
+            assert np.asarray(image.convert("L")).std() > 10
+    assert drawn["roofline"][0].axes[0].get_title(loc="left") == "TFLOP/s"
+    titles = [axes.get_title(loc="left") for axes in drawn["gauges"][0].axes]
+    assert [words.split()[-1] for words in titles] == ["MHz", "W", "\u00b0C", "GiB"]
+    panels = [axes for axes in drawn["history"][0].axes if axes.get_visible()]
     ticks = [label.get_text() for axes in panels for label in axes.get_yticklabels()]
-    assert all(re.fullmatch(r"[\d.]+ (µs|ms|s)", tick) for tick in ticks)
+    assert all(re.fullmatch(r"[\d.]+( (µs|ms|s|GiB))?", tick) for tick in ticks)
 
 
-def test_words_stay_inside_the_figure(drawn: dict[str, Figure]) -> None:
+def test_words_stay_inside_the_figure(drawn: report.Drawn) -> None:
     slow = runs.run(machine=runs.CPU, patterns=("*/tiny-w1/*",), ceilings=Ceilings(1e9, {"fp32": 1e9, "fp8": 1e7}))
-    for name, figure in (drawn | {"slow": roofline(slow)}).items():
-        assert isinstance(figure, Figure)
+    slow_pair = roofline(slow), roofline(slow, figures.NARROW)
+    for name, figure in [(name, figure) for name, pair in (drawn | {"slow": slow_pair}).items() for figure in pair]:
+        assert figure is not None
         figure.draw_without_rendering()
         box = figure.get_tightbbox()  # of all that is drawn, in inches
-        assert box.x0 >= 0.05, name
-        assert box.y0 >= 0.05, name
-        assert box.x1 <= figure.get_figwidth() - 0.05, name
-        assert box.y1 <= figure.get_figheight() - 0.05, name
+        assert box.x0 >= 0.02, name
+        assert box.y0 >= 0.02, name
+        assert box.x1 <= figure.get_figwidth() - 0.02, name
+        assert box.y1 <= figure.get_figheight() - 0.02, name
 
 
-def test_roofline_places_every_case_under_its_roofs(whole: Run, drawn: dict[str, Figure]) -> None:
-    (axes,) = drawn["roofline"].axes
+def test_roofline_places_every_case_under_its_roofs(whole: Run, drawn: report.Drawn) -> None:
+    figure = drawn["roofline"][0]
+    (axes,) = figure.axes
     dots = [(xs(line)[0], ys(line)[0]) for line in axes.lines if line.get_marker() in ("o", "D")]
     expected = [
-        (case.flops / case.bytes, case.flops / best.seconds / 1e12)
+        (case.flops / case.bytes, case.flops / best.seconds)
         for case in whole.cases
         for best in (case.best(True), case.best(False))
         if best and best.seconds
     ]
     assert np.array(sorted(dots)) == pytest.approx(np.array(sorted(expected)))
-    words = [text.get_text() for text in axes.texts]
-    assert "copy 2.86 TB/s" in words
-    assert "bf16 products 690 TFLOP/s" in words
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-1] == "copy 2.86 TB/s"
+    assert {"fastest of ours", "best peer", "not labelled: less to gain", "bf16", "fp8", "fp32"} <= set(legend)
+    assert "bf16 products 690 TFLOP/s" in [text.get_text() for text in figure.texts]
     slopes = [ys(line)[0] / xs(line)[0] for line in axes.lines if line.get_color() == figures.BLACK]
-    assert slopes == [pytest.approx(2.86)]  # TFLOP/s at one FLOP/byte
+    assert slopes == [pytest.approx(2.86e12)]  # FLOP/s at one FLOP/byte
 
 
-def test_roofline_labels_hide_neither_each_other_nor_the_roofs_names(drawn: dict[str, Figure]) -> None:
-    (axes,) = drawn["roofline"].axes
-    drawn["roofline"].draw_without_rendering()
-    labels = [text.get_window_extent() for text in axes.texts if not text.get_rotation()]
-    assert len(labels) == LABELS + 3
-    assert not [pair for pair in combinations(labels, 2) if pair[0].overlaps(pair[1])]
+def test_each_label_of_the_roofline_has_a_line_to_its_point(drawn: report.Drawn) -> None:
+    (axes,) = drawn["roofline"][0].axes
+    ends = {(xs(line)[0], ys(line)[0]) for line in axes.lines if len(xs(line)) == 3}
+    points = {(xs(line)[0], ys(line)[0]) for line in axes.lines if line.get_marker() == "o"}
+    assert len(ends & points) == LABELS
+    assert len(ends - points) == 2  # the roofs of bf16 and fp8
 
 
-def test_timeline_bars_add_up_to_the_chunk(whole: Run, drawn: dict[str, Figure]) -> None:
-    (axes,) = drawn["timeline"].axes
-    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    rows = [row for row in tables.variant_rows(whole) if row.seconds]
-    for place, row in enumerate(rows):
-        mine = [bar for bar in bars if abs(bar.get_y() + bar.get_height() / 2 - place) < 0.01]
-        assert sum(bar.get_width() for bar in mine) == pytest.approx(1000 * (row.seconds or 0))
-        steps = [bar for bar in mine if bar.get_facecolor()[:3] == pytest.approx((0, 0x72 / 255, 0xB2 / 255))]
-        assert len(steps) == 4
-    assert [label.get_text() for label in axes.get_yticklabels()] == [row.variant for row in rows]
-    budget = next(line for line in axes.lines if line.get_linestyle() == "--")
+COMMITTED = [run for _, run in gather([RESULTS])[0]]
+
+
+@pytest.mark.parametrize("width", [figures.WIDE, figures.NARROW])
+def test_no_words_of_a_roofline_overlap(whole: Run, width: float) -> None:
+    drawn = [figure for run in (*COMMITTED, whole) if (figure := roofline(run, width))]
+    assert len(drawn) > 4
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        texts = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_visible() and visible(axes, t)]
+        shown = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+        assert not [(a, b) for (a, x), (b, y) in combinations(shown, 2) if x.overlaps(y)]
+
+
+def visible(axes: Axes, text: Text) -> bool:
+    """Whether a text is drawn: a tick's label is not, where the tick is beyond the axis."""
+    x, y = text.get_position()
+    if text in axes.get_xticklabels():
+        return axes.get_xlim()[0] <= x <= axes.get_xlim()[1]
+    return text not in axes.get_yticklabels() or axes.get_ylim()[0] <= y <= axes.get_ylim()[1]
+
+
+@pytest.mark.parametrize("intensity", [3.7, 12, 99])
+def test_the_axes_of_a_roofline_fit_a_single_case(intensity: float) -> None:
+    figure = roofline(replace(TINY_RUN, cases=(replace(CASE, bytes=CASE.flops / intensity),)))
+    assert figure is not None
+    (axes,) = figure.axes
+    for low, high, labels in ((*axes.get_xlim(), axes.get_xticklabels()), (*axes.get_ylim(), axes.get_yticklabels())):
+        assert high / low < 10
+        assert any(visible(axes, label) for label in labels)
+
+
+@given(st.lists(st.floats(-50, 500), max_size=30))
+def test_labels_stand_apart_and_inside(wanted: list[float]) -> None:
+    places = _apart(sorted(wanted), 19, 0, 600)
+    assert all(b - a >= 19 - 1e-9 for a, b in pairwise(places))
+    assert all(-1e-9 <= place <= 600 for place in places)
+
+
+def test_labels_stay_where_they_may() -> None:
+    assert _apart([10, 100, 110], 20, 0, 200) == [10, 100, 120]
+    assert _apart([190, 195], 20, 0, 200) == [180, 200]
+
+
+def test_the_timeline_is_to_scale_with_a_lane_for_each_stream(whole: Run) -> None:
+    figure = figures.timeline(replace(whole, variants=whole.variants[-1:]))
+    assert figure is not None
+    (axes,) = figure.axes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
+    traced = [(bar.get_x(), bar.get_width()) for bar in bars]
+    assert traced == [pytest.approx(bar) for bar in ((0, 2000), (2000, 300), (2300, 100), (500, 250))]
+    heights = [bar.get_y() for bar in bars]
+    assert heights[0] == heights[1] == heights[2] < heights[3]
+    words = [text.get_text() for text in axes.texts]
+    row = tables.variant_rows(whole)[-1]
+    assert words == [
+        f"fp8-kernels   {tables.duration(row.seconds)}, {row.fps:.1f} FPS",
+        "at the same time, on stream 2",
+    ]
+    (budget,) = (line for line in axes.lines if line.get_color() == figures.BLACK)
     assert xs(budget) == [1120, 1120]  # 28 frames at 25 FPS
+
+
+def test_an_untraced_chunk_is_drawn_by_its_medians_if_its_stages_do_not_overlap() -> None:
+    stages = {"denoise/step": (0.4, 0.42, 0.4, 0.4), "decode": (0.1, 0.1)}
+    steps = VariantResult("steps", OK, chunk=(1.0, 1.0), stages=stages)
+    overlapping = replace(steps, chunk=(0.85, 0.85))
+    for variant, expected in ((steps, [(0, 400), (400, 400), (800, 100)]), (overlapping, [(0, 850)])):
+        figure = figures.timeline(replace(TINY_RUN, variants=(variant,)))
+        assert figure is not None
+        bars = [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches if isinstance(bar, Rectangle)]
+        assert bars == [pytest.approx(bar) for bar in expected]
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), max_size=7))
@@ -266,64 +361,68 @@ def test_the_critical_path_is_the_longest_chain(passes: list[tuple[int, int]]) -
     assert tables.critical_path(timeline) == pytest.approx(max(chains))
 
 
-def test_streams_of_a_traced_chunk(whole: Run) -> None:
-    untraced = replace(whole, variants=tuple(replace(v, timeline=()) for v in whole.variants))
-    assert "no chunk was traced" in str(figures.streams(untraced))
-    figure = figures.streams(whole)
-    assert isinstance(figure, Figure)
-    (axes,) = figure.axes
-    bars = sorted((bar.get_x(), bar.get_width()) for bar in axes.patches if isinstance(bar, Rectangle))
-    assert bars == [pytest.approx(bar) for bar in ((0, 2000), (500, 250), (2000, 300), (2300, 100))]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["fp8-kernels", ""]
-    assert "critical path 2.40 s\nall work 2.65 s" in [text.get_text() for text in axes.texts]
-    assert "fp8-kernels: the critical path of a chunk is 2.40 s, all its work 2.65 s." in report.headlines(whole)
-
-
-def test_waterfall_steps_from_variant_to_variant_and_names_the_failed(whole: Run, drawn: dict[str, Figure]) -> None:
-    (axes,) = drawn["waterfall"].axes
-    words = [text.get_text() for text in axes.texts if isinstance(text, Annotation)]
-    first, second = (1000 * (row.seconds or 0) for row in tables.variant_rows(whole)[:2])
-    assert f"\u2212{first - second:.0f} ms\n\u2212{1 - second / first:.1%}" in words
-    assert "error: OutOfMemoryError: tried to allocate 2.11 GiB" in words
-    seconds = [row.seconds for row in tables.variant_rows(whole) if row.seconds]
-    assert f"{seconds[0] / min(seconds):.2f} times as fast" in drawn["waterfall"].texts[1].get_text()
-
-
-def test_a_slower_variant_is_a_loss() -> None:
-    variants = tuple(VariantResult(name, OK, chunk=(seconds,)) for name, seconds in (("a", 1.0), ("b", 1.25)))
-    figure = figures.waterfall(replace(TINY_RUN, variants=variants))
-    assert isinstance(figure, Figure)
-    assert "+250 ms\n+25.0%" in [text.get_text() for text in figure.axes[0].texts]
-    assert "1.25 times as slow" in figure.texts[1].get_text()
-
-
 def test_history_holds_the_runs_of_this_device_in_order(whole: Run, earlier: list[Run]) -> None:
     elsewhere = replace(earlier[0], machine=replace(runs.GPU, device="another"), started="2026-01-05T00:00:00+00:00")
     undated = replace(earlier[1], started="yesterday")
-    figure = figures.history(whole, [*reversed(earlier), elsewhere, undated])
-    assert isinstance(figure, Figure)
-    panel = next(a for a in figure.axes if any(t.get_text() == "chunk_attention bf16" for t in a.texts))
-    line = next(line for line in panel.lines if len(ys(line)) > 1)
+    found = {(line.subject, line.quantity): line for line in lines(whole, [*reversed(earlier), elsewhere, undated])}
+    case = found["chunk_attention/14b-w1/bf16", ""]
     best = [run.case("chunk_attention/14b-w1/bf16").best(True).seconds for run in (*earlier, whole)]  # type: ignore[union-attr]
-    assert ys(line) == best
-    assert "fewer than two runs" in str(figures.history(whole, [elsewhere]))
-
-
-def test_the_nvml_figure_states_throttling(whole: Run, drawn: dict[str, Figure]) -> None:
-    said = drawn["gauges"].texts[1]
-    assert said.get_text() == "The GPU was throttled: power cap in 17% of the readings."
-    assert said.get_color() == figures.VERMILLION
-    limit = next(line for line in drawn["gauges"].axes[1].lines if line.get_linestyle() == "--")
-    assert ys(limit) == [700, 700]
-    assert figures.throttling(replace(whole, nvml=replace(whole.nvml, throttled={})))[0] == (
-        "The GPU was not throttled."
+    assert [point.value for point in case.points] == best
+    fps = [tables.variant_rows(run)[0].fps for run in (*earlier, whole)]
+    assert [point.value for point in found["bf16-eager", "FPS"].points] == fps
+    assert {quantity for _, quantity in found} == {"FPS", "first frame", "chunk", "peak memory", ""}
+    assert [subject for subject, quantity in found if not quantity] == sorted(
+        (case.case for case in earlier[0].cases),
+        key=lambda name: -_chunk_seconds(whole.case(name)),  # type: ignore[arg-type]
     )
-    assert figures.nvml_strips(TINY_RUN) == "No NVML strip: fewer than two readings were taken."
+    assert lines(whole, [elsewhere]) == []
+    assert history(whole, [elsewhere]) is None
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "colour"),
+    [
+        ("FPS", (10, 12), figures.GREEN),
+        ("FPS", (12, 10), figures.VERMILLION),
+        ("chunk", (1.2, 1.0), figures.GREEN),
+        ("chunk", (1.0, 1.2), figures.VERMILLION),
+        ("chunk", (1.0, 1.01), figures.GREY),
+    ],
+)
+def test_a_line_of_the_history_says_whether_it_became_better(
+    quantity: str, values: tuple[float, float], colour: str
+) -> None:
+    points = tuple(Point(datetime(2026, 1, 1 + i, tzinfo=UTC), value) for i, value in enumerate(values))
+    assert Line("a", quantity, tables.number, points).colour == colour
+
+
+def test_the_nvml_figure_shows_the_power_limit(whole: Run, drawn: report.Drawn) -> None:
+    limit = next(line for line in drawn["gauges"][0].axes[1].lines if line.get_linestyle() == "--")
+    assert ys(limit) == [700, 700]
+    assert figures.throttling(whole) == "The GPU was throttled: power cap in 17% of the readings."
+    assert figures.throttling(replace(whole, nvml=replace(whole.nvml, throttled={}))) == "The GPU was not throttled."
+    assert figures.nvml_strips(TINY_RUN) is None
+    unread = replace(TINY_RUN, nvml=NvmlTrace(throttled={"power cap": 0.5}, note="read once a measurement"))
+    assert figures.throttling(unread) == "The GPU was throttled: power cap in 50% of the readings."
 
 
 def test_spans_and_dtypes_have_a_colour_each() -> None:
     for colours in (figures.STAGE_COLOURS, figures.DTYPE_COLOURS):
         assert len(set(colours.values())) == len(colours)
+
+
+def test_an_svg_file_has_dark_colours_too() -> None:
+    text = figures.svg(roofline(TINY_RUN)).decode()  # type: ignore[arg-type]
+    style = text[text.index("<style>") : text.index("</style>")]
+    for light, dark in figures.DARK_SCHEME.items():
+        assert f"--{light[1:]}:{light};" in style
+        assert f"--{light[1:]}:{dark};" in style[style.index("prefers-color-scheme:dark") :]
+        assert light not in text.replace(style, "")
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    first, second = (figures.svg(roofline(TINY_RUN)) for _ in range(2))  # type: ignore[arg-type]
+    assert first == second
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -426,19 +525,22 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.tags.append(tag)
         self.links += [values[name] or "" for name in ("src", "href", "srcset", "data", "action") if name in values]
-        if tag == "img":
+        if tag == "picture":
             self.pictures.append(values["id"] or "")
 
     def handle_data(self, data: str) -> None:
         if self.tags[-1:] == ["h2"] and data.strip():
             self.headings.append(data.strip())
-        self.text += data
+        if self.tags[-1:] != ["script"]:
+            self.text += data
 
 
 def checked(text: str) -> Page:
-    """The page, after what holds for any: no script, nothing fetched, no value that was not there."""
+    """The page, after what holds for any: one script, which is ours, nothing fetched, no value that was not there."""
     page = Page(text)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
+    assert f"<script>{SCRIPT}</script>" in text
+    assert base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode() in text  # which the policy allows
     assert all(link.startswith(("data:image/svg+xml;base64,", "#")) for link in page.links)
     assert "@import" not in text
     assert "url(" not in text
@@ -447,54 +549,54 @@ def checked(text: str) -> Page:
     return page
 
 
+def page_of(run: Run, others: Sequence[Run] = (), unreadable: Sequence[str] = ()) -> str:
+    found = evidence(run, others, unreadable)
+    return report.render_page(found, report.draw_figures(found))
+
+
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_every_kind_of_run_makes_a_page(variation: str, earlier: list[Run]) -> None:
-    run = VARIATIONS[variation](runs.run(patterns=SOME, days=9))
-    drawn = report.draw_figures(run, earlier)
-    page = checked(report.render_page(run, drawn, []))
-    shown = {"waterfall", "timeline", "streams"} if run.variants else set()
-    shown |= ({"roofline", "history"} if run.cases else set()) | {"gauges"}
-    assert page.pictures == [f"figure-{name}" for name in drawn if name in shown and isinstance(drawn[name], Figure)]
-    for name in shown:
-        if isinstance(sentence := drawn[name], str):
-            assert sentence in page.text
-    json.dumps(report.report_json(run), allow_nan=False)
-    report.show(run, Console(file=io.StringIO()))
+    found = evidence(VARIATIONS[variation](runs.run(patterns=SOME, days=9)), earlier)
+    drawn = report.draw_figures(found)
+    page = checked(report.render_page(found, drawn))
+    assert page.pictures == [f"figure-{name}" for name in drawn]
+    anchors = [link[1:] for link in page.links if link.startswith("#")]
+    assert len(anchors) == len(page.headings) > 0  # no section is empty, or cannot be reached
+    json.dumps(report.report_json(found.run), allow_nan=False)
+    report.show(found, Console(file=io.StringIO()))
+
+
+def test_a_run_of_nothing_has_no_empty_section() -> None:
+    page = checked(page_of(VARIATIONS["nothing"](runs.run(patterns=SOME))))
+    assert page.headings == ["Machine"]
+    assert page.pictures == []
 
 
 def test_hostile_names_are_escaped(earlier: list[Run]) -> None:
-    run = hostile(runs.run(patterns=SOME))
-    text = report.render_page(run, report.draw_figures(run, earlier), [HOSTILE])
-    assert "<script" not in text
+    text = page_of(hostile(runs.run(patterns=SOME)), earlier, [HOSTILE])
+    assert "<script>alert" not in text
     page = checked(text)
     assert page.text.count(HOSTILE) > 20
-    names = ("waterfall", "timeline", "streams", "roofline", "gauges")
-    assert page.pictures == [f"figure-{name}" for name in names]
+    assert page.pictures == ["figure-timeline", "figure-roofline", "figure-gauges"]
 
 
-def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> None:
-    page = checked(report.render_page(whole, dict(drawn), ["old.json has schema version 0, this is version 1"]))
+def test_the_page_says_what_matters(whole: Run, earlier: list[Run]) -> None:
+    page = checked(page_of(whole, earlier, ["old.json has schema version 0, this is version 1"]))
     assert page.headings == [
-        "Waterfall",
-        "Chunk timeline",
-        "Variants",
+        "Goals",
+        "Chunk",
         "Roofline",
         "Cases and peers",
         "History",
         "Audit",
         "Clock, power, temperature",
+        "Machine",
     ]
-    assert page.pictures == [
-        "figure-waterfall",
-        "figure-timeline",
-        "figure-streams",
-        "figure-roofline",
-        "figure-history",
-        "figure-gauges",
-    ]
+    assert page.pictures == ["figure-timeline", "figure-roofline", "figure-history", "figure-gauges"]
+    assert page.text.count(runs.GPU.device) == 2  # in the title of the window, and in that of the page
     for words in (
         "The GPU was throttled: power cap in 17% of the readings. The times below are those of a throttled GPU.",
-        "fp8-kernels makes a chunk in 2.",
+        "fp8-kernels, 1.94 times as fast as bf16-eager",
         "torch-compiled on rms_norm_rope/14b-w1/bf16",
         "No module named 'flash_attn'",
         "spills 312 bytes, budget 0",
@@ -505,13 +607,121 @@ def test_the_page_says_what_matters(whole: Run, drawn: dict[str, Figure]) -> Non
         runs.GPU.revision or "",
         "2026-01-10 09:30:00 UTC, took 431 s",
         "torch 2.11.0+cu130",
+        "denoise/step, each of 4",
+        "160 calls a chunk",
     ):
         assert words in page.text, words
 
 
-def test_the_same_run_gives_the_same_bytes() -> None:
-    first, second = (figures.svg(roofline(TINY_RUN)) for _ in range(2))  # type: ignore[arg-type]
-    assert first == second
+def test_one_call_is_not_one_calls() -> None:
+    once = replace(TINY_RUN, cases=(replace(CASE, calls=1),))
+    assert "; 1 call a chunk" in checked(page_of(once)).text
+
+
+def test_uncommitted_changes_are_marked() -> None:
+    machine = replace(runs.GPU, revision="0123456789abcdef-dirty-77")
+    text = page_of(replace(TINY_RUN, machine=machine))
+    assert '<span class="bad">012345678, with uncommitted changes</span>' in text
+
+
+def test_a_kernel_without_a_bound_is_not_modelled() -> None:
+    kernel = replace(runs.audit()[0], bounds={}, tile={}, tflops=None)
+    page = checked(page_of(Run("audit", "2026-01-01T00:00:00+00:00", runs.GPU, audit=(kernel,))))
+    assert "not modelled" in page.text
+    assert "0.00" not in page.text
+
+
+def test_the_default_back_end_is_marked_even_if_it_is_slower() -> None:
+    text = page_of(runs.run(patterns=("chunk_attention/14b-w1/bf16",)))
+    lead, *others = re.findall(r'<tr class="ours[^>]*>.*?</tr>', text, re.DOTALL)
+    assert "gluon" in lead
+    assert ">default<" in lead
+    assert len(others) == 1
+    assert "triton" in others[0]
+    assert ">default<" not in others[0]
+
+
+def test_a_default_that_was_not_timed_is_named() -> None:
+    run = runs.run(patterns=("chunk_attention/14b-w1/bf16",))
+    (case,) = run.cases
+    others = tuple(m for m in case.measurements if m.backend != "gluon")
+    page = checked(page_of(replace(run, cases=(replace(case, measurements=others),))))
+    assert "by default runs gluon, not timed here" in page.text
+
+
+# --- The verdict ----------------------------------------------------------------------------------------------------
+
+
+def tile_of(found: report.Evidence, name: str) -> Tile | None:
+    return next((tile for tile in found.tiles if tile.name == name), None)
+
+
+def test_goals_are_those_that_the_run_is_about() -> None:
+    run = runs.run(patterns=("chunk_attention/14b-w1/bf16",))
+    found = evidence(replace(run, variants=()))
+    assert {goal.target.subject for goal in found.goals} == {"chunk_attention/14b-w1/bf16"}
+    verdicts = [goal.verdict for goal in found.goals]
+    assert verdicts == sorted(verdicts, key=(MISSED, UNMEASURED, MET).index)
+    tile = tile_of(found, "Goals met")
+    assert tile is not None
+    assert tile.value == f"{verdicts.count(MET)} of {len(verdicts)}"
+    assert evidence(replace(run, machine=runs.CPU, variants=())).goals == []
+    assert evidence(as_peers(replace(run, variants=()))).goals == []  # kernels of another program answer no goal
+
+
+def test_the_biggest_loss_and_gain_are_against_the_newest_earlier_run() -> None:
+    names = ("chunk_attention/14b-w1/bf16", "rms_norm_rope/14b-w1/bf16", "lab_transfer/14b-w1/fp32")
+    oldest, before = (cases_alone(runs.run(seed=i, patterns=names, days=i, spoilt=False)) for i in (1, 2))
+    factors = {names[0]: 0.8, names[1]: 1.1, names[2]: 1.4}
+    now = cases_alone(runs.run(seed=3, patterns=names, days=3, slower=factors, spoilt=False))
+    later = cases_alone(runs.run(seed=4, patterns=names, days=4, slower={names[0]: 9}, spoilt=False))
+    found = evidence(now, [oldest, before, later])
+    assert {row.files for row in found.changed} == {("1.json", "run.json")}
+    regressed, loss, gain = (tile_of(found, name) for name in ("Regressed", "Biggest loss", "Biggest gain"))
+    assert regressed is not None
+    assert (regressed.value.split()[0], regressed.detail, regressed.tone) == ("2", "since 1", "bad")
+    assert loss is not None
+    assert names[2] in loss.detail
+    assert 35 < float(loss.value.strip("+%")) < 45
+    assert gain is not None
+    assert names[0] in gain.detail
+    assert gain.value.startswith("\u2212")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [runs.run(patterns=("linear/14b-w1-out/bf16",))],
+        [runs.run(patterns=("*/tiny-w1/*",), machine=runs.CPU)],
+        [runs.run(patterns=SOME, machine=replace(runs.GPU, driver="1.0"))],
+    ],
+    ids=["none", "other cases", "another device", "another driver"],
+)
+def test_without_a_comparable_run_one_line_says_so(others: list[Run]) -> None:
+    found = evidence(cases_alone(runs.run(patterns=SOME, days=3)), list(map(cases_alone, others)))
+    assert found.changed == []
+    tile = tile_of(found, "Since the last run")
+    assert tile is not None
+    assert tile.detail.startswith("no comparable run")
+
+
+def test_shares_of_a_ceiling_that_was_measured_too_low_are_the_true_ones(tmp_path: Path) -> None:
+    slow = replace(runs.run(patterns=SOME), ceilings=Ceilings(2.4e12, {"bf16": 7e14}))
+    launched = replace(runs.run(patterns=SOME, days=2), ceilings=Ceilings(3.0e12, {"bf16": 7e14}, copy_launched=True))
+    save(slow, tmp_path / "slow.json")
+    save(launched, tmp_path / "results" / "launched.json")
+    found = report.gather_evidence(tmp_path / "slow.json", tmp_path / "results", TARGETS)
+    assert found.run.ceilings.copy_bytes_s == 3.0e12
+    assert [run.started for _, run in found.others] == [launched.started]
+    assert "copy's ceiling is 3.00 TB/s, of launched.json" in checked(page_of(found.run)).text
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_committed_run_is_not_its_own_predecessor(file: Path) -> None:
+    found = report.gather_evidence(file, RESULTS, TARGETS)
+    assert len(found.others) == len(COMMITTED) - 1
+    assert found.run.started not in [run.started for _, run in found.others]
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -531,7 +741,7 @@ def test_the_command_writes_page_and_pictures(saved: Path, tmp_path: Path, monke
     page, pictures = tmp_path / "new" / "report.html", tmp_path / "pictures"
     assert call(monkeypatch, saved, "-o", page, "--png", pictures, "--results", folder) == 0
     assert "broken.json is not JSON" in checked(page.read_text()).text
-    names = {"waterfall", "timeline", "streams", "roofline", "history", "gauges"}
+    names = {"timeline", "roofline", "history", "gauges"}
     assert {path.name for path in pictures.iterdir()} == {f"{name}.png" for name in names}
     assert all(Image.open(path).width == 1000 for path in pictures.iterdir())
 
@@ -591,7 +801,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     taken.mkdir()
     for out, png in ((taken, None), (saved / "report.html", None), (None, saved)):
         with pytest.raises(UserError, match="cannot be written"):
-            report.report_command(saved, out, png, tmp_path, False)
+            report.report_command(saved, out, png, tmp_path, TARGETS, False)
     assert sorted(tmp_path.iterdir()) == [saved, taken]
     assert not list(taken.iterdir())
 
@@ -599,25 +809,84 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 # --- A browser ------------------------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+# An iframe as wide as a phone, since a browser's own window may not be that narrow.
+ON_A_PHONE = """<iframe id="phone" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const page = document.getElementById("phone").contentDocument, wide = [];
+  for (const element of page.querySelectorAll("body *"))
+    if (!element.closest(".scroll table") && element.getBoundingClientRect().right > 390) wide.push(element.outerHTML);
+  const sources = [...page.images].map(image => image.currentSrc === image.src);
+  document.title = JSON.stringify([page.documentElement.scrollWidth, wide, sources]);
+}}</script>"""
+# Sorts each table by its second column, then writes down the order of the first one.
+SORTED = """<iframe id="page" srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const page = document.getElementById("page").contentDocument;
+  const table = page.querySelector("#cases table");
+  const order = () => [...table.tBodies].map(body => body.rows[0].textContent.split(" ")[0].trim());
+  const found = [order()];
+  for (let i = 0; i < 2; i++) {{ table.tHead.rows[0].cells[1].click(); found.push(order()); }}
+  document.title = JSON.stringify(found);
+}}</script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
-def test_the_page_opens_in_a_browser(whole: Run, drawn: dict[str, Figure], tmp_path: Path) -> None:
+def browse(page: Path, folder: Path, *options: str) -> str:
+    """What a browser makes of the page, as HTML."""
+    command = [str(BROWSER), *OPTIONS, f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def measured(script: str, text: str, folder: Path) -> Any:
+    """What a script finds out about a page inside of its own."""
+    outer = folder / "outer.html"
+    outer.write_text(script.format(page=html.escape(text)))
+    title = re.search(r"<title>(.*?)</title>", browse(outer, folder), re.DOTALL)
+    assert title is not None
+    return json.loads(html.unescape(title[1]))
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_opens_in_a_browser(scheme: str, whole: Run, earlier: list[Run], tmp_path: Path) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
-    page.write_text(report.render_page(whole, dict(drawn), []))
-    options = (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,3000"),
-    )
-
-    command = [str(BROWSER), *options, "--dump-dom", f"--screenshot={picture}", page.as_uri()]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    shown = checked(done.stdout)
+    page.write_text(page_of(replace(whole, cases=()), earlier))
+    prefers = f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"
+    shown = checked(browse(page, tmp_path, "--window-size=1000,4000", prefers, f"--screenshot={picture}"))
     assert shown.headings == checked(page.read_text()).headings
-    assert len(shown.pictures) == 6
+    assert shown.pictures == ["figure-timeline", "figure-history", "figure-gauges"]
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
-    assert pixels.shape == (3000, 1000, 3)
-    blue, orange = (np.abs(pixels - rgb).sum(-1) < 12 for rgb in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)))
-    assert blue.sum() > 20_000  # bars of waterfall and timeline
-    assert orange.sum() > 2_000  # decode
+    assert pixels.shape == (4000, 1000, 3)
+    paper, blue = ((figures.DARK_SCHEME if scheme == "dark" else {}).get(c, c) for c in (figures.WHITE, figures.BLUE))
+    assert near(pixels, paper).mean() > 0.8  # also of the figures, which are a large part of the page
+    assert near(pixels, blue).sum() > 20_000  # denoising
+    assert near(pixels, figures.ORANGE).sum() > 2_000  # decode
+
+
+def near(pixels: np.ndarray, colour: str) -> np.ndarray:
+    return np.abs(pixels - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).sum(-1) < 12
+
+
+@needs_browser
+@pytest.mark.parametrize("kind", ["whole", "hostile", "audit alone"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(kind: str, whole: Run, earlier: list[Run], tmp_path: Path) -> None:
+    small = replace(whole, cases=whole.cases[:5])
+    run = {"whole": small, "hostile": hostile(small), "audit alone": VARIATIONS["audit alone"](small)}[kind]
+    width, wide, for_a_page = measured(ON_A_PHONE, page_of(run, earlier), tmp_path)
+    assert wide == []
+    assert width == 390
+    assert not any(for_a_page)  # each figure is the one for phones
+
+
+@needs_browser
+def test_a_click_on_a_heading_sorts_the_cases(earlier: list[Run], tmp_path: Path) -> None:
+    run = cases_alone(earlier[0])
+    before, up, down = measured(SORTED, page_of(run), tmp_path)
+    by_time = sorted(run.cases, key=lambda case: (case.best(ours=True) or case.measurements[0]).seconds or 0)
+    assert before == [case.case for case in run.cases]
+    assert up == [case.case for case in by_time]
+    assert down == up[::-1]
