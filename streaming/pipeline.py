@@ -430,7 +430,8 @@ def _configured(
         if pixels % stride or not stride <= pixels <= MAX_SIDE:
             below = min(max(pixels // stride * stride, stride), MAX_SIDE)
             fits = f"{below} or {below + stride}" if below + stride <= MAX_SIDE and below < pixels else f"{below}"
-            raise UserError(f"size {width}x{height}: the {name} must be a multiple of {stride}, such as {fits}")
+            wanted = f"a multiple of {stride} up to {MAX_SIDE}, such as {fits}"
+            raise UserError(f"size {width}x{height}: the {name} must be {wanted}")
     frames = chunk.frame_num if frames is None else frames
     group, longest = preset.vae.temporal_stride, chunk.cached_frames
     if (frames - 1) % group or not chunk.motion_frames_num < frames <= longest:

@@ -218,9 +218,9 @@ def test_a_checkpoint_and_a_speech_encoder_elsewhere(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "width": ({"size": (50, 32)}, "size 50x32: the width must be a multiple of 16, such as 48 or 64"),
-    "height": ({"size": (48, 0)}, "size 48x0: the height must be a multiple of 16, such as 16"),
-    "far too wide": ({"size": (8192, 32)}, "size 8192x32: the width must be a multiple of 16, such as 4096"),
+    "width": ({"size": (50, 32)}, "size 50x32: the width must be a multiple of 16 up to 4096, such as 48 or 64"),
+    "height": ({"size": (48, 0)}, "size 48x0: the height must be a multiple of 16 up to 4096, such as 16"),
+    "far too wide": ({"size": (8192, 32)}, "size 8192x32: the width must be a multiple of 16 up to 4096, such as 4096"),
     "frames": ({"frames": 10}, "frames 10: a chunk has 9, 13, 17 ... frames, at most 200"),
     "few frames": ({"frames": 5}, "frames 5: a chunk has 9, 13, 17"),
     "steps": ({"steps": 0}, "steps 0: name a number from 1 to 1000"),
