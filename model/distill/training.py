@@ -283,9 +283,10 @@ def _writing(path: Path) -> Iterator[None]:
     """Turns a full disk or a folder that cannot be written into one line."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError that does not say why
+        reason = error if isinstance(error, OSError) else "PyTorch could not write all of it; is the disk full?"
         kept = f"; {path} is the last good checkpoint" if path.exists() else ""
-        raise UserError(f"cannot write to {path.parent}: {error}{kept}") from error
+        raise UserError(f"cannot write to {path.parent}: {reason}{kept}") from error
 
 
 def _line(row: dict[str, float]) -> str:
