@@ -127,7 +127,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, error
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"write to .*(No space left|is the disk full\?).*checkpoint.pt is the last good"):
+    with pytest.raises(
+        UserError, match=r"write to .*(No space left|is the disk full\?).*checkpoint.pt is the last good"
+    ):
         train(line_task(), tmp_path, Budget(steps=9), resume=True, report=quiet)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png", "history.json"]
