@@ -40,7 +40,7 @@ BATCH = 2
 TRIPS = 8
 STAY_WEIGHT = 1000.0  # of what a trip moves, which fifty trips in one direction make 2,500 times as large
 MOUTH_WEIGHT = 5.0
-START_MOUTH_WEIGHT = 20.0  # of 4, 12 and 30 the reader follows the opening at r .853, .885 and .901; photos lose 1 dB
+START_MOUTH_WEIGHT = 20.0  # of 4, 12 and 30 the reader follows the opening at r .853, .885 and .901; photos lose
 MOUTH_BOX = (20, 18)  # half width and height in pixels
 WEIGHTS = FOLDER / "codec.safetensors"
 

@@ -30,7 +30,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(e2e, "MAX_CHUNKS", 3)
 
 
-def run(variant: Variant, seconds: float = 60) -> VariantResult:
+def run(variant: Variant, seconds: float = 100_000) -> VariantResult:
     models = chunk_models(SMALL, CPU, variant.precision)
     return run_variant(variant, models, 0, time.monotonic() + seconds)[0]
 
@@ -67,7 +67,7 @@ def test_compiled_chunks_share_a_graph_among_blocks_and_never_recompile(monkeypa
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
     models = chunk_models(SMALL, CPU, "fp32")
-    result, _ = run_variant(COMPILED, models, 0, time.monotonic() + 60)
+    result, _ = run_variant(COMPILED, models, 0, time.monotonic() + 100_000)
     assert result.status == OK
     # The student's block: in general, and as the last one, which drops one known frame in the first chunk and two in
     # later ones. Decoder and encoder each at a clip's start and behind it.
