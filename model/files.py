@@ -7,11 +7,12 @@ import os
 import shutil
 import stat
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from model.errors import UserError
 
@@ -110,6 +111,16 @@ def placeholder(path: Path) -> str | None:
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a web page and not the file itself: download it again"
     return None
+
+
+def read_toml(path: Path, title: str = "") -> dict[str, Any]:
+    """The values of a TOML file. Raises `UserError`, which calls the file `title`, if it cannot be read or is none."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{title or path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{title or path} is not TOML: {error}") from error
 
 
 def unreadable(path: Path, reason: object) -> UserError:

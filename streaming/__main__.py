@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ import typer
 try:
     from model.command import spell_what_cannot_be_printed
     from model.errors import UserError
-    from model.files import check_replaceable, replacing
+    from model.files import check_replaceable, read_toml, replacing
     from streaming.progress import progress_line, stage
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
@@ -41,12 +40,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the options in a TOML file the defaults of the others."""
     if path is None:
         return None
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"--config {path} is not TOML: {error}") from error
+    values = read_toml(path, f"--config {path}")
     options = {name.lstrip("-"): parameter.name for parameter in context.command.params for name in parameter.opts}
     for key in values:
         if key.replace("_", "-") not in options:

@@ -11,6 +11,7 @@ down-sampling       A 3 x 3 convolution of stride 2 turns 2 x 2 positions into t
 up-sampling         Phases (`VAEConfig.phases`) give each of the 2 x 2 positions channels of its own.
 RMS norm and SiLU   stand in the last layer of the encoder and of the decoder. One channel, the *anchor*, is so large
                     that it alone determines the norm. The others come in pairs, u and -u: SiLU(u) - SiLU(-u) = u.
+                    Where channels are too few for that, the weakest latents are made small: SiLU(e u) is about e u / 2.
 
 The decoder is the transpose of the encoder, except that it divides differences by their gain. So together they project
 a clip on what the latents can express, and a clip that was decoded survives any number of further round trips.
@@ -30,6 +31,7 @@ from model.vae import VAE, AttentionBlock, CausalConv3d, Downsample, Head, Resid
 
 ANCHOR = 3000.0  # a constant channel so large that the norm of a pixel's channels varies by less than 1e-5
 DIFFERENCE_GAIN = 1.25  # keeps fast lips: against 1, the reader follows their opening at r .911 instead of .885
+SMALL = 2.0**-10  # of a latent without a partner, for which SiLU is off by a share of SMALL u / 2
 PIXEL_GAIN = 2.0  # of pixels in [-1, 1] in the decoder's last level, where small changes should be small in the picture
 
 
@@ -194,12 +196,17 @@ def _fit_latents(vae: VAE, clips: list[Features]) -> tuple[Tensor, Tensor, Tenso
     rows, weights = _rows(clips)
     mean, basis = _principal(rows, weights, z)
     shortcut = next(block.shortcut for block in reversed(vae.encoder.downsamples) if isinstance(block, ResidualBlock))
-    pairs = torch.cat([basis.T, -basis.T])
-    _set_matrix(cast(CausalConv3d, shortcut), pairs, -(pairs @ mean))
-    cast(CausalConv3d, shortcut).bias[2 * z] = ANCHOR
+    shortcut = cast(CausalConv3d, shortcut)
+    paired = min(z, len(shortcut.weight) - 1 - z)  # the strongest latents
+    matrix = torch.cat([basis.T, -basis.T[:paired]])
+    _set_matrix(shortcut, matrix, -(matrix @ mean))
+    shortcut.bias[z + paired] = ANCHOR
     for module in (*vae.encoder.middle, vae.encoder.head):
-        _undo_norm(module, 2 * z)
-    _set_matrix(cast(CausalConv3d, vae.encoder.head["2"]), torch.cat([torch.eye(z), -torch.eye(z)], 1))
+        _undo_norm(module, z + paired)
+    cast(RMSNorm, vae.encoder.head["0"]).gamma.view(-1)[paired:z] *= SMALL
+    signs = torch.eye(z)
+    signs[range(paired, z), range(paired, z)] = 2 / SMALL
+    _set_matrix(cast(CausalConv3d, vae.encoder.head["2"]), torch.cat([signs, -signs[:, :paired]], 1))
     _set_matrix(vae.conv1, torch.eye(2 * z))
     _set_matrix(vae.conv2, torch.eye(z))
     return mean, basis, torch.cat([(x - mean) @ basis for x in rows]).std(0)

@@ -10,7 +10,6 @@ A regression within its factor no longer makes `compare` fail. One beyond it doe
 because its back-end is broken or missing.
 """
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.files import read_toml
 from profiling.analyse.verdicts import Comparison
 from profiling.results import finite
 
@@ -41,12 +41,7 @@ class Accepted:
 
 def read_accepted(file: Path) -> list[Accepted]:
     """Reads the file. Raises `UserError`, naming the entry, if it cannot be read or an entry is damaged."""
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not TOML: {error}") from error
+    values = read_toml(file)
     if values.keys() - {"accepted"} or not isinstance(values.get("accepted", []), list):
         raise UserError(f"{file} may hold entries [[accepted]] only, with {', '.join(FIELDS)}")
     try:

@@ -32,7 +32,6 @@ missed or unmeasured, never met.
 import fnmatch
 import math
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +44,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import UserError
+from model.files import read_toml
 from profiling.analyse.project import DIVIDED, OURS, Projection, merged, parse_link, project
 from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling, ceiling_notes
@@ -89,12 +89,7 @@ class Target:
 
 def read_targets(file: Path) -> list[Target]:
     """The targets of a file, one for each case of an entry. Raises `UserError` that names a faulty entry."""
-    try:
-        document = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not TOML: {error}") from error
+    document = read_toml(file)
     entries = document.get("target")
     if set(document) != {"target"} or not isinstance(entries, list):
         raise UserError(f"{file} must consist of [[target]] entries, and has {', '.join(document) or 'nothing'}")

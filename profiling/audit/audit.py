@@ -29,7 +29,6 @@ import fnmatch
 import math
 import re
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from triton.compiler.errors import CompilationError
 
 from kernels.tuning import GPU
 from model.errors import UserError
+from model.files import read_toml
 from profiling.audit import sass, ttgir
 from profiling.cases import Case, load_cases, registry, select
 from profiling.devices import Device, of_target
@@ -80,13 +80,11 @@ class Budgets:
 
     def __init__(self, path: Path) -> None:
         """Reads the file; raises `UserError` if it is missing, malformed, or has an unknown key."""
+        self._tables = read_toml(path, f"budget {path}")
         try:
-            self._tables = tomllib.loads(path.read_text())
             for pattern, table in self._tables.items():
                 if (target := build(Budget, table, f"[{pattern}]").target) is not None:
                     of_target(target)
-        except OSError as error:
-            raise UserError(f"budget {path} cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise UserError(f"budget {path} is malformed: {error}") from error
         self.unused = set(self._tables)  # tables that have matched nothing so far

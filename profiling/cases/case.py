@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.tuning import LaunchConfig, TunedConfig, tuned_config
 from model.config import PRECISIONS
+from profiling.results import CaseResult, Measurement
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of an element of its matrix operands
@@ -153,6 +154,23 @@ class Case:
         """The right answer for these inputs, computed in `precision`."""
         wide = [x.to(precision) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         return self.operation.reference(*wide)
+
+    def result(self, measurements: tuple[Measurement, ...]) -> CaseResult:
+        """The case as results files describe it, with these measurements."""
+        shape = self.shape
+        return CaseResult(
+            self.name,
+            self.operation.name,
+            shape.name,
+            self.dtype,
+            self.flops,
+            self.bytes,
+            shape.world,
+            shape.calls,
+            self.operation.is_matmul,
+            dict(shape.dims),
+            measurements,
+        )
 
 
 # Compiling for a CPU takes seconds a shape. It pays off for elementwise passes, which are fused: these are compiled

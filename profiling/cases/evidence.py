@@ -75,17 +75,6 @@ def _key(operation: str, dtype: str, dims: Mapping[str, int]) -> tuple[Any, ...]
 
 
 def _result(case: Case, entry: TunedEntry) -> CaseResult:
-    ours, shape = {b.name for b in case.backends if b.ours}, case.shape
-    return CaseResult(
-        case.name,
-        case.operation.name,
-        shape.name,
-        case.dtype,
-        case.flops,
-        case.bytes,
-        shape.world,
-        shape.calls,
-        case.operation.is_matmul,
-        dict(shape.dims),
-        tuple(Measurement(name, OK, name in ours, samples=(seconds,)) for name, seconds in entry.seconds.items()),
-    )
+    ours = {b.name for b in case.backends if b.ours}
+    times = entry.seconds.items()
+    return case.result(tuple(Measurement(name, OK, name in ours, samples=(seconds,)) for name, seconds in times))

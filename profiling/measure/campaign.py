@@ -39,7 +39,7 @@ from profiling.cases import Case, requested_cases
 from profiling.formats import load
 from profiling.machine import NvmlMonitor, concatenate, describe_machine, resolve_device
 from profiling.measure.bench import bench_case, measure_ceilings, set_benchmark_state
-from profiling.measure.check import case_result, check_case, one_line, raise_if_gpu_lost
+from profiling.measure.check import check_case, one_line, raise_if_gpu_lost
 from profiling.measure.e2e import VARIANTS, Variant, chunk_models, run_variant, trace_chunk
 from profiling.measure.tune import tune_case, tuning_table, write_table
 from profiling.results import (
@@ -308,7 +308,7 @@ class Worker:
             if phase == "e2e" and all(v.variant != task for v in self._run.variants):
                 self._add(VariantResult(task, ERROR, LOST))
             elif phase in ("check", "bench"):
-                self._add(case_result(self._cases[task], (Measurement("all", ERROR, True, LOST),)))
+                self._add(self._cases[task].result((Measurement("all", ERROR, True, LOST),)))
         progress.record(self._out)
 
     def _check(self, name: str) -> None:

@@ -42,13 +42,13 @@ def check_case(
         except Exception as raised:  # the case itself is broken; others go on
             raise_if_gpu_lost(device)
             why = f"inputs or reference: {one_line(raised)}"
-            return case_result(case, tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
+            return case.result(tuple(Measurement(b.name, ERROR, b.ours, why) for b in wanted))
         found = []
         for backend in wanted:
             on_backend(backend.name)
             found.append(_check_preserving_inputs(case, backend, inputs, expected, device))
     on_backend("")
-    return case_result(case, tuple(found))
+    return case.result(tuple(found))
 
 
 def _check_preserving_inputs(
@@ -78,24 +78,6 @@ def raise_if_gpu_lost(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def case_result(case: Case, measurements: tuple[Measurement, ...]) -> CaseResult:
-    """The case as results files describe it, with these measurements."""
-    shape = case.shape
-    return CaseResult(
-        case.name,
-        case.operation.name,
-        shape.name,
-        case.dtype,
-        case.flops,
-        case.bytes,
-        shape.world,
-        shape.calls,
-        case.operation.is_matmul,
-        dict(shape.dims),
-        measurements,
-    )
 
 
 def check_backend(

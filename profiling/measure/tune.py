@@ -40,7 +40,7 @@ from model.errors import UserError
 from profiling.cases import Backend, Case, requested_cases
 from profiling.machine import describe_machine, resolve_device
 from profiling.measure.bench import input_sets, measure_ceilings, set_benchmark_state
-from profiling.measure.check import case_result, check_backend, one_line, reference_outputs
+from profiling.measure.check import check_backend, one_line, reference_outputs
 from profiling.measure.hot import HotBench, hot_bench, hot_table, hot_values
 from profiling.measure.timing import CallTimer, interleave
 from profiling.results import OK, Ceilings, as_json_text, now, write
@@ -313,7 +313,7 @@ def tune_cases(
 
 def _least_chunk_seconds(case: Case, ceilings: Ceilings) -> float:
     """Least seconds that the case's calls in one chunk can take."""
-    bound = case_result(case, ()).bound(ceilings)
+    bound = case.result(()).bound(ceilings)
     return max(case.shape.calls, 1) * (bound[1] if bound else 1.0)
 
 

@@ -17,7 +17,6 @@ from profiling.cases import Case, registry
 from profiling.cases.convolution import conv_shapes, prepare_weight
 from profiling.defaults import default_backend
 from profiling.fake_gpu import FakeCudaMode
-from profiling.measure.check import case_result
 from profiling.results import OK, Machine, Measurement
 
 # The package exports functions under the names of their modules.
@@ -107,20 +106,20 @@ def test_the_description_agrees_with_the_dispatchers(machine: str) -> None:
         named = GPU(gpu.device, gpu.capability or "", gpu.units)
         with assume_gpu(named), FakeCudaMode(), pytest.raises(Chosen) as chosen:
             dispatch(case)
-        assert default_backend(case_result(case, measured), gpu) == str(chosen.value), case.name
+        assert default_backend(case.result(measured), gpu) == str(chosen.value), case.name
 
 
 def test_a_damaged_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text("{")
     monkeypatch.setattr("profiling.defaults.FOLDER", tmp_path)
-    case = case_result(CASES[0], ())
+    case = CASES[0].result(())
     with pytest.raises(UserError, match=r"nvidia-h100-80gb-hbm3.json is not JSON"):
         default_backend(case, MACHINES["H100"])
 
 
 def test_an_operation_with_one_back_end_has_no_choice() -> None:
     case = registry()["rms_norm_rope/14b-w1/bf16"]
-    ours = case_result(case, (Measurement("triton", OK, ours=True), Measurement("torch", OK)))
+    ours = case.result((Measurement("triton", OK, ours=True), Measurement("torch", OK)))
     assert default_backend(ours, MACHINES["H100"]) == "triton"
-    two = case_result(case, (Measurement("a", OK, ours=True), Measurement("b", OK, ours=True)))
+    two = case.result((Measurement("a", OK, ours=True), Measurement("b", OK, ours=True)))
     assert default_backend(two, MACHINES["H100"]) is None

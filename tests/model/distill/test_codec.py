@@ -174,8 +174,8 @@ def test_statistics_make_latents_standard(tmp_path):
     measured = with_statistics(vae, 0, 3)
     clips = [codec.draw_clip(0, index) for index in range(3)]
     latents = torch.cat([encode_clips(measured, as_clip(clip.frames(SIZE)))[0].flatten(1) for clip in clips], 1)
-    torch.testing.assert_close(latents.mean(1), torch.zeros(32), atol=2e-3, rtol=0)
-    torch.testing.assert_close(latents.std(1), torch.ones(32), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(48), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(48), atol=2e-3, rtol=0)
 
 
 def test_round_trips_are_those_of_a_stream():

@@ -11,7 +11,7 @@ from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.codec_start import DIFFERENCE_GAIN, Sample, start_at_linear_codec
 from model.vae import VAE
 
-CONFIG = VAEConfig(24, 32, (1, 2, 3), 1, (True, True), 2, True, (0.0,) * 32, (1.0,) * 32)
+CONFIG = VAEConfig(24, 48, (1, 2, 3), 1, (True, True), 2, True, (0.0,) * 48, (1.0,) * 48)
 
 
 def smooth_clip(seed: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_latents_are_centred_and_ordered_by_strength(fitted):
     latents = torch.cat([encode_clips(vae, smooth_clip(i))[0].flatten(1) for i in range(6)], 1)
     assert latents.std(1) == pytest.approx(deviation, rel=0.02)
     assert (latents.mean(1).abs() < 0.1 * deviation).all()
-    assert deviation[0] > 3 * deviation[8] > 3 * deviation[31] > 0
+    assert deviation[0] > 3 * deviation[8] > 3 * deviation[47] > 0
 
 
 def test_the_products_steps_give_the_same_picture(fitted):

@@ -583,7 +583,7 @@ def test_budgets_of_kernels_that_were_not_chosen_are_no_mistake(
         ([], "[x]\nregister = 1", "[x] has the unknown field register"),
         ([], "registers = 1", "[registers] is int"),
         ([], "[x]\ntarget = 'sm90'", "there is no target sm90"),
-        ([], "[x", "malformed"),
+        ([], "[x", "is not TOML"),
         (["nonsense"], "", "there is no case nonsense"),
         (["vae_decode/14b-w1/bf16"], "", "none of these cases has a Triton kernel"),
     ],

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from model.errors import UserError
 from profiling.cases import Backend, Case, requested_cases
 from profiling.measure.bench import set_benchmark_state
-from profiling.measure.check import case_result, check_backend, reference_outputs
+from profiling.measure.check import check_backend, reference_outputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,7 +44,7 @@ def test_case(benchmark: BenchmarkFixture, case: Case, backend: Backend) -> None
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
 
-        facts = asdict(case_result(case, ()))
+        facts = asdict(case.result(()))
         benchmark.group = case.name
         benchmark.extra_info |= {k: v for k, v in facts.items() if k != "measurements"}
         benchmark.extra_info |= {"backend": backend.name, "ours": backend.ours}
