@@ -11,9 +11,10 @@ import torch
 import typer
 
 from model import command
-from model.distill import audio, codec, reader, report
+from model.distill import audio, codec, reader, report, takes, teacher
 from model.distill.clips import draw_clip, write_clip
 from model.distill.training import Budget
+from model.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -107,6 +108,43 @@ def train_codec(
 ) -> None:
     """Trains the video codec, which starts at the linear codec in closed form."""
     _train(partial(codec.train, start=start), out, seed, minutes, steps, resume, threads)
+
+
+@app.command("takes", epilog="Example: python -m model.distill takes --count 1000 --out out/takes")
+def make_takes(
+    count: Annotated[int, typer.Option(min=1, help="How many; those in the folder count.")],
+    out: Annotated[Path, typer.Option(help="Folder; a megabyte for each take.")],
+    seed: Seed = 0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="People and voices that no training sees.")] = False,
+    threads: Threads = THREADS,
+    codec: Annotated[Path | None, typer.Option(help="Another codec than the shipped one.")] = None,
+) -> None:
+    """Writes talking heads as latents and heard speech, which the student is trained on."""
+    torch.set_num_threads(threads)
+    os.nice(5)
+    takes.make_takes(out, count, seed, held_out, codec)
+
+
+@app.command("teacher", epilog="Example: python -m model.distill teacher --takes out/takes --minutes 40 --out out/lips")
+def train_teacher(
+    out: Out,
+    takes: Annotated[Path, typer.Option(help="Folder with takes, held-out ones among them.")],
+    stage: Annotated[
+        str, typer.Option(help="windows: around the mouth, first. streaming: the whole picture, after it.")
+    ] = "windows",
+    seed: Seed = 0,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    threads: Threads = THREADS,
+    start: Start = None,
+    codec: Annotated[Path | None, typer.Option(help="The codec of the takes, if it is not the shipped one.")] = None,
+) -> None:
+    """Trains the teacher, which draws talking heads in many steps."""
+    if stage not in teacher.STAGES:
+        raise UserError(f"--stage {stage}: there are {', '.join(teacher.STAGES)}")
+    train = partial(teacher.train, start=start, takes=takes, stage=stage, codec=codec)
+    _train(train, out, seed, minutes, steps, resume, threads)
 
 
 @app.command("report", epilog="Example: python -m model.distill report --out docs/talking-heads")

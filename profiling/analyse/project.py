@@ -113,10 +113,8 @@ def communication(config: Config, world: int) -> dict[str, float]:
     return {DENOISE: chunk.sample_steps * (exchange + heads), DECODE: video + motion}
 
 
-def sum_kernel_times(
-    run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, kernel_set: str
-) -> KernelTimes:
-    """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs.
+def cases_of_chunk(cases: Mapping[str, Case], tag: str, world: int, dtype: str) -> list[Case]:
+    """Those of `cases` that make up a chunk of one family on one of `world` GPUs.
 
     If an operation has several dtypes, the one in `dtype` counts, or else the family's first.
     """
@@ -126,15 +124,22 @@ def sum_kernel_times(
             place = case.operation.name, case.shape.name
             if place not in wanted or case.dtype == dtype:
                 wanted[place] = case
+    return list(wanted.values())
+
+
+def sum_kernel_times(
+    run: Run, cases: Mapping[str, Case], tag: str, world: int, dtype: str, kernel_set: str
+) -> KernelTimes:
+    """Sums the run's times of all `cases` that make up a chunk of one family on one of `world` GPUs."""
     stages: dict[str, float] = dict.fromkeys(STAGE_NAMES, 0.0)
-    lacks = []
-    for case in wanted.values():
+    lacks, wanted = [], cases_of_chunk(cases, tag, world, dtype)
+    for case in wanted:
         result = run.case(case.name)
         best = result.best(True if kernel_set == OURS else None) if result else None
         if result is None or best is None or best.seconds is None:
             lacks.append(case.name)
         else:
-            stages[case.shape.stage] += best.seconds * result.calls
+            stages[case.shape.stage] += best.seconds * case.shape.calls
     if not wanted:
         lacks.append(f"any case of {world} GPUs")
     return KernelTimes(stages, tuple(lacks))
@@ -200,7 +205,7 @@ def measured_overhead(run: Run, cases: Mapping[str, Case], config: Config, tag: 
 
 def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projection], list[Overhead], str]:
     """All projections that the run's cases allow, the overheads they are based on, and the preset."""
-    cases, (preset, family) = registry(), _family(run)
+    cases, (preset, family) = registry(), family_of(run)
     config, found, overheads = PRESETS[preset], [], []
     for dtype in family.dtypes:
         if not any(case.dtype == dtype and case.calls for case in run.cases):
@@ -224,7 +229,7 @@ def project(run: Run, worlds: Sequence[int], link: Link) -> tuple[list[Projectio
     return found, overheads, preset
 
 
-def _family(run: Run) -> tuple[str, Family]:
+def family_of(run: Run) -> tuple[str, Family]:
     """The preset that most of the run's cases belong to. Raises `UserError` if there is none."""
     counts = {p: sum(c.calls > 0 and c.shape.startswith(f"{f.tag}-w") for c in run.cases) for p, f in FAMILIES.items()}
     preset = max(counts, key=lambda name: counts[name])

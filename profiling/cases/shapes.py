@@ -54,15 +54,15 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     heads = {"heads": dit.num_heads, "head_dim": dit.head_dim}
     yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, head_dim=dit.head_dim)
     text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
-    yield TEXT_IMAGE_ATTENTION, shape(1, dedup_padding=0, **text_image)
-    yield TEXT_IMAGE_ATTENTION, shape(0, "-prompt", dedup_padding=1, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(0, dedup_padding=0, **text_image)
+    yield TEXT_IMAGE_ATTENTION, shape(1, "-prompt", dedup_padding=1, **text_image)
     audio = {"queries": rows, "tokens_per_frame": per_frame, "keys": dit.context_tokens, **heads}
-    yield FRAME_ATTENTION, shape(1, **audio)
-    yield AUDIO_ATTENTION, shape(0, **audio)  # its linear layers and its attention are counted above and below
+    yield FRAME_ATTENTION, shape(0, **audio)  # of two speakers; for one, the whole layer is a sequence of its own
+    yield AUDIO_ATTENTION, shape(1, **audio)
     wide, narrow = dit.ffn_dim, dit.dim
-    # Output projections and queries of three attentions: o; cross q, o; audio q, o.
+    # Output projections and queries of two attentions: o; cross q, o.
     for name, calls, inputs, outputs in (
-        ("qkv", 1, narrow, 3 * narrow), ("out", 5, narrow, narrow), ("up", 1, narrow, wide), ("down", 1, wide, narrow)
+        ("qkv", 1, narrow, 3 * narrow), ("out", 3, narrow, narrow), ("up", 1, narrow, wide), ("down", 1, wide, narrow)
     ):  # fmt: skip
         yield LINEAR, shape(calls, f"-{name}", rows=rows, inputs=inputs, outputs=outputs)
     # Sequences of operations have no calls of their own: the linear layer and the passes around it are counted.

@@ -11,12 +11,15 @@ from typing import TypeVar
 
 from model.config import PRESETS
 from model.errors import UserError
+from profiling.analyse.project import cases_of_chunk, family_of, merged
+from profiling.cases import registry
 from profiling.cases.evidence import COMMITTED, gather
+from profiling.cases.shapes import DENOISE
 from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
-from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
+from profiling.tables import STEP, duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
@@ -51,7 +54,7 @@ CASES_HEAD = """## Operations
 def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
     """The page in Markdown; `runs` are given as (file, run), the newest first."""
     runs = [(file, run) for file, run in runs if not of_another_program(run)]
-    lines = [*_variants(runs), "", CASES_HEAD, *_cases(runs)]
+    lines = [*_variants(runs), "", *_step(runs), "", CASES_HEAD, *_cases(runs)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
@@ -71,6 +74,44 @@ def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
             yield _row(*cells, *_source(file, run))
     yield ""
     yield "*Decode alone* leaves out calls that run beside other work, as that of the motion latents does."
+
+
+def _step(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    """A denoising step beside the sum of its operations, each measured alone, and what is left."""
+    run = merged([run for _, run in runs])
+    timed = [v for v in run.variants if v.status == OK and stage_value(v, STEP)]
+    if not timed or not any(case.calls for case in run.cases):
+        return
+    variant = min(timed, key=lambda v: stage_value(v, STEP) or 0)
+    preset, family = family_of(run)
+    steps, dtype = PRESETS[preset].chunk.sample_steps, variant.variant.partition("-")[0]
+    found, lacks = [], []
+    for case in cases_of_chunk(registry(), family.tag, 1, dtype):
+        if case.shape.stage != DENOISE:
+            continue
+        result = run.case(case.name)
+        backend = default_backend(result, run.machine) if result else None
+        measured = result.of(backend) if result and backend else None
+        if measured and measured.seconds:
+            found.append((case, backend, measured.seconds, case.shape.calls // steps))
+        else:
+            lacks.append(case.name)
+    total, step = sum(seconds * calls for _, _, seconds, calls in found), stage_value(variant, STEP) or 0
+    yield f"## A step of `{variant.variant}`\n"
+    yield "Operations as they run by default, each measured alone, where the clock is higher than in a long run.\n"
+    yield _row("operation", "calls", "one call", "all calls", "share of the step")
+    yield _row(*("---" for _ in range(5)))
+    for case, backend, seconds, calls in sorted(found, key=lambda item: -item[2] * item[3]):
+        cells = (f"`{case.name}`, {backend}", str(calls), duration(seconds), duration(seconds * calls))
+        yield _row(*cells, percent(seconds * calls / step))
+    yield _row("sum", "", "", duration(total), percent(total / step))
+    yield _row("the step as measured", "", "", duration(step), "")
+    named = f": {', '.join(f'`{name}`' for name in lacks)}" if lacks else ""
+    yield ""
+    yield (
+        f"The rest, {duration(step - total)}, is the lower clock of a long run, launches, what no case here covers "
+        f"(inputs to be quantised, residuals, head, sampler), and what was not measured alone{named}."
+    )
 
 
 def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:

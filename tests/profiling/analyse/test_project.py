@@ -22,7 +22,7 @@ WHOLE = {
     ("denoise", "chunk_attention"): 0.8,
     ("denoise", "linear"): 2.0,
     ("denoise", "text_image_attention"): 0.16,
-    ("denoise", "frame_attention"): 0.04,
+    ("denoise", "audio_layer"): 0.04,
     ("denoise", "layer_norm_modulate"): 0.2,
     ("denoise", "rms_norm_rope"): 0.1,
     ("decode and motion", "causal_conv3d"): 0.305,

@@ -71,6 +71,17 @@ def test_no_header_is_empty() -> None:
     assert all(cell.strip() for line in headers for cell in line.strip("|").split("|"))
 
 
+def test_a_step_stands_beside_the_sum_of_its_operations() -> None:
+    """40 calls of the default back-end, which is not the fastest; what was not measured is named."""
+    measured = replace(CASES, calls=160)
+    page = performance_page([("x/y/a.json", run(measured, variants=(variant("fp8-vae", 0.4),)))])
+    assert f"| `{NAME}`, gluon | 40 | 2.00 ms | 80.0 ms | 20% |" in page
+    assert "| sum |  |  | 80.0 ms | 20% |" in page
+    assert "| the step as measured |  |  | 400 ms |  |" in page
+    assert "The rest, 320 ms, is" in page
+    assert "`chunk_attention/14b-w1/fp8`" in page.split("was not measured alone: ")[1].splitlines()[0]
+
+
 def test_decoding_beside_a_step_is_not_summed() -> None:
     from profiling.results import StageInterval
 

@@ -1,0 +1,294 @@
+"""Trains the teacher: a diffusion transformer that draws a chunk of a talking head in many steps.
+
+It learns by flow matching. With x0 the latents of a chunk, noise e and a noise level s in 0 .. 1,
+
+    x_s = (1 - s) x0 + s e,        loss = || v(x_s, 1000 s, conditions) - (e - x0) ||^2.
+
+The motion latents at the beginning of a chunk stay clean and do not count in the loss. A chunk begins with two of them,
+and is given a portrait of the person at another moment. One in seven begins with one, which is also its portrait: so a
+stream begins. One in ten is silent, which allows to guide by audio: v = v_silent + g (v - v_silent).
+
+There are two stages, each of which can start at the weights of the other:
+
+windows     6 x 6 latent cells around the mouth. A step costs a seventh of a whole picture's, and teaches the lips.
+streaming   The whole picture, as a stream generates it. This is the paper's first stage, which adapts a video model to
+            the small pictures and short chunks of a stream.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import DiTConfig, from_official
+from model.distill.codec import CODEC, SIZE, as_bytes, load_codec
+from model.distill.codec_network import decode_clips, encode_clips
+from model.distill.face import MOUTH
+from model.distill.metrics import lip_sync, psnr
+from model.distill.reader import Reader, load_reader, mouth_crops
+from model.distill.student_network import new_student, velocities
+from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
+from model.distill.trained import load_trained, save_trained
+from model.distill.training import Budget, Counters, Task
+from model.distill.training import train as run_training
+from model.dit import DiT
+from model.vae import VAE
+
+CELL = CODEC.spatial_stride  # pixels
+CONFIG = DiTConfig(
+    in_dim=2 * CODEC.z_dim + STRIDE,
+    out_dim=CODEC.z_dim,
+    dim=256,
+    ffn_dim=768,
+    num_layers=4,
+    num_heads=4,
+    text_dim=64,
+    text_len=128,
+    img_dim=64,
+    img_tokens=65,
+    audio_blocks=1,
+    audio_channels=len(MOUTH),
+    intermediate_dim=256,
+    output_dim=96,
+    context_tokens=8,
+)
+WEIGHTS = "teacher.safetensors"
+SHIFT = 3.0  # of noise levels: s = SHIFT u / (1 + (SHIFT - 1) u) with uniform u
+SILENT = 0.1  # share of chunks
+BEGINNING = 0.15  # share of chunks with one motion latent
+GUIDANCE, EVALUATION_STEPS = 2.0, 6
+MOUTH_BOX = (20.0, 18.0)  # half width and height, in pixels, of the cells that count more
+PROBED_LEVELS = (0.97, 0.6)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of the training sees."""
+
+    cells: int  # rows and columns of latents
+    batch: int
+    rate: float
+    mouth_weight: float  # of cells in the mouth's box
+    channel_power: float  # a latent channel counts as its deviation to this power
+    evaluation_takes: int
+
+
+STAGES = {
+    "windows": Stage(cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, evaluation_takes=32),
+    "streaming": Stage(cells=SIZE // CELL, batch=2, rate=7e-4, mouth_weight=8, channel_power=0.5, evaluation_takes=12),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """The codec, and what the loss and the conditions need of it."""
+
+    vae: VAE
+    grey: Tensor  # latents of mid grey after a first frame, [z]
+    deviation: Tensor  # of each latent channel before it was normalised, [z]
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> "Codec":
+        """The shipped codec, or that of a file."""
+        vae = load_codec(path) if path else load_codec()
+        with torch.no_grad():
+            grey = encode_clips(vae, torch.zeros(1, 3, 1 + STRIDE, CELL, CELL))[0, :, 1, 0, 0]
+        return cls(vae, grey, torch.tensor(vae.config.latent_std))
+
+
+def conditions(portraits: Tensor, grey: Tensor, frames: int) -> Tensor:
+    """Mask and condition latents of portraits [B, z, h, w]: [B, frames, STRIDE + z, h, w].
+
+    They are those of a clip that shows the portrait and then mid grey. The mask is 1 in the first latent frame.
+    """
+    batch, z, rows, columns = portraits.shape
+    latents = grey.view(1, 1, z, 1, 1).repeat(batch, frames, 1, rows, columns)
+    latents[:, 0] = portraits
+    mask = torch.zeros(batch, frames, STRIDE, rows, columns)
+    mask[:, 0] = 1
+    return torch.cat((mask, latents), 2)
+
+
+def windows_of(batch: Batch, cells: int) -> Batch:
+    """The windows of `cells` rows and columns around the mouths, at whole patches of 2 x 2 cells."""
+    rows = batch.latents.shape[-1]
+    if cells == rows:
+        return batch
+    middle = batch.centres.mean(1) / CELL - cells / 2  # column and row of the window's corner
+    corners = (2 * (middle / 2).round()).long().clamp(0, rows - cells)
+    latents, portraits = (
+        torch.stack(
+            [x[..., row : row + cells, column : column + cells] for x, (column, row) in zip(part, corners, strict=True)]
+        )
+        for part in (batch.latents, batch.portraits)
+    )
+    return batch._replace(latents=latents, portraits=portraits, centres=batch.centres - CELL * corners[:, None])
+
+
+def mouth_cells(centres: Tensor, cells: int) -> Tensor:
+    """Which cells are in the mouth's box, [B, latent frames, 1, cells, cells], for centres [B, frames, 2]."""
+    later = centres[:, 1:].unflatten(1, (-1, STRIDE)).mean(2)
+    x, y = torch.cat((centres[:, :1], later), 1)[..., None, None].unbind(2)
+    places = (torch.arange(cells) + 0.5) * CELL
+    inside = ((places - x).abs() < MOUTH_BOX[0]) & ((places[:, None] - y).abs() < MOUTH_BOX[1])
+    return inside[:, :, None].float()
+
+
+def draw(takes: Sequence[Take], stage: Stage, rng: np.random.Generator) -> Batch:
+    """Random chunks of random takes."""
+    chosen = [takes[int(rng.integers(len(takes)))].chunk(int(rng.integers(STARTS))) for _ in range(stage.batch)]
+    return windows_of(join(chosen), stage.cells)
+
+
+def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch, at noise levels that are spread evenly over it."""
+    latents, count = batch.latents, len(batch.latents)
+    beginning = torch.rand(count) < BEGINNING
+    portraits = torch.where(beginning.view(-1, 1, 1, 1), latents[:, 0], batch.portraits)
+    audio = batch.audio * (torch.rand(count) >= SILENT).view(-1, 1, 1, 1, 1)
+    u = (torch.randperm(count) + torch.rand(count)) / count
+    level = SHIFT * u / (1 + (SHIFT - 1) * u)
+    generated = torch.ones(latents.shape[:2], dtype=torch.bool)
+    generated[:, 0], generated[:, 1] = False, beginning
+    generated = generated[:, :, None, None, None]
+    noise = torch.randn_like(latents)
+    noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), latents)
+    condition = conditions(portraits, codec.grey, latents.shape[1])
+    error = velocities(dit, noisy, condition, 1000 * level, audio) - (noise - latents)
+    weight = 1 + (stage.mouth_weight - 1) * mouth_cells(batch.centres, stage.cells)
+    weight = weight * codec.deviation.view(-1, 1, 1) ** stage.channel_power * generated
+    loss = (weight * error.square()).sum() / weight.sum()
+    plain = (error.detach().square() * generated).sum() / (generated.sum() * error[0, 0].numel())
+    return loss, {"velocity": plain.item()}
+
+
+@torch.no_grad()
+def sample(dit: DiT, batch: Batch, codec: Codec, steps: int, guidance: float, seed: int = 0) -> Tensor:
+    """Latents of chunks that begin with the batch's two motion latents, by Euler steps, as the batch's latents."""
+    x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed))
+    condition = conditions(batch.portraits, codec.grey, x.shape[1])
+    u = torch.linspace(1, 0, steps + 1)
+    levels = (SHIFT * u / (1 + (SHIFT - 1) * u)).tolist()
+    for level, following in pairwise(levels):
+        x[:, :2] = batch.latents[:, :2]
+        times = torch.full((len(x),), 1000 * level)
+        v = velocities(dit, x, condition, times, batch.audio)
+        if guidance != 1:
+            silent = velocities(dit, x, condition, times, batch.audio * 0)
+            v = silent + guidance * (v - silent)
+        x = x - (level - following) * v
+    x[:, :2] = batch.latents[:, :2]
+    return x
+
+
+@torch.no_grad()
+def hearing(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> dict[str, float]:
+    """The loss in the mouth's box at two noise levels, and its gain by the own audio over that of another take.
+
+    The gain rises long before lips can be seen to follow.
+    """
+    latents, box = batch.latents, mouth_cells(batch.centres, stage.cells)[:, 2:]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    condition, numbers = conditions(batch.portraits, codec.grey, latents.shape[1]), {}
+    for level in PROBED_LEVELS:
+        noisy = latents + level * (noise - latents)
+        noisy[:, :2] = latents[:, :2]
+        times, losses = torch.full((len(latents),), 1000 * level), []
+        for audio in (batch.audio, batch.audio.roll(1, 0)):
+            error = velocities(dit, noisy, condition, times, audio) - (noise - latents)
+            squares = error[:, 2:].square().mean(2, keepdim=True) * box
+            losses.append(float(squares.sum() / box.sum()))
+        numbers |= {f"held-out loss at {level:g}": losses[0], f"gain at {level:g}": losses[1] - losses[0]}
+    return numbers
+
+
+def lips(latents: Tensor, batch: Batch, codec: Codec, eyes: Reader) -> dict[str, float]:
+    """How well the mouths of decoded latents follow the truth, and how close they are to the true latents' picture."""
+    read, truth, pictures = [], [], ([], [])
+    for i in range(len(latents)):
+        for part, one in zip(pictures, (latents[i], batch.latents[i]), strict=True):
+            frames = as_bytes(decode_clips(codec.vae, one.transpose(0, 1)[None]))
+            part.append(mouth_crops(frames, batch.centres[i].numpy())[1 + STRIDE :])
+        read.append(eyes.read_mouth(pictures[0][-1]))
+        truth.append(batch.mouths[i, 1 + STRIDE :].numpy())
+    found = lip_sync(read, truth, MOUTH)
+    bytes_ = [[(255 * squares).astype(np.uint8) for squares in part] for part in pictures]
+    return {
+        "r open": found["open"].r.value,
+        "r close": found["close"].r.value,
+        "mouth psnr": psnr(bytes_[0], bytes_[1]).value,
+    }
+
+
+def train(
+    folder: Path,
+    budget: Budget,
+    seed: int = 0,
+    resume: bool = False,
+    start: Path | None = None,
+    takes: Path = Path("out/takes"),
+    stage: str = "windows",
+    codec: Path | None = None,
+    config: DiTConfig = CONFIG,
+    report: Callable[[str], None] = print,
+) -> Counters:
+    """Trains a teacher in `folder`, and writes `teacher.safetensors` there when the budget is used up.
+
+    Args:
+        folder: For the checkpoint, curves and the result, see `model.distill.training.train`.
+        budget: How long.
+        seed: Of the weights at the start and of every random choice.
+        resume: Continues the training in `folder`.
+        start: Weights to begin with, such as those of the other stage.
+        takes: Folder with takes to train on, and held-out ones to measure on.
+        stage: One of `STAGES`.
+        codec: Another codec than the shipped one; the one that the takes were made with.
+        config: Of the network.
+        report: Gets lines of progress.
+
+    Raises:
+        UserError: As for `model.distill.training.train`, and if takes, codec or weights cannot be read.
+    """
+    torch.manual_seed(seed)
+    settings, numbers = STAGES[stage], Codec.load(codec)
+    dit = new_student(config)
+    if start is not None:
+        dit.load_state_dict(load_teacher(start).state_dict())
+    training, held_out = load_takes(takes), load_takes(takes, held_out=True)[: settings.evaluation_takes]
+    judged = windows_of(join([take.chunk(STARTS // 2) for take in held_out]), settings.cells)
+    eyes = load_reader()
+
+    def evaluate() -> dict[str, float]:
+        found = sample(dit, judged, numbers, EVALUATION_STEPS, GUIDANCE)
+        return hearing(dit, judged, numbers, settings) | lips(found, judged, numbers, eyes)
+
+    trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
+    task = Task(
+        name="teacher",
+        network=dit,
+        optimizer=torch.optim.AdamW(trained, settings.rate, betas=(0.9, 0.99), weight_decay=0.01),
+        batch=lambda rng: draw(training, settings, rng),
+        loss=lambda batch: flow_loss(dit, batch, numbers, settings),
+        evaluate=lambda _: evaluate(),
+    )
+    counters = run_training(task, folder, budget, seed, resume, evaluate_every=500, report=report)
+    save_teacher(dit, folder / WEIGHTS)
+    return counters
+
+
+def save_teacher(dit: DiT, path: Path) -> None:
+    """Writes the trained tensors in half precision."""
+    tensors = {name: x.half() for name, x in dit.named_parameters() if x.requires_grad}
+    save_trained(path, tensors, asdict(dit.config))
+
+
+def load_teacher(path: Path) -> DiT:
+    """The trained network, float32; what is not trained is as in `new_student`. Raises `UserError` for another file."""
+    tensors, settings = load_trained(path)
+    dit = new_student(from_official(DiTConfig, settings))
+    dit.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=False)
+    return dit
