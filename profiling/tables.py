@@ -313,7 +313,9 @@ def audit_table(results: Sequence[AuditResult]) -> Table:
             case = result.case
         out.add_row(*_audit_cells(result), style="red" if result.faults else None)
     out.title = f"compiled for {', '.join(dict.fromkeys(result.target for result in results))}"
-    out.caption = f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled; TFLOP/s: modelled upper bound"
+    out.caption = (
+        f"{', '.join(AUDIT_UNITS)}: cycles of one pass, modelled (-: not modelled); TFLOP/s: modelled upper bound"
+    )
     return out
 
 
@@ -333,7 +335,7 @@ def _audit_cells(result: AuditResult) -> Iterator[str]:
         return
     bound = max(result.bounds, key=lambda unit: result.bounds[unit])
     for unit in AUDIT_UNITS:
-        value = number(result.tile.get(f"{unit}_cycles"))
+        value = number(result.tile.get(f"{unit}_cycles")) or "-"
         yield f"[bold]{value}[/]" if unit == bound else value
     yield bound
     yield number(result.tflops)

@@ -4,6 +4,7 @@
 `profiling.analyse.samples` has the statistics of a verdict.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from rich.table import Table
 from model.errors import UserError
 from profiling.analyse.accepted import accept, read_accepted
 from profiling.analyse.samples import FASTER, SAME, UNSURE
+from profiling.analyse.targets import UNMEASURED_CODE
 from profiling.analyse.trees import Source, find_tree
 from profiling.analyse.verdicts import (
     FIXED,
@@ -78,7 +80,7 @@ def compare_command(
     accepted: Path | None,
     shown_as: str,
 ) -> int:
-    """Implements `python -m profiling compare`; returns 1 if something of ours regressed."""
+    """Implements `python -m profiling compare`; returns 1 on a regression of ours, 3 if nothing was measured again."""
     if not 0 <= threshold < 1:
         raise UserError(f"--threshold {threshold}: it is a share between 0 and 1; 0.02 is 2 %")
     entries = read_accepted(accepted) if accepted else []
@@ -91,9 +93,9 @@ def compare_command(
     if not rows:
         raise UserError(f"{before} and {after} hold no times; compare runs of bench, or of gpu --phase bench or e2e")
     if all(row.change.verdict == UNMEASURED for row in rows):
-        raise UserError(
-            f"nothing was measured between {before} and {after}: no case has two measurements on one device"
-        )
+        why = f"nothing was measured between {before} and {after}: no case has two measurements on one device"
+        print(why, file=sys.stderr)
+        return UNMEASURED_CODE
     rows, no_longer = accept(rows, entries, datetime.now(UTC).date())
     notes = [f"not compared: {line}" for line in differing if not force] + tree_notes(joined, rows, threshold)
     outcome = Outcome(joined, again, differing if force else [], notes + no_longer, rows)

@@ -157,7 +157,7 @@ def cycles(tile: ttgir.Tile, device: Device) -> dict[str, float]:
         "tensor": sum(flops / device.flop_cycle.get(dtype, math.inf) for dtype, flops in tile.flops.items()),
         "mufu": tile.mufu / device.mufu_cycle,
         "fp32": tile.fp32 / device.fp32_cycle,
-        "l2": (tile.load_bytes + tile.store_bytes) / l2_cycle,
+        **({"l2": (tile.load_bytes + tile.store_bytes) / l2_cycle} if tile.loads_known else {}),
     }
 
 
@@ -170,7 +170,8 @@ def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, dev
     """
     busiest = passes * math.ceil(blocks / device.multiprocessors) / blocks
     seconds = {unit: n * busiest / device.clock for unit, n in cycles(tile, device).items() if unit != "l2"}
-    seconds["l2"] = passes * (tile.load_bytes + tile.store_bytes) / device.l2_bytes_s
+    if tile.loads_known:
+        seconds["l2"] = passes * (tile.load_bytes + tile.store_bytes) / device.l2_bytes_s
     seconds["hbm"] = least_bytes / device.hbm_bytes_s
     return {unit: value for unit, value in seconds.items() if value}
 
@@ -271,7 +272,8 @@ def _compiled_result(case: Case, launch: KernelLaunch, device: Device) -> AuditR
 def tile_fields(tile: ttgir.Tile, device: Device) -> dict[str, float]:
     """The entries of `AuditResult.tile`, as the module defines them."""
     work = {f"flops_{dtype}": flops for dtype, flops in tile.flops.items()}
-    work |= {name: getattr(tile, name) for name in ("fma", "load_bytes", "store_bytes", "mufu", "fp32")}
+    moved = ("load_bytes", "store_bytes") if tile.loads_known else ()
+    work |= {name: getattr(tile, name) for name in ("fma", *moved, "mufu", "fp32")}
     return work | {f"{unit}_cycles": n for unit, n in cycles(tile, device).items()}
 
 

@@ -9,7 +9,8 @@ on the whole tile.
 
 *Main loop*: the one with most FLOPs among the innermost loops around matrix products. In a warp-specialised kernel each
 partition has its own copy of the loop (loads in one, products in another). These copies are recognised by their place
-among the loops of their partition, and count as one loop. Products outside of any loop form one pass with everything
+among the loops of their partition, and count as one loop. Where the loads' partition has other loops, the loads of a
+pass are not known. Products outside of any loop form one pass with everything
 else outside of loops. Operations under a condition (`scf.if`) that contains no product are left out, since not every
 pass executes them.
 
@@ -95,6 +96,7 @@ class Tile:
     fp32: float  # elements of additions, multiplications, maxima, including reductions and `fma`
     passes: float | None = None  # in an average program, None if unknown
     modelled: bool = True  # else nothing is known of its work, and all of it is 0
+    loads_known: bool = True  # else the loads of a pass are in another loop, of which no pass is known to match
 
     @property
     def products(self) -> float:
@@ -207,7 +209,12 @@ def tile(ops: Sequence[Op]) -> Tile:
     passes = [op.times for op in inside if op.name in DOTS]
     known = [times for times in passes if times is not None]
     work = _work([op for op in inside if op.branches <= needed], lambda _: 1.0)
-    return replace(work, passes=max(known) if len(known) == len(passes) else None)
+    elsewhere = any(op.name in (*TMA_LOADS, *LOADS) and len(op.loop) > 1 for op in ops)
+    return replace(
+        work,
+        passes=max(known) if len(known) == len(passes) else None,
+        loads_known=bool(work.load_bytes) or not elsewhere,
+    )
 
 
 def _work(ops: Sequence[Op], times: Callable[[Op], float]) -> Tile:

@@ -460,7 +460,7 @@ def test_what_was_measured_at_the_first_revision_alone_is_not_missing_at_the_sec
     base = repository.commit(a=dataclasses.replace(run(case("else/s/d", measured("m", 1e-3))), started="2026-01-01"))
     head = repository.commit()
     repository.commit(b=of(1e-3, "2026-01-02", base))
-    assert call(monkeypatch, "HEAD~2", "HEAD~1", "--results", repository.results) == 2
+    assert call(monkeypatch, "HEAD~2", "HEAD~1", "--results", repository.results) == 3
     assert "nothing was measured between " in capsys.readouterr().err
     other = dataclasses.replace(MACHINE, revision=head)
     repository.commit(c=later(run(case("else/s/d", measured("m", 1e-3)), machine=other), 3))
@@ -544,7 +544,7 @@ def test_results_written_anew_in_another_schema_are_the_same_measurements(
     save(from_json(content, "a.json"), repository.results / "a.json")
     repository.commit()
     for first, second in (("HEAD~2", "HEAD~1"), ("HEAD~1", "HEAD"), ("HEAD~2", "HEAD")):
-        assert call(monkeypatch, first, second, "--results", repository.results) == 2
+        assert call(monkeypatch, first, second, "--results", repository.results) == 3
         assert "nothing was measured between " in capsys.readouterr().err
 
 
@@ -559,7 +559,7 @@ def test_devices_are_compared_each_by_itself(
     assert found["rows"][0]["change"]["ratio"] == pytest.approx(3)
     repository.git("rm", "-q", "results/a.json", "results/b.json")
     repository.commit()
-    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 2
+    assert call(monkeypatch, "HEAD~2", "HEAD", "--results", repository.results, "--json") == 3
     assert "nothing was measured between " in capsys.readouterr().err, (
         "the case is there, though of another device only"
     )
@@ -632,10 +632,10 @@ def test_two_revisions_with_the_same_results_are_not_compared_with_themselves(
 ) -> None:
     repository.commit(a=of(1e-3, "2026-01-01"), b=of(2e-3, "2026-01-02"))
     repository.commit()
-    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 3
     assert "nothing was measured between " in capsys.readouterr().err
     repository.commit(campaign=of(2e-3, "2026-01-03"))  # the same rounds, in a file of another beginning
-    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 2
+    assert call(monkeypatch, "HEAD~1", "HEAD", "--results", repository.results) == 3
     assert "nothing was measured between " in capsys.readouterr().err
     repository.commit(c=of(4e-3, "2026-01-04"))
     assert call(monkeypatch, "HEAD", "HEAD~1", "--results", repository.results, "--json") == 0

@@ -252,6 +252,18 @@ def tiles_over_the_edge(x, y, rows, columns, BLOCK: tl.constexpr):  # noqa: N803
     tl.store(y + row * columns + column, tl.load(x + row * columns + column, mask=inside), mask=inside)
 
 
+def test_loads_in_a_loop_of_another_kind_are_not_taken_for_none() -> None:
+    """The loads of the Gluon kernel stand in a partition whose loops are nested otherwise than the products'."""
+    results = audit_case(registry()["linear/14b-w1-up/fp8"], H100, Budgets(BUDGETS))
+    (result,) = (result for result in results if result.kernel == "linear_fwd_sm90")
+    assert result.tile["tensor_cycles"] == 1024
+    assert not result.tile.keys() & {"l2_cycles", "load_bytes", "store_bytes"}
+    assert "l2" not in result.bounds
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(audit_table([result]))
+    assert console.export_text().splitlines()[-3].split()[-3:] == ["-", "tensor", "1979"]
+
+
 def test_tiles_at_the_edges_count_what_they_have() -> None:
     def launcher(q: Tensor, *_: Tensor) -> None:
         parameters: dict[str, Any] = {"BLOCK": 64}
