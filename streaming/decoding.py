@@ -270,6 +270,25 @@ _PACKET = 188  # bytes, of an MPEG transport stream; each packet begins with a "
 _MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe5\xf0-\xf5\xf8-\xfd][^\xff]")  # of MP2, MP3, or AAC in ADTS
 
 
+# First bytes, longer than chance would make raw samples have, of files without sound.
+_SOUNDLESS = {
+    b"\x89PNG\r\n\x1a\n": "a PNG picture",
+    b"\xff\xd8\xff\xe0\x00\x10JFIF": "a JPEG picture",
+    b"\xff\xd8\xff\xe1": "a JPEG picture",
+    b"GIF87a": "a GIF picture",
+    b"GIF89a": "a GIF picture",
+    b"%PDF-": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b\x08\x08": "a gzip archive",
+    b"\x7fELF": "a program",
+}
+
+
+def soundless_kind(head: bytes) -> str | None:
+    """The kind of file without sound that a stream with this beginning is, such as "a PNG picture"; None if of none."""
+    return next((kind for magic, kind in _SOUNDLESS.items() if head.startswith(magic)), None)
+
+
 def is_container(head: bytes) -> bool:
     """Whether a stream that begins with `head`, of up to `SNIFFED` bytes, is a recording rather than raw samples."""
     if head.startswith(_MAGIC) or head[4:8] in _BOXES:

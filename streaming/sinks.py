@@ -207,6 +207,8 @@ class FolderSink(Sink):
         self._rate, self._channels = rate, channels
         self._sound = path / "sound.wav"
         self._size = 0  # bytes of samples
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{str(path)!r} exists and is no folder; give {_KINDS}")
         try:
             path.mkdir(exist_ok=True)
             if any(path.iterdir()):

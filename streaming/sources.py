@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model.config import ChunkConfig
 from model.errors import UserError
-from streaming.decoding import FILE_RATES, SNIFFED, Block, FFmpegDecoder, is_container, open_decoder
+from streaming.decoding import FILE_RATES, SNIFFED, Block, FFmpegDecoder, is_container, open_decoder, soundless_kind
 
 SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
 CANCELLED = 0.1  # power of two channels' sum over that of their difference, below which they cancel each other out
@@ -150,7 +150,8 @@ class StdinSource(Source):
 
     A slice is yielded as soon as its last sample has arrived; the viewer hears the samples as they are. An odd byte at
     the end is ignored. A pipe that begins as an audio file does (WAV, MP3, WebM, ...) is decoded instead, and becomes
-    mono at the same rate. Raises `UserError` if the pipe ends before the first sample, or cannot be decoded.
+    mono at the same rate. Raises `UserError` if the pipe ends before the first sample, is a file without sound, or
+    cannot be decoded.
     """
 
     channels = 1
@@ -163,6 +164,10 @@ class StdinSource(Source):
     def __iter__(self) -> Iterator[Slice]:
         size = 2 * self.chunk.slice_samples
         head = self._read(min(SNIFFED, size))
+        if kind := soundless_kind(head):
+            raise UserError(
+                f"standard input is {kind}, not sound; pipe in a recording, or 16-bit little-endian mono PCM"
+            )
         if is_container(head):
             yield from self._decoded(head)
             return

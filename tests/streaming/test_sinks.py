@@ -501,7 +501,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         "dir.mp4": "is a directory",
         "film.avi": r"NAME\.mp4 .* FOLDER/ .* - for raw",
         "full": "is not empty",
-        "file/": "File exists",
+        "file/": "exists and is no folder; give NAME.mp4",
         "missing/film": "No such file or directory",
     }.items():
         with pytest.raises(UserError, match=word) as raised:

@@ -538,6 +538,15 @@ def test_raw_samples_are_no_container(value: int, kind: str, seed: int) -> None:
     assert not is_container(samples.astype("<i2").tobytes())
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
+def test_a_picture_on_standard_input_is_no_sound(kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(file, kind)
+    file.seek(0)
+    with pytest.raises(UserError, match=f"standard input is a {kind} picture, not sound"):
+        next(iter(StdinSource(file, CHUNK)))
+
+
 @pytest.mark.parametrize("buffering", [0, -1])
 def test_a_slice_comes_as_soon_as_its_samples_have(buffering: int) -> None:
     reader, writer = os.pipe()
