@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +42,29 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "READING_INTERVAL", 0.005)
 
 
+class Counted:
+    """A call that is waited for, however long it takes to come."""
+
+    def __init__(self, result: object) -> None:
+        self._result, self._calls = result, threading.Semaphore(0)
+
+    def __call__(self, _: object) -> object:
+        self._calls.release()
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+    def wait(self, calls: int) -> None:
+        for _ in range(calls):
+            assert self._calls.acquire(timeout=60)
+
+
 @pytest.mark.usefixtures("quick")
 def test_nvml_is_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    power = Counted(650_000)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetPowerUsage=power))
     with NvmlMonitor(torch.device("cuda")) as monitor:
-        time.sleep(0.1)
+        power.wait(5)
     gauges = monitor.nvml
     assert len(gauges.seconds) > 3
     assert list(gauges.seconds) == sorted(gauges.seconds)
@@ -61,22 +79,21 @@ def test_nvml_is_read_while_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("quick")
 def test_throttle_reasons_of_older_drivers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda _: 0x40)
+    reasons = Counted(0x40)
+    old = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=reasons)
     del old.nvmlDeviceGetCurrentClocksEventReasons
     monkeypatch.setitem(sys.modules, "pynvml", old)
     with NvmlMonitor(torch.device("cuda")) as monitor:
-        time.sleep(0.02)
+        reasons.wait(2)
     assert monitor.nvml.throttled == {"temperature (hardware)": 1.0}
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_failing_driver_costs_the_readings_but_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> int:
-        raise RuntimeError("GPU is lost")
-
-    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetPowerUsage=fail))
+    power = Counted(RuntimeError("GPU is lost"))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetPowerUsage=power))
     with NvmlMonitor(torch.device("cuda")) as monitor:
-        time.sleep(0.02)
+        power.wait(1)
     assert monitor.nvml.seconds == ()
     assert "GPU is lost" in monitor.nvml.note
 
