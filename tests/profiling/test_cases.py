@@ -51,9 +51,10 @@ def test_flops_are_the_published_ones() -> None:
 
 
 def test_a_chunk_of_calls_makes_up_the_published_total() -> None:
-    """1,991 TFLOP without the constant context projections (13.6) and what the up-sampling saves (4.5)."""
+    """1,991 TFLOP without the constant context projections (13.6) and what is saved: by the up-sampling (4.5), and by
+    taking the padding of a prompt of 20 tokens for one key (19.5)."""
     total = sum(c.flops * c.shape.calls for c in CASES.values() if "14b-w1" in c.name and c.dtype in ("bf16", "fp32"))
-    assert total / 1e12 == pytest.approx(1991.2 - 13.6 - 4.5, rel=0.005)
+    assert total / 1e12 == pytest.approx(1991.2 - 13.6 - 4.5 - 19.5, rel=0.005)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
