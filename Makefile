@@ -28,7 +28,7 @@ install: .venv/installed
 
 demo: install
 	mkdir -p out
-	$(BIN)/python -m streaming run --image examples/portrait.jpg --audio examples/voice.wav --out out/demo.mp4 --report out/demo.json
+	$(BIN)/python -m streaming run --image examples/portraits/amara.jpg --audio examples/voice.wav --out out/demo.mp4 --report out/demo.json
 	@echo "The video is out/demo.mp4, its timings are in out/demo.json."
 
 bench: install

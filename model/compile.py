@@ -26,7 +26,7 @@ from model.dit import ContextKV, DiT, Modulation, rope_table
 from model.errors import UserError
 from model.machine import writable_cache_dir
 from model.vae import VAE, decode_schedule
-from model.weights.checkpoint import Models, load_models, random_models
+from model.weights.checkpoint import Models, load_models, preset_models, random_models
 
 FAIL_FAST_SECONDS = 1.0  # time in which most errors in a checkpoint are found, before compilation starts
 STAND_IN_LAYERS = 2  # layers of the stand-in student: one like all but the last, and the last
@@ -109,13 +109,13 @@ def warm_up(models: Models) -> None:
 def load_compiled(
     config: Config, folder: Path | None, device: torch.device, precision: Precision, wav2vec: Path | None = None
 ) -> Models:
-    """`load_models`, or `random_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
+    """`load_models`, or `preset_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
 
     While the weights are read from disk, the code is compiled on stand-in networks.
     """
     use_compile_cache(device)
     if folder is None:
-        models = random_models(config, device, precision)
+        models = preset_models(config, device, precision)
         compile_models(models)
         warm_up(models)
         return models

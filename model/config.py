@@ -246,8 +246,8 @@ class Config:
 
 FLASHTALK_14B = Config(name="flashtalk-14b")
 
-TINY = Config(
-    name="tiny",
+TINY_RANDOM = Config(
+    name="tiny-random",
     dit=DiTConfig(
         dim=256, ffn_dim=512, num_layers=3, num_heads=2, text_dim=64, text_len=128, img_dim=64, img_tokens=65,
         audio_blocks=4, audio_channels=96, intermediate_dim=64, output_dim=96,
@@ -263,7 +263,33 @@ TINY = Config(
     chunk=ChunkConfig(height=128, width=128),
 )  # fmt: skip
 
-PRESETS = {preset.name: preset for preset in (TINY, FLASHTALK_14B)}
+# The preset that ships with trained weights: synthetic talking heads of 128 x 128 pixels. Its latents are normalised by
+# the weights of the codec, so they have mean 0 and deviation 1. Text and portrait features have no influence.
+TINY = Config(
+    name="tiny",
+    dit=DiTConfig(
+        in_dim=100, out_dim=48, dim=256, ffn_dim=768, num_layers=4, num_heads=4, text_dim=64, text_len=128, img_dim=64,
+        img_tokens=65, audio_blocks=1, audio_channels=6, intermediate_dim=256, output_dim=96, context_tokens=8,
+    ),
+    vae=VAEConfig(
+        dim=24, z_dim=48, dim_mult=(1, 2, 3), num_res_blocks=1, temperal_downsample=(True, True), patch=2, phases=True,
+        latent_mean=(0.0,) * 48, latent_std=(1.0,) * 48,
+    ),
+    text=TINY_RANDOM.text,
+    image=TINY_RANDOM.image,
+    # The first convolution is a filter bank of 20 ms every 10 ms, and the third makes one feature of three of its
+    # moments. Together they see 40 ms and move by 40 ms: just a frame. So there is one feature per frame and
+    # interpolation changes nothing. A wider view would shift features against frames, which are aligned at both ends.
+    audio=AudioConfig(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, conv_dim=(128, 128, 192),
+        conv_kernel=(320, 1, 3), conv_stride=(160, 1, 4), conv_bias=True, feat_extract_norm="layer",
+        num_conv_pos_embeddings=9, num_conv_pos_embedding_groups=1, mouth_outputs=6,
+    ),
+    chunk=ChunkConfig(height=128, width=128, sample_shift=3.0),
+)  # fmt: skip
+
+PRESETS = {preset.name: preset for preset in (TINY, TINY_RANDOM, FLASHTALK_14B)}
+BUNDLED = (TINY.name,)  # presets whose weights are part of the package
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,27 @@ def project(
     raise typer.Exit(project_command(places or COMMITTED, gpus, link, json))
 
 
+@app.command()
+def quality(
+    preset: Annotated[str, typer.Option(help="A preset with bundled weights.")] = "tiny",
+    device: Device = "auto",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="PRECISION[,STEPS[,FRAMES]], such as bf16,2 (repeatable). Default: fp32."),
+    ] = None,
+    people: Annotated[int, typer.Option(min=1, help="Held-out people.")] = 8,
+    voices: Annotated[int, typer.Option(min=1, help="Held-out voices, each with every person.")] = 8,
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks of each stream.")] = 12,
+    drift: Annotated[int, typer.Option(min=0, help="Chunks of long streams, whose drift is measured; 0: none.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    json: Json = False,
+) -> None:
+    """Judges generated video: lips, colours, sharpness, seams, life and drift, on held-out people and voices."""
+    from profiling.measure.quality import quality_command
+
+    raise typer.Exit(quality_command(preset, device, setting or (), people, voices, chunks, drift, out, json))
+
+
 INTERRUPTED = 130  # the exit code
 
 

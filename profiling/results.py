@@ -4,7 +4,8 @@ A run holds what was observed and nothing that follows from it: seconds a call o
 counts, clocks. Medians, TFLOP/s, bounds and ratios are computed from these where they are shown (`Measurement.seconds`,
 `CaseResult.bound`), so no two numbers in a file can contradict each other. All times are in seconds, sizes in bytes.
 
-Every section may be empty: `bench` fills `cases`, `audit` fills `audit`, `gpu --phase e2e` fills `variants`.
+Every section may be empty: `bench` fills `cases`, `audit` fills `audit`, `gpu --phase e2e` fills
+`variants`, `quality` fills `quality`.
 """
 
 import dataclasses
@@ -205,6 +206,17 @@ class NvmlTrace:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """A measure of generated video, in one way to run a preset, with its 95 % interval over streams."""
+
+    setting: str  # "bf16, 4 steps, 33 frames"
+    measure: str  # "r of open"
+    value: float | None  # None where it is not defined, such as a correlation with what does not move
+    low: float | None  # None for a single stream
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One results file."""
 
@@ -216,6 +228,7 @@ class Run:
     cases: tuple[CaseResult, ...] = ()
     variants: tuple[VariantResult, ...] = ()
     audit: tuple[AuditResult, ...] = ()
+    quality: tuple[Quality, ...] = ()
     nvml: NvmlTrace = field(default_factory=NvmlTrace)
     notes: tuple[str, ...] = ()
 

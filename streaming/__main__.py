@@ -81,7 +81,8 @@ def run(
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder of the official weights. Without one, tiny draws coloured noise.")
+        Path | None,
+        typer.Option(help="Folder of the official weights. Without one, tiny draws small synthetic people."),
     ] = None,
     wav2vec: Annotated[
         Path | None, typer.Option(help="Folder of the speech encoder, if it is not in or beside the checkpoint.")
@@ -199,11 +200,22 @@ def run(
                 on_progress=on_progress,
             )
     if checkpoint is None:
-        print(f"{preset or 'tiny'} has random weights: the video is coloured noise, not a face.", file=sys.stderr)
+        print(_limits_of(str(pipeline.settings["preset"])), file=sys.stderr)
     if report is not None:
         settings = pipeline.settings | {"seed": seed, "audio_mode": audio_mode, "loudness": loudness}
         values = report_of(progress, pipeline.timer, pipeline.device, settings)
         _write_whole(report, json.dumps(values, indent=2) + "\n")
+
+
+def _limits_of(preset: str) -> str:
+    """What a preset without a checkpoint cannot do, in one line."""
+    from model.config import BUNDLED
+
+    if preset in BUNDLED:
+        return (
+            f"{preset} knows drawn people of 128 x 128 pixels (examples/portraits); it keeps a photograph only roughly."
+        )
+    return f"{preset} has random weights: the video is coloured noise, not a face."
 
 
 def _say_size(measured: dict[str, Any]) -> None:

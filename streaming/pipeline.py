@@ -27,13 +27,13 @@ from PIL import Image
 
 from model.command import check_choice
 from model.compile import load_compiled
-from model.config import DEFAULT_PROMPT, PRECISIONS, PRESETS, Config
+from model.config import BUNDLED, DEFAULT_PROMPT, PRECISIONS, PRESETS, Config
 from model.errors import UserError
 from model.image import load_image, resize_center_crop
 from model.portrait import keep_face
 from model.sampler import NUM_TIMESTEPS, TorchNoise
 from model.text import tokenize
-from model.weights.checkpoint import Models, load_models, random_models
+from model.weights.checkpoint import Models, load_models, preset_models
 from model.weights.quantize import is_fp8_checkpoint
 from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer, stream_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
@@ -149,8 +149,8 @@ class TalkingHeadPipeline:
         """Chooses weights, device and picture, and loads the networks.
 
         Args:
-            model: The folder of a checkpoint, or the name of a preset for a run without one. "tiny" is the only preset
-                that runs so without `random_weights`; the others would draw noise.
+            model: The folder of a checkpoint, or the name of a preset for a run without one. "tiny" has weights in the
+                package; the others need `random_weights`, and draw noise.
             preset: The dimensions of the checkpoint. Default: "flashtalk-14b".
             device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
             precision: "fp32", "bf16", "fp8", "fp8-attn", "fp8-vae", or "auto": what the checkpoint is made for, bf16 on
@@ -167,7 +167,7 @@ class TalkingHeadPipeline:
             wav2vec: The folder of the speech encoder, if it is neither in the checkpoint nor beside it.
             noise: "counter" is a function of seed, chunk and position, the same on every machine; "torch" draws what
                 the published code draws for a seed on such a device, and works without CUDA graphs only.
-            random_weights: Whether to run a preset other than "tiny" without weights, for timing.
+            random_weights: Whether to run a preset that has no bundled weights without any, for timing.
             lazy: Whether `load` or the first video loads the networks, and not this call.
 
         Raises:
@@ -181,7 +181,7 @@ class TalkingHeadPipeline:
             raise UserError("a checkpoint and random weights exclude each other")
         name = preset or ("flashtalk-14b" if folder else str(model))
         check_choice("preset", name, PRESETS)
-        if folder is None and name != "tiny" and not random_weights:
+        if folder is None and name not in BUNDLED and not random_weights:
             raise UserError(f"preset {name} needs the folder of a checkpoint (or random weights, which draw noise)")
         check_choice("device", device, ("auto", "cpu", "cuda"))
         if device == "auto":
@@ -206,7 +206,7 @@ class TalkingHeadPipeline:
         elif folder is not None:
             load = partial(load_models, config, folder, where, dtypes, speech)
         else:
-            load = partial(random_models, config, where, dtypes)
+            load = partial(preset_models, config, where, dtypes)
         settings = {
             "preset": name, "checkpoint": str(folder) if folder else None, "precision": precision, "noise": noise,
             "compiled": compiled, "steps": steps, "chunk": asdict(config.chunk),

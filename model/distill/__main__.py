@@ -11,7 +11,7 @@ import torch
 import typer
 
 from model import command
-from model.distill import audio, codec, reader, report, takes, teacher
+from model.distill import audio, codec, reader, report, student, takes, teacher
 from model.distill.clips import draw_clip, write_clip
 from model.distill.training import Budget
 from model.errors import UserError
@@ -147,6 +147,26 @@ def train_teacher(
     _train(train, out, seed, minutes, steps, resume, threads)
 
 
+@app.command(
+    "student", epilog="Example: python -m model.distill student --takes DIR --teacher FILE --minutes 60 --out DIR"
+)
+def train_student(
+    out: Out,
+    takes: Annotated[Path, typer.Option(help="Folder with takes, held-out ones among them.")],
+    teacher: Annotated[Path, typer.Option(help="Weights of the teacher.")],
+    seed: Seed = 0,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    threads: Threads = THREADS,
+    start: Start = None,
+    codec: Annotated[Path | None, typer.Option(help="The codec of the takes, if it is not the shipped one.")] = None,
+) -> None:
+    """Trains the student, which draws a chunk in four steps, on motion frames of its own."""
+    train = partial(student.train, teacher=teacher, takes=takes, start=start, codec=codec)
+    _train(train, out, seed, minutes, steps, resume, threads)
+
+
 @app.command("report", epilog="Example: python -m model.distill report --out docs/talking-heads")
 def measure(
     out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")],
@@ -169,8 +189,14 @@ def smoke(out: Out, seed: Seed = 0) -> None:
     reader.train(out / "reader", Budget(steps=6), seed, clips=4)
     audio.train(out / "audio", Budget(steps=3), seed, batch=1, pool=2, scale_tracks=2, evaluation_tracks=1)
     codec.train(out / "codec", Budget(steps=2), seed, start_clips=2, evaluation_clips=1)
+    takes.make_takes(out / "takes", 1, seed)
+    takes.make_takes(out / "takes", 2, seed, held_out=True)
+    teacher.train(out / "teacher", Budget(steps=2), seed, takes=out / "takes", stage="streaming")
+    weights = out / "teacher" / teacher.WEIGHTS
+    student.train(out / "student", Budget(steps=1), seed, teacher=weights, takes=out / "takes")
     codec.load_codec(out / "codec" / codec.WEIGHTS.name)
     reader.load_reader(out / "reader" / reader.WEIGHTS.name)
+    teacher.load_teacher(out / "student" / student.WEIGHTS)
 
 
 if __name__ == "__main__":

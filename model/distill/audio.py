@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
 from model.audio import Ring, SpeechEncoder
-from model.config import AudioConfig, ChunkConfig, from_official
+from model.config import TINY, AudioConfig, ChunkConfig, from_official
 from model.distill.face import MOUTH
 from model.distill.metrics import Interval, bootstrap
 from model.distill.speech import Track, draw_track
-from model.distill.trained import FOLDER, load_trained, save_trained
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
+from model.weights.trained import FOLDER, load_trained, save_trained
 
 WEIGHTS = FOLDER / "audio.safetensors"
 CHUNK = ChunkConfig()  # of every preset: 25 frames per second, rings of eight seconds, 28 new frames per chunk
@@ -32,23 +32,7 @@ BATCH = 4
 RATE = 2e-3
 EARLIER_WEIGHT = 0.5  # in the loss, of the frames that are in the ring only as a context
 
-# The first convolution is a filter bank of 20 ms every 10 ms, and the third makes one feature of three of its moments.
-# Together they see 40 ms and move by 40 ms: just a frame. So there is one feature per frame and interpolation changes
-# nothing. A wider view would shift features against frames, which are aligned at both ends.
-CONFIG = AudioConfig(
-    hidden_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    intermediate_size=192,
-    conv_dim=(128, 128, 192),
-    conv_kernel=(320, 1, 3),
-    conv_stride=(160, 1, 4),
-    conv_bias=True,
-    feat_extract_norm="layer",
-    num_conv_pos_embeddings=9,
-    num_conv_pos_embedding_groups=1,
-    mouth_outputs=len(MOUTH),
-)
+CONFIG = TINY.audio
 _LAYERS = "model.feature_extractor.conv_layers"
 _STEEP = 10.0  # before the first activation, so that weak frequencies get through it in proportion, not squared
 _SCALE = 16384  # of samples that are kept as int16; +-2 fits

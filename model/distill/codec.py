@@ -23,15 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.config import VAEConfig, from_official
+from model.config import TINY, VAEConfig, from_official
 from model.distill.clips import Clip, draw_clip
 from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.codec_start import Sample, start_at_linear_codec
 from model.distill.face import mouth_centre, render
-from model.distill.trained import FOLDER, load_trained, save_trained
 from model.distill.training import CHECKPOINT, Budget, Counters, Task
 from model.distill.training import train as run_training
 from model.vae import VAE
+from model.weights.trained import FOLDER, fill, load_trained, save_trained
 
 SIZE = 128  # pixels of a side of the picture
 WINDOW = 64  # pixels of a side of what training sees
@@ -43,18 +43,7 @@ MOUTH_WEIGHT = 5.0
 START_MOUTH_WEIGHT = 20.0  # with 14 the reader follows the opening at r .944 instead of .957; photos gain 1 dB
 MOUTH_BOX = (20, 18)  # half width and height in pixels
 WEIGHTS = FOLDER / "codec.safetensors"
-
-CODEC = VAEConfig(
-    dim=24,
-    z_dim=48,  # as Wan2.2 has; with 32 the lips lose 1.5 dB, and a photograph as much
-    dim_mult=(1, 2, 3),
-    num_res_blocks=1,
-    temperal_downsample=(True, True),
-    patch=2,
-    phases=True,
-    latent_mean=(0.0,) * 48,
-    latent_std=(1.0,) * 48,
-)
+CODEC = TINY.vae
 
 
 @dataclass(frozen=True)
@@ -130,14 +119,15 @@ def codec_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, float]]:
 def _decoded_loss(vae: VAE, seen: Tensor, true: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
     """What is wrong with `seen` after a trip: the error of pixels, and the move of latents.
 
-    The move is divided by the number of pixel values, because the linear codec is nearly orthonormal: a latent's move
-    is a move of about the same size in pixels.
+    The move is measured before latents are normalised, and divided by the number of pixel values: the linear codec is
+    nearly orthonormal, so there a latent's move is a move of about the same size in pixels.
     """
     with torch.no_grad():
         latents = encode_clips(vae, seen)
     decoded = decode_clips(vae, latents)
     error, quality = _error(decoded, true, weight)
-    moved = (encode_clips(vae, decoded) - latents).square().sum() / true.numel()
+    move = (encode_clips(vae, decoded) - latents) * latent_deviation(vae).detach().view(-1, 1, 1, 1)
+    moved = move.square().sum() / true.numel()
     return error + 8 * STAY_WEIGHT * moved, {"psnr": quality, "moved": moved.item()}
 
 
@@ -250,35 +240,50 @@ def train(
         evaluate=lambda _: _progress(vae, clips, pictures),
     )
     counters = run_training(task, folder, budget, seed, resume, report=report)
-    save_codec(with_statistics(vae.requires_grad_(False), seed, start_clips), folder / WEIGHTS.name)
+    normalise_latents(vae.requires_grad_(False), seed, start_clips)
+    save_codec(vae, folder / WEIGHTS.name)
     return counters
 
 
-def with_statistics(vae: VAE, seed: int, count: int) -> VAE:
-    """The same codec with mean and deviation of its latents, over `count` training clips, in its configuration."""
-    with torch.no_grad():
-        rows = [encode_clips(vae, as_clip(draw_clip(seed, index).frames(SIZE)))[0].flatten(1) for index in range(count)]
-    latents = torch.cat(rows, 1)
-    mean, deviation = (tuple(round(x, 5) for x in part.tolist()) for part in (latents.mean(1), latents.std(1)))
-    measured = VAE(dataclasses.replace(vae.config, latent_mean=mean, latent_std=deviation))
-    measured.load_state_dict(vae.state_dict())
-    return measured
+def latent_deviation(vae: VAE) -> Tensor:
+    """The deviation that each normalised latent [z] had before: the gain that the decoder's first layer gives it."""
+    return vae.conv2.weight.flatten(1).norm(dim=0)
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, seed: int, count: int) -> None:
+    """Gives latents mean 0 and deviation 1 over `count` training clips, by the layers before and after them."""
+    rows = [encode_clips(vae, as_clip(draw_clip(seed, index).frames(SIZE)))[0].flatten(1) for index in range(count)]
+    latents, z = torch.cat(rows, 1), vae.config.z_dim
+    mean, deviation = latents.mean(1), latents.std(1)
+    vae.conv1.weight[:z].div_(deviation.view(-1, 1, 1, 1, 1))
+    vae.conv1.bias[:z].sub_(mean).div_(deviation)
+    vae.conv2.bias.add_(vae.conv2.weight.flatten(1) @ mean)
+    vae.conv2.weight.mul_(deviation.view(1, -1, 1, 1, 1))
 
 
 def save_codec(vae: VAE, path: Path) -> None:
     """Writes the codec, with the convolutions of its branches in half precision.
 
-    The linear path stays in float32: rounding would change its gain, and a stream's round trips multiply that.
+    The linear path stays in float32: rounding would change its gain, and a stream's round trips multiply that. Branches
+    of the encoder, which add nothing, are left out.
     """
-    tensors = {name: x.half() if ".residual." in name and x.ndim == 5 else x for name, x in vae.state_dict().items()}
+    state = {name: x for name, x in vae.state_dict().items() if not _in_silent_branch(name, vae)}
+    tensors = {name: x.half() if ".residual." in name and x.ndim == 5 else x for name, x in state.items()}
     save_trained(path, tensors, dataclasses.asdict(vae.config))
+
+
+def _in_silent_branch(name: str, vae: VAE) -> bool:
+    """Whether the tensor is of a residual branch that ends in zeros."""
+    block, branch, _ = name.partition(".residual.")
+    return bool(branch) and not vae.get_parameter(f"{block}.residual.6.weight").any()
 
 
 def load_codec(path: Path = WEIGHTS) -> VAE:
     """The trained codec, float32 and ready to run. Raises `UserError` if the file is not one."""
     tensors, settings = load_trained(path)
     vae = VAE(from_official(VAEConfig, settings))
-    vae.load_state_dict({name: x.float() for name, x in tensors.items()})
+    fill(vae, tensors)
     vae.prepare_weights()
     return vae
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from model.distill.clips import Clip, draw_clip
 from model.distill.face import MOTION, MOUTH, Identity, draw_identity, mouth_centre, render
 from model.distill.metrics import LipSync, lip_sync
-from model.distill.trained import FOLDER, load_trained, save_trained
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
+from model.weights.trained import FOLDER, load_trained, save_trained
 
 SIZE = 128  # pixels of a picture's side
 RADIUS = 16  # half a side of the mouth's square

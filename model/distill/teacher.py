@@ -6,7 +6,8 @@ It learns by flow matching. With x0 the latents of a chunk, noise e and a noise 
 
 The motion latents at the beginning of a chunk stay clean and do not count in the loss. A chunk begins with two of them,
 and is given a portrait of the person at another moment. One in seven begins with one, which is also its portrait: so a
-stream begins. One in ten is silent, which allows to guide by audio: v = v_silent + g (v - v_silent).
+stream begins. One in ten is silent, which allows to guide by audio: v = v_silent + g (v - v_silent). In the second
+stage one in three has noise on its motion latents: a stream's own are not perfect either, and it must recover.
 
 There are two stages, each of which can start at the weights of the other:
 
@@ -24,41 +25,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import DiTConfig, from_official
-from model.distill.codec import CODEC, SIZE, as_bytes, load_codec
+from model.config import TINY, DiTConfig, from_official
+from model.distill.codec import CODEC, SIZE, as_bytes, latent_deviation, load_codec
 from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.face import MOUTH
 from model.distill.metrics import lip_sync, psnr
 from model.distill.reader import Reader, load_reader, mouth_crops
 from model.distill.student_network import new_student, velocities
 from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
-from model.distill.trained import load_trained, save_trained
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
 from model.dit import DiT
 from model.vae import VAE
+from model.weights.trained import fill, load_trained, save_trained
 
 CELL = CODEC.spatial_stride  # pixels
-CONFIG = DiTConfig(
-    in_dim=2 * CODEC.z_dim + STRIDE,
-    out_dim=CODEC.z_dim,
-    dim=256,
-    ffn_dim=768,
-    num_layers=4,
-    num_heads=4,
-    text_dim=64,
-    text_len=128,
-    img_dim=64,
-    img_tokens=65,
-    audio_blocks=1,
-    audio_channels=len(MOUTH),
-    intermediate_dim=256,
-    output_dim=96,
-    context_tokens=8,
-)
+CONFIG = TINY.dit
 WEIGHTS = "teacher.safetensors"
-SHIFT = 3.0  # of noise levels: s = SHIFT u / (1 + (SHIFT - 1) u) with uniform u
+SHIFT = TINY.chunk.sample_shift  # of noise levels: s = SHIFT u / (1 + (SHIFT - 1) u) with uniform u
 SILENT = 0.1  # share of chunks
+FAULTY = 1 / 3  # share of chunks with noise on their motion latents, of up to a stage's `motion_noise`
 BEGINNING = 0.15  # share of chunks with one motion latent
 GUIDANCE, EVALUATION_STEPS = 2.0, 6
 MOUTH_BOX = (20.0, 18.0)  # half width and height, in pixels, of the cells that count more
@@ -74,12 +60,23 @@ class Stage:
     rate: float
     mouth_weight: float  # of cells in the mouth's box
     channel_power: float  # a latent channel counts as its deviation to this power
+    motion_noise: float  # deviation of the noise on motion latents, at most
     evaluation_takes: int
 
 
 STAGES = {
-    "windows": Stage(cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, evaluation_takes=32),
-    "streaming": Stage(cells=SIZE // CELL, batch=2, rate=7e-4, mouth_weight=8, channel_power=0.5, evaluation_takes=12),
+    "windows": Stage(
+        cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, motion_noise=0, evaluation_takes=32
+    ),
+    "streaming": Stage(
+        cells=SIZE // CELL,
+        batch=2,
+        rate=7e-4,
+        mouth_weight=8,
+        channel_power=1.0,
+        motion_noise=0.25,
+        evaluation_takes=12,
+    ),
 }
 
 
@@ -97,7 +94,7 @@ class Codec:
         vae = load_codec(path) if path else load_codec()
         with torch.no_grad():
             grey = encode_clips(vae, torch.zeros(1, 3, 1 + STRIDE, CELL, CELL))[0, :, 1, 0, 0]
-        return cls(vae, grey, torch.tensor(vae.config.latent_std))
+        return cls(vae, grey, latent_deviation(vae))
 
 
 def conditions(portraits: Tensor, grey: Tensor, frames: int) -> Tensor:
@@ -156,7 +153,9 @@ def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tenso
     generated[:, 0], generated[:, 1] = False, beginning
     generated = generated[:, :, None, None, None]
     noise = torch.randn_like(latents)
-    noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), latents)
+    faults = stage.motion_noise * torch.rand(count) * (torch.rand(count) < FAULTY)
+    motion = latents + faults.view(-1, 1, 1, 1, 1) * torch.randn_like(latents)
+    noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), motion)
     condition = conditions(portraits, codec.grey, latents.shape[1])
     error = velocities(dit, noisy, condition, 1000 * level, audio) - (noise - latents)
     weight = 1 + (stage.mouth_weight - 1) * mouth_cells(batch.centres, stage.cells)
@@ -287,8 +286,8 @@ def save_teacher(dit: DiT, path: Path) -> None:
 
 
 def load_teacher(path: Path) -> DiT:
-    """The trained network, float32; what is not trained is as in `new_student`. Raises `UserError` for another file."""
+    """The trained network, float32; what was not trained is 0. Raises `UserError` for another file."""
     tensors, settings = load_trained(path)
     dit = new_student(from_official(DiTConfig, settings))
-    dit.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=False)
+    fill(dit, tensors)
     return dit

@@ -1,4 +1,4 @@
-"""Loads the official checkpoint folder onto a device, tensor by tensor, or builds models with random weights.
+"""Loads the official checkpoint folder to a device, tensor by tensor, or builds models with bundled or random weights.
 
     FOLDER/config.json, diffusion_pytorch_model*.safetensors          student
     FOLDER/Wan2.1_VAE.pth                                             video VAE
@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model.audio import SpeechEncoder, official_name
-from model.config import AudioConfig, Config, DiTConfig, Precision, from_official, is_known
+from model.config import BUNDLED, AudioConfig, Config, DiTConfig, Precision, from_official, is_known
 from model.dit import DiT
 from model.errors import UserError
 from model.files import unreadable
@@ -32,6 +33,7 @@ from model.text_cache import CachedTextEncoder, cache_dir_for
 from model.vae import VAE
 from model.weights import quantize
 from model.weights.shards import ShardReader, find_student_shards, iter_safetensors, read_json
+from model.weights.trained import FOLDER, fill, load_trained
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -59,20 +61,43 @@ class Models:
     folder: Path | None  # of the checkpoint, which also holds the tokenizer; None for random weights
 
 
+def preset_models(config: Config, device: torch.device, precision: Precision) -> Models:
+    """Models of a preset without a checkpoint: with the weights that are part of the package, or else random ones.
+
+    Of the presets in `BUNDLED`, student, codec and speech encoder are trained. The text and image encoders are random,
+    and the student gets nothing from them.
+    """
+    if config.name not in BUNDLED:
+        return random_models(config, device, precision)
+    return random_models(
+        config,
+        device,
+        precision,
+        trained={name: load_trained(FOLDER / f"{name}.safetensors")[0] for name in ("student", "codec", "audio")},
+    )
+
+
 def random_models(
     config: Config,
     device: torch.device,
     precision: Precision,
     seed: int = 0,
     offload_device: str | torch.device = "cpu",
+    trained: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Models:
     """Models with random weights, the same for the same seed, device and precision. They generate coloured noise.
 
-    Modules that are needed only at the beginning of a session go to `offload_device`.
+    Modules that are needed only at the beginning of a session go to `offload_device`. `trained` has tensors that are
+    not random, by parameter, of "student", "codec" and "audio".
     """
 
+    def filled(name: str, module: M) -> M:
+        if name in trained:
+            fill(module, trained[name])
+        return module
+
     def student() -> DiT:
-        dit = DiT(config.dit)
+        dit = filled("student", DiT(config.dit))
         if precision.fp8 is not None:
             dit.quantize(precision.fp8)
         if precision.fp8_attention:
@@ -94,10 +119,10 @@ def random_models(
         models = Models(
             config,
             build(student, precision.dit),
-            build(lambda: VAE(config.vae), precision.vae),
+            build(lambda: filled("codec", VAE(config.vae)), precision.vae),
             CachedTextEncoder(partial(build, lambda: TextEncoder(config.text), precision.text), device),
             build(lambda: ImageEncoder(config.image), precision.image),
-            build(lambda: SpeechEncoder(config.audio), precision.audio),
+            build(lambda: filled("audio", SpeechEncoder(config.audio)), precision.audio),
             device,
             None,
         )
@@ -236,9 +261,10 @@ def _audio_config(config: Config, folder: Path) -> AudioConfig:
     if (folder / "preprocessor_config.json").is_file():
         values |= {"do_normalize": read_json(folder / "preprocessor_config.json").get("do_normalize", True)}
     audio = replace(config.audio, **_known_fields(config.audio, values))
-    if (audio.num_hidden_layers, audio.hidden_size) != (config.dit.audio_blocks, config.dit.audio_channels):
+    if audio.feature_shape != (config.dit.audio_blocks, config.dit.audio_channels):
+        layers, channels = audio.feature_shape
         raise UserError(
-            f"{folder}: {audio.num_hidden_layers} layers of {audio.hidden_size} channels, but preset {config.name} "
+            f"{folder}: {layers} layers of {channels} channels, but preset {config.name} "
             f"expects {config.dit.audio_blocks} layers of {config.dit.audio_channels}"
         )
     return audio

@@ -29,7 +29,7 @@ class Family:
 DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # patterns of the cases that suit a device type
 
 FAMILIES = {
-    "tiny": Family("tiny", (1, 2), ("fp32",)),
+    "tiny-random": Family("tiny", (1, 2), ("fp32",)),
     "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8")),
 }
 

@@ -26,7 +26,7 @@ from model.audio import (
     stream_window,
     windows,
 )
-from model.config import TINY, AudioConfig, ChunkConfig, from_official
+from model.config import TINY_RANDOM, AudioConfig, ChunkConfig, from_official
 from model.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -78,7 +78,7 @@ def test_golden_embedding(encoder: SpeechEncoder, name: str) -> None:
 @torch.inference_mode()
 def test_without_interpolation_it_equals_the_transformers_model() -> None:
     torch.manual_seed(3)
-    encoder = SpeechEncoder(replace(TINY.audio, do_normalize=False))
+    encoder = SpeechEncoder(replace(TINY_RANDOM.audio, do_normalize=False))
     wave = torch.randn(16000)
     states = encoder.model(wave[None], output_hidden_states=True).hidden_states[1:]
     close(encoder(wave, 16000, 49), torch.cat(states).transpose(0, 1))  # 49 convolution features
@@ -86,7 +86,7 @@ def test_without_interpolation_it_equals_the_transformers_model() -> None:
 
 def test_norm_first_encoders_are_refused() -> None:
     with pytest.raises(UserError, match="do_stable_layer_norm"):
-        SpeechEncoder(replace(TINY.audio, do_stable_layer_norm=True))
+        SpeechEncoder(replace(TINY_RANDOM.audio, do_stable_layer_norm=True))
 
 
 @torch.inference_mode()
@@ -302,4 +302,4 @@ def test_param_map_has_the_official_keys() -> None:
 
 
 def test_evaluation_mode() -> None:
-    assert not any(module.training for module in SpeechEncoder(TINY.audio).modules())
+    assert not any(module.training for module in SpeechEncoder(TINY_RANDOM.audio).modules())

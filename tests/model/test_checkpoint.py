@@ -9,10 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import PRECISIONS, TINY
+from model.config import PRECISIONS, TINY, TINY_RANDOM
+from model.dit import rope_table
 from model.errors import UserError
-from model.weights.checkpoint import AUDIO_FOLDER, IMAGE_FILE, TEXT_FILE, VAE_FILE, Models, load_models, random_models
+from model.weights.checkpoint import (
+    AUDIO_FOLDER,
+    IMAGE_FILE,
+    TEXT_FILE,
+    VAE_FILE,
+    Models,
+    load_models,
+    preset_models,
+    random_models,
+)
 from model.weights.shards import iter_safetensors
+from model.weights.trained import FOLDER, fill, load_trained
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -205,7 +216,7 @@ def test_random_weights_follow_the_seed_and_do_not_touch_the_global_generator() 
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    a, b, c = (random_models(TINY, CPU, PRECISIONS["fp32"], seed) for seed in (0, 0, 1))
+    a, b, c = (random_models(TINY_RANDOM, CPU, PRECISIONS["fp32"], seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(1), expected)
     for name in ("dit", "vae", "text.encoder", "image", "audio"):
         one, two, other = (attrgetter(name)(m).state_dict() for m in (a, b, c))
@@ -220,3 +231,49 @@ def test_random_networks_are_on_the_given_device() -> None:
     models = random_models(SMALL, meta, PRECISIONS["fp32"], offload_device=meta)
     for module in (models.dit, models.vae, models.text.encoder, models.image, models.audio):
         assert {parameter.device for parameter in module.parameters()} == {meta}
+
+
+# --- Presets with weights in the package ----------------------------------------------------------------------------
+
+
+def test_what_a_file_lacks_is_zero(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 3, dtype=torch.bfloat16)
+    fill(layer, {"weight": torch.arange(6.0).view(3, 2)})
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert not layer.bias.any()
+    for name, shape in (("weights", (3, 2)), ("weight", (2, 3))):
+        with pytest.raises(UserError, match=rf"^{name} \[{shape[0]}, {shape[1]}\]: the network has no such tensor"):
+            fill(layer, {name: torch.zeros(shape)})
+
+
+def test_the_trained_preset_has_its_weights_in_any_precision() -> None:
+    trained = {name: load_trained(FOLDER / f"{name}.safetensors")[0] for name in ("student", "codec", "audio")}
+    for precision in ("fp32", "bf16"):
+        models = preset_models(TINY, CPU, PRECISIONS[precision])
+        for name, network in (("student", models.dit), ("codec", models.vae), ("audio", models.audio)):
+            state = network.state_dict()
+            assert trained[name].keys() <= state.keys()
+            for key, tensor in trained[name].items():
+                want = tensor.to(state[key].dtype)
+                torch.testing.assert_close(state[key], want, msg=f"{precision} {name} {key}")
+
+
+@torch.inference_mode()
+def test_the_trained_student_gets_nothing_from_prompt_and_portrait_features() -> None:
+    dit, config = preset_models(TINY, CPU, PRECISIONS["fp32"]).dit, TINY.dit
+    torch.manual_seed(0)
+    latents, condition = torch.randn(TINY.latent_shape), torch.randn(9, config.in_dim - config.out_dim, 16, 16)
+    audio, rope = dit.embed_audio(torch.randn(1, 33, 5, 1, 6)), rope_table(TINY.grid, config.head_dim)
+    one, two = (
+        dit(latents, condition, dit.modulate(900.0), rope, dit.embed_context(*features), audio)
+        for features in (
+            (torch.randn(count, config.text_dim), torch.randn(config.img_tokens, config.img_dim)) for count in (3, 20)
+        )
+    )
+    assert torch.equal(one, two)
+
+
+def test_other_presets_are_random() -> None:
+    ours, random = (make(TINY_RANDOM, CPU, PRECISIONS["fp32"]) for make in (preset_models, random_models))
+    assert torch.equal(ours.dit.patch_embedding.weight, random.dit.patch_embedding.weight)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import FLASHTALK_14B, TINY, ChunkConfig, Config, DiTConfig, VAEConfig, from_official
+from model.config import FLASHTALK_14B, TINY, TINY_RANDOM, ChunkConfig, Config, DiTConfig, VAEConfig, from_official
 from model.errors import UserError
 
 
@@ -26,13 +26,14 @@ def test_defaults_are_the_official_values() -> None:
     assert from_official(VAEConfig, keys["vae"]["config"]) == VAEConfig()
 
 
-def test_tiny_networks_fit_together() -> None:
-    dit = TINY.dit
-    assert dit.text_dim == TINY.text.dim
-    assert dit.img_dim == TINY.image.vision_dim
-    assert dit.img_tokens == 1 + (TINY.image.image_size // TINY.image.patch_size) ** 2
-    assert (dit.audio_blocks, dit.audio_channels) == (TINY.audio.num_hidden_layers, TINY.audio.hidden_size)
-    assert dit.in_dim == 2 * TINY.vae.z_dim + TINY.vae.temporal_stride
+@pytest.mark.parametrize("config", [TINY, TINY_RANDOM], ids=lambda config: config.name)
+def test_tiny_networks_fit_together(config: Config) -> None:
+    dit, image = config.dit, config.image
+    assert dit.text_dim == config.text.dim
+    assert dit.img_dim == image.vision_dim
+    assert dit.img_tokens == 1 + (image.image_size // image.patch_size) ** 2
+    assert (dit.audio_blocks, dit.audio_channels) == config.audio.feature_shape
+    assert (dit.in_dim, dit.out_dim) == (2 * config.vae.z_dim + config.vae.temporal_stride, config.vae.z_dim)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(0, 3))

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
 from model import image as images
-from model.config import TINY, ImageConfig
+from model.config import TINY_RANDOM, ImageConfig
 from model.errors import UserError
 from model.image import ImageEncoder, is_unused_key, load_image, resize_center_crop, to_pixels
 
@@ -352,7 +352,7 @@ def test_param_map_has_the_official_keys_that_are_used() -> None:
 
 
 def test_evaluation_mode_and_bad_images() -> None:
-    encoder = ImageEncoder(TINY.image)
+    encoder = ImageEncoder(TINY_RANDOM.image)
     assert not any(module.training for module in encoder.modules())
     for image in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="image: got"):

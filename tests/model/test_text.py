@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from model.config import TINY, TextConfig, from_official
+from model.config import TINY_RANDOM, TextConfig, from_official
 from model.errors import UserError
 from model.text import TextEncoder, clean, tokenize
 
@@ -128,7 +128,7 @@ def test_param_map_has_the_official_keys() -> None:
 
 
 def test_evaluation_mode_and_bad_ids() -> None:
-    encoder = TextEncoder(TINY.text)
+    encoder = TextEncoder(TINY_RANDOM.text)
     assert not any(module.training for module in encoder.modules())
     with pytest.raises(ValueError, match=r"ids: got torch.float32 \(3,\)"):
         encoder(torch.zeros(3))

@@ -282,17 +282,20 @@ def test_a_broken_checkpoint_costs_one_line(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_no_space_left(portrait: Path, voice: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk; the frames that found room stay."""
-    arguments = ["--image", portrait, "--audio", voice, "--out", tmp_path / "out.mp4", "--steps", "1"]
-    command = " ".join(["ulimit -f 12;", *COMMAND, *map(str, arguments)])
+def test_no_space_left(portrait: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; the frames that found room stay.
+
+    All 100 frames take 180 kB. However slow the disk, no more than 36 are written at once, which take 80.
+    """
+    soundfile.write(tmp_path / "voice.wav", tone(4), 16000)
+    arguments = ["--image", portrait, "--audio", tmp_path / "voice.wav", "--out", tmp_path / "out.mp4", "--steps", "1"]
+    command = " ".join(["ulimit -f 120;", *COMMAND, *map(str, arguments), "--quiet"])
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out.mp4").exists()
-    left = sorted(tmp_path.glob("out*"))
-    assert left == [] or len(decode(left[0])[0]) > 0
+    assert len(decode(tmp_path / "out.part.mp4")[0]) > 0
 
 
 def test_standard_input_that_is_closed(portrait: Path, tmp_path: Path) -> None:
@@ -344,7 +347,7 @@ def test_options_from_a_file_and_from_the_command_line(
     assert decode(out)[0][0].shape == (64, 96, 3)
     chosen = json.loads(report.read_text())["settings"]
     assert (chosen["steps"], chosen["audio_mode"], chosen["chunk"]["width"]) == (1, "once", 96)
-    assert capfd.readouterr().err.startswith("tiny has random weights")
+    assert capfd.readouterr().err.startswith("tiny knows drawn people")
 
 
 @pytest.mark.parametrize("text", ["448x768", "448X768", " 448 x 768 ", "448*768"])
@@ -404,7 +407,7 @@ def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: P
     process.wait()
     assert not (tmp_path / "out.mp4").exists()
     frames, seconds = decode(tmp_path / "out.part.mp4")
-    assert len(frames) >= emitted == 56
+    assert len(frames) >= emitted >= 56  # a busy machine may skip a line of progress
     assert abs(len(frames) / 25 - seconds) < 0.25
     assert len({frame.tobytes() for frame in frames}) > 50
 
@@ -416,7 +419,7 @@ def test_an_interrupted_run_finishes_its_file(number: signal.Signals, portrait: 
     process.send_signal(number)
     assert process.wait(30) == 130
     assert not (tmp_path / "out.part.mp4").exists()
-    assert len(decode(tmp_path / "out.mp4")[0]) >= emitted == 28
+    assert len(decode(tmp_path / "out.mp4")[0]) >= emitted >= 28
 
 
 def test_pcm_in_and_raw_frames_out(portrait: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.lab_transfer import to_bytes
 from model.compile import compile_models, warm_up
-from model.config import PRECISIONS, TINY, ChunkConfig, Config
+from model.config import PRECISIONS, TINY_RANDOM, ChunkConfig, Config
 from model.weights.checkpoint import Models, random_models
 from streaming.audio_features import on_stream
 from streaming.cuda_graphs import CudaGraphs
@@ -28,7 +28,7 @@ from tests.fake_streams import EveryOrder, FakeStream, MemoryReuse
 
 CPU = torch.device("cpu")
 CHUNK = ChunkConfig(height=32, width=48, frame_num=17, motion_frames_num=5, sample_steps=2)
-CONFIG = replace(TINY, chunk=CHUNK)
+CONFIG = replace(TINY_RANDOM, chunk=CHUNK)
 IMAGE = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([40, 50, 60, 1])
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.audio import Ring, SpeechEncoder, stream_window
-from model.config import TINY, AudioConfig
+from model.config import TINY_RANDOM, AudioConfig
 from model.distill import audio, espeak
 from model.distill.audio import (
     CHUNK,
@@ -59,7 +59,7 @@ def test_an_encoder_with_a_head_gives_numbers_of_the_mouth(encoder: SpeechEncode
     wave = torch.randn(16000)
     outputs = encoder(wave, 16000, 25)
     assert (outputs.dtype, outputs.shape) == (torch.float32, (25, 1, 6))
-    assert (encoder.config.feature_shape, TINY.audio.feature_shape) == ((1, 6), (4, 96))
+    assert (encoder.config.feature_shape, TINY_RANDOM.audio.feature_shape) == ((1, 6), (4, 96))
     headless = SpeechEncoder(replace(SMALL, mouth_outputs=0))
     assert headless.head is None
     headless.model.load_state_dict(encoder.model.state_dict())
@@ -74,7 +74,7 @@ def test_only_an_encoder_with_a_head_has_its_parameters(encoder: SpeechEncoder) 
     assert not any("head" in name for name in SpeechEncoder(replace(SMALL, mouth_outputs=0)).state_dict())
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(TINY.audio, num_hidden_layers=2)])
+@pytest.mark.parametrize("config", [SMALL, replace(TINY_RANDOM.audio, num_hidden_layers=2)])
 @torch.inference_mode()
 def test_several_waves_are_encoded_like_each(config: AudioConfig) -> None:
     torch.manual_seed(2)

@@ -36,8 +36,10 @@ def test_data_writes_clips_with_their_truth(tmp_path):
 def test_smoke_runs_every_stage(tmp_path):
     code, out, errors = run("smoke", "--out", tmp_path)
     assert code == 0, errors
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audio", "clip", "codec", "reader"]
-    for name in ("audio", "codec", "reader"):
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("audio", "clip", "codec", "reader", "student", "takes", "teacher")
+    ]
+    for name in ("audio", "codec", "reader", "student", "teacher"):
         assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / name).iterdir()}
         assert f"{name} step" in out
 

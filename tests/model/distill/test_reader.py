@@ -23,9 +23,9 @@ from model.distill.reader import (
     table,
     train,
 )
-from model.distill.trained import load_trained
 from model.distill.training import Budget
 from model.errors import UserError
+from model.weights.trained import load_trained
 
 
 def noise(frames: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -31,8 +31,8 @@ def test_people_differ_and_shapes_name_known_numbers(tmp_path):
     pixels = np.asarray(image).astype(int)
     assert np.abs(pixels[:, :32] - pixels[:, 32:64]).mean() > 5
     assert {name for shape in SHAPES.values() for name in shape} <= set(MOTION)
-    save(mouth_shapes(count=2, size=32), tmp_path / "shapes.png")
-    assert Image.open(tmp_path / "shapes.png").size == (len(SHAPES) * 32, 2 * (32 + LABEL))
+    save(mouth_shapes(count=2, size=32), tmp_path / "shapes.jpg")
+    assert Image.open(tmp_path / "shapes.jpg").size == (len(SHAPES) * 32, 2 * (32 + LABEL))
 
 
 @needs_espeak

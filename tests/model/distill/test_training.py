@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.distill.training import Budget, Task, learning_rate, train
 from model.errors import UserError
+from tests.model.distill.conditions import quiet
 
 
 def line_task(bad_step: int | None = None) -> Task[tuple[Tensor, int]]:
@@ -32,10 +33,6 @@ def line_task(bad_step: int | None = None) -> Task[tuple[Tensor, int]]:
 
     optimizer = torch.optim.AdamW(network.parameters(), 0.02)
     return Task("line", network, optimizer, batch, loss, lambda net: {"at zero": net(torch.zeros(1, 1)).item()})
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def test_the_line_is_learnt_and_the_averaged_weights_remain(tmp_path):

@@ -1,18 +1,19 @@
-"""The trained networks that ship with the project: safetensors files with their settings in the header."""
+"""The trained networks that are part of the package: safetensors files with their settings in the header."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import UserError
 from model.files import replacing
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parent / "bundled"
 
 
 def save_trained(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -31,3 +32,18 @@ def load_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a trained network of this project ({error})") from error
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a module trained tensors, in its own dtype and on its own device. What is not among them becomes 0.
+
+    So a file can leave out what was not trained and adds nothing. Raises `UserError` for a tensor that the module does
+    not have, or of another shape.
+    """
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise UserError(f"{name} {list(tensor.shape)}: the network has no such tensor")
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name]) if name in tensors else tensor.zero_()
