@@ -56,7 +56,7 @@ class Counted:
 
     def wait(self, calls: int) -> None:
         for _ in range(calls):
-            assert self._calls.acquire(timeout=60)
+            assert self._calls.acquire(timeout=600)
 
 
 @pytest.mark.usefixtures("quick")

@@ -41,6 +41,12 @@ def hangs(x: Tensor) -> Tensor:
     return x
 
 
+def compile_for_ten_minutes(*_: object) -> str:
+    """In the place of a compiler."""
+    time.sleep(600)
+    return ""
+
+
 def crashes(_: Tensor) -> Tensor:
     os._exit(3)
 

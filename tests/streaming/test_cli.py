@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from fractions import Fraction
 from functools import partialmethod
@@ -402,7 +401,6 @@ def test_compiled_frames_are_the_same(
 def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: Path) -> None:
     process = start(portrait, tmp_path / "out.mp4", 60)
     emitted = wait_for_chunk(process, 2)
-    time.sleep(0.2)
     process.kill()
     process.wait()
     assert not (tmp_path / "out.mp4").exists()
@@ -417,7 +415,7 @@ def test_an_interrupted_run_finishes_its_file(number: signal.Signals, portrait: 
     process = start(portrait, tmp_path / "out.mp4", 60)
     emitted = wait_for_chunk(process, 1)
     process.send_signal(number)
-    assert process.wait(30) == 130
+    assert process.wait() == 130
     assert not (tmp_path / "out.part.mp4").exists()
     assert len(decode(tmp_path / "out.mp4")[0]) >= emitted >= 28
 

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from itertools import pairwise
 from typing import cast
 
@@ -29,6 +30,7 @@ from streaming.timers import StageTimer
 from streaming.writer import MAX_QUEUED, Progress
 
 CPU = torch.device("cpu")
+HANGS = 600  # seconds, which no machine takes: a test that would wait forever fails then
 CHUNK = ChunkConfig(height=16, width=16)
 
 
@@ -142,13 +144,20 @@ def test_every_sample_and_a_frame_for_every_begun_one(samples: int, factor: int,
 
 def test_frames_do_not_wait_for_the_next_slice() -> None:
     """A live source has none for a while: what is made of the last one comes into the sink all the same."""
-    sink, there = Kept(1), []
+    written, there = threading.Condition(), []
+
+    class Announcing(Kept):
+        def write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
+            with written:
+                super().write(frames, sound)
+                written.notify()
+
+    sink = Announcing(1)
 
     def source() -> Iterator[Slice]:
         for number, item in enumerate(sliced(np.zeros(3 * 17920, np.float32))):
-            deadline = time.monotonic() + 30
-            while sink.frames < 28 * number and time.monotonic() < deadline:
-                time.sleep(0.001)
+            with written:
+                written.wait_for(lambda shown=28 * number: sink.frames >= shown, HANGS)
             there.append(sink.frames)
             yield item
 
@@ -173,28 +182,25 @@ def test_what_the_sink_raises_ends_the_run() -> None:
     assert len(sink.pictures) == 8
 
 
-def test_at_most_max_queued_groups_wait_for_the_sink() -> None:
-    gate, made, session = threading.Event(), [], GroupsOfFour()
+def test_at_most_max_queued_groups_wait_for_the_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, made_before_waiting = threading.Event(), []
+    wait_for = Future.result
+
+    def result(future: Future[None], timeout: float | None = None) -> None:
+        if not gate.is_set():
+            made_before_waiting.append(session.number)
+            gate.set()
+        return wait_for(future, timeout)
 
     class Slow(Kept):
         def _write(self, frames: NDArray[np.uint8], sound: NDArray[np.float32]) -> None:
-            gate.wait(30)
+            gate.wait(HANGS)
             super()._write(frames, sound)
 
-    def play() -> None:
-        slices = sliced(np.zeros(4 * 17920, np.float32))
-        made.extend(run(cast(Session, session), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
-
-    sink = Slow(1)
-    thread = threading.Thread(target=play)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while len(made) < MAX_QUEUED and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.05)  # longer than the rest would take
-    assert len(made) == MAX_QUEUED
-    gate.set()
-    thread.join(30)
+    monkeypatch.setattr(Future, "result", result)
+    sink, session, slices = Slow(1), GroupsOfFour(), sliced(np.zeros(4 * 17920, np.float32))
+    list(run(cast(Session, session), slices, lambda _: torch.zeros(0), sink, CHUNK, StageTimer(CPU)))
+    assert made_before_waiting == [4 * (MAX_QUEUED + 1)]  # the group that waits is made
     assert len(sink.pictures) == session.number == 4 * 28
 
 
@@ -207,9 +213,8 @@ def test_an_interruption_waits_for_the_write_under_way_only() -> None:
     next(steps)
     with pytest.raises(KeyboardInterrupt):
         steps.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
-    written = len(sink.pictures)
-    time.sleep(0.05)
-    assert len(sink.pictures) == written <= 4  # nothing comes afterwards: the sink may be closed
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("emit")]  # the sink may be closed
+    assert len(sink.pictures) <= 4
 
 
 @pytest.mark.parametrize("broken", [0, 4, 24, 28, 80])

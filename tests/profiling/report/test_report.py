@@ -838,7 +838,7 @@ onload = () => {{
 def browse(page: Path, folder: Path, *options: str) -> str:
     """What a browser makes of the page, as HTML."""
     command = [str(BROWSER), *OPTIONS, f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
 
 
 def measured(script: str, text: str, folder: Path) -> Any:
