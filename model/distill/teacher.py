@@ -7,7 +7,8 @@ It learns by flow matching. With x0 the latents of a chunk, noise e and a noise 
 The motion latents at the beginning of a chunk stay clean and do not count in the loss. A chunk begins with two of them,
 and is given a portrait of the person at another moment. One in seven begins with one, which is also its portrait: so a
 stream begins. One in ten is silent, which allows to guide by audio: v = v_silent + g (v - v_silent). In the second
-stage one in three has noise on its motion latents: a stream's own are not perfect either, and it must recover.
+stage one in three has faulty motion latents: each channel is scaled and shifted a little, which blurs and colours the
+picture, and has noise. A stream's own motion latents are not perfect either, and it must recover from that.
 
 There are two stages, each of which can start at the weights of the other:
 
@@ -44,7 +45,7 @@ CONFIG = TINY.dit
 WEIGHTS = "teacher.safetensors"
 SHIFT = TINY.chunk.sample_shift  # of noise levels: s = SHIFT u / (1 + (SHIFT - 1) u) with uniform u
 SILENT = 0.1  # share of chunks
-FAULTY = 1 / 3  # share of chunks with noise on their motion latents, of up to a stage's `motion_noise`
+FAULTY = 1 / 3  # share of chunks with faulty motion latents
 BEGINNING = 0.15  # share of chunks with one motion latent
 GUIDANCE, EVALUATION_STEPS = 2.0, 6
 MOUTH_BOX = (20.0, 18.0)  # half width and height, in pixels, of the cells that count more
@@ -60,21 +61,19 @@ class Stage:
     rate: float
     mouth_weight: float  # of cells in the mouth's box
     channel_power: float  # a latent channel counts as its deviation to this power
-    motion_noise: float  # deviation of the noise on motion latents, at most
+    fault: float  # what faulty motion latents lose of a channel, and the deviation of shifts and noise, at most
     evaluation_takes: int
 
 
 STAGES = {
-    "windows": Stage(
-        cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, motion_noise=0, evaluation_takes=32
-    ),
+    "windows": Stage(cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, fault=0, evaluation_takes=32),
     "streaming": Stage(
         cells=SIZE // CELL,
         batch=2,
         rate=7e-4,
         mouth_weight=8,
         channel_power=1.0,
-        motion_noise=0.25,
+        fault=0.4,
         evaluation_takes=12,
     ),
 }
@@ -141,6 +140,13 @@ def draw(takes: Sequence[Take], stage: Stage, rng: np.random.Generator) -> Batch
     return windows_of(join(chosen), stage.cells)
 
 
+def with_faults(latents: Tensor, fault: Tensor) -> Tensor:
+    """Latents [B, F, z, h, w] after each channel lost up to `fault` of its size and was shifted, and with noise."""
+    channels = (len(latents), 1, latents.shape[2], 1, 1)
+    scale, shift, noise = torch.rand(channels), torch.randn(channels), torch.randn_like(latents)
+    return latents * (1 - fault * scale) + fault / 2 * (shift + noise)
+
+
 def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tensor, dict[str, float]]:
     """The loss of a batch, at noise levels that are spread evenly over it."""
     latents, count = batch.latents, len(batch.latents)
@@ -153,8 +159,8 @@ def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tenso
     generated[:, 0], generated[:, 1] = False, beginning
     generated = generated[:, :, None, None, None]
     noise = torch.randn_like(latents)
-    faults = stage.motion_noise * torch.rand(count) * (torch.rand(count) < FAULTY)
-    motion = latents + faults.view(-1, 1, 1, 1, 1) * torch.randn_like(latents)
+    faults = stage.fault * torch.rand(count) * (torch.rand(count) < FAULTY)
+    motion = with_faults(latents, faults.view(-1, 1, 1, 1, 1))
     noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), motion)
     condition = conditions(portraits, codec.grey, latents.shape[1])
     error = velocities(dit, noisy, condition, 1000 * level, audio) - (noise - latents)
@@ -274,7 +280,7 @@ def train(
         loss=lambda batch: flow_loss(dit, batch, numbers, settings),
         evaluate=lambda _: evaluate(),
     )
-    counters = run_training(task, folder, budget, seed, resume, evaluate_every=500, report=report)
+    counters = run_training(task, folder, budget, seed, resume, evaluate_every=1000, report=report)
     save_teacher(dit, folder / WEIGHTS)
     return counters
 

@@ -228,8 +228,8 @@ def _step(task: Task[B], batch: B, seed: int, step: int, average: dict[str, Tens
 
 
 def mixed_precision(device: str) -> Any:
-    """Autocast to bfloat16 where matrix instructions for it exist: on a GPU, and on CPUs with AMX."""
-    if device != "cpu" or torch.cpu._is_amx_tile_supported():
+    """Autocast to bfloat16 where it has instructions of its own: on a GPU, and on CPUs with AMX or AVX-512 BF16."""
+    if device != "cpu" or torch.cpu._is_avx512_bf16_supported():
         return torch.autocast(device, torch.bfloat16)
     return nullcontext()
 

@@ -79,7 +79,7 @@ def test_the_loss_is_its_formula(codec, monkeypatch):
     torch.manual_seed(0)
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(teacher, "velocities", lambda _, *inputs: seen.append(inputs) or torch.zeros_like(inputs[0]))
-    one, stage = batch(8), dataclasses.replace(STAGES["streaming"], mouth_weight=1, channel_power=0, motion_noise=0)
+    one, stage = batch(8), dataclasses.replace(STAGES["streaming"], mouth_weight=1, channel_power=0, fault=0)
     loss, numbers = flow_loss(new_student(SMALL), one, codec, stage)
     ((noisy, condition, times, audio),) = seen
     level = (times / 1000).view(-1, 1, 1, 1, 1)
