@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,18 @@ B = TypeVar("B")
 
 CHECKPOINT = "checkpoint.pt"
 PREFETCH = 4  # batches that are made ahead of the step that needs them
+
+
+class Stateful(Protocol):
+    """As `torch.distributed.checkpoint` calls what can be saved; the state consists of tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Takes up what was saved."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Task(Generic[B]):
         ema: the share that a step has in the averaged weights.
         clip: the largest norm of the gradient.
         device: where `loss` computes.
+        state: what a step leaves for the next one besides the network, if anything.
     """
 
     name: str
@@ -63,6 +76,7 @@ class Task(Generic[B]):
     ema: float = 0.005
     clip: float = 1.0
     device: str = "cpu"
+    state: Stateful | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +267,7 @@ def _save(path: Path, task: Task[B], average: dict[str, Tensor], counters: Count
         "optimizer": task.optimizer.state_dict(),
         "counters": vars(counters),
         "seed": seed,
+        "state": task.state.state_dict() if task.state else {},
     }
     with _writing(path):
         with replacing(path) as temporary:
@@ -269,6 +284,8 @@ def _load(path: Path, task: Task[B], average: dict[str, Tensor], seed: int) -> C
         raise UserError(f"{path} was trained with seed {state['seed']}, not {seed}")
     task.network.load_state_dict(state["network"])
     task.optimizer.load_state_dict(state["optimizer"])
+    if task.state:
+        task.state.load_state_dict(state["state"])
     for name, tensor in state["average"].items():
         average[name].copy_(tensor)
     return Counters(**state["counters"])
