@@ -68,6 +68,15 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class HotReading:
+    """What NVML read while a back-end ran on a GPU at its power cap."""
+
+    mhz: float  # median clock of the multiprocessors
+    watts: float  # mean power
+    joules: float  # of one call
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One back-end on one case."""
 
@@ -79,6 +88,7 @@ class Measurement:
     samples: tuple[float, ...] = ()  # seconds a call, one value a round; a round times all back-ends in turn
     first_call: float | None = None  # seconds, compilation included
     graph: bool = False  # timed as a CUDA graph, so without launch gaps
+    hot: HotReading | None = None  # if the samples are those of a hot GPU
 
     @property
     def seconds(self) -> float | None:

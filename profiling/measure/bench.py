@@ -105,7 +105,7 @@ def time_case(
     """Adds up to `rounds` rounds of the correct back-ends to a result, on fresh inputs made from `seed`.
 
     A round is one sample of each back-end. With `hot` the samples are those of a hot GPU instead, of one back-end after
-    the other. `on_backend` and exceptions are as in `check_case`.
+    the other, and clock, power and energy are added. `on_backend` and exceptions are as in `check_case`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     found = {m.backend: m for m in result.measurements}
@@ -123,11 +123,11 @@ def time_case(
                     found[m.backend] = replace(m, status=ERROR, detail=one_line(error), samples=())
         on_backend("")
         if hot is None:
-            samples_of = dict(zip(ready, interleave([*ready.values()], rounds, seed), strict=True))
+            for name, samples in zip(ready, interleave([*ready.values()], rounds, seed), strict=True):
+                found[name] = replace(found[name], samples=(*found[name].samples, *samples))
         else:
-            samples_of = hot.measure(case.name, ready)
-        for name, samples in samples_of.items():
-            found[name] = replace(found[name], samples=(*found[name].samples, *samples))
+            for name, one in hot.measure(case.name, ready).items():
+                found[name] = replace(found[name], samples=one.samples, hot=one.reading)
     del sets, ready
     if device.type == "cuda":
         gc.collect()

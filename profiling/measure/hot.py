@@ -24,6 +24,7 @@ from rich.table import Table
 from model.errors import UserError
 from profiling.machine import nvml_handle
 from profiling.measure.timing import CallTimer
+from profiling.results import HotReading
 from profiling.tables import duration, number
 
 CAP_SHARE = 0.95  # of the power limit: from here on the GPU counts as hot
@@ -81,38 +82,32 @@ class NvmlMeter:
 
 
 @dataclass(frozen=True)
-class HotReading:
+class HotSamples:
     """One back-end on a hot GPU."""
 
     samples: tuple[float, ...]  # seconds a call
-    mhz: float  # median clock of the multiprocessors
-    watts: float  # mean power
-    joules: float  # of one call
+    reading: HotReading
 
 
 class HotBench:
-    """Measures back-ends on a hot GPU and keeps what it read, by case and back-end."""
+    """Measures back-ends on a hot GPU and keeps what it found, by case and back-end."""
 
     def __init__(
         self, meter: PowerMeter, heat: Callable[[], object], clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`heat` keeps the GPU busy for a moment and returns when that is over."""
         self._meter, self._heat, self._clock = meter, heat, clock
-        self.readings: dict[str, dict[str, HotReading]] = {}
+        self.found: dict[str, dict[str, HotSamples]] = {}
         self.reached_cap = True  # whenever it was warmed up
 
-    def measure(self, case: str, timers: Mapping[str, CallTimer]) -> dict[str, tuple[float, ...]]:
-        """Samples of each back-end of a case."""
+    def measure(self, case: str, timers: Mapping[str, CallTimer]) -> dict[str, HotSamples]:
+        """Samples and readings of each back-end of a case."""
         self._warm_up()
-        found = {name: self._read(timer) for name, timer in timers.items()}
-        self.readings[case] = found
-        return {name: reading.samples for name, reading in found.items()}
+        self.found[case] = {name: self._read(timer) for name, timer in timers.items()}
+        return self.found[case]
 
     def notes(self) -> Iterator[str]:
-        """What was read, in a line for each back-end, and whether the GPU never became hot."""
-        for case, readings in self.readings.items():
-            for name, r in readings.items():
-                yield f"hot: {case} {name}: {r.mhz:.0f} MHz, {r.watts:.0f} W, {r.joules:.3g} J a call"
+        """Whether the GPU never became hot."""
         if not self.reached_cap:
             yield f"hot: the GPU did not reach {CAP_SHARE:.0%} of its {self._meter.limit:.0f} W in {WARM_SECONDS:.0f} s"
 
@@ -124,13 +119,13 @@ class HotBench:
                 return
             self._heat()
 
-    def _read(self, timer: CallTimer) -> HotReading:
+    def _read(self, timer: CallTimer) -> HotSamples:
         timer.sustain(SETTLE_SECONDS)
         clocks: list[float] = []
         before, begin = self._meter.joules(), self._clock()
         samples, calls = timer.sustain(COUNTED_SECONDS, lambda: clocks.append(self._meter.mhz()))
         seconds, joules = self._clock() - begin, self._meter.joules() - before
-        return HotReading(averaged(samples, SAMPLES), median(clocks), joules / seconds, joules / calls)
+        return HotSamples(averaged(samples, SAMPLES), HotReading(median(clocks), joules / seconds, joules / calls))
 
 
 def averaged(samples: Sequence[float], count: int) -> tuple[float, ...]:
@@ -154,21 +149,21 @@ def hot_bench(device: torch.device) -> HotBench:
 
 
 def hot_values(bench: HotBench) -> dict[str, dict[str, Any]]:
-    """What was read, as JSON values, by case and back-end."""
-    return {case: {name: asdict(r) for name, r in readings.items()} for case, readings in bench.readings.items()}
+    """What was found, as JSON values, by case and back-end."""
+    return {case: {name: asdict(one) for name, one in found.items()} for case, found in bench.found.items()}
 
 
 def hot_table(bench: HotBench) -> Table:
-    """What was read, for a terminal."""
+    """What was found, for a terminal."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.title = "" if bench.reached_cap else "the GPU did not reach its power cap"
     out.add_column("hot: case, back-end", overflow="fold")
     for heading in ("time", "MHz", "W", "J a call"):
         out.add_column(heading, justify="right", no_wrap=True)
-    for case, readings in bench.readings.items():
+    for case, found in bench.found.items():
         out.add_section()
         out.add_row(escape(case))
-        for name, r in readings.items():
-            time_, joules = duration(median(r.samples)), number(r.joules)
-            out.add_row(f"  {escape(name)}", time_, f"{r.mhz:.0f}", f"{r.watts:.0f}", joules)
+        for name, one in found.items():
+            seconds, read = duration(median(one.samples)), one.reading
+            out.add_row(f"  {escape(name)}", seconds, f"{read.mhz:.0f}", f"{read.watts:.0f}", number(read.joules))
     return out

@@ -169,8 +169,8 @@ class _CaseTuner:
                 self.discard(candidate, one_line(error))
         if hot is not None:
             labels = {f"{i + 1}. {candidates[i].label}": i for i in timed}
-            read = hot.measure(self.case.name, {label: timed[i] for label, i in labels.items()})
-            medians = {labels[label]: statistics.median(values) for label, values in read.items()}
+            found = hot.measure(self.case.name, {label: timed[i] for label, i in labels.items()})
+            medians = {labels[label]: statistics.median(one.samples) for label, one in found.items()}
         else:
             medians = self._interleaved(timed, rounds, until)
         timed.clear()

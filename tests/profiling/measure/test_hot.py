@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from itertools import pairwise
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,19 @@ from profiling.__main__ import main
 from profiling.measure import hot
 from profiling.measure.bench import time_case
 from profiling.measure.check import check_case
-from profiling.measure.hot import COUNTED_SECONDS, SAMPLES, HotBench, NvmlMeter, averaged, hot_bench, hot_table
+from profiling.measure.hot import (
+    COUNTED_SECONDS,
+    SAMPLES,
+    HotBench,
+    HotSamples,
+    NvmlMeter,
+    averaged,
+    hot_bench,
+    hot_table,
+)
 from profiling.measure.timing import CallTimer
 from profiling.measure.tune import tune_case
+from profiling.results import HotReading
 from tests.profiling import toy
 from tests.profiling.measure import test_tune
 
@@ -71,18 +83,14 @@ def test_energy_is_that_of_the_counted_calls_and_each_back_end_has_its_own() -> 
     gpu = SimulatedGPU()
     bench = bench_of(gpu)
     timers = {"fast": SimulatedTimer(gpu, 0.010, 650.0), "slow": SimulatedTimer(gpu, 0.020, 500.0)}
-    samples = bench.measure("op/shape/bf16", timers)  # type: ignore[arg-type]
+    fast, slow = bench.measure("op/shape/bf16", timers).values()  # type: ignore[arg-type]
     assert gpu.now > 1, "it was warmed up"
     assert bench.reached_cap
-    fast, slow = bench.readings["op/shape/bf16"].values()
-    assert (fast.watts, fast.joules, fast.mhz) == (pytest.approx(650), pytest.approx(6.5), 1600)
-    assert (slow.watts, slow.joules, slow.mhz) == (pytest.approx(500), pytest.approx(10), 1600)
-    assert samples == {"fast": fast.samples, "slow": slow.samples}
+    assert astuple(fast.reading) == (1600, pytest.approx(650), pytest.approx(6.5))
+    assert astuple(slow.reading) == (1600, pytest.approx(500), pytest.approx(10))
+    assert bench.found == {"op/shape/bf16": {"fast": fast, "slow": slow}}
     assert fast.samples == pytest.approx((0.010,) * SAMPLES)
-    assert list(bench.notes()) == [
-        "hot: op/shape/bf16 fast: 1600 MHz, 650 W, 6.5 J a call",
-        "hot: op/shape/bf16 slow: 1600 MHz, 500 W, 10 J a call",
-    ]
+    assert not list(bench.notes())
     console = Console(record=True, width=100)
     console.print(hot_table(bench))
     assert "10.0 ms  1600  650      6.50" in console.export_text()
@@ -118,9 +126,13 @@ def test_a_timer_keeps_calling_for_as_long_as_it_is_told() -> None:
 def test_bench_takes_the_samples_of_a_hot_gpu() -> None:
     case = toy.case("toy", toy.ours(toy.double), toy.PEER, toy.ours(toy.raises, "raises"))
     bench = HotBench(SimulatedGPU(), lambda: None, lambda: 0.0)
-    bench.measure = lambda _, timers: {backend: (float(len(backend)),) * 3 for backend in timers}  # type: ignore[method-assign]
+    reading = HotReading(1600, 650, 6.5)
+    bench.measure = lambda _, timers: {  # type: ignore[method-assign]
+        backend: HotSamples((float(len(backend)),) * 3, reading) for backend in timers
+    }
     result = time_case(case, check_case(case, CPU, 1), CPU, rounds=9, seed=1, hot=bench)
     assert [m.samples for m in result.measurements] == [(4.0,) * 3, (4.0,) * 3, ()]
+    assert [m.hot for m in result.measurements] == [reading, reading, None]
 
 
 def test_the_tuner_chooses_by_the_hot_times_of_the_last_stage() -> None:
@@ -128,10 +140,13 @@ def test_the_tuner_chooses_by_the_hot_times_of_the_last_stage() -> None:
     seen: list[list[str]] = []
 
     class Reversed:
-        def measure(self, _: str, timers: dict[str, CallTimer]) -> dict[str, tuple[float, ...]]:
+        def measure(self, _: str, timers: dict[str, CallTimer]) -> dict[str, HotSamples]:
             seen.append([*timers])
             times = {"wait=1": 9.0, "wait=2": 3.0, "peer": 5.0}
-            return {label: (next(t for end, t in times.items() if label.endswith(end)),) for label in timers}
+            return {
+                label: HotSamples((next(t for end, t in times.items() if label.endswith(end)),), HotReading(0, 0, 0))
+                for label in timers
+            }
 
     toy_case = test_tune.case("toy", test_tune.waiting(1, 2), test_tune.peer(4))
     outcome = tune_case(toy_case, CPU, time.monotonic() + 1000, 0, Reversed())  # type: ignore[arg-type]
@@ -187,8 +202,8 @@ def test_on_a_gpu_energy_is_time_times_power() -> None:
     device = torch.device("cuda")
     x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     bench = hot_bench(device)
-    bench.measure("mm", {"mm": CallTimer([lambda: torch.mm(x, x)], device)})
-    reading = bench.readings["mm"]["mm"]
+    found = bench.measure("mm", {"mm": CallTimer([lambda: torch.mm(x, x)], device)})["mm"]
+    reading = found.reading
     assert 50 < reading.watts < 2000
     assert 100 < reading.mhz < 4000
-    assert reading.joules == pytest.approx(reading.watts * sum(reading.samples) / len(reading.samples), rel=0.2)
+    assert reading.joules == pytest.approx(reading.watts * fmean(found.samples), rel=0.2)
