@@ -224,6 +224,7 @@ class Quality:
     value: float | None  # None where it is not defined, such as a correlation with what does not move
     low: float | None  # None for a single stream
     high: float | None
+    track: tuple[float, ...] = ()  # of a drift: the mean over streams, in equal parts along them
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,10 @@ class Run:
     def case(self, name: str) -> CaseResult | None:
         """The result of that case."""
         return next((c for c in self.cases if c.case == name), None)
+
+    def quality_of(self, setting: str, measure: str) -> Quality | None:
+        """That measure of that setting."""
+        return next((q for q in self.quality if (q.setting, q.measure) == (setting, measure)), None)
 
 
 def now() -> str:

@@ -32,6 +32,7 @@ from profiling.results import (
     Ceilings,
     Machine,
     Measurement,
+    Quality,
     Run,
     StageInterval,
     VariantResult,
@@ -388,3 +389,29 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     while abs(value) >= base and power + 1 < len(units):
         value, power = value / base, power + 1
     return f"{number(value) if power else f'{value:g}'} {units[power]}"
+
+
+def quality_lines(rows: Sequence[Quality]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Settings, and for each measure its name and a cell for each setting: "0.71 (0.66 to 0.75)"."""
+    settings, measures = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("setting", "measure"))
+    found = {(row.measure, row.setting): row for row in rows}
+    return settings, [(m, [_quality_cell(found.get((m, setting))) for setting in settings]) for m in measures]
+
+
+def _quality_cell(row: Quality | None) -> str:
+    if row is None:
+        return ""
+    return number(row.value) + ("" if row.low is None else f" ({number(row.low)} to {number(row.high)})")
+
+
+def quality_table(rows: Sequence[Quality]) -> Table:
+    """The measures for a terminal, a column for each setting."""
+    settings, lines = quality_lines(rows)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("measure", overflow="fold")
+    for setting in settings:
+        out.add_column(setting, justify="right")
+    for measure, cells in lines:
+        out.add_row(measure, *cells)
+    out.caption = "with 95 % intervals over streams"
+    return out

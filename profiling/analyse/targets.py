@@ -23,6 +23,9 @@ times. If an entry has several goals, meeting one of them is enough. Stages:
 If a pattern matches several variants, the best of them counts. Ratios are within one run, never across two. A wrong
 kernel misses its goal; a goal that no run can answer is unmeasured. Kernels of other programs are peers.
 
+An entry with `setting` and `quality` is about generated video: a measure of `profiling quality` in one way to run a
+preset, at least or at most so large, or at least `ratio` times what another setting, the `peer`, has.
+
 An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
 from all results together, for a stage `fps` or `first_frame` and our kernels in the fastest dtype. It is labelled as a
 projection. Where kernels were not measured, a chunk divided evenly shows what can be reached at most. The goal is then
@@ -58,28 +61,35 @@ BEST = "best"  # the fastest right peer
 MISSED_CODE, UNMEASURED_CODE = 1, 3  # exit codes
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
+QUALITY_MEASURES = ("ratio", "at_least", "at_most")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
 PROJECTED_STAGES = ("fps", "first_frame")
-TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "backend", "peer", "link")
+TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "setting", "quality", "backend", "peer", "link")
 
 # --- Goals ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Target:
-    """One entry of the file, for one case, for variants, or for a projection."""
+    """One entry of the file, for one case, for variants, for generated video, or for a projection."""
 
     name: str
-    subject: str  # case, or shell pattern of variants; "8 x H800" for a projection
+    subject: str  # case, shell pattern of variants, or setting; "8 x H800" for a projection
     goals: Mapping[str, float]  # by measure; meeting one of them is enough
     device: str = ""  # regular expression, searched in the device's name
     kind: str | None = None
-    stage: str | None = None  # of variants; None for a case
+    stage: str | None = None  # of variants
+    quality: str | None = None  # of generated video
     backend: str | None = None
     peer: str | None = None
     stretch: float | None = None  # of the first goal
     gpus: int | None = None  # of a projection
     link: str = ""  # between them
+
+    @property
+    def part(self) -> str:
+        """What of the subject it is about; empty for a case."""
+        return self.stage or self.quality or ""
 
     def applies(self, run: Run) -> bool:
         """Whether the run took place on a machine that the target is for."""
@@ -107,7 +117,7 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
     """The targets of one entry. Raises ValueError that says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError("is not a table; write [[target]]")
-    allowed = CASE_MEASURES if "cases" in entry or "stage" not in entry else VARIANT_MEASURES
+    allowed = _measures(entry)
     known = (*TEXT_KEYS, *allowed, "cases", "stretch", "gpus")
     for key in entry:
         if key not in known:
@@ -116,12 +126,17 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
         if not isinstance(entry.get(key, ""), str):
             raise ValueError(f"{key} = {entry[key]!r}, wanted a text")
     goals = {key: _positive(entry, key) for key in entry if key in allowed}
-    variants, cases, gpus = entry.get("variant"), entry.get("cases", []), entry.get("gpus")
+    variants, cases, gpus, setting = (entry.get(key) for key in ("variant", "cases", "gpus", "setting"))
+    cases = [] if cases is None else cases
     if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
         raise ValueError(f"cases = {cases!r}, wanted a list of names")
     _require(bool(entry.get("name")), "has no name")
-    _require([bool(cases), bool(variants), gpus is not None].count(True) == 1, "wants either cases, a variant, or gpus")
-    _require(("stage" in entry) == (not cases), "a stage goes with a variant or gpus, and these need one")
+    chosen = [bool(cases), bool(variants), bool(setting), gpus is not None]
+    _require(chosen.count(True) == 1, "wants either cases, a variant, a setting, or gpus")
+    _require(
+        ("stage" in entry) == (not cases and not setting), "a stage goes with a variant or gpus, and these need one"
+    )
+    _require(("quality" in entry) == bool(setting), "a quality goes with a setting, and a setting needs one")
     _require(bool(goals), f"has no goal; there are {', '.join(allowed)}")
     _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
     _require(not ("backend" in entry and not cases), "a backend goes with cases")
@@ -135,10 +150,17 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
         re.compile(entry.get("device", ""))
     except re.error as error:
         raise ValueError(f"device is no regular expression: {error}") from error
-    common = {key: entry[key] for key in entry if key not in (*goals, "cases", "variant", "stretch")}
+    common = {key: entry[key] for key in entry if key not in (*goals, "cases", "variant", "setting", "stretch")}
     stretch = _positive(entry, "stretch") if "stretch" in entry else None
-    subjects = cases or [variants or f"{gpus} x {entry['link']}"]
+    subjects = cases or [variants or setting or f"{gpus} x {entry['link']}"]
     return [Target(subject=subject, goals=goals, stretch=stretch, **common) for subject in subjects]
+
+
+def _measures(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The goals that an entry may have."""
+    if "setting" in entry:
+        return QUALITY_MEASURES
+    return VARIANT_MEASURES if "stage" in entry and "cases" not in entry else CASE_MEASURES
 
 
 def _positive(entry: Mapping[str, Any], key: str) -> float:
@@ -237,9 +259,7 @@ def evaluate(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
         results = []
         for measure in target.goals:
             try:
-                value, detail = (
-                    _variant_value(target, measure, run) if target.stage else _case_value(target, measure, run)
-                )
+                value, detail = _value(target, measure, run)
             except _BrokenError as error:
                 return TargetResult(target, MISSED, measure, detail=str(error), file=file)
             except _AbsentError as error:
@@ -304,6 +324,12 @@ def _nearest(target: Target, measure: str, projections: Iterable[Projection]) ->
     return min(results, key=lambda result: result.shortfall or 0)
 
 
+def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:
+    """What a run answers, and which back-end, variant or setting that is of."""
+    kind = _variant_value if target.stage else _quality_value if target.quality else _case_value
+    return kind(target, measure, run)
+
+
 def _case_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     if (case := run.case(target.subject)) is None:
         raise _AbsentError("not in any results")
@@ -348,6 +374,24 @@ def _variant_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
             raise _UnmeasuredError(f"peer {error}") from error
         return theirs / value, f"{mine} against {peer}"
     return value, mine
+
+
+def _quality_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
+    value = _quality(run, target.subject, target.quality or "")
+    if measure == "ratio":
+        peer = target.peer or ""
+        return value / _quality(run, peer, target.quality or ""), f"{target.subject} against {peer}"
+    return value, target.subject
+
+
+def _quality(run: Run, setting: str, measure: str) -> float:
+    if not run.quality:
+        raise _AbsentError("no results of profiling quality")
+    if (row := run.quality_of(setting, measure)) is None:
+        raise _UnmeasuredError(f"no {measure} of {setting}")
+    if row.value is None:
+        raise _BrokenError(f"{measure} of {setting} is not defined")
+    return row.value
 
 
 def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:
@@ -412,7 +456,7 @@ def _table(results: Iterable[TargetResult]) -> Table:
                 continue
             for result in answers:
                 target = result.target
-                subject = f"{target.stage} of {target.subject}" if target.stage else target.subject
+                subject = f"{target.part} of {target.subject}" if target.part else target.subject
                 source = f"{detail}, {Path(result.file).name}" if result.file else detail
                 out.add_row(f"{escape(subject)}\n  [dim]{escape(source)}[/]", *_cells(result))
     return out

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from model.config import BUNDLED, PRECISIONS, PRESETS
 from model.distill.clips import draw_motion
@@ -38,12 +36,13 @@ from model.distill.speech import SAMPLE_RATE, draw_track
 from model.errors import UserError
 from profiling.machine import describe_machine, resolve_device
 from profiling.results import Quality, Run, as_json_text, now, save, to_json
-from profiling.tables import number, terminal
+from profiling.tables import quality_table, terminal
 from streaming import TalkingHeadPipeline
 
 SEED = 0  # of people and voices, the same in every run, so that runs can be compared
 DRIFT_PORTRAITS = 4
 DRIFT_CHUNKS = 10  # at either end
+TRACK = 100  # parts of a long stream whose means are kept
 Frames = NDArray[np.uint8]
 
 
@@ -185,8 +184,8 @@ def measure_drift(
     chunks: int,
     eyes: Reader,
     on_stream: Callable[[], object] = lambda: None,
-) -> Iterator[tuple[str, Interval]]:
-    """How distance, background and sharpness change from the first to the last chunks of long streams."""
+) -> Iterator[tuple[str, Interval, tuple[float, ...]]]:
+    """How distance, background and sharpness change from the first to the last chunks of long streams, and between."""
     size = pipeline.config.chunk.new_frames
     wave = np.resize(voice.wave, chunks * pipeline.config.chunk.slice_samples)
     tracks: dict[str, list[NDArray[np.floating]]] = {}
@@ -207,7 +206,9 @@ def measure_drift(
             tracks.setdefault(name, []).append(np.array(values))
         on_stream()
     for name, values in tracks.items():
-        yield f"{name}, last over first {DRIFT_CHUNKS} of {chunks} chunks", drift_ratio(values, DRIFT_CHUNKS)
+        title = f"{name}, last over first {DRIFT_CHUNKS} of {chunks} chunks"
+        parts = np.array_split(np.mean(values, 0), min(TRACK, chunks))
+        yield title, drift_ratio(values, DRIFT_CHUNKS), tuple(round(float(part.mean()), 5) for part in parts)
 
 
 def quality_command(
@@ -227,8 +228,7 @@ def quality_command(
         for setting in chosen:
             for part, color in ((setting, 1.0), (setting, 0.0)) if drift else ((setting, 1.0),):
                 found = _measured(part, color, preset, str(where), portraits, voices, chunks, drift, eyes, status)
-                rows = (Quality(*about, *(_finite(x) for x in (v.value, v.low, v.high))) for about, v in found)
-                run = replace(run, quality=(*run.quality, *rows), seconds=time.monotonic() - begin)
+                run = replace(run, quality=(*run.quality, *found), seconds=time.monotonic() - begin)
                 if out is not None:
                     save(run, out)
     if as_json:
@@ -241,8 +241,8 @@ def quality_command(
 def _measured(
     setting: Setting, color: float, preset: str, device: str, portraits: Sequence[Frames], voices: int, chunks: int,
     drift: int, eyes: Reader, status: Any,
-) -> Iterator[tuple[tuple[str, str], Interval]]:  # fmt: skip
-    """The measures of a setting by (setting, measure): all with the colours corrected, else drift alone."""
+) -> Iterator[Quality]:  # fmt: skip
+    """The measures of a setting: all with the colours corrected, else drift alone."""
     options = {"precision": setting.precision, "steps": setting.steps, "frames": setting.frames, "color": color}
     done = 0
 
@@ -254,33 +254,14 @@ def _measured(
     with TalkingHeadPipeline.from_pretrained(preset, device=device, **options) as pipeline:
         heard = held_out_voices(voices, chunks * pipeline.config.chunk.new_frames)
         if color:
-            for name, value in measure_setting(pipeline, portraits, heard, eyes, count):
-                yield (setting.name, name), value
+            for measure, value in measure_setting(pipeline, portraits, heard, eyes, count):
+                yield _row(setting.name, measure, value)
         if drift:
-            name = setting.name if color else f"{setting.name}, colours as they come"
-            for measure, value in measure_drift(pipeline, portraits[:DRIFT_PORTRAITS], heard[0], drift, eyes, count):
-                yield (name, measure), value
+            name, some = setting.name if color else f"{setting.name}, colours as they come", portraits[:DRIFT_PORTRAITS]
+            for measure, value, track in measure_drift(pipeline, some, heard[0], drift, eyes, count):
+                yield _row(name, measure, value, track)
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def quality_table(rows: Sequence[Quality]) -> Table:
-    """The measures for a terminal, a column for each setting."""
-    settings, measures = dict.fromkeys(row.setting for row in rows), dict.fromkeys(row.measure for row in rows)
-    found = {(row.measure, row.setting): row for row in rows}
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    out.add_column("measure", overflow="fold")
-    for setting in settings:
-        out.add_column(setting, justify="right")
-    for measure in measures:
-        cells = (found.get((measure, setting)) for setting in settings)
-        out.add_row(measure, *(_cell(row) if row else "" for row in cells))
-    out.caption = "with 95 % intervals over streams"
-    return out
-
-
-def _cell(row: Quality) -> str:
-    interval = "" if row.low is None else f" ({number(row.low)} to {number(row.high)})"
-    return number(row.value) + interval
+def _row(setting: str, measure: str, found: Interval, track: tuple[float, ...] = ()) -> Quality:
+    value, low, high = (float(x) if math.isfinite(x) else None for x in (found.value, found.low, found.high))
+    return Quality(setting, measure, value, low, high, track)

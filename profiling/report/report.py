@@ -24,7 +24,7 @@ from profiling.analyse.verdicts import Comparison
 from profiling.ceilings import with_launched_copy
 from profiling.defaults import default_backend
 from profiling.formats import load
-from profiling.report import figures
+from profiling.report import figures, quality
 from profiling.report.history import history
 from profiling.report.roofline import roofline
 from profiling.report.verdict import (
@@ -50,6 +50,8 @@ from profiling.tables import (
     memory,
     number,
     percent,
+    quality_lines,
+    quality_table,
     rate,
     ratio,
     terminal,
@@ -117,6 +119,8 @@ def gather_evidence(path: Path, results: Path, targets: Path) -> Evidence:
 def draw_figures(found: Evidence) -> Drawn:
     """All figures by name; what a run has no numbers for is left out."""
     functions = {
+        "quality": quality.measures,
+        "drift": quality.drift,
         "timeline": figures.timeline,
         "roofline": roofline,
         "history": partial(history, others=[run for _, run in found.others]),
@@ -141,7 +145,7 @@ def render_page(found: Evidence, drawn: Drawn) -> str:
     functions = (duration, memory, number, percent, rate, ratio, change_in_words, before_and_after, counted)
     environment.filters |= {function.__name__: function for function in functions}
     run, script = found.run, Path(__file__).with_name(SCRIPT).read_text()
-    rows = variant_rows(run)
+    rows, (settings, lines) = variant_rows(run), quality_lines(run.quality)
     return environment.get_template(TEMPLATE).render(
         run=run,
         revision=revision(run),
@@ -154,6 +158,8 @@ def render_page(found: Evidence, drawn: Drawn) -> str:
         pictures={name: [_data_url(figure) for figure in pair] for name, pair in drawn.items()},
         above=list(dict.fromkeys(row.above for row in measurement_rows(run) if row.above)),
         cases=[CaseGroup.of(case, run) for case in run.cases],
+        settings=settings,
+        quality_lines=lines,
         variants=rows,
         variant_lines=list(variant_lines(rows)),
         audit=[(result, *_modelled(result)) for result in run.audit],
@@ -273,6 +279,7 @@ def report_json(run: Run) -> dict[str, Any]:
         "cases": _plain(measurement_rows(run)),
         "variants": _plain(variant_rows(run)),
         "audit": _plain(run.audit),
+        "quality": _plain(run.quality),
         "notes": list(run.notes),
     }
 
@@ -291,6 +298,8 @@ def show(found: Evidence, console: Console) -> None:
         console.print(variant_table(variant_rows(run)))
     if run.cases:
         console.print(measurement_table(measurement_rows(run)))
+    if run.quality:
+        console.print(quality_table(run.quality))
     if run.audit:
         console.print(audit_table(run.audit))
     for tile in found.tiles:

@@ -41,6 +41,8 @@ def _is_about(target: Target, run: Run) -> bool:
     """Whether the run has a variant that the target is about, or has measured a back-end of ours on its case."""
     if target.gpus is not None:
         return False
+    if target.quality:
+        return any(row.setting == target.subject for row in run.quality)
     if target.stage:
         return any(fnmatch.fnmatchcase(variant.variant, target.subject) for variant in run.variants)
     case = run.case(target.subject)
@@ -67,6 +69,7 @@ def tiles(run: Run, goals: Sequence[TargetResult], changed: Sequence[Comparison]
     if run.variants or any(case.best(ours=True) for case in run.cases):
         yield from _change_tiles(changed)
     yield from _variant_tiles(run)
+    yield from _quality_tiles(run)
     pairs = [(ours, peer) for c in run.cases if (ours := c.best(True)) and (peer := c.best(False))]
     if pairs:
         won = sum((ours.seconds or 0) < (peer.seconds or 0) for ours, peer in pairs)
@@ -142,6 +145,13 @@ def _variant_tiles(run: Run) -> Iterator[Tile]:
         yield Tile("First frame", duration(best.first_frame), "from window of sound to frames")
     if best.peak_bytes:
         yield Tile("Peak memory", memory(best.peak_bytes), f"{memory(best.weights_bytes)} of it weights")
+
+
+def _quality_tiles(run: Run) -> Iterator[Tile]:
+    """The first setting's main measures."""
+    for measure, name in (("r of open", "Lips follow the voice"), ("sharpness, of the portrait's", "Sharpness")):
+        if row := next((row for row in run.quality if row.measure == measure), None):
+            yield Tile(name, number(row.value), f"{row.measure}; {row.setting}")
 
 
 def _first_few(names: Sequence[str], most: int = 5) -> str:

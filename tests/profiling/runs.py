@@ -22,6 +22,7 @@ from profiling.results import (
     Machine,
     Measurement,
     NvmlTrace,
+    Quality,
     Run,
     StageInterval,
     VariantResult,
@@ -297,3 +298,17 @@ def compare_runs(before: Run, after: Run, again: Sequence[Run] = (), threshold: 
     first, second = (Tree(name, (Source(name, run),)) for name, run in (("before", before), ("after", after)))
     further = [Tree(f"again {i}", (Source(f"again {i}", run),)) for i, run in enumerate(again)]
     return compare_trees(join(first, second, any_device=True), further, threshold, force=True)
+
+
+def quality(settings: Sequence[str] = ("fp32, 4 steps, 33 frames", "bf16, 2 steps, 17 frames")) -> tuple[Quality, ...]:
+    """Measures of generated video, those of long streams among them, and one that is not defined."""
+    rng, rows = np.random.default_rng(0), []
+    for setting in settings:
+        for measure in ("r of open", "lag of open, frames", "seam ratio", "sharpness, of the portrait's"):
+            value = float(rng.uniform(0.5, 1.5))
+            rows.append(Quality(setting, measure, value, value - 0.1, value + 0.1))
+        rows.append(Quality(setting, "blinks, of the data's", None, None, None))
+        for measure in ("distance to the portrait", "sharpness"):
+            track = tuple(float(x) for x in 5 + rng.normal(0, 0.2, 40).cumsum())
+            rows.append(Quality(setting, f"{measure}, last over first 10 of 40 chunks", 1.1, 1.0, 1.2, track))
+    return tuple(rows)

@@ -23,6 +23,7 @@ from profiling.results import (
     Ceilings,
     Machine,
     Measurement,
+    Quality,
     Run,
     StageInterval,
     VariantResult,
@@ -264,6 +265,39 @@ def test_calls_beside_other_work_are_not_summed() -> None:
 # --- Projections ----------------------------------------------------------------------------------------------------
 
 
+QUALITY = run(
+    quality=tuple(Quality(s, "r of open", r, None, None) for s, r in (("fp32", 0.8), ("bf16", 0.6), ("x", None)))
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "goals", "verdict", "value", "shortfall"),
+    [
+        ("fp32", {"at_least": 0.75}, MET, 0.8, -1 / 15),
+        ("fp32", {"at_most": 0.4}, MISSED, 0.8, 1.0),
+        ("bf16", {"ratio": 1.0}, MISSED, 0.75, 0.25),  # of fp32's
+        ("bf16", {"ratio": 0.6}, MET, 0.75, -0.25),
+        ("x", {"at_least": 0.5}, MISSED, None, None),  # a correlation with what does not move
+    ],
+)
+def test_generated_video_is_held_to_its_goal(
+    setting: str, goals: dict[str, float], verdict: str, value: float | None, shortfall: float | None
+) -> None:
+    goal = Target("a goal", setting, goals, quality="r of open", peer="fp32")
+    result = held(goal, QUALITY)
+    assert (result.verdict, result.value) == (verdict, pytest.approx(value) if value else None)
+    assert result.shortfall == (pytest.approx(shortfall) if shortfall else None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "runs", "detail"),
+    [("int8", [QUALITY], "no r of open of int8"), ("fp32", [RUN], "no results of profiling quality")],
+)
+def test_quality_that_was_not_measured_is_unmeasured(setting: str, runs: Sequence[Run], detail: str) -> None:
+    result = held(Target("a goal", setting, {"at_least": 0.5}, quality="r of open"), *runs)
+    assert (result.verdict, result.detail) == (UNMEASURED, detail)
+
+
 def test_a_projected_goal_is_answered_by_all_runs_together(tmp_path: Path) -> None:
     """A first run has the cases of the student, a second those of the VAE."""
     text = toml(cases=None, seconds=None, gpus="8", link='"H800"', stage='"fps"', at_least="1")
@@ -310,7 +344,7 @@ def test_without_results_a_projection_is_unmeasured() -> None:
 def test_every_case_and_peer_in_the_goals_exists() -> None:
     cases = registry()
     for goal in read_targets(TARGETS):
-        if goal.stage is None:
+        if not goal.part:
             assert goal.subject in cases
             backends = {b.name for b in cases[goal.subject].backends}
             assert {goal.peer, goal.backend} - {None, "best"} <= backends
@@ -348,8 +382,8 @@ def toml(**changes: str | None) -> str:
         (toml(seconds="inf"), "seconds = inf, wanted a positive number"),
         (toml(stretch='"a"'), "stretch = 'a', wanted a positive number"),
         (toml(cases='"op/shape/bf16"'), "cases = 'op/shape/bf16', wanted a list of names"),
-        (toml(cases=None), "wants either cases, a variant, or gpus"),
-        (toml(variant='"a"', stage='"chunk"'), "wants either cases, a variant, or gpus"),
+        (toml(cases=None), "wants either cases, a variant, a setting, or gpus"),
+        (toml(variant='"a"', stage='"chunk"'), "wants either cases, a variant, a setting, or gpus"),
         (toml(cases=None, variant='"a"'), "a stage goes with a variant or gpus, and these need one"),
         (toml(stage='"chunk"'), "a stage goes with a variant or gpus, and these need one"),
         (toml(ratio="1.0"), "a ratio needs a peer"),
@@ -359,6 +393,9 @@ def toml(**changes: str | None) -> str:
         (toml(link='"H800"'), "a link goes with gpus"),
         (toml(cases=None, gpus='"8"', link='"H800"', stage='"fps"'), "gpus = '8', wanted a number of GPUs"),
         (toml(cases=None, gpus="8", link='"H800"', stage='"decode"'), "have the stages fps, first_frame"),
+        (toml(cases=None, setting='"a"', seconds=None, at_least="1"), "a quality goes with a setting, and a setting"),
+        (toml(quality='"a"'), "a quality goes with a setting, and a setting needs one"),
+        (toml(cases=None, setting='"a"', quality='"b"', stage='"chunk"'), "seconds is not a key of it"),
         (toml(kind='"gpu"'), "kind = 'gpu', wanted cuda or cpu"),
         (toml(device='"H100("'), "device is no regular expression"),
     ],

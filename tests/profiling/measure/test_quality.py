@@ -63,12 +63,18 @@ def test_long_streams_of_the_truth_do_not_drift() -> None:
     (voice,) = held_out_voices(1, 3 * SIZE)
     samples = 20 * TINY.chunk.slice_samples
     pipeline = cast(TalkingHeadPipeline, Truth({samples: np.resize(voice.mouth, (20 * SIZE, 6))}))
-    found = dict(measure_drift(pipeline, held_out_portraits(1), voice, 20, load_reader()))
+    found = {
+        name: (drift, track)
+        for name, drift, track in measure_drift(pipeline, held_out_portraits(1), voice, 20, load_reader())
+    }
     assert set(found) == {
         f"{name}, last over first 10 of 20 chunks"
         for name in ("distance to the portrait", "background's colour", "sharpness")
     }
-    assert found["sharpness, last over first 10 of 20 chunks"].value == pytest.approx(1, abs=0.1)
+    drift, track = found["sharpness, last over first 10 of 20 chunks"]
+    assert drift.value == pytest.approx(1, abs=0.1)
+    assert len(track) == 20
+    assert sum(track[10:]) / sum(track[:10]) == pytest.approx(drift.value, abs=1e-3)
 
 
 def test_settings_are_parsed() -> None:
