@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
-# The student was distilled at these timesteps, by number of steps; other numbers of steps are spread evenly.
-_DISTILLED = {2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0)}
 
 
 def timesteps(steps: int, shift: float) -> Tensor:
-    """The shifted timesteps t_0 .. t_steps = 0, float32 [steps + 1].
+    """The shifted timesteps t_0 = 1000 .. t_steps = 0, float32 [steps + 1], evenly spread before the shift.
 
-    A base timestep, 1000 u, becomes 1000 shift u / (1 + (shift - 1) u), in float32: u = 2/3 gives 833.33331298828125.
+    For 2 and 4 steps these are the timesteps that the student was distilled at. For other numbers the published code
+    spreads from 1000 down to 1, where the last step changes nothing; here every step counts.
     """
-    base = torch.tensor(_DISTILLED[steps]) if steps in _DISTILLED else torch.linspace(NUM_TIMESTEPS, 1, steps)
-    u = torch.cat((base, torch.zeros(1))) / NUM_TIMESTEPS
-    return shift * u / (1 + (shift - 1) * u) * NUM_TIMESTEPS
+    return shifted(torch.linspace(1, 0, steps + 1), shift) * NUM_TIMESTEPS
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """The noise levels shift u / (1 + (shift - 1) u) of the levels u in 0..1; above 1, a shift raises them."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def first_latents(noise: Callable[[int], Tensor], motion: Tensor) -> Tensor:

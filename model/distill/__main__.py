@@ -13,6 +13,7 @@ import typer
 from model import command
 from model.distill import audio, codec, reader, report, student, takes, teacher
 from model.distill.clips import draw_clip, write_clip
+from model.distill.student_network import load_network
 from model.distill.training import Budget
 from model.errors import UserError
 
@@ -196,7 +197,7 @@ def smoke(out: Out, seed: Seed = 0) -> None:
     student.train(out / "student", Budget(steps=1), seed, teacher=weights, takes=out / "takes")
     codec.load_codec(out / "codec" / codec.WEIGHTS.name)
     reader.load_reader(out / "reader" / reader.WEIGHTS.name)
-    teacher.load_teacher(out / "student" / student.WEIGHTS)
+    load_network(out / "student" / student.WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.face import MOUTH
 from model.distill.metrics import lip_sync, sharpness
 from model.distill.reader import Reader, load_reader
-from model.distill.student_network import velocities
+from model.distill.student_network import load_network, save_network, velocities
 from model.distill.takes import STRIDE, Batch, Take, join, load_takes
 from model.distill.teacher import (
     GUIDANCE,
@@ -34,9 +34,7 @@ from model.distill.teacher import (
     STAGES,
     Codec,
     conditions,
-    load_teacher,
     mouth_cells,
-    save_teacher,
 )
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
@@ -145,7 +143,7 @@ def trajectory(
     teacher: DiT, motion: Tensor, condition: Tensor, audio: Tensor, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
     """The teacher's latents at each of the student's levels, the noisiest first, and those at the end."""
-    levels = (even_timesteps(TEACHER_STEPS) / NUM_TIMESTEPS).tolist()
+    levels = (timesteps(TEACHER_STEPS, SHIFT) / NUM_TIMESTEPS).tolist()
     x = torch.randn(*condition.shape[:2], *motion.shape[2:], generator=generator)
     passed, n = [], motion.shape[1]
     both, heard = torch.cat((condition, condition)), torch.cat((audio, torch.zeros_like(audio)))
@@ -158,12 +156,6 @@ def trajectory(
         x = x - (level - following) * (silent + GUIDANCE * (v - silent))
     x[:, :n] = motion
     return passed, x
-
-
-def even_timesteps(count: int) -> Tensor:
-    """Timesteps that are even before the shift, [count + 1], the last one 0."""
-    u = torch.linspace(1, 0, count + 1)
-    return SHIFT * u / (1 + (SHIFT - 1) * u) * NUM_TIMESTEPS
 
 
 def student_loss(dit: DiT, teacher: DiT, streams: Streams, draw: Draw, codec: Codec) -> tuple[Tensor, dict[str, float]]:
@@ -240,8 +232,8 @@ def train(
         UserError: As for `model.distill.training.train`, and if takes, codec or weights cannot be read.
     """
     torch.manual_seed(seed)
-    numbers, wise = Codec.load(codec), load_teacher(teacher)
-    dit = load_teacher(start or teacher)
+    numbers, wise = Codec.load(codec), load_network(teacher)
+    dit = load_network(start or teacher)
     training, held_out = load_takes(takes), load_takes(takes, held_out=True)[:EVALUATION_TAKES]
     eyes = load_reader()
     streams = Streams(training)
@@ -256,5 +248,5 @@ def train(
         state=streams,
     )
     counters = run_training(task, folder, budget, seed, resume, evaluate_every=100, report=report)
-    save_teacher(dit, folder / WEIGHTS)
+    save_network(dit, folder / WEIGHTS)
     return counters

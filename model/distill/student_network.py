@@ -6,6 +6,8 @@ nothing from prompt and portrait features, as its output projections of them are
 comes from the portrait's latents, which every chunk is given.
 """
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -13,8 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import DiTConfig
+from model.config import DiTConfig, from_official
 from model.dit import Block, DiT, group_audio, rope_table, rotate
+from model.weights.trained import fill, load_trained, save_trained
 
 UNUSED = ("text_embedding.", "img_emb.", ".cross_attn.", ".norm3.")  # parts of names of parameters
 
@@ -142,3 +145,17 @@ def _audio_attention(block: Block, h: Tensor, tokens: Tensor) -> Tensor:
     k, v = rearrange(attention.kv_linear(tokens), "b f t (two h d) -> two (b f) h t d", two=2, h=heads)
     attended = rearrange(F.scaled_dot_product_attention(q, k, v), "(b f) h s d -> b (f s) (h d)", f=frames)
     return F.linear(attended, attention.proj.weight, attention.proj.bias)
+
+
+def save_network(dit: DiT, path: Path) -> None:
+    """Writes the trained tensors in half precision."""
+    tensors = {name: x.half() for name, x in dit.named_parameters() if x.requires_grad}
+    save_trained(path, tensors, asdict(dit.config))
+
+
+def load_network(path: Path) -> DiT:
+    """The trained network, float32; what was not trained is 0. Raises `UserError` for another file."""
+    tensors, settings = load_trained(path)
+    dit = new_student(from_official(DiTConfig, settings))
+    fill(dit, tensors)
+    return dit

@@ -18,7 +18,7 @@ streaming   The whole picture, as a stream generates it. This is the paper's fir
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,29 +26,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import TINY, DiTConfig, from_official
-from model.distill.codec import CODEC, SIZE, as_bytes, latent_deviation, load_codec
+from model.config import TINY, DiTConfig
+from model.distill.codec import CODEC, MOUTH_BOX, SIZE, as_bytes, latent_deviation, load_codec
 from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.face import MOUTH
 from model.distill.metrics import lip_sync, psnr
 from model.distill.reader import Reader, load_reader, mouth_crops
-from model.distill.student_network import new_student, velocities
+from model.distill.student_network import load_network, new_student, save_network, velocities
 from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
 from model.dit import DiT
+from model.sampler import NUM_TIMESTEPS, shifted, timesteps
 from model.vae import VAE
-from model.weights.trained import fill, load_trained, save_trained
 
 CELL = CODEC.spatial_stride  # pixels
 CONFIG = TINY.dit
 WEIGHTS = "teacher.safetensors"
-SHIFT = TINY.chunk.sample_shift  # of noise levels: s = SHIFT u / (1 + (SHIFT - 1) u) with uniform u
+SHIFT = TINY.chunk.sample_shift  # of noise levels, uniform before it
 SILENT = 0.1  # share of chunks
 FAULTY = 1 / 3  # share of chunks with faulty motion latents
 BEGINNING = 0.15  # share of chunks with one motion latent
 GUIDANCE, EVALUATION_STEPS = 2.0, 6
-MOUTH_BOX = (20.0, 18.0)  # half width and height, in pixels, of the cells that count more
 PROBED_LEVELS = (0.97, 0.6)
 
 
@@ -154,7 +153,7 @@ def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tenso
     portraits = torch.where(beginning.view(-1, 1, 1, 1), latents[:, 0], batch.portraits)
     audio = batch.audio * (torch.rand(count) >= SILENT).view(-1, 1, 1, 1, 1)
     u = (torch.randperm(count) + torch.rand(count)) / count
-    level = SHIFT * u / (1 + (SHIFT - 1) * u)
+    level = shifted(u, SHIFT)
     generated = torch.ones(latents.shape[:2], dtype=torch.bool)
     generated[:, 0], generated[:, 1] = False, beginning
     generated = generated[:, :, None, None, None]
@@ -163,7 +162,7 @@ def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tenso
     motion = with_faults(latents, faults.view(-1, 1, 1, 1, 1))
     noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), motion)
     condition = conditions(portraits, codec.grey, latents.shape[1])
-    error = velocities(dit, noisy, condition, 1000 * level, audio) - (noise - latents)
+    error = velocities(dit, noisy, condition, NUM_TIMESTEPS * level, audio) - (noise - latents)
     weight = 1 + (stage.mouth_weight - 1) * mouth_cells(batch.centres, stage.cells)
     weight = weight * codec.deviation.view(-1, 1, 1) ** stage.channel_power * generated
     loss = (weight * error.square()).sum() / weight.sum()
@@ -176,11 +175,10 @@ def sample(dit: DiT, batch: Batch, codec: Codec, steps: int, guidance: float, se
     """Latents of chunks that begin with the batch's two motion latents, by Euler steps, as the batch's latents."""
     x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed))
     condition = conditions(batch.portraits, codec.grey, x.shape[1])
-    u = torch.linspace(1, 0, steps + 1)
-    levels = (SHIFT * u / (1 + (SHIFT - 1) * u)).tolist()
+    levels = (timesteps(steps, SHIFT) / NUM_TIMESTEPS).tolist()
     for level, following in pairwise(levels):
         x[:, :2] = batch.latents[:, :2]
-        times = torch.full((len(x),), 1000 * level)
+        times = torch.full((len(x),), NUM_TIMESTEPS * level)
         v = velocities(dit, x, condition, times, batch.audio)
         if guidance != 1:
             silent = velocities(dit, x, condition, times, batch.audio * 0)
@@ -202,7 +200,7 @@ def hearing(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> dict[str, flo
     for level in PROBED_LEVELS:
         noisy = latents + level * (noise - latents)
         noisy[:, :2] = latents[:, :2]
-        times, losses = torch.full((len(latents),), 1000 * level), []
+        times, losses = torch.full((len(latents),), NUM_TIMESTEPS * level), []
         for audio in (batch.audio, batch.audio.roll(1, 0)):
             error = velocities(dit, noisy, condition, times, audio) - (noise - latents)
             squares = error[:, 2:].square().mean(2, keepdim=True) * box
@@ -262,7 +260,7 @@ def train(
     settings, numbers = STAGES[stage], Codec.load(codec)
     dit = new_student(config)
     if start is not None:
-        dit.load_state_dict(load_teacher(start).state_dict())
+        dit.load_state_dict(load_network(start).state_dict())
     training, held_out = load_takes(takes), load_takes(takes, held_out=True)[: settings.evaluation_takes]
     judged = windows_of(join([take.chunk(STARTS // 2) for take in held_out]), settings.cells)
     eyes = load_reader()
@@ -281,19 +279,5 @@ def train(
         evaluate=lambda _: evaluate(),
     )
     counters = run_training(task, folder, budget, seed, resume, evaluate_every=1000, report=report)
-    save_teacher(dit, folder / WEIGHTS)
+    save_network(dit, folder / WEIGHTS)
     return counters
-
-
-def save_teacher(dit: DiT, path: Path) -> None:
-    """Writes the trained tensors in half precision."""
-    tensors = {name: x.half() for name, x in dit.named_parameters() if x.requires_grad}
-    save_trained(path, tensors, asdict(dit.config))
-
-
-def load_teacher(path: Path) -> DiT:
-    """The trained network, float32; what was not trained is 0. Raises `UserError` for another file."""
-    tensors, settings = load_trained(path)
-    dit = new_student(from_official(DiTConfig, settings))
-    fill(dit, tensors)
-    return dit

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from model.sampler import TorchNoise, denoise_step, first_latents, normal_noise, philox, timesteps
 
 
-def test_timesteps_of_the_distilled_student() -> None:
+def test_timesteps_are_even_before_the_shift() -> None:
     assert timesteps(4, 5).tolist() == [1000, 937.5, 833.33331298828125, 625, 0]
     assert timesteps(2, 5)[:2].tolist() == [1000, pytest.approx(5000 / 6)]
     assert timesteps(1, 5).tolist() == [1000, 0]
+    assert timesteps(3, 1).tolist() == pytest.approx([1000, 2000 / 3, 1000 / 3, 0], abs=1e-4)
 
 
 @given(st.integers(1, 50), st.floats(1, 10))
@@ -23,6 +24,8 @@ def test_timesteps_decrease_from_1000_to_0(steps: int, shift: float) -> None:
     assert times[0].item() == pytest.approx(1000)
     assert times[-1] == 0
     assert (times.diff() < 0).all()
+    level = times / 1000
+    assert (level / (shift - (shift - 1) * level)).diff().tolist() == pytest.approx([-1 / steps] * steps, abs=1e-5)
 
 
 @pytest.mark.parametrize(

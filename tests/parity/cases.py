@@ -30,7 +30,7 @@ from model.config import (
 from model.dit import AudioProjector, DiT, resize_masks, rope_table
 from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
 from model.param_map import identity_map, load_parameters
-from model.sampler import denoise_step, first_latents, timesteps
+from model.sampler import NUM_TIMESTEPS, denoise_step, first_latents, shifted, timesteps
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder
 from model.vae import VAE
@@ -175,8 +175,16 @@ def clip_visual(case: Case) -> dict[str, Tensor]:
     return {"out.features": case.image()(case["in.image"][0, :, 0])[None]}
 
 
+def official_timesteps(steps: int, shift: float) -> Tensor:
+    """Those of the published code: for other numbers of steps than 2 and 4, spread from 1000 down to 1."""
+    if steps in (2, 4):
+        return timesteps(steps, shift)
+    base = torch.cat((torch.linspace(NUM_TIMESTEPS, 1, steps), torch.zeros(1)))
+    return shifted(base / NUM_TIMESTEPS, shift) * NUM_TIMESTEPS
+
+
 def schedule(case: Case) -> dict[str, Tensor]:
-    out = {f"out.timesteps.steps{n}.shift{shift}": timesteps(n, shift) for n, shift in case.config["cases"]}
+    out = {f"out.timesteps.steps{n}.shift{shift}": official_timesteps(n, shift) for n, shift in case.config["cases"]}
     sizes = case.config["mask_example"]
     vae, dit = VAEConfig(), DiTConfig()
     frames = (sizes["frame_num"] - 1) // vae.temporal_stride + 1
@@ -193,7 +201,7 @@ def denoise_loop(case: Case) -> dict[str, Tensor]:
 def replay(case: Case, steps: int) -> Tensor:
     """The latents before every step and after the last, from recorded noise and velocities."""
     noise, velocities = (case[f"in.{name}.steps{steps}"].transpose(1, 2) for name in ("noise", "velocity"))
-    times, motion = timesteps(steps, case.config["shift"]), frames_first(case["in.motion_latent"])
+    times, motion = official_timesteps(steps, case.config["shift"]), frames_first(case["in.motion_latent"])
     seen = [first_latents(noise.__getitem__, motion)]
     for i in range(steps):
         seen.append(denoise_step(i, seen[i], lambda _: velocities[i], noise.__getitem__, times, motion))  # noqa: B023

@@ -11,9 +11,9 @@ from model.config import PRECISIONS, TINY
 from model.distill import student, teacher
 from model.distill.codec import SIZE
 from model.distill.face import MOTION, draw_identity, render
-from model.distill.student_network import new_student
+from model.distill.student_network import load_network, new_student
 from model.distill.takes import Batch, make_takes
-from model.distill.teacher import STAGES, Codec, conditions, flow_loss, load_teacher, mouth_cells, sample, windows_of
+from model.distill.teacher import STAGES, Codec, conditions, flow_loss, mouth_cells, sample, windows_of
 from model.distill.training import Budget
 from model.errors import UserError
 from model.image import to_pixels
@@ -124,10 +124,6 @@ def test_samplers_end_where_velocities_point(codec, monkeypatch):
         torch.testing.assert_close(x[:, 1:], (end + level * (passed[0] - end))[:, 1:], atol=1e-4, rtol=1e-4)
 
 
-def test_the_students_timesteps_are_the_samplers():
-    torch.testing.assert_close(student.even_timesteps(4), timesteps(4, TINY.chunk.sample_shift))
-
-
 @needs_espeak
 def test_every_stage_trains_and_is_loaded_again(tmp_path):
     make_takes(tmp_path / "takes", 1, report=quiet)
@@ -143,8 +139,8 @@ def test_every_stage_trains_and_is_loaded_again(tmp_path):
         tmp_path / "student", Budget(steps=1), teacher=tmp_path / "teacher" / teacher.WEIGHTS, **more
     )
     assert {"loss at 1", "loss at 0.5", "r open"} <= counters.history[-1].keys()
-    found = load_teacher(tmp_path / "student" / student.WEIGHTS)
+    found = load_network(tmp_path / "student" / student.WEIGHTS)
     assert found.config == SMALL
     (tmp_path / "damaged").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a trained network"):
-        load_teacher(tmp_path / "damaged")
+        load_network(tmp_path / "damaged")
