@@ -285,7 +285,7 @@ TINY = Config(
         conv_kernel=(320, 1, 3), conv_stride=(160, 1, 4), conv_bias=True, feat_extract_norm="layer",
         num_conv_pos_embeddings=9, num_conv_pos_embedding_groups=1, mouth_outputs=6,
     ),
-    chunk=ChunkConfig(height=128, width=128, sample_shift=3.0),
+    chunk=ChunkConfig(height=128, width=128, sample_shift=2.0),
 )  # fmt: skip
 
 PRESETS = {preset.name: preset for preset in (TINY, TINY_RANDOM, FLASHTALK_14B)}
