@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.config import DiTConfig, from_official
 from model.dit import Block, DiT, group_audio, rope_table, rotate
-from model.weights.trained import fill, load_trained, save_trained
+from model.weights.trained import fill, in_8_bits, load_trained, save_trained
 
 UNUSED = ("text_embedding.", "img_emb.", ".cross_attn.", ".norm3.")  # parts of names of parameters
 
@@ -148,8 +148,11 @@ def _audio_attention(block: Block, h: Tensor, tokens: Tensor) -> Tensor:
 
 
 def save_network(dit: DiT, path: Path) -> None:
-    """Writes the trained tensors in half precision."""
-    tensors = {name: x.half() for name, x in dit.named_parameters() if x.requires_grad}
+    """Writes the trained tensors: matrices in 8 bits, the rest in half precision."""
+    tensors: dict[str, Tensor] = {}
+    for name, x in dit.named_parameters():
+        if x.requires_grad:
+            tensors |= in_8_bits(name, x) if x.ndim > 1 and len(x) > 1 else {name: x.half()}
     save_trained(path, tensors, asdict(dit.config))
 
 

@@ -14,6 +14,7 @@ from model.errors import UserError
 from model.files import replacing
 
 FOLDER = Path(__file__).parent / "bundled"
+SCALE = ".scale"  # after the name of a tensor in 8 bits: the size of its steps, one for each row
 
 
 def save_trained(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -24,12 +25,29 @@ def save_trained(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
         temporary.write_bytes(save(contiguous, {"settings": json.dumps(settings)}))
 
 
+def in_8_bits(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as int8 with float32 scales, as `load_trained` reads it: off by half a step at most.
+
+    A row is everything with the same first index, and its step is its largest magnitude / 127.
+    """
+    steps = tensor.detach().float().abs().flatten(1).amax(1).clamp_min(1e-30) / 127
+    rounded = (tensor.detach() / steps.view(-1, *[1] * (tensor.ndim - 1))).round()
+    return {name: rounded.to(torch.int8), name + SCALE: steps}
+
+
 def load_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and settings that `save_trained` wrote. Raises `UserError` if the file is missing or another's."""
+    """The tensors and settings that `save_trained` wrote; tensors in 8 bits come as float32.
+
+    Raises `UserError` if the file is missing or another's.
+    """
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["settings"])
-            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in [name for name in tensors if name.endswith(SCALE)]:
+                tensor, steps = tensors[name.removesuffix(SCALE)], tensors.pop(name)
+                tensors[name.removesuffix(SCALE)] = tensor * steps.view(-1, *[1] * (tensor.ndim - 1))
+            return tensors, settings
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a trained network of this project ({error})") from error
 
