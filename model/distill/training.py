@@ -64,6 +64,7 @@ class Task(Generic[B]):
         ema: the share that a step has in the averaged weights.
         clip: the largest norm of the gradient.
         device: where `loss` computes.
+        mixed: whether products may be computed in bfloat16, see `mixed_precision`.
         state: what a step leaves for the next one besides the network, if anything.
     """
 
@@ -76,6 +77,7 @@ class Task(Generic[B]):
     ema: float = 0.005
     clip: float = 1.0
     device: str = "cpu"
+    mixed: bool = True
     state: Stateful | None = None
 
 
@@ -223,7 +225,7 @@ def _batches(task: Task[B], seed: int, first: int) -> Iterator[Iterator[tuple[in
 def _step(task: Task[B], batch: B, seed: int, step: int, average: dict[str, Tensor]) -> dict[str, float]:
     """One update of the network and of the averaged weights, which stay as they are if the loss is not finite."""
     torch.manual_seed(int(step_generator(seed, step).integers(2**62)))
-    with mixed_precision(task.device):
+    with mixed_precision(task.device) if task.mixed else nullcontext():
         loss, numbers = task.loss(batch)
     row = {"loss": loss.item(), **numbers}
     if not math.isfinite(row["loss"]):
