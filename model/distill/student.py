@@ -44,7 +44,7 @@ from model.sampler import NUM_TIMESTEPS, timesteps
 WEIGHTS = "student.safetensors"
 CHUNKS = 8  # of a stream, on average
 BATCH = 2
-RATE = 2e-4
+RATE = 4e-4
 STEPS = TINY.chunk.sample_steps
 TEACHER_STEPS = 2 * STEPS  # every second one is at a level of the student's
 MOUTH_WEIGHT = STAGES["streaming"].mouth_weight
