@@ -1,8 +1,9 @@
-"""Setup of all tests: number of threads, options, skipped markers, no deadlines for property tests; benchmark files."""
+"""Setup of all tests: threads, options, seeds, skipped markers, no deadlines for property tests; benchmark files."""
 
 import os
 import signal
 import tempfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from model.machine import CACHE_ENV
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
-settings.load_profile("tests")
+settings.register_profile("tests-of-seed-0", settings.get_profile("tests"), derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("COLUMNS", "PYTEST_XDIST_WORKER"):
         os.environ.pop(name, None)
+    seed = config.getoption("seed")
+    settings.load_profile("tests" if seed else "tests-of-seed-0")
+    config.option.hypothesis_seed = seed or None
     folder = tempfile.TemporaryDirectory(prefix="flashtalk-tests-")
     os.environ[CACHE_ENV] = folder.name
     config.add_cleanup(folder.cleanup)
@@ -39,9 +43,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder of parity cases (default: tests/golden)",
     )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="decides the random inputs of tests; 0, the default, is what a change is held to",
+    )
     parser.addoption(  # pytest takes what follows a blank for a test file
         "--cases", type=Path, help="--cases=FILE: Python file whose CASES --benchmark-only times, not the registry's"
     )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.getoption('seed')}"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """A test's random tensors follow from its name and the seed, whatever ran before it in the same process."""
+    torch.manual_seed(zlib.crc32(f"{request.config.getoption('seed')} {request.node.nodeid}".encode()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
