@@ -1,5 +1,6 @@
 """Figures of generated video's quality: what is drawn is what was measured."""
 
+import numpy as np
 import pytest
 
 from profiling.report import quality
@@ -21,8 +22,8 @@ def test_each_measure_has_a_panel_with_a_point_and_an_interval_for_each_setting(
         for place, setting in enumerate(SETTINGS):
             row = RUN.quality_of(setting, name)
             assert row is not None
-            interval, point = (line.get_xdata() for line in axes.lines[2 * place : 2 * place + 2])
-            assert (list(interval), list(point)) == ([row.low, row.high], [row.value])
+            interval, point = (np.asarray(line.get_xdata()).tolist() for line in axes.lines[2 * place : 2 * place + 2])
+            assert (interval, point) == ([row.low, row.high], [row.value])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == SETTINGS
 
 
@@ -35,7 +36,7 @@ def test_a_drift_is_drawn_along_its_streams(width: float) -> None:
     assert (distance.get_xlabel(), distance.get_xlim()) == ("chunk", (0, 40))
     row = RUN.quality_of(SETTINGS[1], "sharpness, last over first 10 of 40 chunks")
     assert row is not None
-    assert tuple(sharp.lines[1].get_ydata()) == row.track
+    assert tuple(np.asarray(sharp.lines[1].get_ydata()).tolist()) == row.track
 
 
 def test_without_measures_nothing_is_drawn() -> None:
