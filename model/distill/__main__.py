@@ -11,7 +11,7 @@ import torch
 import typer
 
 from model import command
-from model.distill import audio, codec, decoder, reader, report, student, takes, teacher
+from model.distill import audio, codec, reader, report, student, takes, teacher
 from model.distill.clips import draw_clip, write_clip
 from model.distill.student_network import load_network
 from model.distill.training import Budget
@@ -168,26 +168,6 @@ def train_student(
     _train(train, out, seed, minutes, steps, resume, threads)
 
 
-@app.command(
-    "decoder", epilog="Example: python -m model.distill decoder --takes DIR --student FILE --minutes 30 --out DIR"
-)
-def train_decoder(
-    out: Out,
-    takes: Annotated[Path, typer.Option(help="Folder with takes, held-out ones among them.")],
-    student: Annotated[Path, typer.Option(help="Weights of the student.")],
-    seed: Seed = 0,
-    minutes: Minutes = None,
-    steps: Steps = None,
-    resume: Resume = False,
-    threads: Threads = THREADS,
-    start: Start = None,
-) -> None:
-    """Trains the codec's decoder on what the student gives it."""
-    _train(
-        partial(decoder.train, student=student, takes=takes, start=start), out, seed, minutes, steps, resume, threads
-    )
-
-
 @app.command("report", epilog="Example: python -m model.distill report --out docs/talking-heads")
 def measure(
     out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")],
@@ -215,9 +195,6 @@ def smoke(out: Out, seed: Seed = 0) -> None:
     teacher.train(out / "teacher", Budget(steps=2), seed, takes=out / "takes", stage="streaming")
     weights = out / "teacher" / teacher.WEIGHTS
     student.train(out / "student", Budget(steps=1), seed, teacher=weights, takes=out / "takes")
-    weights = out / "student" / student.WEIGHTS
-    decoder.train(out / "decoder", Budget(steps=1), seed, student=weights, takes=out / "takes")
-    codec.load_codec(out / "decoder" / codec.WEIGHTS.name)
     codec.load_codec(out / "codec" / codec.WEIGHTS.name)
     reader.load_reader(out / "reader" / reader.WEIGHTS.name)
     load_network(out / "student" / student.WEIGHTS)

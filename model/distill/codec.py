@@ -125,13 +125,13 @@ def _decoded_loss(vae: VAE, seen: Tensor, true: Tensor, weight: Tensor) -> tuple
     with torch.no_grad():
         latents = encode_clips(vae, seen)
     decoded = decode_clips(vae, latents)
-    error, quality = picture_loss(decoded, true, weight)
+    error, quality = _error(decoded, true, weight)
     move = (encode_clips(vae, decoded) - latents) * latent_deviation(vae).detach().view(-1, 1, 1, 1)
     moved = move.square().sum() / true.numel()
     return error + 8 * STAY_WEIGHT * moved, {"psnr": quality, "moved": moved.item()}
 
 
-def picture_loss(decoded: Tensor, true: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+def _error(decoded: Tensor, true: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     """(8 mean w d^2 + 0.2 mean w |d|) / mean w, with d = decoded - true, and the PSNR."""
     d = decoded - true
     loss = (8 * (weight * d.square()).mean() + 0.2 * (weight * d.abs()).mean()) / weight.mean()

@@ -23,7 +23,7 @@ from model.distill.audio import CHUNK, hear, load_audio, ring_at
 from model.distill.clips import draw_motion
 from model.distill.codec import SIZE, as_clip, load_codec
 from model.distill.codec_network import encode_clips
-from model.distill.face import MOTION, MOUTH, Identity, draw_identity, mouth_centre, render
+from model.distill.face import MOTION, MOUTH, draw_identity, mouth_centre, render
 from model.distill.speech import draw_track
 from model.errors import UserError
 from model.files import replacing
@@ -72,7 +72,8 @@ class Take:
 
 def draw_take(seed: int, index: int, vae: VAE, encoder: SpeechEncoder, held_out: bool = False) -> Take:
     """Draws take `index` of the endless data of `seed`. Raises `UserError` if it speaks and espeak-ng is missing."""
-    rng, identity = _begin(seed, index, held_out)
+    rng = np.random.default_rng([seed, index, held_out])
+    identity = draw_identity(rng)
     track = draw_track(rng, LEAD + FRAMES, held_out)
     motion = draw_motion(rng, track.mouth)
     portrait = motion[int(rng.integers(LEAD - 3))].copy()
@@ -101,13 +102,6 @@ def draw_take(seed: int, index: int, vae: VAE, encoder: SpeechEncoder, held_out:
         mouth_centre(identity, motion, SIZE).astype(np.float32),
         motion,
     )
-
-
-def _begin(seed: int, index: int, held_out: bool) -> tuple[np.random.Generator, Identity]:
-    """The random generator of a take, after its person was drawn, and the person."""
-    rng = np.random.default_rng([seed, index, held_out])
-    identity = draw_identity(rng)
-    return rng, identity
 
 
 def make_takes(
@@ -143,26 +137,16 @@ def make_takes(
 def load_takes(folder: Path, held_out: bool = False) -> list[Take]:
     """The takes of a folder. Raises `UserError` if there are none, or a file is damaged."""
     takes = []
-    for path in _files(folder, held_out):
-        try:
-            with np.load(path) as arrays:
-                takes.append(Take(**arrays))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a take ({error})") from error
-    return takes
-
-
-def people_of(folder: Path, held_out: bool = False) -> list[Identity]:
-    """Who is in each of `load_takes`. Raises `UserError` if there are none."""
-    numbers = (path.stem.split("-")[:2] for path in _files(folder, held_out))
-    return [_begin(int(seed), int(index), held_out)[1] for seed, index in numbers]
-
-
-def _files(folder: Path, held_out: bool) -> list[Path]:
-    found = [path for path in sorted(folder.glob("*.npz")) if path.stem.endswith("-held-out") == held_out]
-    if not found:
+    for path in sorted(folder.glob("*.npz")):
+        if path.stem.endswith("-held-out") == held_out:
+            try:
+                with np.load(path) as arrays:
+                    takes.append(Take(**arrays))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: not a take ({error})") from error
+    if not takes:
         raise UserError(f"{folder}: no {'held-out ' if held_out else ''}takes there; `takes` makes them")
-    return found
+    return takes
 
 
 def join(chunks: Sequence[Batch]) -> Batch:
