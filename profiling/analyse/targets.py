@@ -325,7 +325,7 @@ def _nearest(target: Target, measure: str, projections: Iterable[Projection]) ->
 
 
 def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:
-    """What a run answers, and which back-end, variant or setting that is of."""
+    """What a run answers, and which back-end or variant that is of."""
     kind = _variant_value if target.stage else _quality_value if target.quality else _case_value
     return kind(target, measure, run)
 
@@ -380,8 +380,8 @@ def _quality_value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     value = _quality(run, target.subject, target.quality or "")
     if measure == "ratio":
         peer = target.peer or ""
-        return value / _quality(run, peer, target.quality or ""), f"{target.subject} against {peer}"
-    return value, target.subject
+        return value / _quality(run, peer, target.quality or ""), f"against {peer}"
+    return value, ""
 
 
 def _quality(run: Run, setting: str, measure: str) -> float:
@@ -457,7 +457,7 @@ def _table(results: Iterable[TargetResult]) -> Table:
             for result in answers:
                 target = result.target
                 subject = f"{target.part} of {target.subject}" if target.part else target.subject
-                source = f"{detail}, {Path(result.file).name}" if result.file else detail
+                source = ", ".join(filter(None, (detail, result.file and Path(result.file).name)))
                 out.add_row(f"{escape(subject)}\n  [dim]{escape(source)}[/]", *_cells(result))
     return out
 
