@@ -34,8 +34,9 @@ Written by `python -m profiling docs` from the runs in [profiling/results](../pr
 [kernels/tuned](../kernels/tuned). `python -m profiling report RUN` shows a run in full, `python -m profiling targets`
 holds them all to the goals.
 
-Weights and data are random. Times are medians. Of each case and each way to run a chunk, the newest measurement is
-shown. A revision that ends in *dirty* had changes that were not committed; tuned tables store no revision.
+Weights and data are random, but for those of generated video. Times are medians. Of each case and each way to run a
+chunk, the newest measurement is shown. A revision that ends in *dirty* had changes that were not committed; tuned tables
+store no revision.
 """
 
 CASES_HEAD = """## Operations
@@ -47,6 +48,23 @@ CASES_HEAD = """## Operations
 - *Of ceiling* is the share of what the same card copied or multiplied at the start of the run. Tables store none.
 """
 
+QUALITY_HEAD = """
+## Generated video
+
+By the preset `tiny`, of people and voices that no training saw, against their truth. `r` is the correlation of what is
+read from the picture with the truth; 0 is the best lag, 1 the best of the ratios. `report` shows all measures.
+"""
+
+QUALITY_COLUMNS = {
+    "r of the opening": "r of open",
+    "r of closed lips": "r of close",
+    "lag in frames": "lag of open, frames",
+    "sharpness, of the portrait's": "sharpness, of the portrait's",
+    "seams": "seam ratio",
+    "blinks, of the data's": "blinks, of the data's",
+    "distance to the portrait, Lab": "distance to the portrait, Lab",
+}
+
 
 # --- The page -------------------------------------------------------------------------------------------------------
 
@@ -54,7 +72,7 @@ CASES_HEAD = """## Operations
 def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
     """The page in Markdown; `runs` are given as (file, run), the newest first."""
     runs = [(file, run) for file, run in runs if not of_another_program(run)]
-    lines = [*_variants(runs), "", *_step(runs), "", CASES_HEAD, *_cases(runs)]
+    lines = [*_variants(runs), "", *_step(runs), "", CASES_HEAD, *_cases(runs), *_quality(runs)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
@@ -141,6 +159,29 @@ def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
             reasons.append(f"`{case.case}`, {ours.backend}, is above its ceiling (!): {ours.above}.")
     for note in (*reasons, *ceiling_notes(run for _, run, _ in measured)):
         yield f"\n{note}"
+
+
+def _quality(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    """A table for each run of `profiling quality`: its settings, and the long streams that it followed."""
+    judged = [(file, run) for file, run in runs if run.quality]
+    if judged:
+        yield QUALITY_HEAD
+    for file, run in judged:
+        link, day, device, commit = _source(file, run)
+        yield f"{'; '.join(run.notes)}: {link}, {day}, {device}, {commit}\n"
+        still = list(dict.fromkeys(row.setting for row in run.quality if not row.track))
+        yield _row("setting", *QUALITY_COLUMNS)
+        yield _row(*("---" for _ in ("setting", *QUALITY_COLUMNS)))
+        for setting in still:
+            found = (run.quality_of(setting, measure) for measure in QUALITY_COLUMNS.values())
+            yield _row(setting, *(number(row.value) if row else "" for row in found))
+        yield ""
+        if long := [row for row in run.quality if row.track]:
+            yield _row("long streams", "measure", "value", "95 % interval")
+            yield _row(*("---" for _ in range(4)))
+            for row in long:
+                yield _row(row.setting, row.measure, number(row.value), f"{number(row.low)} to {number(row.high)}")
+            yield ""
 
 
 def _newest(

@@ -11,6 +11,7 @@ from model.errors import UserError
 from profiling.__main__ import main
 from profiling.report.performance import BEGIN, END, PAGE, README, performance_page, readme_table, with_table
 from profiling.results import OK, CaseResult, Ceilings, Machine, Measurement, Run, VariantResult
+from tests.profiling import runs
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0", revision="0123456789abcdef-dirty")
 NAME = "linear/14b-w1-up/fp8"
@@ -69,6 +70,21 @@ def test_no_header_is_empty() -> None:
     headers = [line for line in page.splitlines() if line.startswith(("| chunk", "| case"))]
     assert len(headers) == 2
     assert all(cell.strip() for line in headers for cell in line.strip("|").split("|"))
+
+
+def test_generated_video_has_a_table_for_each_run_and_one_for_long_streams() -> None:
+    judged = Run("quality", "2026-01-01", runs.CPU, quality=runs.quality(), notes=("8 people, 8 voices, 12 chunks",))
+    page = performance_page([("profiling/results/a.json", judged)])
+    lines = page[page.index("## Generated video") :].splitlines()
+    assert "8 people, 8 voices, 12 chunks: [a](../profiling/results/a.json), 2026-01-01" in "\n".join(lines)
+    for setting in ("fp32, 4 steps, 33 frames", "bf16, 2 steps, 17 frames"):
+        (short,) = [line for line in lines if line.startswith(f"| {setting} |") and "of 40 chunks" not in line]
+        row = judged.quality_of(setting, "r of open")
+        assert row is not None
+        assert short.split(" | ")[1] == f"{row.value:.3g}"
+        drifts = [line for line in lines if line.startswith(f"| {setting} |") and "of 40 chunks" in line]
+        assert len(drifts) == 2
+        assert all(line.endswith("| 1.10 | 1.00 to 1.20 |") for line in drifts)
 
 
 def test_a_step_stands_beside_the_sum_of_its_operations() -> None:
