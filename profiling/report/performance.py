@@ -35,8 +35,8 @@ Written by `python -m profiling docs` from the runs in [profiling/results](../pr
 holds them all to the goals.
 
 Weights and data are random, but for those of generated video. Times are medians. Of each case and each way to run a
-chunk, the newest measurement is shown. A revision that ends in *dirty* had changes that were not committed; tuned tables
-store no revision.
+chunk, the newest measurement is shown. A revision that ends in *dirty* had changes that were not committed; tuned
+tables store no revision.
 """
 
 CASES_HEAD = """## Operations
