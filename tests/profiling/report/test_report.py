@@ -723,7 +723,7 @@ def test_shares_of_a_ceiling_that_was_measured_too_low_are_the_true_ones(tmp_pat
 def test_a_committed_run_is_not_its_own_predecessor(file: Path) -> None:
     found = report.gather_evidence(file, RESULTS, TARGETS)
     assert len(found.others) == len(COMMITTED) - 1
-    assert found.run.started not in [run.started for _, run in found.others]
+    assert found.run not in [run for _, run in found.others]
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
