@@ -23,7 +23,7 @@ def timesteps(steps: int, shift: float) -> Tensor:
     """The shifted timesteps t_0 = 1000 .. t_steps = 0, float32 [steps + 1], evenly spread before the shift.
 
     For 2 and 4 steps these are the timesteps that the student was distilled at. For other numbers the published code
-    spreads from 1000 down to 1, where the last step changes nothing; here every step counts.
+    spreads from 1000 down to 1, where the last step changes next to nothing; here every step counts.
     """
     return shifted(torch.linspace(1, 0, steps + 1), shift) * NUM_TIMESTEPS
 

@@ -132,7 +132,8 @@ def generate(dit: DiT, motion: Tensor, condition: Tensor, audio: Tensor, generat
 def next_motion(latents: Tensor, codec: Codec) -> Tensor:
     """The motion latents after a chunk: its last frames, decoded and encoded again.
 
-    The decoder sees the last LATEST latent frames only, which changes these frames by less than half a level of 255.
+    The decoder sees the last LATEST latent frames only, which changes these frames by .2 levels of 255 on average (root
+    mean square).
     """
     frames = decode_clips(codec.vae, latents[:, -LATEST:].transpose(1, 2)).clamp(-1, 1)
     return encode_clips(codec.vae, frames[:, :, -TINY.chunk.motion_frames_num :]).transpose(1, 2)

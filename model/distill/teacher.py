@@ -60,7 +60,7 @@ class Stage:
     rate: float
     mouth_weight: float  # of cells in the mouth's box
     channel_power: float  # a latent channel counts as its deviation to this power
-    fault: float  # what faulty motion latents lose of a channel, and the deviation of shifts and noise, at most
+    fault: float  # what motion latents lose of a channel, and twice the deviation of shifts and noise, at most
     evaluation_takes: int
 
 

@@ -97,6 +97,41 @@ def test_the_loss_is_its_formula(codec, monkeypatch):
     assert numbers["velocity"] == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_faults_scale_and_shift_channels_and_add_noise():
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3, 48, 16, 16)
+    found = teacher.with_faults(latents, torch.tensor([0.0, 0.4]).view(2, 1, 1, 1, 1))
+    assert torch.equal(found[0], latents[0])
+    for channel in range(48):
+        x, y = latents[1, :, channel], found[1, :, channel]
+        scale = ((x - x.mean()) * (y - y.mean())).mean() / x.var()
+        assert 0.55 < scale < 1.05  # 0.6 to 1, read from 768 numbers with noise
+        assert (y - scale * x).std().item() == pytest.approx(0.2, rel=0.15)
+
+
+def test_streams_hear_both_chunks_of_a_take_and_resume():
+    class Numbered:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def chunk(self, start: int) -> Batch:
+            return Batch(*(torch.full((1, 2, 2), 100.0 * self.number + start) for _ in Batch._fields))
+
+    def play(streams: student.Streams, renews: str) -> list[tuple[float, float]]:
+        heard = []
+        for step, renew in enumerate(renews, 1):
+            chunk = streams.next(student.Draw(renew == "y", (step, step)))
+            streams.move_on(chunk.motion)
+            heard.append((chunk.portraits[0, 0, 0].item(), chunk.audio[0, 0, 0].item()))
+        return heard
+
+    takes = [Numbered(i) for i in range(9)]
+    first, second = student.Streams(takes), student.Streams(takes)  # type: ignore[arg-type]
+    assert play(first, "nnnny") == [(100, 100), (100, 107), (100, 300), (100, 307), (500, 500)]
+    second.load_state_dict(first.state_dict())
+    assert play(second, "nn") == [(500, 507), (500, 200)]
+
+
 def straight_to(end: Tensor):
     """Velocities of a network that always points to `end`."""
     return lambda _, x, __, times, ___: (
