@@ -22,7 +22,7 @@ install: .venv/installed
 	  echo "There is no NVIDIA GPU, and $(CPU_INDEX) cannot be reached: installing torch from pip's own index."; \
 	  set -- -c constraints-cpu.txt; \
 	fi; \
-	$(PIP) "$$@" --editable '.[dev]' || \
+	$(PIP) "$$@" --editable '.[dev]' 2>.venv/pip.log || \
 	  { echo "This torch brings a triton of its own: taking that."; $(PIP) --editable '.[dev]' torch==2.13.0; }
 	touch $@
 
