@@ -269,17 +269,22 @@ def gpu(
 def project(
     places: Annotated[
         list[Path] | None,
-        typer.Argument(help="Results files, tuned tables or folders of them. Default: the committed ones."),
+        typer.Argument(help="Results files or folders; tuned tables always count. Default: the committed ones."),
     ] = None,
-    gpus: Annotated[str, typer.Option(help="World sizes, comma-separated.")] = "1,2,4,8",
-    link: Annotated[str, typer.Option(help="Link between the GPUs: a name in devices.toml, or GB/s.")] = "H100",
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, comma-separated.")] = "1,2,4,8",
+    device_link: Annotated[
+        str, typer.Option(help="What connects the GPUs: names in devices.toml, comma-separated.")
+    ] = "H100,H800",
+    size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture (repeatable). Default: that of the preset.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: those measured.")] = None,
     json: Json = False,
 ) -> None:
-    """Projects chunk time and startup at other world sizes, and prints its assumptions and what it lacks."""
+    """Projects chunk time and startup to several GPUs and other sizes, and prints all that it assumes."""
     from profiling.analyse.project import project_command
-    from profiling.cases.evidence import COMMITTED
 
-    raise typer.Exit(project_command(places or COMMITTED, gpus, link, json))
+    raise typer.Exit(project_command(places or [RESULTS], gpus, device_link, size or (), steps, json))
 
 
 @app.command()

@@ -20,7 +20,9 @@ class Device:
     clock_mhz: float
     hbm_bytes_s: float
     l2_bytes_s: float
-    link_bytes_s: float  # both directions summed
+    kernel_s: float  # of the shortest kernel in a CUDA graph
+    link_one_way_bytes_s: float  # that collectives reach between its GPUs
+    link_latency_s: float  # of an exchange beyond its bytes
     shared_bytes: int
     shared_bytes_block: int  # the most a block may have
     registers: int

@@ -27,9 +27,7 @@ An entry with `setting` and `quality` is about generated video: a measure of `pr
 preset, at least or at most so large, or at least `ratio` times what another setting, the `peer`, has.
 
 An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
-from all results together, for a stage `fps` or `first_frame` and our kernels in the fastest dtype. It is labelled as a
-projection. Where kernels were not measured, a chunk divided evenly shows what can be reached at most. The goal is then
-missed or unmeasured, never met.
+from all results together, for a stage `fps` or `first_frame`. The verdict is labelled as projected.
 """
 
 import fnmatch
@@ -48,7 +46,7 @@ from rich.table import Table
 
 from model.errors import UserError
 from model.files import read_toml
-from profiling.analyse.project import DIVIDED, OURS, Projection, merged, parse_link, project
+from profiling.analyse.project import Projection, Projector, parse_links
 from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling, ceiling_notes
 from profiling.defaults import default_backend
@@ -254,7 +252,7 @@ def evaluate(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
     first, reason, absent = next(iter(target.goals)), "", "no results of such a machine"
     runs = [(file, run) for file, run in runs if target.applies(run)]
     if target.gpus is not None:
-        return _evaluate_projection(target, [run for _, run in runs])
+        return _evaluate_projection(target, runs)
     for file, run in runs:
         results = []
         for measure in target.goals:
@@ -295,33 +293,25 @@ def _contender(m: Measurement | None) -> Contender | None:
     return Contender(m.backend, m.seconds) if m else None
 
 
-def _evaluate_projection(target: Target, runs: Sequence[Run]) -> TargetResult:
-    """Evaluates a target on the projection of all the runs together that meets it best."""
-    measure, world = next(iter(target.goals)), target.gpus or 1
+def _evaluate_projection(target: Target, runs: Sequence[tuple[str, Run]]) -> TargetResult:
+    """Evaluates a target on the projection of all the runs together."""
+    measure = next(iter(target.goals))
     try:
-        found, *_ = project(merged(runs), (world,), parse_link(target.link))
+        (link,) = parse_links(target.link)
+        projector = Projector(runs)
+        projection = projector.project(projector.setting(target.gpus or 1, link))
     except UserError as error:
         return TargetResult(target, UNMEASURED, measure, detail=str(error))
-    ours = [p for p in found if p.kernels == OURS]
-    if complete := [p for p in ours if not p.lacks]:
-        return _nearest(target, measure, complete)
-    lacks = min(len(p.lacks) for p in ours)
-    why = f"the projection lacks times for {lacks} cases of {world} GPUs, which `project` lists"
-    if not (most := [p for p in found if p.kernels == DIVIDED]):
-        return TargetResult(target, UNMEASURED, measure, detail=why)
-    result = _nearest(target, measure, most)
-    if result.verdict == MISSED:
-        return replace(result, detail=f"at most, {result.detail}")
-    return replace(result, verdict=UNMEASURED, detail=f"at most, if the measured chunk divides evenly; {why}")
+    value = projection.fps if target.stage == "fps" else projection.startup
+    result = _judged(TargetResult(target, MET, measure, value))
+    return replace(result, detail=_why(projection, projector.precision))
 
 
-def _nearest(target: Target, measure: str, projections: Iterable[Projection]) -> TargetResult:
-    """The result of the projection that meets the target best."""
-    results = []
-    for p in projections:
-        value = p.fps if target.stage == "fps" else p.startup
-        results.append(_judged(TargetResult(target, MET, measure, value, f"projected, {p.dtype}")))
-    return min(results, key=lambda result: result.shortfall or 0)
+def _why(projection: Projection, precision: str) -> str:
+    """What the chunk's time consists of."""
+    computed, rank = duration(sum(projection.stages.values())), "its GPU" if projection.setting.world == 1 else "a rank"
+    exchanged = f" and exchanges {duration(projection.exchange)}" if projection.exchange else ""
+    return f"projected, {precision}: of {duration(projection.chunk)} a chunk, {rank} computes {computed}{exchanged}"
 
 
 def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:

@@ -11,20 +11,23 @@ from typing import TypeVar
 
 from model.config import PRESETS
 from model.errors import UserError
-from profiling.analyse.project import cases_of_chunk, family_of, merged
-from profiling.cases import registry
+from profiling.analyse.calibration import STEP, calls_seconds
+from profiling.analyse.calls import Call
+from profiling.analyse.project import Projection, Projector, assumptions, gpus_of, table_rows
+from profiling.analyse.times import MEASURED
 from profiling.cases.evidence import COMMITTED, gather
-from profiling.cases.shapes import DENOISE
 from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
-from profiling.tables import STEP, duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
+from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
 SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
 PRESET = "flashtalk-14b"
+SMALLEST_SHARE = 0.002  # of a step, that a call has in its table
+LINKS, WORLDS, SIZES = ("H100", "H800"), (1, 2, 4, 8), ((320, 640), (512, 512), (720, 1280))  # that are projected
 
 Item = TypeVar("Item", CaseResult, VariantResult)
 
@@ -72,7 +75,12 @@ QUALITY_COLUMNS = {
 def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
     """The page in Markdown; `runs` are given as (file, run), the newest first."""
     runs = [(file, run) for file, run in runs if not of_another_program(run)]
-    lines = [*_variants(runs), "", *_step(runs), "", CASES_HEAD, *_cases(runs), *_quality(runs)]
+    try:
+        projector = Projector(runs)
+    except UserError:  # no chunk was measured, or too little to project from
+        projector = None
+    projected = (*step_table(projector), "", *projections(projector), "") if projector else ()
+    lines = [*_variants(runs), "", *projected, CASES_HEAD, *_cases(runs), *_quality(runs)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
@@ -94,42 +102,65 @@ def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
     yield "*Decode alone* leaves out calls that run beside other work, as that of the motion latents does."
 
 
-def _step(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
-    """A denoising step beside the sum of its operations, each measured alone, and what is left."""
-    run = merged([run for _, run in runs])
-    timed = [v for v in run.variants if v.status == OK and stage_value(v, STEP)]
-    if not timed or not any(case.calls for case in run.cases):
-        return
-    variant = min(timed, key=lambda v: stage_value(v, STEP) or 0)
-    preset, family = family_of(run)
-    steps, dtype = PRESETS[preset].chunk.sample_steps, variant.variant.partition("-")[0]
-    found, lacks = [], []
-    for case in cases_of_chunk(registry(), family.tag, 1, dtype):
-        if case.shape.stage != DENOISE:
-            continue
-        result = run.case(case.name)
-        backend = default_backend(result, run.machine) if result else None
-        measured = result.of(backend) if result and backend else None
-        if measured and measured.seconds:
-            found.append((case, backend, measured.seconds, case.shape.calls // steps))
-        else:
-            lacks.append(case.name)
-    total, step = sum(seconds * calls for _, _, seconds, calls in found), stage_value(variant, STEP) or 0
-    yield f"## A step of `{variant.variant}`\n"
-    yield "Operations as they run by default, each measured alone, where the clock is higher than in a long run.\n"
-    yield _row("operation", "calls", "one call", "all calls", "share of the step")
-    yield _row(*("---" for _ in range(5)))
-    for case, backend, seconds, calls in sorted(found, key=lambda item: -item[2] * item[3]):
-        cells = (f"`{case.name}`, {backend}", str(calls), duration(seconds), duration(seconds * calls))
-        yield _row(*cells, percent(seconds * calls / step))
-    yield _row("sum", "", "", duration(total), percent(total / step))
-    yield _row("the step as measured", "", "", duration(step), "")
-    named = f": {', '.join(f'`{name}`' for name in lacks)}" if lacks else ""
-    yield ""
+def step_table(projector: Projector) -> Iterator[str]:
+    """A denoising step beside the calls that it makes, each timed alone, and what is left."""
+    measured = projector.measured
+    work = [work for work in projector.recipe(projector.setting(1, "")) if work.stage == STEP][-1]
+    total, step = calls_seconds(work, projector.times), stage_value(measured.variant, STEP) or 0.0
+    rows = [(call, count, projector.times.of(call)) for call, count in work.calls.items()]
+    rows.sort(key=lambda row: -row[1] * row[2].seconds)
+    shown = [row for row in rows if row[1] * row[2].seconds >= SMALLEST_SHARE * step]
+    yield f"## A step of `{measured.variant.variant}`\n"
     yield (
-        f"The rest, {duration(step - total)}, is the lower clock of a long run, launches, what no case here covers "
-        f"(inputs to be quantised, residuals, head, sampler), and what was not measured alone{named}."
+        "The calls of the last step, recorded from the model, each timed alone, where the clock is higher than in a "
+        "long run.\n"
     )
+    yield _row("call", "calls", "one call", "all calls", "share of the step", "time from")
+    yield _row(*("---" for _ in range(6)))
+    for call, count, timed in shown:
+        seconds = timed.seconds * count
+        cells = (_name(call), str(count), duration(timed.seconds), duration(seconds), percent(seconds / step))
+        yield _row(
+            *cells, f"`{timed.basis}`" + ("" if timed.source == MEASURED else ", scaled") if timed.basis else "ceiling"
+        )
+    others, left = len(rows) - len(shown), total - sum(count * timed.seconds for _, count, timed in shown)
+    yield _row(f"{others} other shapes", "", "", duration(left), percent(left / step), "")
+    yield _row("sum", "", "", duration(total), percent(total / step), "")
+    yield _row("the step as measured", "", "", duration(step), "", "")
+
+
+def _name(call: Call) -> str:
+    dims = dict(call.dims)
+    shape = ", ".join(
+        f"{name} {dims[name]}" for name in ("rows", "tokens", "queries", "inputs", "outputs") if name in dims
+    )
+    return f"{call.operation} {call.dtype}, {shape or f'{call.bytes / 1e6:.0f} MB'}"
+
+
+def projections(projector: Projector) -> Iterator[str]:
+    """What is projected for several GPUs, with all that it assumes."""
+    yield "## Several GPUs: projections\n"
+    yield (
+        "**Projected, not measured**: by `python -m profiling project`, which also answers for other links, sizes and "
+        "steps. `python -m profiling targets` holds these numbers to their goals.\n"
+    )
+    for sentence in assumptions(projector, LINKS):
+        yield f"- {sentence}"
+    for link in LINKS:
+        yield f"\nProjected, link of {link}:\n"
+        found = [projector.project(projector.setting(world, link)) for world in WORLDS]
+        yield from _projection_table(found, table_rows(found))
+    yield f"\nProjected for other pictures, link of {LINKS[0]}, in frames a second:\n"
+    by_size = {size: [projector.project(projector.setting(w, LINKS[0], size)) for w in WORLDS] for size in SIZES}
+    rows = ([f"{width} x {height}", *(f"{p.fps:.1f}" for p in found)] for (width, height), found in by_size.items())
+    yield from _projection_table(by_size[SIZES[0]], rows)
+
+
+def _projection_table(found: Sequence[Projection], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield _row("projected", *(gpus_of(projection) for projection in found))
+    yield _row(*("---" for _ in range(1 + len(found))))
+    for cells in rows:
+        yield _row(*cells)
 
 
 def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Projections of runs whose times are round numbers, compared with sums made by hand."""
+"""Projections of chunks that are made of calls with known times, compared with sums made by hand."""
 
-import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,184 +10,115 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.analyse.project import BEST, OURS, Link, communication, divided_chunk, merged, parse_link, project
-from profiling.cases import Case, registry
-from profiling.results import OK, WRONG, CaseResult, Machine, Measurement, Run, VariantResult, save
+from profiling.analyse import project
+from profiling.analyse.calls import Call
+from profiling.analyse.project import Projector, Setting, config_of, parse_links, parse_size, parse_world_sizes
+from profiling.analyse.recipe import AUDIO, COLOR, DECODE, MOTION, STEP, Exchange, Recipe, StageWork
+from profiling.devices import devices
+from profiling.results import Run, save
+from tests.profiling.analyse.made_up import chunk, run
 
-CONFIG = PRESETS["flashtalk-14b"]
-LINK = Link("test", 2e11)  # 100 GB/s one way
-H100 = Machine("cuda", "NVIDIA H100", 132, 80)
-# Seconds of a chunk at one GPU, by stage and operation: all its cases together.
-WHOLE = {
-    ("denoise", "chunk_attention"): 0.8,
-    ("denoise", "linear"): 2.0,
-    ("denoise", "text_image_attention"): 0.16,
-    ("denoise", "audio_layer"): 0.04,
-    ("denoise", "layer_norm_modulate"): 0.2,
-    ("denoise", "rms_norm_rope"): 0.1,
-    ("decode and motion", "causal_conv3d"): 0.305,
-    ("decode and motion", "rms_norm_silu"): 0.06,
-    ("decode and motion", "upsample_conv2d"): 0.02,
-    ("decode and motion", "downsample_conv2d"): 0.01,
-    ("decode and motion", "chunk_attention"): 0.005,
-    ("color", "lab_transfer"): 0.02,
-}
-DENOISE, DECODE, COLOR = 3.3, 0.4, 0.02
-Counts = dict[tuple[str, str, int, str], int]  # cases of a stage, operation, world size and dtype
+LINK = devices()["H800"]
+RATE, LATENCY = LINK.link_one_way_bytes_s, LINK.link_latency_s
 
 
-def made_up(without: str = "") -> Run:
-    """14B on 1, 2 and 8 GPUs: `WHOLE` over the world size by a peer, twice that by ours; in fp8 half of it."""
-    everything = registry()
-    names = [name for name in everything if "/14b-" in name and name != without]
-    cases = [case for name in names if (case := everything[name]).shape.world in (1, 2, 8)]
-    counts: Counts = {}
-    for case in cases:
-        if case.shape.calls:
-            key = (case.shape.stage, case.operation.name, case.shape.world, case.dtype)
-            counts[key] = counts.get(key, 0) + 1
-    return Run("bench", "2026-01-01", H100, cases=tuple(result(case, counts) for case in cases))
+def a_pass(seconds: float) -> Call:
+    """A call that takes so long on the made-up GPU, which copies 4 TB/s."""
+    return Call("fused pass", (), "bf16", 0.0, 4e12 * seconds)
 
 
-def result(case: Case, counts: Counts) -> CaseResult:
-    name, stage, world, calls = case.operation.name, case.shape.stage, case.shape.world, case.shape.calls
-    seconds = 99.0  # of what has no calls
-    if calls:
-        share = WHOLE.get((stage, name), 0.0) / world / counts[stage, name, world, case.dtype]
-        seconds = share / calls * (0.5 if case.dtype == "fp8" else 1)
-    measurements = (
-        Measurement("peer", OK, samples=(seconds, 0.9 * seconds, 7 * seconds)),
-        Measurement("wrong", WRONG),
-        Measurement("kernel", OK, ours=True, samples=(2 * seconds,)),
+def made_up_recipe(_precision: str, setting: Setting) -> Recipe:
+    """A chunk whose work is divided by the GPUs, and which grows with the picture; exchanges of 1 GB a step.
+
+    On one GPU: 1 s for each step, 0.2 s beside the second, then twice 0.1 s of decoding, 0.01 s of colour, and 0.1 s.
+    """
+    share = setting.width * setting.height / (448 * 768) / setting.world
+
+    def work(stage: str, seconds: float, *exchanges: Exchange, beside: bool = False) -> StageWork:
+        sent = Counter(exchanges if setting.world > 1 else ())
+        return StageWork(stage, Counter({a_pass(seconds * share): 1}), beside, sent)
+
+    heads, rows = Exchange("q, k and v", 1e9), Exchange("rows of neighbours", 1e6, a_pass(0.1 * share))
+    steps = [work(STEP, 1.0, heads) for _ in range(setting.steps)]
+    shown = [work(DECODE, 0.1, rows), work(COLOR, 0.01)] * 2
+    return (work(AUDIO, 0.001), steps[0], work(DECODE, 0.2, beside=True), *steps[1:], *shown, work(MOTION, 0.1))
+
+
+MEASURED = run(
+    variants=(
+        chunk(
+            "fp8", 3.5, audio=(0.002,), denoise_step=(1.2, 1.45), decode=(9.0, 0.15, 0.15), color=(0.01,) * 2,
+            motion=(0.15,),
+        ),
     )
-    about = case.name, name, case.shape.name, case.dtype, case.flops, case.bytes
-    return CaseResult(*about, world, calls, measurements=measurements)
+)  # fmt: skip
+STUDENT, VAE, REST = 1.2, 1.5, 3.5 - (0.002 + 2.65 + 0.3 + 0.02 + 0.15)
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
-    return made_up()
+def projector() -> Projector:
+    return Projector([("results/run.json", MEASURED)], made_up_recipe)
 
 
-# --- Communication --------------------------------------------------------------------------------------------------
+def test_one_gpu_takes_the_calibrated_calls_and_the_rest(projector: Projector) -> None:
+    one = projector.project(projector.setting(1, "H800"))
+    stages = {
+        "audio": STUDENT * 0.001,
+        "denoise/step": STUDENT * 2,
+        "decode beside the steps": VAE * 0.2,
+        "decode": VAE * 0.2,
+        "color": VAE * 0.02,
+        "motion": VAE * 0.1,
+    }
+    assert one.stages == pytest.approx(stages)
+    assert (one.exchange, one.rest) == (0, pytest.approx(REST))
+    assert one.chunk == pytest.approx(sum(stages.values()) + REST)
+    assert one.fps == pytest.approx(PRESETS["flashtalk-14b"].chunk.new_frames / one.chunk)
 
 
-@pytest.mark.parametrize(
-    ("world", "exchange", "heads", "video", "motion"),
-    [
-        # GB a chunk for the exchanges of attention; MB a step for the heads; MB a chunk for frames; kB for latents.
-        (1, 0.0, 0.0, 0.0, 0.0),
-        (2, 19.818, 1.548, 34.06, 172.0),
-        (4, 14.864, 2.322, 51.09, 258.0),
-        (8, 8.670, 2.709, 59.61, 301.1),
-    ],
-)
-def test_bytes_are_those_of_the_published_layout(
-    world: int, exchange: float, heads: float, video: float, motion: float
-) -> None:
-    sent = communication(CONFIG, world)
-    assert sent["denoise"] == pytest.approx(exchange * 1e9 + 4 * heads * 1e6, rel=1e-4)
-    assert sent["decode and motion"] == pytest.approx(video * 1e6 + motion * 1e3, rel=1e-3)
+def test_factors_fall_on_a_ranks_share_and_the_rest_on_every_chunk(projector: Projector) -> None:
+    """Four GPUs compute a quarter each; two exchanges of heads are seen, those of rows are hidden."""
+    four = projector.project(projector.setting(4, "H800"))
+    assert sum(four.stages.values()) == pytest.approx((STUDENT * 2.001 + VAE * 0.52) / 4)
+    assert four.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE))
+    assert four.chunk == pytest.approx((STUDENT * 2.001 + VAE * 0.52) / 4 + four.exchange + REST)
 
 
-# --- Sums -----------------------------------------------------------------------------------------------------------
+def test_an_exchange_is_seen_where_nothing_is_left_to_hide_it(projector: Projector) -> None:
+    """With a millionth of the work, 1 MB of rows takes longer than the convolution that it travels behind."""
+    many = projector.project(projector.setting(10**6, "H800"))
+    least = devices()["B200"].kernel_s
+    assert many.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE) + 2 * (LATENCY + 1e6 / RATE - least))
 
 
-def test_every_operation_of_a_chunk_has_a_stage() -> None:
-    found = {(case.shape.stage, case.operation.name) for case in registry().values() if case.shape.calls}
-    assert {stage for stage, _ in found} == {stage for stage, _ in WHOLE}
-    assert found >= WHOLE.keys(), "what this file makes up is in no chunk"
+def test_startup_ends_with_the_first_frames(projector: Projector) -> None:
+    one, four = (projector.project(projector.setting(world, "H800")) for world in (1, 4))
+    assert one.startup == pytest.approx(STUDENT * 2.001 + VAE * 0.31)
+    assert four.startup == pytest.approx(one.startup / 4 + four.exchange)
 
 
-def test_kernels_and_communication_add_up(run: Run) -> None:
-    found, _, preset = project(run, (1, 8), LINK)
-    assert preset == "flashtalk-14b"
-    rows = {(p.world, p.dtype, p.kernels): p for p in found}
-    assert set(rows) == {(w, d, k) for w in (1, 8) for d in ("bf16", "fp8") for k in (BEST, OURS)}
-    one, eight = rows[1, "bf16", BEST], rows[8, "bf16", BEST]
-    assert one.stages == pytest.approx({"denoise": DENOISE, "decode and motion": DECODE, "color": COLOR})
-    assert (one.communication, one.rest) == (0, 0)
-    assert one.chunk == pytest.approx(3.72)
-    assert one.fps == pytest.approx(28 / 3.72)
-    assert eight.stages == pytest.approx({"denoise": DENOISE / 8, "decode and motion": DECODE / 8, "color": COLOR / 8})
-    assert eight.communication == pytest.approx((8.6813 + 0.0599) / 100, rel=1e-3)
-    assert eight.chunk == pytest.approx(3.72 / 8 + 0.087412, rel=1e-4)
-    assert rows[8, "bf16", OURS].stages == pytest.approx({s: 2 * t for s, t in eight.stages.items()})
-    # FP8 halves self-attention, linear layers and the norms before them, which are all that has cases in it.
-    assert rows[1, "fp8", BEST].stages["denoise"] == pytest.approx(DENOISE - 1.5)
+def test_other_sizes_and_steps_are_other_recipes(projector: Projector) -> None:
+    double = projector.project(projector.setting(1, "H800", (448, 2 * 768), 4))
+    assert double.stages["denoise/step"] == pytest.approx(STUDENT * 2 * 4)
+    assert double.stages["motion"] == pytest.approx(VAE * 0.2)
 
 
-def test_startup_is_denoising_and_the_decoding_of_the_first_nine_frames(run: Run) -> None:
-    found, *_ = project(run, (1, 8), LINK)
-    one, eight = (p for p in found if (p.dtype, p.kernels) == ("bf16", BEST))
-    assert one.startup == pytest.approx(DENOISE + DECODE * 9 / 33 + COLOR * 4 / 28)
-    sent = DENOISE / 8 + 0.086813 + (DECODE / 8 + 0.000599) * 9 / 33 + COLOR / 8 * 4 / 28
-    assert eight.startup == pytest.approx(sent, rel=1e-4)
-
-
-def measured(name: str, chunk: float, first: float) -> VariantResult:
-    return VariantResult(name, OK, chunk=(chunk, 0.99 * chunk, 2 * chunk), first_frame=(first,) * 3, frames=28)
-
-
-def test_what_a_measured_chunk_takes_beyond_our_kernels_is_added_everywhere(run: Run) -> None:
-    """Our kernels take 7.44 s: the chunk of 8 s has 0.56 s more, at every world size and with every set of kernels."""
-    first = 2 * (DENOISE + DECODE * 9 / 33 + COLOR * 4 / 28)
-    variants = (
-        measured("bf16-eager", 9.0, 8.0),
-        measured("bf16-compiled", 8.0, first + 0.25),
-        measured("fp8-eager", 1, 1),
-    )
-    found, overheads, _ = project(dataclasses.replace(run, variants=variants), (1, 8), LINK)
-    bf16, fp8 = overheads
-    assert (bf16.variant, bf16.chunk) == ("bf16-compiled", 8.0)
-    assert (bf16.kernels, bf16.rest, bf16.startup_rest) == pytest.approx((7.44, 0.56, 0.25))
-    assert (fp8.variant, fp8.rest) == ("fp8-eager", 0.0)  # it claims to be faster than its kernels: nothing is carried
-    rows = {(p.world, p.kernels): p for p in found if p.dtype == "bf16"}
-    assert rows[1, OURS].chunk == pytest.approx(8.0)
-    assert rows[1, OURS].startup == pytest.approx(first + 0.25)
-    assert rows[8, BEST].chunk == pytest.approx(3.72 / 8 + 0.087412 + 0.56, rel=1e-4)
-
-
-def test_a_measured_chunk_can_be_divided() -> None:
-    stages = {"denoise/step": (0.4,) * 8, "decode": (0.1,) * 4, "motion": (0.05,) * 2, "color": (0.02,) * 2}
-    chunk = VariantResult("bf16-eager", OK, stages=stages, chunk=(2.0, 2.0), first_frame=(1.7, 1.7), frames=28)
-    one, two = (divided_chunk(chunk, "bf16", CONFIG, world, LINK) for world in (1, 2))
-    assert one is not None
-    assert two is not None
-    assert one.stages == pytest.approx({"denoise": 1.6, "decode and motion": 0.25, "color": 0.02})
-    assert (one.chunk, one.rest, one.startup, one.fps) == pytest.approx((2.0, 0.13, 1.7, 14))
-    sent = communication(CONFIG, 2)
-    assert two.chunk == pytest.approx(1.87 / 2 + 0.13 + sum(sent.values()) / 1e11)
-    assert two.startup == pytest.approx(0.8 + 0.1 + sent["denoise"] / 1e11)
-    assert divided_chunk(dataclasses.replace(chunk, stages={}), "bf16", CONFIG, 2, LINK) is None
-
-
-def test_a_missing_case_leaves_no_number() -> None:
-    found, *_ = project(made_up(without="rms_norm_rope/14b-w8/bf16"), (1, 4, 8), LINK)
-    rows = {p.world: p for p in found if (p.dtype, p.kernels) == ("bf16", BEST)}
-    assert rows[1].lacks == ()
-    assert rows[8].lacks == ("rms_norm_rope/14b-w8/bf16",)
-    assert (rows[8].chunk, rows[8].startup, rows[8].fps) == (None, None, None)
-    assert "linear/14b-w4-qkv/bf16" in rows[4].lacks
-
-
-def test_only_right_kernels_count(run: Run) -> None:
-    wrong = (Measurement("kernel", WRONG, ours=True), Measurement("peer", OK, samples=(0.01,)))
-    cases = tuple(
-        dataclasses.replace(c, measurements=wrong) if c.case == "lab_transfer/14b-w1/fp32" else c for c in run.cases
-    )
-    found, *_ = project(dataclasses.replace(run, cases=cases), (1,), LINK)
-    rows = {p.kernels: p for p in found if p.dtype == "bf16"}
-    assert rows[OURS].lacks == ("lab_transfer/14b-w1/fp32",)
-    assert rows[BEST].stages["color"] == pytest.approx(7 * 0.01)
-
-
-def test_a_world_size_without_cases_is_reported(run: Run) -> None:
-    found, *_ = project(run, (3,), LINK)
-    assert {p.lacks for p in found} == {("any case of 3 GPUs",)}
+def test_the_links_rates_are_what_collectives_reach() -> None:
+    """Of 450 and 200 GB/s of the data sheets, and 31.5 of PCIe 4.0."""
+    for name, sheet in (("H100", 450e9), ("H800", 200e9), ("L40S", 31.5e9)):
+        assert 0.7 < devices()[name].link_one_way_bytes_s / sheet < 0.9
+    assert devices()["H200"].link_one_way_bytes_s == devices()["H100"].link_one_way_bytes_s
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results, and the made-up recipe in place of the model's."""
+    monkeypatch.setattr(project, "recorded", made_up_recipe)
+    save(MEASURED, tmp_path / "run.json")
+    return tmp_path
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -195,80 +126,65 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-def test_links_have_names_or_a_rate() -> None:
-    assert parse_link("H100").one_way == 450e9
-    assert parse_link("H800").one_way == 200e9
-    assert parse_link("64").one_way == 32e9
-    for text in ("A100", "0", "-5", "nan", "inf"):
-        with pytest.raises(UserError, match=r"name a device \(H100, H800, .*\), or give GB/s"):
-            parse_link(text)
-
-
 def test_what_is_printed_is_called_a_projection_and_names_its_assumptions(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(dataclasses.replace(run, variants=(measured("bf16-eager", 8.0, 1.0),)), tmp_path / "run.json")
-    assert call(monkeypatch, tmp_path / "run.json", "--gpus", "8,1,2", "--link", "H800") == 0
+    assert call(monkeypatch, folder, "--gpus", "8,1,2", "--device-link", "H800", "--size", "448x768") == 0
     out = " ".join(capsys.readouterr().out.split())
     for text in (
         "Projection, not a measurement",
-        "flashtalk-14b on NVIDIA H100",
-        "400 GB/s in both directions, 200 one way",
-        "bf16-eager took 8.00 s a chunk, its kernels 7.44 s",
-        "projected: bf16, the best of all kernels",
+        "flashtalk-14b in fp8: every GPU computes as fast as the NVIDIA B200 of run.json did alone",
+        "the student's calls take 1.200 times, the VAE's 1.500 times what they take alone",
+        "378 ms of the measured chunk are in no stage",
+        f"H800 takes 15.0 µs, and its bytes over {RATE / 1e9:g} GB/s each way",
+        "projected: 448 x 768, 2 steps, link of H800",
         "1 GPU 2 GPUs 8 GPUs",
-        "all 4.28 s",
+        "denoise/step 2.40 s 1.20 s 300 ms",
+        "times ceiling 100% 100% 100%",
     ):
         assert text in out
-    assert call(monkeypatch, tmp_path / "run.json", "--json") == 0
+
+
+def test_as_json_there_is_a_row_for_each_setting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (folder / "run.json", "--gpus", "1,2", "--size", "448x768", "--size", "320x640", "--steps", "4")
+    assert call(monkeypatch, *arguments, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["projection"] is True
-    assert document["link"] == {"name": "H100", "bytes_s": 9e11}
-    assert document["measured"][0]["rest"] == pytest.approx(0.56)
-    assert any("no latency" in text for text in document["assumptions"])
-    incomplete = [row for row in document["rows"] if row["world"] == 4]
-    assert all(row["chunk"] is None and row["lacks"] for row in incomplete)
-
-
-def test_if_nothing_can_be_projected_the_answer_is_no(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save(run, tmp_path / "run.json")
-    assert call(monkeypatch, tmp_path / "run.json", "--gpus", "4") == 1
-    out = " ".join(capsys.readouterr().out.split())
-    assert "4 GPUs: incomplete, lacks 30 times:" in out
-    assert "linear: 14b-w4-down/bf16, 14b-w4-out/bf16, 14b-w4-qkv/bf16, 14b-w4-up/bf16" in out
-
-
-def test_a_folder_is_one_run_of_the_newest_cases_of_the_commonest_device(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    half = len(run.cases) // 2
-    first, second = (dataclasses.replace(run, cases=c) for c in (run.cases[:half], run.cases[half:]))
-    slower = dataclasses.replace(run.cases[0], measurements=(Measurement("k", OK, ours=True, samples=(9.0,)),))
-    older = dataclasses.replace(run, started="2025-01-01", cases=(slower,))
-    other = dataclasses.replace(older, machine=dataclasses.replace(H100, device="another"), started="2027-01-01")
-    together = merged([other, first, second, older])
-    assert together.machine == H100
-    assert {case.case: case for case in together.cases} == {case.case: case for case in run.cases}
-    for i, part in enumerate((first, second, older, other)):
-        save(part, tmp_path / f"{i}.json")
-    assert call(monkeypatch, tmp_path, "--gpus", "1") == 0
-    assert "incomplete" not in capsys.readouterr().out
+    assert (document["precision"], document["device"]) == ("fp8", "NVIDIA B200")
+    assert document["calibration"]["factors"] == pytest.approx({"student": STUDENT, "VAE": VAE})
+    settings = [(row["width"], row["link"], row["world"], row["steps"]) for row in document["rows"]]
+    assert settings == [(w, link, n, 4) for w in (448, 320) for link in ("H100", "H800") for n in (1, 2)]
+    row = document["rows"][0]
+    assert row["chunk"] == pytest.approx(sum(row["stages"].values()) + row["exchange"] + row["rest"])
+    assert row["fps"] == pytest.approx(28 / row["chunk"])
 
 
 def test_mistakes_are_told_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(Run("audit", "2026-01-01", H100), tmp_path / "run.json")
+    save(Run("audit", "2026-01-01", MEASURED.machine), folder / "empty.json")
     for arguments, complaint in (
         (("--gpus", "1,x"), "--gpus 1,x: give numbers of GPUs"),
         (("--gpus", "0,1"), "--gpus 0,1: give numbers of GPUs"),
-        (("--link", "nvlink"), "--link nvlink: name a device (H100"),
-        ((), "has no cases that a chunk is made of"),
+        (("--device-link", "nvlink"), "--device-link nvlink: name devices of devices.toml (H100, H800"),
+        (("--size", "448"), "--size 448: write WIDTHxHEIGHT"),
+        (("--size", "450x768"), "a picture of 450x768 cannot be projected: width 450 is not a multiple of 16"),
+        ((folder / "empty.json",), "no results have a whole chunk on a GPU"),
     ):
-        assert call(monkeypatch, tmp_path / "run.json", *arguments) == 2
+        place = () if isinstance(arguments[0], Path) else (folder / "run.json",)
+        monkeypatch.setattr(project, "recorded", lambda p, s: made_up_recipe(p, s) if config_of(s) else ())
+        assert call(monkeypatch, *place, *arguments) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert complaint in err
         assert len(err.splitlines()) == 1
+
+
+def test_options_are_read_as_they_are_written() -> None:
+    assert parse_world_sizes("8,1,2,1") == [1, 2, 8]
+    assert parse_links("H800,H100,H800") == ["H800", "H100"]
+    assert parse_size("320x640") == (320, 640)
+    with pytest.raises(UserError):
+        parse_size("0x640")

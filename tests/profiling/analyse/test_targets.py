@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import pytest
 
 from model.errors import UserError
 from profiling.__main__ import TARGETS, main
+from profiling.analyse import project
+from profiling.analyse.calls import Call
+from profiling.analyse.project import Setting
+from profiling.analyse.recipe import Exchange, Recipe, StageWork
 from profiling.analyse.targets import MET, MISSED, UNMEASURED, Contender, Target, TargetResult, evaluate, read_targets
 from profiling.cases import registry
+from profiling.devices import devices
 from profiling.formats import as_peers
 from profiling.results import (
     ERROR,
@@ -30,6 +36,7 @@ from profiling.results import (
     save,
 )
 from profiling.tables import stage_value
+from tests.profiling.analyse import made_up
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80)
 CPU = Machine("cpu", "some CPU", 2, 8)
@@ -298,44 +305,35 @@ def test_quality_that_was_not_measured_is_unmeasured(setting: str, runs: Sequenc
     assert (result.verdict, result.detail) == (UNMEASURED, detail)
 
 
-def test_a_projected_goal_is_answered_by_all_runs_together(tmp_path: Path) -> None:
-    """A first run has the cases of the student, a second those of the VAE."""
-    text = toml(cases=None, seconds=None, gpus="8", link='"H800"', stage='"fps"', at_least="1")
-    (tmp_path / "goals.toml").write_text(text)
-    (goal,) = read_targets(tmp_path / "goals.toml")
-    cases = [c for c in registry().values() if c.shape.name.startswith("14b-w8") and c.shape.calls]
-    results = [
-        CaseResult(
-            c.name, c.operation.name, c.shape.name, c.dtype, c.flops, c.bytes, 8, c.shape.calls,
-            measurements=(timed("triton", 1e-4, ours=True),),
-        )
-        for c in cases
-    ]  # fmt: skip
-    student, vae = (run(*(r for r in results if ("level" in r.shape) == flag)) for flag in (False, True))
-    incomplete = held(goal, student)
-    assert incomplete.verdict == UNMEASURED
-    assert "the projection lacks times for" in incomplete.detail
-    result = held(goal, student, vae)
-    assert (result.verdict, result.detail) == (MET, "projected, bf16")
-    assert result.value is not None
+def test_a_projected_goal_is_answered_by_all_runs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ceilings are in one run, the chunk in another; on 8 GPUs each step of 1 s takes an eighth."""
 
+    def recipe(_precision: str, setting: Setting) -> Recipe:
+        def work(stage: str, seconds: float, *exchanges: Exchange) -> StageWork:
+            calls = Counter({Call("fused pass", (), "bf16", 0.0, 4e12 * seconds / setting.world): 1})
+            return StageWork(stage, calls, exchanges=Counter(exchanges if setting.world > 1 else ()))
 
-def test_a_divided_chunk_misses_a_goal_or_leaves_it_open() -> None:
-    """No kernel of 8 GPUs was measured, but a chunk on one: divided, it is what can be reached at most."""
-    goal = Target("goal", "8 x H800", {"at_least": 20}, stage="fps", gpus=8, link="H800")
-    one = run(case(timed("triton", 1e-3, ours=True), name="chunk_attention/14b-w1/bf16"))
-    one = dataclasses.replace(
-        one, cases=(dataclasses.replace(one.cases[0], calls=160.0),), variants=(variant("bf16-eager", 0.4),)
-    )
-    result = held(goal, one)
-    assert (result.verdict, result.value) == (UNMEASURED, pytest.approx(42, abs=1))
-    assert result.detail.startswith("at most, if the measured chunk divides evenly; the projection lacks times for")
-    assert held(dataclasses.replace(goal, goals={"at_least": 90}), one).verdict == MISSED
+        sent = Exchange("q, k and v", 0.1 * devices()["H800"].link_one_way_bytes_s)
+        return work("denoise/step", 1.0, sent), work("decode", 0.1), work("color", 0.01), work("motion", 0.1)
+
+    monkeypatch.setattr(project, "recorded", recipe)
+    measured = made_up.chunk("fp8", 1.21, denoise_step=(1.0,), decode=(0.1,), color=(0.01,), motion=(0.1,))
+    ceilings, whole = made_up.run(), made_up.run(ceilings=Ceilings(), variants=(measured,))
+    startup = Target("goal", "8 x H800", {"seconds": 0.3}, stage="first_frame", gpus=8, link="H800")
+    result = held(startup, ceilings, whole)
+    assert (result.verdict, result.value) == (MET, pytest.approx(1.11 / 8 + 0.1, abs=1e-3))
+    assert result.detail == "projected, fp8: of 251 ms a chunk, a rank computes 151 ms and exchanges 100 ms"
+    fps = Target("goal", "8 x H800", {"at_least": 120}, stage="fps", gpus=8, link="H800")
+    assert (held(fps, ceilings, whole).verdict, held(fps, ceilings, whole).got) == (MISSED, "111")
 
 
 def test_without_results_a_projection_is_unmeasured() -> None:
     goal = Target("goal", "8 x H800", {"at_least": 32}, stage="fps", gpus=8, link="H800")
-    assert held(goal).detail == "there are no results to project from"
+    result = held(goal)
+    assert (result.verdict, result.detail.partition(";")[0]) == (
+        UNMEASURED,
+        "no results have a whole chunk on a GPU to project from",
+    )
 
 
 # --- The file -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The generated documents: where each row comes from, which measurement is shown, and what `--check` says."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,24 @@ import pytest
 
 from model.errors import UserError
 from profiling.__main__ import main
-from profiling.report.performance import BEGIN, END, PAGE, README, performance_page, readme_table, with_table
+from profiling.analyse import project
+from profiling.analyse.calls import Call, call
+from profiling.analyse.project import Projector, Setting, assumptions
+from profiling.analyse.recipe import Recipe, StageWork
+from profiling.report.performance import (
+    BEGIN,
+    END,
+    PAGE,
+    README,
+    performance_page,
+    projections,
+    readme_table,
+    step_table,
+    with_table,
+)
 from profiling.results import OK, CaseResult, Ceilings, Machine, Measurement, Run, VariantResult
 from tests.profiling import runs
+from tests.profiling.analyse import made_up
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0", revision="0123456789abcdef-dirty")
 NAME = "linear/14b-w1-up/fp8"
@@ -87,15 +103,44 @@ def test_generated_video_has_a_table_for_each_run_and_one_for_long_streams() -> 
         assert all(line.endswith("| 1.10 | 1.00 to 1.20 |") for line in drifts)
 
 
-def test_a_step_stands_beside_the_sum_of_its_operations() -> None:
-    """40 calls of the default back-end, which is not the fastest; what was not measured is named."""
-    measured = replace(CASES, calls=160)
-    page = performance_page([("x/y/a.json", run(measured, variants=(variant("fp8-vae", 0.4),)))])
-    assert f"| `{NAME}`, gluon | 40 | 2.00 ms | 80.0 ms | 20% |" in page
-    assert "| sum |  |  | 80.0 ms | 20% |" in page
-    assert "| the step as measured |  |  | 400 ms |  |" in page
-    assert "The rest, 320 ms, is" in page
-    assert "`chunk_attention/14b-w1/fp8`" in page.split("was not measured alone: ")[1].splitlines()[0]
+@pytest.fixture
+def projector() -> Projector:
+    """A chunk of one step with 40 measured products and a pass over 4 GB, which takes 1 ms; and decoding."""
+    product = call("linear", "fp8", rows=12096, inputs=5120, outputs=13824)
+    passes = {seconds: Call("fused pass", (), "bf16", 0.0, 4e12 * seconds) for seconds in (0.001, 0.1)}
+
+    def recipe(_precision: str, setting: Setting) -> Recipe:
+        step = Counter({product: 40 // setting.world, passes[0.001]: 1})
+        others = (StageWork(stage, Counter({passes[0.1]: 1})) for stage in ("decode", "color", "motion"))
+        return StageWork("denoise/step", step), *others
+
+    stages = {"denoise_step": (0.2,), "decode": (0.1,), "color": (0.1,), "motion": (0.1,)}
+    cases = (made_up.case(NAME, dict(product.dims), 0.002),)
+    return Projector([("x/y/a.json", made_up.run(*cases, variants=(made_up.chunk("fp8", 0.6, **stages),)))], recipe)
+
+
+def test_a_step_stands_beside_the_sum_of_its_calls(projector: Projector) -> None:
+    lines = list(step_table(projector))
+    assert "## A step of `fp8`\n" in lines
+    product = "linear fp8, rows 12096, inputs 5120, outputs 13824"
+    assert f"| {product} | 40 | 2.00 ms | 80.0 ms | 40% | `{NAME}` |" in lines
+    assert "| fused pass bf16, 4000 MB | 1 | 1.00 ms | 1.00 ms | 0.5% | ceiling |" in lines
+    assert "| sum |  |  | 81.0 ms | 40% |  |" in lines
+    assert "| the step as measured |  |  | 200 ms |  |  |" in lines
+
+
+def test_what_is_projected_is_labelled_and_has_its_assumptions(projector: Projector) -> None:
+    text = "\n".join(projections(projector))
+    assert text.startswith("## Several GPUs: projections")
+    assert "**Projected, not measured**" in text
+    assert all(f"- {sentence}" in text for sentence in assumptions(projector, ("H100", "H800")))
+    tables = [line for line in text.splitlines() if line.startswith("| projected |")]
+    assert tables == ["| projected | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |"] * 3
+    assert "| denoise/step | 200 ms | 101 ms |" in text
+
+
+def test_a_page_without_a_chunk_to_project_from_has_no_projections() -> None:
+    assert "projected" not in performance_page([("x/y/a.json", run(CASES, variants=(variant("fp8-vae", 0.4),)))])
 
 
 def test_decoding_beside_a_step_is_not_summed() -> None:
@@ -129,7 +174,11 @@ def test_the_table_replaces_what_stands_between_the_markers() -> None:
 def test_the_command_writes_both_and_tells_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def nothing_recorded(*_: object) -> Recipe:
+        raise UserError("recording takes seconds")
+
     def call(*arguments: object) -> int:
+        monkeypatch.setattr(project, "recorded", nothing_recorded)
         monkeypatch.setattr(sys, "argv", ["profiling", "docs", "--root", str(tmp_path), *map(str, arguments)])
         return main()
 
