@@ -13,7 +13,7 @@ from kernels.lab_transfer import lab_statistics, lab_transfer
 from kernels.layer_norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8, quantize_rows
 from kernels.linear import linear, linear_fp8, linear_fp8_quantized
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
-from kernels.rms_norm_rope import rms_norm_rope, rms_norm_rope_fp8
+from kernels.rms_norm_rope import kv_statistics, rms_norm_rope, rms_norm_rope_fp8
 from kernels.rms_norm_silu import rms_norm_silu
 from kernels.text_image_attention import text_image_attention
 
@@ -30,6 +30,7 @@ __all__ = [
     "downsample_conv2d",
     "fold_upsampling",
     "frame_attention",
+    "kv_statistics",
     "lab_statistics",
     "lab_transfer",
     "layer_norm",

@@ -95,11 +95,14 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def reference(pixels: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
+def reference(pixels: Tensor, mean: Tensor, std: Tensor, strength: float, statistics: Tensor | None = None) -> Tensor:
     """The pixels of `lab_transfer`, in the dtype of the statistics: float32 or wider."""
     rgb = (pixels.to(mean.dtype) + 1) / 2
     lab = rgb_to_lab(rgb)
-    frame_std, frame_mean = torch.std_mean(lab, dim=(2, 3), correction=0, keepdim=True)
+    if statistics is None:
+        frame_std, frame_mean = torch.std_mean(lab, dim=(2, 3), correction=0, keepdim=True)
+    else:
+        frame_mean, frame_std = statistics[:, :, None, None].to(mean.dtype).unbind(-1)
     frame_std = torch.where(frame_std < 1e-8, 1.0, frame_std)
     corrected = lab_to_rgb((lab - frame_mean) * (std / frame_std) + mean)
     return torch.lerp(rgb, corrected, strength) * 2 - 1
@@ -164,15 +167,27 @@ def lab_moments(pixels, moments, size, frame_stride, channel_stride, pixel_strid
 
 
 @triton.jit
-def match_statistics(x, moments, mean, std, size, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Moves x from the mean and deviation of its frame, merged from the moments of its blocks, to `mean` and `std`."""
+def merge_moments(moments, size, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The mean and the deviation of a frame's channel from the moments of its blocks."""
     i = tl.arange(0, BLOCKS)
     mask = i < blocks
     count = tl.minimum(size - i * BLOCK, BLOCK).to(tl.float32)
     means = tl.load(moments + 6 * i, mask=mask, other=0.0)
     frame_mean = tl.sum(tl.where(mask, count * means, 0.0)) / size
     squares = tl.load(moments + 6 * i + 1, mask=mask, other=0.0) + count * (means - frame_mean) * (means - frame_mean)
-    frame_std = tl.sqrt(tl.sum(tl.where(mask, squares, 0.0)) / size)
+    return frame_mean, tl.sqrt(tl.sum(tl.where(mask, squares, 0.0)) / size)
+
+
+@triton.jit
+def match_statistics(x, moments, mean, std, size, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Moves x from the mean and deviation of its frame to `mean` and `std`.
+
+    `moments` are those of the frame's blocks; with BLOCKS 0 they are the mean and deviation themselves.
+    """
+    if BLOCKS:
+        frame_mean, frame_std = merge_moments(moments, size, blocks, BLOCK, BLOCKS)
+    else:
+        frame_mean, frame_std = tl.load(moments), tl.load(moments + 1)
     frame_std = tl.where(frame_std < 1e-8, 1.0, frame_std)
     return (x - frame_mean) * (tl.load(std) / frame_std) + tl.load(mean)
 
@@ -197,7 +212,10 @@ def store_channel(light, original, strength, out, rgb, mask):
 @triton.jit
 def lab_transfer_fwd(pixels, moments, mean, std, out, rgb, strength, size, blocks, frame_stride, channel_stride,
                      pixel_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """BLOCK pixels of a frame: out [frame, 3, pixel] float32, rgb [frame, pixel, 3] bytes. BLOCKS: a power of two."""
+    """BLOCK pixels of a frame: out [frame, 3, pixel] float32, rgb [frame, pixel, 3] bytes.
+
+    BLOCKS: a power of two of at least `blocks`, or 0, where `moments` [frame, 3, 2] are means and deviations.
+    """
     frame = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -224,9 +242,14 @@ def lab_transfer_fwd(pixels, moments, mean, std, out, rgb, strength, size, block
 
 
 def launch_lab_transfer(
-    pixels: Tensor, mean: Tensor, std: Tensor, strength: float, config: LaunchConfig | None = None
+    pixels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    strength: float,
+    statistics: Tensor | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`lab_transfer` by its two kernels."""
+    """`lab_transfer` by its two kernels, or by the second alone where the frames' statistics are given."""
     frames, _, height, width = pixels.shape
     size = height * width
     parameters = launch_config(
@@ -234,14 +257,15 @@ def launch_lab_transfer(
         default=DEFAULT_CONFIG, given=config,
     )  # fmt: skip
     blocks = triton.cdiv(size, parameters["BLOCK"])
-    moments = pixels.new_empty(frames, blocks, 3, 2, dtype=torch.float32)
     strides = pixels.stride(0), pixels.stride(1), pixels.stride(3)
-    lab_moments[(blocks, frames)](pixels, moments, size, *strides, **parameters)
+    moments = pixels.new_empty(frames, blocks, 3, 2, dtype=torch.float32) if statistics is None else statistics
+    if statistics is None:
+        lab_moments[(blocks, frames)](pixels, moments, size, *strides, **parameters)
     out = pixels.new_empty(pixels.shape, dtype=torch.float32)
     rgb = pixels.new_empty(frames, height, width, 3, dtype=torch.uint8)
     lab_transfer_fwd[(blocks, frames)](
-        pixels, moments, mean, std, out, rgb, strength, size, blocks, *strides,
-        BLOCKS=triton.next_power_of_2(blocks), **parameters,
+        pixels, moments, mean, std, out, rgb, strength, size, blocks if statistics is None else 1, *strides,
+        BLOCKS=triton.next_power_of_2(blocks) if statistics is None else 0, **parameters,
     )  # fmt: skip
     return out, rgb
 
@@ -249,15 +273,19 @@ def launch_lab_transfer(
 # --- Operation ------------------------------------------------------------------------------------------------------
 
 
-def _lab_transfer_cpu(pixels: Tensor, mean: Tensor, std: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    out = reference(pixels, mean, std, strength).contiguous()
+def _lab_transfer_cpu(
+    pixels: Tensor, mean: Tensor, std: Tensor, strength: float, statistics: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out = reference(pixels, mean, std, strength, statistics).contiguous()
     return out, to_bytes(out)
 
 
 lab_transfer_op = define_op("lab_transfer", cpu=_lab_transfer_cpu, cuda=launch_lab_transfer)
 
 
-def lab_transfer(pixels: Tensor, mean: Tensor, std: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+def lab_transfer(
+    pixels: Tensor, mean: Tensor, std: Tensor, strength: float = 1.0, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gives every frame the CIE Lab mean and standard deviation of a reference image, blended with the frame itself.
 
     lab' = (lab - mean(lab)) * std / std(lab) + mean for each frame and Lab channel, over the frame's pixels, and
@@ -270,6 +298,8 @@ def lab_transfer(pixels: Tensor, mean: Tensor, std: Tensor, strength: float = 1.
         mean: float32 [1, 3, 1, 1], contiguous, the reference image's mean as of `lab_statistics`.
         std: float32 [1, 3, 1, 1], contiguous, its population standard deviation.
         strength: 0 leaves the frames as they are, 1 replaces them.
+        statistics: mean(lab) and std(lab) of each frame, float32 [frames, 3, 2], contiguous, where `pixels` are only
+            some rows of the frames, as on one of several GPUs. None computes them of these pixels.
 
     Returns:
         The pixels in [-1, 1], float32 [frames, 3, height, width], contiguous; and the same as uint8
@@ -286,4 +316,7 @@ def lab_transfer(pixels: Tensor, mean: Tensor, std: Tensor, strength: float = 1.
         raise ValueError(f"pixels: strides {pixels.stride()}, wanted a frame's rows adjacent in memory")
     for name, statistic in (("mean", mean), ("std", std)):
         check(name, statistic, shape=(1, 3, 1, 1), dtype=torch.float32, device=pixels.device, layout="contiguous")
-    return lab_transfer_op(pixels, mean, std, float(strength))
+    if statistics is not None:
+        want = (len(pixels), 3, 2)
+        check("statistics", statistics, shape=want, dtype=torch.float32, device=pixels.device, layout="contiguous")
+    return lab_transfer_op(pixels, mean, std, float(strength), statistics)

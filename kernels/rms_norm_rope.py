@@ -18,6 +18,9 @@ embedding turns every adjacent pair (a, b) of channels by the token's angles:
     v8, v_scale   e4m3 [heads, head_dim, tokens]; a scale for each head and channel, 8 times the largest value of the
                   same sample, / 448. Values beyond that saturate.
 
+A rank that has only some of the tokens quantises them as the whole is quantised: the ranks gather the sample, and give
+it to `kv_statistics`, which returns c and v_scale.
+
 Source: SoulX-FlashTalk's WanSelfAttention; smoothing of keys: SageAttention (arXiv 2410.02367).
 """
 
@@ -62,15 +65,23 @@ def _norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(2)
 
 
+def reference_statistics(k: Tensor, v: Tensor, k_weight: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`kv_statistics` by definition, with the same arguments; v_scale is float32 or, for float64, wider."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    v_scale = (v.abs().amax(0).to(wide) * (VALUE_HEADROOM / FP8_MAX)).clamp_min(MIN_SCALE)
+    return _norm_rope(k, k_weight, rope, eps).mean(0).to(k.dtype), v_scale
+
+
 def reference_fp8(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float,
+    mean_key: Tensor | None = None, v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q8, q_scale, k8, v8 and v_scale of `rms_norm_rope_fp8`."""
+    if mean_key is None or v_scale is None:
+        tokens = torch.tensor(sample_tokens(len(k)), device=k.device)
+        mean_key, v_scale = reference_statistics(k[tokens], v[tokens], k_weight, rope[tokens], eps)
     q_rot, k_rot = _norm_rope(q, q_weight, rope, eps), _norm_rope(k, k_weight, rope, eps)
-    tokens = torch.tensor(sample_tokens(len(k)), device=k.device)
     q_scale = (q_rot.abs().amax(2) / FP8_MAX).clamp_min(MIN_SCALE)
-    mean_key = k_rot[tokens].mean(0).to(k.dtype)
-    v_scale = (v[tokens].abs().amax(0).to(q_rot.dtype) * (VALUE_HEADROOM / FP8_MAX)).clamp_min(MIN_SCALE)
     order = torch.from_numpy(interleave(len(v))).to(v.device)
     v_padded = F.pad(v / v_scale, (0, 0, 0, 0, 0, len(order) - len(v)))[order]
     return (
@@ -257,22 +268,33 @@ def _launch(
     return q_out, k_out
 
 
-def launch_rms_norm_rope_fp8(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q8, q_scale, k8, v8 and v_scale of `rms_norm_rope_fp8`, by four kernels."""
-    tokens, heads, head_dim = q.shape
-    stride, count, block_h = _sample_stride(tokens), min(tokens, NUM_SAMPLES), DEFAULT_CONFIG["BLOCK_H"]
-    rms = q.new_empty(count, dtype=torch.float32)
+def launch_kv_statistics(
+    k: Tensor, v: Tensor, k_weight: Tensor, rope: Tensor, eps: float, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`kv_statistics` by two kernels, of the tokens 0, stride, 2 stride, ... modulo the number of tokens."""
+    tokens, heads, head_dim = k.shape
+    count, block_h = min(tokens, NUM_SAMPLES), DEFAULT_CONFIG["BLOCK_H"]
+    rms = k.new_empty(count, dtype=torch.float32)
     sample_rms[(count,)](
         k, rms, eps, tokens, stride, k.stride(0), heads, HEAD_DIM=head_dim, BLOCK_H=block_h,
         BLOCKS=triton.cdiv(heads, block_h),
     )  # fmt: skip
-    mean_key, v_scale = k.new_empty(heads, head_dim), q.new_empty(heads, head_dim, dtype=torch.float32)
+    mean_key, v_scale = k.new_empty(heads, head_dim), k.new_empty(heads, head_dim, dtype=torch.float32)
     sample_statistics[(heads,)](
         k, v, k_weight, rope, rms, mean_key, v_scale, tokens, stride, k.stride(0), v.stride(0),
         HEAD_DIM=head_dim, SIZE=triton.next_power_of_2(count), num_warps=8,
     )  # fmt: skip
+    return mean_key, v_scale
+
+
+def launch_rms_norm_rope_fp8(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float,
+    mean_key: Tensor | None = None, v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q8, q_scale, k8, v8 and v_scale of `rms_norm_rope_fp8`, by four kernels, or two with given statistics."""
+    tokens, heads, head_dim = q.shape
+    if mean_key is None or v_scale is None:
+        mean_key, v_scale = launch_kv_statistics(k, v, k_weight, rope, eps, _sample_stride(tokens))
     q_scale = q.new_empty(tokens, heads, dtype=torch.float32)
     q8, k8 = _launch(q, k, q_weight, k_weight, rope, eps, (q_scale, k_scale, mean_key))
     padded_tokens = -(-tokens // 16) * 16
@@ -286,9 +308,18 @@ def launch_rms_norm_rope_fp8(
 # --- Operation ------------------------------------------------------------------------------------------------------
 
 
+def _rms_norm_rope_fp8_cpu(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float,
+    mean_key: Tensor | None, v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q8, q_scale, k8, v8, used = reference_fp8(q, k, v, q_weight, k_weight, k_scale, rope, eps, mean_key, v_scale)
+    return q8, q_scale, k8, v8, used.clone() if used is v_scale else used  # results must not alias arguments
+
+
 def _rms_norm_rope_fp8_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, k_scale: Tensor, rope: Tensor, eps: float,
+    mean_key: Tensor | None, v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, heads, head_dim = q.shape
     return (
         q.new_empty(q.shape, dtype=FP8), q.new_empty(tokens, heads, dtype=torch.float32),
@@ -297,10 +328,15 @@ def _rms_norm_rope_fp8_fake(
     )  # fmt: skip
 
 
+def _kv_statistics_cpu(k: Tensor, v: Tensor, k_weight: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return reference_statistics(k, v, k_weight, rope, eps)
+
+
 rms_norm_rope_op = define_op("rms_norm_rope", cpu=reference, cuda=launch_rms_norm_rope)
 rms_norm_rope_fp8_op = define_op(
-    "rms_norm_rope_fp8", cpu=reference_fp8, cuda=launch_rms_norm_rope_fp8, fake=_rms_norm_rope_fp8_fake
+    "rms_norm_rope_fp8", cpu=_rms_norm_rope_fp8_cpu, cuda=launch_rms_norm_rope_fp8, fake=_rms_norm_rope_fp8_fake
 )
+kv_statistics_op = define_op("kv_statistics", cpu=_kv_statistics_cpu, cuda=launch_kv_statistics)
 
 
 def rms_norm_rope(
@@ -326,7 +362,7 @@ def rms_norm_rope(
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
     """
-    _check_tokens(q, q_weight, k_weight, rope, k=k)
+    _check_tokens({"q_weight": q_weight, "k_weight": k_weight}, rope, q=q, k=k)
     return rms_norm_rope_op(q, k, q_weight, k_weight, rope, eps)
 
 
@@ -339,6 +375,7 @@ def rms_norm_rope_fp8(
     k_scale: Tensor,
     rope: Tensor,
     eps: float = 1e-6,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm and rotary embedding of q and k, with q, k and v quantised to e4m3 for FP8 attention.
 
@@ -361,6 +398,8 @@ def rms_norm_rope_fp8(
         k_scale: float32 [heads], made once by `key_scale(k_weight, heads)`.
         rope: float32 [tokens, head_dim / 2, 2], the cosine and sine of each token's angles, contiguous.
         eps: added to the mean square.
+        statistics: c [heads, head_dim] in k's dtype and v_scale, float32 [heads, head_dim], from `kv_statistics`; None
+            takes them of these tokens.
 
     Returns:
         The first arguments of `kernels.chunk_attention_fp8.chunk_attention_fp8`: q8 [tokens, heads, head_dim], q_scale
@@ -371,20 +410,54 @@ def rms_norm_rope_fp8(
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
     """
-    _check_tokens(q, q_weight, k_weight, rope, k=k, v=v)
+    _check_tokens({"q_weight": q_weight, "k_weight": k_weight}, rope, q=q, k=k, v=v)
     check("k_scale", k_scale, shape=q.shape[1:2], dtype=torch.float32, device=q.device, layout="contiguous")
-    q8, q_scale, k8, v8, v_scale = rms_norm_rope_fp8_op(q, k, v, q_weight, k_weight, k_scale, rope, eps)
+    mean_key, v_scale = statistics or (None, None)
+    for name, x, dtype in (("mean_key", mean_key, k.dtype), ("v_scale", v_scale, torch.float32)):
+        if x is not None:
+            check(name, x, shape=q.shape[1:], dtype=dtype, device=q.device, layout="contiguous")
+    q8, q_scale, k8, v8, v_scale = rms_norm_rope_fp8_op(
+        q, k, v, q_weight, k_weight, k_scale, rope, eps, mean_key, v_scale
+    )
     return q8, q_scale, k8, k_scale, v8, v_scale
 
 
-def _check_tokens(q: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, **others: Tensor) -> None:
-    """Raises ValueError unless the arguments fit together; `others` are k and v by name, which must be like q."""
-    check("q", q, shape=("tokens", "heads", "head_dim"), dtype=DTYPE_NAMES, layout="tokens")
-    tokens, heads, head_dim = q.shape
+def kv_statistics(k: Tensor, v: Tensor, k_weight: Tensor, rope: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """What `rms_norm_rope_fp8` takes from a sample of the tokens: the mean key c and the scale of the values.
+
+        c = mean over the tokens of the normalised, rotated keys        v_scale = 8 * max over the tokens |v| / 448
+
+    `rms_norm_rope_fp8` takes the tokens `sample_tokens(n)` of n, in this order. A rank that has only some of the n
+    gathers these and gives the result to `rms_norm_rope_fp8`: its operands are then those of one rank, bit for bit.
+
+    Args:
+        k: [tokens, heads, head_dim] of at most 128 tokens, float32, float16 or bfloat16, head_dim even.
+        v: like k.
+        k_weight: [heads * head_dim], the weight of the keys' norm, contiguous.
+        rope: float32 [tokens, head_dim / 2, 2], the cosine and sine of each token's angles, contiguous.
+        eps: added to the mean square.
+
+    Returns:
+        c [heads, head_dim] in k's dtype, and v_scale, float32 [heads, head_dim].
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
+    """
+    _check_tokens({"k_weight": k_weight}, rope, k=k, v=v)
+    if len(k) > NUM_SAMPLES:
+        raise ValueError(f"k: {len(k)} tokens, wanted at most {NUM_SAMPLES}")
+    return kv_statistics_op(k, v, k_weight, rope, eps)
+
+
+def _check_tokens(weights: dict[str, Tensor], rope: Tensor, **inputs: Tensor) -> None:
+    """Raises ValueError unless the inputs, by name, are alike and weights and rope fit them."""
+    name, x = next(iter(inputs.items()))
+    check(name, x, shape=("tokens", "heads", "head_dim"), dtype=DTYPE_NAMES, layout="tokens")
+    tokens, heads, head_dim = x.shape
     if head_dim % 2:
-        raise ValueError(f"q: head_dim {head_dim}, wanted an even number")
-    for name, x in others.items():
-        check(name, x, shape=q.shape, dtype=q.dtype, device=q.device, layout="tokens")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check(name, weight, shape=(heads * head_dim,), device=q.device, layout="contiguous")
-    check("rope", rope, shape=(tokens, head_dim // 2, 2), dtype=torch.float32, device=q.device, layout="contiguous")
+        raise ValueError(f"{name}: head_dim {head_dim}, wanted an even number")
+    for other, y in inputs.items():
+        check(other, y, shape=x.shape, dtype=x.dtype, device=x.device, layout="tokens")
+    for weight_name, weight in weights.items():
+        check(weight_name, weight, shape=(heads * head_dim,), device=x.device, layout="contiguous")
+    check("rope", rope, shape=(tokens, head_dim // 2, 2), dtype=torch.float32, device=x.device, layout="contiguous")

@@ -25,6 +25,9 @@ from model.config import TINY, Config, Precision
 from model.dit import ContextKV, DiT, Modulation, rope_table
 from model.errors import UserError
 from model.machine import writable_cache_dir
+from model.parallel.ranks import Ranks
+from model.parallel.rows import RowSplit
+from model.parallel.tokens import TokenSplit
 from model.vae import VAE, decode_schedule
 from model.weights.checkpoint import Models, load_models, preset_models, random_models
 
@@ -74,8 +77,11 @@ def stand_in_models(config: Config, device: torch.device, precision: Precision) 
 
 
 @torch.inference_mode()
-def warm_up(models: Models) -> None:
-    """Runs every operation of a chunk once in each of its shapes, on zeros, so that all is compiled and autotuned."""
+def warm_up(models: Models, ranks: Ranks | None = None) -> None:
+    """Runs every operation of a chunk once in each of its shapes, on zeros, so that all is compiled and autotuned.
+
+    With `ranks`, in the shapes of this rank's share; all ranks call it.
+    """
     config, device = models.config, models.device
     dit, chunk, vae = config.dit, config.chunk, models.vae
     frames, _, rows, columns = config.latent_shape
@@ -89,35 +95,51 @@ def warm_up(models: Models) -> None:
     context = ContextKV(
         *map(kv, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=zeros(1).int() + 1
     )
-    audio = models.dit.embed_audio(zeros(1, chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels))
+    split = None if ranks is None else TokenSplit.of_grid(ranks, config.grid, device)
+    slabs = None if ranks is None else RowSplit.of_rows(ranks, rows)
+
+    def own(x: Tensor) -> Tensor:
+        return x if slabs is None else slabs.own(x)
+
+    windows = zeros(1, chunk.frame_num, dit.audio_window, dit.audio_blocks, dit.audio_channels)
+    audio = models.dit.embed_audio(windows, split)
     modulation = Modulation(zeros(dit.num_layers, 6, dit.dim), zeros(2, dit.dim))
     rope = rope_table(config.grid, dit.head_dim, device)
     dtype = next(vae.parameters()).dtype
     latents = zeros(*config.latent_shape)
     condition = zeros(frames, dit.in_dim - latents.shape[1], rows, columns, dtype=dtype)
     motion_frames = zeros(chunk.motion_frames_num, 3, chunk.height, chunk.width, dtype=dtype)
-    num_motion_latents = len(list(vae.encode(motion_frames)))
+    num_motion_latents = len(list(vae.encode(own(motion_frames), slabs)))
     for count in {1, num_motion_latents}:
-        models.dit(latents, condition, modulation, rope, context, audio, num_motion_latents=count)
+        models.dit(latents, condition, modulation, rope, context, audio, num_motion_latents=count, split=split)
     state = None
     for step in decode_schedule(frames, chunk.warmup_frames, config.vae.temporal_stride):
-        pixels, state = vae.decode_step(latents[step.latents].to(dtype), state, step.emit)
+        pixels, state = vae.decode_step(own(latents[step.latents]).to(dtype), state, step.emit, slabs)
         if step.emit:
             lab_transfer(pixels, *lab_statistics(zeros(1, 3, 8, 8)), chunk.color_correction_strength)
 
 
 def load_compiled(
-    config: Config, folder: Path | None, device: torch.device, precision: Precision, wav2vec: Path | None = None
+    config: Config,
+    folder: Path | None,
+    device: torch.device,
+    precision: Precision,
+    wav2vec: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Models:
     """`load_models`, or `preset_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
 
-    While the weights are read from disk, the code is compiled on stand-in networks.
+    While the weights are read from disk, the code is compiled on stand-in networks; not among several ranks, which
+    would not reach their exchanges together.
     """
     use_compile_cache(device)
-    if folder is None:
-        models = preset_models(config, device, precision)
+    if folder is None or ranks is not None:
+        if folder is None:
+            models = preset_models(config, device, precision)
+        else:
+            models = load_models(config, folder, device, precision, wav2vec)
         compile_models(models)
-        warm_up(models)
+        warm_up(models, ranks)
         return models
     stand_in = stand_in_models(config, device, precision)
     compile_models(stand_in)

@@ -15,6 +15,9 @@ Parameters have the names and shapes of the official checkpoint, except that pro
 concatenated (`DiT.param_map`). Matrix products are in the parameters' dtype or in FP8 (`DiT.quantize`,
 `DiT.use_fp8_attention`); norms, rotation, modulation, gated residuals and the head are in float32. Attention, linear
 layers and the operations around them come from kernels/, which runs PyTorch on a CPU and its own kernels on a GPU.
+
+With a `TokenSplit` (model/parallel/tokens.py), a rank computes a range of the tokens. Ranks meet in self-attention, and
+at the end, where the velocity is gathered.
 """
 
 import fnmatch
@@ -37,6 +40,7 @@ from kernels.text_image_attention import text_image_attention
 from model.config import DiTConfig, FP8Policy
 from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
 from model.offload import on_device
+from model.parallel.tokens import FP8Operands, TokenSplit
 from model.param_map import ParamMapping, joined_map
 
 
@@ -124,16 +128,19 @@ def resize_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return (F.interpolate(masks[None].float(), size=grid[1:])[0] > 0).float().flatten(1)
 
 
-def speaker_positions(q: Tensor, k: Tensor, masks: Tensor, config: DiTConfig) -> Tensor:
+def speaker_positions(
+    q: Tensor, k: Tensor, masks: Tensor, config: DiTConfig, split: TokenSplit | None = None
+) -> Tensor:
     """Position of each token on the audio position axis, float32 [S]: near speaker 1, near speaker 2, or in the middle.
 
     q and k [S, head, head_dim] are the rotated queries and keys of self-attention; masks [3, n] are over the n tokens
     of latent frame 0. A token's affinity to a region is the softmax weight that it gives to the region's keys in frame
     0, averaged over heads and divided by the number of the region's tokens. The region with the largest affinity is
     chosen. A speaker's affinity, rescaled to 0..1 by its range over all tokens, becomes a position in the interval at
-    that speaker's end of the axis. The background is at the middle of the axis.
+    that speaker's end of the axis. The background is at the middle of the axis. With `split`, q, k and the result are
+    of this rank's tokens.
     """
-    first = k[: masks.shape[1]]
+    first = k[: masks.shape[1]] if split is None else split.gather_first(k, masks.shape[1])
     # The official code averages over two halves of floor(heads / 2) heads, so an odd number leaves out the last head.
     heads = 2 * (q.shape[1] // 2)
     affinity = torch.zeros(q.shape[0], 3, device=q.device)
@@ -142,7 +149,7 @@ def speaker_positions(q: Tensor, k: Tensor, masks: Tensor, config: DiTConfig) ->
         affinity += weights @ masks.T / heads
     affinity = affinity / masks.sum(1)
     speakers = affinity[:, :2]
-    low, high = speakers.amin(0), speakers.amax(0)
+    low, high = (speakers.amin(0), speakers.amax(0)) if split is None else split.extremes(speakers)
     offsets = torch.tensor([0.0, config.class_range - config.class_interval], device=q.device)
     positions = (speakers - low) / (high - low + 1e-8) * config.class_interval + offsets
     background = torch.full_like(positions[:, :1], config.class_range / 2)
@@ -167,24 +174,34 @@ class SelfAttention(nn.Module):
         self.k_scale: Tensor | None = None  # scale of FP8 keys; None: attention in the parameters' dtype
 
     def forward(
-        self, h: Tensor | QuantizedRows, x: Tensor, gate: Tensor, rope: Tensor, two_speakers: bool
+        self,
+        h: Tensor | QuantizedRows,
+        x: Tensor,
+        gate: Tensor,
+        rope: Tensor,
+        two_speakers: bool,
+        split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Self-attention with gated residual; returns x + gate * output [n, D], rotated q and k [S, head, head_dim].
 
         h [S, D] are the normalised tokens; x [n, D] is the residual stream of the last n tokens, the only ones with
-        queries. In FP8, q and k are dequantised only for two speakers, who need them for `speaker_positions`.
+        queries. In FP8, q and k are dequantised only for two speakers, who need them for `speaker_positions`. With
+        `split`, the tokens are this rank's, n = S, and they attend to those of all ranks.
         """
         q, k, v = self.qkv(h).unflatten(1, (3, self.heads, -1)).unbind(1)
         kv_only = len(q) - len(x)
         q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
         if self.k_scale is None:
             q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
-            attended = chunk_attention(q[kv_only:], k, v)
+            attended = chunk_attention(q[kv_only:], k, v) if split is None else split.attend(q, k, v)
         else:
-            q, q_scale, k, k_scale, v, v_scale = rms_norm_rope_fp8(
-                q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps
-            )
-            attended = chunk_attention_fp8(q[kv_only:], q_scale[kv_only:], k, k_scale, v, v_scale, dtype=x.dtype)
+            statistics = None if split is None else split.kv_statistics(k, v, k_weight, rope, self.eps)
+            operands = rms_norm_rope_fp8(q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps, statistics)
+            q, q_scale, k, k_scale, v, v_scale = operands
+            if split is None:
+                attended = chunk_attention_fp8(q[kv_only:], q_scale[kv_only:], k, k_scale, v, v_scale, dtype=x.dtype)
+            else:
+                attended = split.attend_fp8(FP8Operands(*operands), x.dtype)
             if two_speakers:
                 q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
         return self.o(attended.flatten(1), gate=gate, residual=x), q, k
@@ -317,20 +334,25 @@ class Block(nn.Module):
         audio: AudioKV,
         masks: Tensor | None,
         kv_only_tokens: int = 0,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """x [S, D] -> [S - kv_only_tokens, D].
 
         `modulation` [6, D], `context` and `audio` are those of this block. The first `kv_only_tokens` tokens serve only
-        as keys and values of self-attention and are left out of the output.
+        as keys and values of self-attention and are left out of the output. With `split`, the tokens are this rank's
+        and the audio is that of the frames that they belong to.
         """
-        tokens_per_frame, eps = len(x) // len(audio.k), self.config.eps
+        eps, first_token, tokens_per_frame = self.config.eps, kv_only_tokens, len(x) // len(audio.k)
+        if split is not None:
+            tokens_per_frame = split.tokens_per_frame
+            first_token = split.start - split.frames.start * tokens_per_frame
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         h = norm_modulate_for_linear(x, shift1, scale1, eps, self.self_attn.qkv)
-        x, q, k = self.self_attn(h, x[kv_only_tokens:], gate1, rope, masks is not None)
+        x, q, k = self.self_attn(h, x[kv_only_tokens:], gate1, rope, masks is not None, split)
         x = self.cross_attn(norm_for_linear(x, self.norm3, self.cross_attn.q), x, context)
-        positions = None if masks is None else speaker_positions(q, k, masks, self.config)[kv_only_tokens:]
+        positions = None if masks is None else speaker_positions(q, k, masks, self.config, split)[kv_only_tokens:]
         h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
-        x = self.audio_cross_attn(h, x, audio, tokens_per_frame, kv_only_tokens, positions)
+        x = self.audio_cross_attn(h, x, audio, tokens_per_frame, first_token, positions)
         return self.ffn(norm_modulate_for_linear(x, shift2, scale2, eps, self.ffn.up), x, gate2)
 
 
@@ -492,16 +514,19 @@ class DiT(nn.Module):
         num_text_tokens = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
         return ContextKV(*(torch.stack(x) for x in zip(*blocks, strict=True)), num_text_tokens=num_text_tokens)
 
-    def embed_audio(self, audio: Tensor) -> AudioKV:
+    def embed_audio(self, audio: Tensor, split: TokenSplit | None = None) -> AudioKV:
         """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel] for all blocks.
 
-        Raises `ValueError` for another shape, or another number of speakers than one or two.
+        With `split`, of those latent frames only that the rank's tokens belong to. Raises `ValueError` for another
+        shape, or another number of speakers than one or two.
         """
         config = self.config
         want = (config.audio_window, config.audio_blocks, config.audio_channels)
         if audio.ndim != 5 or audio.shape[2:] != want or audio.shape[0] not in (1, 2):
             raise ValueError(f"audio: got {list(audio.shape)}, want [1 or 2, frames, {', '.join(map(str, want))}]")
         tokens = self.audio_proj(*group_audio(audio.to(self.dtype), config.vae_scale))
+        if split is not None:
+            tokens = tokens[:, split.frames]
         blocks = [block.audio_cross_attn.embed(tokens) for block in self._blocks]
         return AudioKV(*(torch.stack(x) for x in zip(*blocks, strict=True)))
 
@@ -531,6 +556,7 @@ class DiT(nn.Module):
         audio: AudioKV,
         masks: Tensor | None = None,
         num_motion_latents: int = 0,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """The velocity of a chunk at one timestep, float32 [F, out_dim, h, w].
 
@@ -544,6 +570,8 @@ class DiT(nn.Module):
             masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens per latent frame].
             num_motion_latents: number of motion latents at the beginning. Their velocity is not needed and
                 returned as 0, so the last block computes only keys and values for their tokens.
+            split: if given, this rank computes its range of the tokens only, and `audio` is that of their frames. The
+                other arguments and the result are whole, on every rank.
 
         Raises `ValueError` if `rope` has another number of tokens, or if there are masks without two speakers or two
         speakers without masks.
@@ -554,16 +582,20 @@ class DiT(nn.Module):
             raise ValueError(f"rope: got {rope.shape[0]} tokens, want the patches of a latent {list(latent.shape)}")
         if (masks is None) != (audio.k.shape[2] == self.config.context_tokens):
             raise ValueError("masks: wanted if and only if there are two speakers")
-        tokens_per_frame = len(rope) // frames
+        motion_tokens = num_motion_latents * len(rope) // frames
         x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
         x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
+        if split is not None:
+            x, rope = x[split.start : split.end], rope[split.start : split.end]
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        motion_tokens = num_motion_latents * tokens_per_frame
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
             block_context = ContextKV(*keys_values, num_text_tokens=context.num_text_tokens)
             block_audio = AudioKV(audio.k[i], audio.v[i])
-            kv_only_tokens = motion_tokens if i == len(self._blocks) - 1 else 0
-            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, kv_only_tokens)
-        x = F.pad(self.head(x, modulation.head), (0, 0, motion_tokens, 0))
+            # Among several ranks, motion tokens are those of the first ones, and the others would not be done earlier.
+            kv_only_tokens = motion_tokens if split is None and i == len(self._blocks) - 1 else 0
+            x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, kv_only_tokens, split)
+        x = self.head(x, modulation.head)
+        x = x if split is None else split.gather(x)[motion_tokens:]
+        x = F.pad(x, (0, 0, motion_tokens, 0))
         return rearrange(x, "(f h w) (p q c) -> f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)

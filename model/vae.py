@@ -8,13 +8,16 @@ A step overwrites the state that it is given, because the decoder's caches take 
 used once, and is lost if the step fails: copy it to continue from it twice. A state made under
 `torch.inference_mode()` can only be used there.
 
+With `rows`, a rank encodes or decodes its slab of the rows only (model/parallel/rows.py). A convolution that looks at
+other rows then has two caches: of the slab, and of the strip around its edges.
+
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
 the dtype of the parameters; norms and SiLU are computed in float32 or wider. In the shapes below, T is the number of
 frames that a layer gets in one step, H x W the size of its input or of a picture, and h x w that of a latent, which is
 H x W over `spatial_stride`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -27,10 +30,14 @@ from kernels.chunk_attention import chunk_attention
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
 from kernels.rms_norm_silu import fp8_out_scale, rms_norm_silu
 from model.config import VAEConfig
+from model.parallel.rows import RowSplit
 
 LATENTS_PER_STEP = 2  # decoded in one step once the first frames are out: fewer and larger launches
 
 State: TypeAlias = tuple[Any, ...]  # of caches, which are tensors, and of further such tuples
+Cache: TypeAlias = (
+    Any  # the last input frames of a convolution, or None at the start of a clip; a pair of them for a slab
+)
 
 
 class CausalConv3d(nn.Module):
@@ -49,20 +56,46 @@ class CausalConv3d(nn.Module):
         self.weight.data, self.scale = quantize_conv_weight(self.weight.data, in_scale)
         self.in_scale = in_scale
 
-    def forward(self, x: Tensor, cache: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cache: Cache, residual: Tensor | None = None, rows: RowSplit | None = None
+    ) -> tuple[Tensor, Cache]:
         """x [T, C, H, W], cache [kt - 1, C, H, W] -> y [T, O, H, W], plus the residual if any, and the next cache.
 
-        The cache is updated in place.
+        The cache is updated in place. With `rows` there are two of them.
         """
-        y = causal_conv3d(x, self.weight, self.bias, cache, residual, self.scale)
-        return y, self.update_cache(x, cache)
+
+        def convolve(x: Tensor, past: Tensor | None, residual: Tensor | None) -> Tensor:
+            return causal_conv3d(x, self.weight, self.bias, past, residual, self.scale)
+
+        return self._run(convolve, x, cache, residual, rows)
 
     def forward_norm(
-        self, x: Tensor, cache: Tensor | None, gamma: Tensor, out_scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, cache: Cache, gamma: Tensor, out_scale: float | None, rows: RowSplit | None = None
+    ) -> tuple[Tensor, Cache]:
         """`forward`, then RMS norm and SiLU; the result is e4m3 and multiplied by `out_scale` if there is one."""
-        y = causal_conv3d_norm(x, self.weight, self.bias, gamma, cache, self.scale, out_scale)
-        return y, self.update_cache(x, cache)
+
+        def convolve(x: Tensor, past: Tensor | None, _residual: None) -> Tensor:
+            return causal_conv3d_norm(x, self.weight, self.bias, gamma, past, self.scale, out_scale)
+
+        return self._run(convolve, x, cache, None, rows)
+
+    def _run(
+        self,
+        convolve: Callable[[Tensor, Tensor | None, Any], Tensor],
+        x: Tensor,
+        cache: Cache,
+        residual: Tensor | None,
+        rows: RowSplit | None,
+    ) -> tuple[Tensor, Cache]:
+        """`convolve`, a function of input, cache and residual, on the whole picture or on a slab and its strip."""
+        if rows is None:
+            return convolve(x, cache, residual), self.update_cache(x, cache)
+        slab, edges = cache or (None, None)
+        halo = rows.start_halo(x)
+        y = convolve(x, slab, residual)
+        strip = rows.strip(x, halo)
+        rows.replace_edges(y, convolve(strip, edges, None if residual is None else rows.repeat_edges(residual)))
+        return y, (self.update_cache(x, slab), self.update_cache(strip, edges))
 
     def update_cache(self, x: Tensor, cache: Tensor | None) -> Tensor:
         """The cache after the input x. Overwrites `cache`, or makes one at the start of a clip."""
@@ -90,11 +123,18 @@ class Head(nn.ModuleDict):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__({"0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels, 3, 3)})
 
-    def forward(self, x: Tensor, cache: Tensor | None, emit: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cache: Cache, emit: bool = True, rows: RowSplit | None = None) -> tuple[Tensor, Cache]:
         """x [T, C, H, W], cache [2, C, H, W] -> y [T, O, H, W], or [0, O, H, W] without `emit`, and the next cache."""
         norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
         x = rms_norm_silu(x, norm.gamma)
-        return conv(x, cache) if emit else (x[:0, : len(conv.weight)], conv.update_cache(x, cache))
+        if emit:
+            return conv(x, cache, rows=rows)
+        nothing = x[:0, : len(conv.weight)]
+        if rows is None:
+            return nothing, conv.update_cache(x, cache)
+        slab, edges = cache or (None, None)
+        strip = rows.strip(x, rows.start_halo(x))
+        return nothing, (conv.update_cache(x, slab), conv.update_cache(strip, edges))
 
 
 class ResidualBlock(nn.Module):
@@ -117,14 +157,14 @@ class ResidualBlock(nn.Module):
         for norm, conv in zip(*self._layers(), strict=True):
             conv.quantize(fp8_out_scale(norm.gamma))
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None, rows: RowSplit | None = None) -> tuple[Tensor, State]:
         """x [T, C, H, W], state of two caches -> y [T, O, H, W], next state."""
         cache1, cache2 = state or (None, None)
         (norm1, norm2), (conv1, conv2) = self._layers()
         y = rms_norm_silu(x, norm1.gamma, True, conv1.in_scale)
-        y, cache1 = conv1.forward_norm(y, cache1, norm2.gamma, conv2.in_scale)
+        y, cache1 = conv1.forward_norm(y, cache1, norm2.gamma, conv2.in_scale, rows)
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
-        y, cache2 = conv2(y, cache2, residual)
+        y, cache2 = conv2(y, cache2, residual, rows)
         return y, (cache1, cache2)
 
     def _layers(self) -> tuple[tuple[RMSNorm, ...], tuple[CausalConv3d, ...]]:
@@ -142,10 +182,17 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:  # noqa: ARG002
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None,  # noqa: ARG002
+        rows: RowSplit | None = None,
+    ) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T, C, H, W]. `state` is unused; it keeps the layer interface uniform."""
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, :, None]  # [T, H * W, 1, 3 * C]
         q, k, v = qkv.chunk(3, dim=-1)
+        if rows is not None:  # a slab's pixels attend to those of the whole frame
+            k, v = rows.gather(qkv[..., x.shape[1] :], axis=1).chunk(2, dim=-1)
         y = chunk_attention(q, k, v)  # [T, H * W, 1, C]
         y = y[:, :, 0].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return self.proj(y).add_(x), ()
@@ -163,16 +210,20 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, 3, 1) if temporal else None
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None, rows: RowSplit | None = None) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T or ceil(T / 2), C, H // 2, W // 2], next state."""
-        convolution = cast(nn.Conv2d, self.resample[1])
-        x = downsample_conv2d(x, convolution.weight, cast(Tensor, convolution.bias))
+        x = self._halve(x) if rows is None else rows.with_halo_below(self._halve, x)
         if self.time_conv is None:
             return x, ()
         if state is None:
             return x, (x,)
         y = conv3d(torch.cat([state[0], x]), self.time_conv.weight, self.time_conv.bias, stride=2)
         return y, (x[-1:].clone(),)
+
+    def _halve(self, x: Tensor) -> Tensor:
+        """Halves rows and columns: x [T, C, H, W] -> y [T, C, H // 2, W // 2]."""
+        convolution = cast(nn.Conv2d, self.resample[1])
+        return downsample_conv2d(x, convolution.weight, cast(Tensor, convolution.bias))
 
 
 class Upsample(nn.Module):
@@ -205,15 +256,19 @@ class Upsample(nn.Module):
         if self.phase_weights is None:
             self.phase_weights = fold_upsampling(cast(nn.Conv2d, self.resample[1]).weight)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None, rows: RowSplit | None = None) -> tuple[Tensor, State]:
         """x [T, C, H, W] -> y [T or, after the first step, 2 T, C / 2, 2 H, 2 W], next state."""
+
+        def double(x: Tensor) -> Tensor:
+            return self._double(x) if rows is None else rows.with_halo(self._double, x)
+
         if self.time_conv is None:
-            return self._double(x), ()
+            return double(x), ()
         if state is None:
-            return self._double(x), (_zeros(2, x),)
+            return double(x), (_zeros(2, x),)
         y, cache = self.time_conv(x, state[0])
         y = rearrange(y, "t (two c) h w -> (t two) h w c", two=2).contiguous()
-        return self._double(y.permute(0, 3, 1, 2)), (cache,)
+        return double(y.permute(0, 3, 1, 2)), (cache,)
 
     def _double(self, x: Tensor) -> Tensor:
         """Doubles rows and columns: x [T, C, H, W] -> y [T, C / 2, 2 H, 2 W]."""
@@ -267,11 +322,11 @@ class Encoder(nn.Module):
         self.middle = _middle(widths[-1])
         self.head = Head(widths[-1], 2 * config.z_dim)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None, rows: RowSplit | None = None) -> tuple[Tensor, State]:
         """Pixels [1 or stride, 3, H, W] -> [1, 2 z, h, w], next state."""
         if self.patch > 1:
             x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        return _run_layers((self.conv1, *self.downsamples, *self.middle, self.head), x, state)
+        return _run_layers((self.conv1, *self.downsamples, *self.middle, self.head), x, state, rows)
 
 
 class Decoder(nn.Module):
@@ -296,7 +351,9 @@ class Decoder(nn.Module):
         doubling = (i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample) and layer.time_conv)
         self.num_batched = 2 + len(self.middle) + max(doubling, default=-1)  # layers up to the last that doubles frames
 
-    def forward(self, x: Tensor, state: State | None, emit: bool = True) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None, emit: bool = True, rows: RowSplit | None = None
+    ) -> tuple[Tensor, State]:
         """Latents [n, z, h, w] -> frames, and the next state.
 
         Frames are [1, 3, H, W] at the start of a clip, then [temporal_stride n, 3, H, W]; [0, 3, H, W] without `emit`.
@@ -305,11 +362,11 @@ class Decoder(nn.Module):
         """
         layers = (self.conv1, *self.middle, *self.upsamples)
         *states, cache = state or (None,)
-        x, batched_states = _run_layers(layers[: self.num_batched], x, tuple(states[: self.num_batched]))
+        x, batched_states = _run_layers(layers[: self.num_batched], x, tuple(states[: self.num_batched]), rows)
         large_states, frames = tuple(states[self.num_batched :]), []
         for part in x.split(len(x) if state is None else self.stride):
-            y, large_states = _run_layers(layers[self.num_batched :], part, large_states)
-            y, cache = self.head(y, cache, emit)
+            y, large_states = _run_layers(layers[self.num_batched :], part, large_states, rows)
+            y, cache = self.head(y, cache, emit, rows)
             frames.append(y)
         x = frames[0] if len(frames) == 1 else torch.cat(frames)
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x, (*batched_states, *large_states, cache)
@@ -350,13 +407,16 @@ class VAE(nn.Module):
             elif level in levels:
                 cast(ResidualBlock, module).quantize()
 
-    def encode_step(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def encode_step(
+        self, frames: Tensor, state: State | None = None, rows: RowSplit | None = None
+    ) -> tuple[Tensor, State]:
         """Encodes the frames of one latent frame.
 
         Args:
             frames: RGB in [-1, 1], [1, 3, H, W] at the start of a clip and [temporal_stride, 3, H, W] after it, in any
                 memory format and the parameters' dtype. H and W are multiples of spatial_stride.
             state: None at the start of a clip, or what the step before returned. It is overwritten.
+            rows: if given, `frames` are this rank's slab, and so is the result.
 
         Returns:
             The latent frame [1, z, h, w], which is the normalised mean, and the next state.
@@ -371,13 +431,15 @@ class VAE(nn.Module):
                 f"frames: shape {list(frames.shape)}, wanted [{count}, 3, height, width], multiples of {stride}"
             )
         self._check_dtype("frames", frames)
-        x, next_state = self.encoder(frames.contiguous(memory_format=torch.channels_last), state)
+        x, next_state = self.encoder(frames.contiguous(memory_format=torch.channels_last), state, rows)
         z = self.config.z_dim
         mean = conv3d(x, self.conv1.weight[:z], self.conv1.bias[:z])  # the other half would be the log-variance
         shift, scale = self._statistics()
         return (mean - shift) * scale, next_state
 
-    def decode_step(self, latent: Tensor, state: State | None = None, emit: bool = True) -> tuple[Tensor, State]:
+    def decode_step(
+        self, latent: Tensor, state: State | None = None, emit: bool = True, rows: RowSplit | None = None
+    ) -> tuple[Tensor, State]:
         """Decodes the next latent frame, or the next few, to pixel frames.
 
         Args:
@@ -385,6 +447,7 @@ class VAE(nn.Module):
                 clip. Several latents together take fewer and larger launches.
             state: None at the start of a clip, or what the step before returned. It is overwritten.
             emit: whether the frames are needed. Without them the last convolution is skipped.
+            rows: if given, `latent` is this rank's slab, and so are the frames.
 
         Returns:
             RGB frames clamped to [-1, 1], and the next state. Frames are [1, 3, H, W] at the start of a clip,
@@ -399,20 +462,21 @@ class VAE(nn.Module):
         self._check_dtype("latent", latent)
         shift, scale = self._statistics()
         x = (latent / scale + shift).contiguous(memory_format=torch.channels_last)
-        frames, next_state = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, emit)
+        frames, next_state = self.decoder(conv3d(x, self.conv2.weight, self.conv2.bias), state, emit, rows)
         return frames.clamp_(-1, 1), next_state
 
-    def encode(self, frames: Tensor) -> Iterator[Tensor]:
+    def encode(self, frames: Tensor, rows: RowSplit | None = None) -> Iterator[Tensor]:
         """Encodes a whole clip of RGB frames in [-1, 1], [1 + temporal_stride * k, 3, H, W].
 
-        Yields each normalised latent frame [1, z, h, w]. Raises ValueError for another shape or dtype.
+        Yields each normalised latent frame [1, z, h, w]. With `rows`, both are this rank's slab. Raises ValueError for
+        another shape or dtype.
         """
         stride = self.config.temporal_stride
         if len(frames) % stride != 1 % stride:
             raise ValueError(f"frames: {len(frames)} of them, wanted 1 + a multiple of {stride}")
         state = None
         for end in range(1, len(frames) + 1, stride):
-            latent, state = self.encode_step(frames[max(0, end - stride) : end], state)
+            latent, state = self.encode_step(frames[max(0, end - stride) : end], state, rows)
             yield latent
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
@@ -449,11 +513,13 @@ def _middle(channels: int) -> nn.ModuleList:
     )
 
 
-def _run_layers(layers: Sequence[nn.Module], x: Tensor, state: State | None) -> tuple[Tensor, State]:
+def _run_layers(
+    layers: Sequence[nn.Module], x: Tensor, state: State | None, rows: RowSplit | None
+) -> tuple[Tensor, State]:
     """Runs layers one after another. The state is the tuple of the layers' states."""
     next_state = []
     for layer, layer_state in zip(layers, state or (None,) * len(layers), strict=True):
-        x, new_state = layer(x, layer_state)
+        x, new_state = layer(x, layer_state, rows=rows)
         next_state.append(new_state)
     return x, tuple(next_state)
 

@@ -149,12 +149,13 @@ def run(
 ) -> None:
     """Generates a video of the portrait speaking the voice, as long as the voice."""
     _keep_memory()
+    quiet = quiet or not _leads()
     with stage("starting", quiet):  # what takes seconds to import waits until there is something to do
         from streaming.pipeline import TalkingHeadPipeline
         from streaming.session import report as report_of
         from streaming.sinks import open_sink
         from streaming.sources import open_source
-    if report is not None:
+    if report is not None and _leads():
         if report.resolve() in {Path(name).resolve() for name in (image, audio, out)}:
             raise UserError(f"--report {report}: that is another of the files named; name a new one")
         _write_whole(report, None)
@@ -176,35 +177,35 @@ def run(
         random_weights=random_weights,
         lazy=True,
     )
-    if measured := pipeline.settings.get("measured"):
+    if (measured := pipeline.settings.get("measured")) and _leads():
         _say_size(measured)
-    chunk, portrait = pipeline.config.chunk, pipeline.portrait(image)
-    with (
-        open_source(audio, chunk) as source,
-        open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
-    ):
-        if source.warning:
-            print("warning:", source.warning, file=sys.stderr)
-        compiling = f", compiling for {chunk.width} x {chunk.height}" if pipeline.settings["compiled"] else ""
-        with stage(f"loading the models{compiling}", quiet):
-            pipeline.load()
-        with progress_line(pipeline.timer, chunk.tgt_fps, source.duration, quiet) as on_progress:
-            progress = pipeline.generate(
-                portrait,
-                source,
-                sink,
-                prompt=prompt,
-                seed=seed,
-                audio_mode=audio_mode,
-                loudness=loudness,
-                on_progress=on_progress,
-            )
+    facts = {"prompt": prompt, "seed": seed, "audio_mode": audio_mode, "loudness": loudness}
+    if pipeline.follows:
+        pipeline.follow(**facts)
+        return
+    with pipeline.leading():
+        chunk, portrait = pipeline.config.chunk, pipeline.portrait(image)
+        with (
+            open_source(audio, chunk) as source,
+            open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels) as sink,
+        ):
+            if source.warning:
+                print("warning:", source.warning, file=sys.stderr)
+            compiling = f", compiling for {chunk.width} x {chunk.height}" if pipeline.settings["compiled"] else ""
+            with stage(f"loading the models{compiling}", quiet):
+                pipeline.load()
+            with progress_line(pipeline.timer, chunk.tgt_fps, source.duration, quiet) as on_progress:
+                progress = pipeline.generate(portrait, source, sink, **facts, on_progress=on_progress)
     if checkpoint is None:
         print(_limits_of(str(pipeline.settings["preset"])), file=sys.stderr)
     if report is not None:
-        settings = pipeline.settings | {"seed": seed, "audio_mode": audio_mode, "loudness": loudness}
-        values = report_of(progress, pipeline.timer, pipeline.device, settings)
+        values = report_of(progress, pipeline.timer, pipeline.device, pipeline.settings | facts)
         _write_whole(report, json.dumps(values, indent=2) + "\n")
+
+
+def _leads() -> bool:
+    """Whether this process reads, writes and speaks: without torchrun, or as its rank 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _limits_of(preset: str) -> str:
@@ -265,8 +266,8 @@ def main() -> int:
         signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)
-    except UserError as error:
-        return _fail(str(error))
+    except UserError as error:  # all ranks have the same, unless one is lost
+        return _fail(str(error) if _leads() or type(error).__name__ == "RankLostError" else "")
     except typer.TyperException as error:
         return _fail(error.format_message())
     except RuntimeError as error:

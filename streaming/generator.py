@@ -11,10 +11,15 @@ prompt. The same state, conditions and window give the same frames, whatever ran
 
 What a chunk computes does not depend on values, so on a GPU its stages are CUDA graphs (streaming/cuda_graphs.py). From
 the third chunk on nothing is compiled or allocated any more, and the host waits for the GPU nowhere.
+
+Several ranks generate a chunk together: all call the same methods with the same arguments. The student's tokens are
+split among them, and so are the rows that the VAE and the colour correction work on. Whole latents are on every rank;
+whole frames, as bytes, on rank 0 only.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,6 +30,9 @@ from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.dit import AudioKV, ContextKV, rope_table
 from model.image import to_pixels
 from model.offload import on_device
+from model.parallel.ranks import Ranks, sizes
+from model.parallel.rows import RowSplit
+from model.parallel.tokens import TokenSplit
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
 from model.vae import decode_schedule
@@ -58,8 +66,8 @@ class State:
 class Frames(NamedTuple):
     """Consecutive frames of the video, on the device; valid until the next group is asked for."""
 
-    pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]
-    rgb: Tensor  # the same, uint8 [n, height, width, 3]
+    pixels: Tensor  # float32 [n, 3, height, width] in [-1, 1]; among several ranks, the rows of this one
+    rgb: Tensor  # the same, uint8 [n, height, width, 3]; among several ranks, whole on rank 0 and empty elsewhere
     finite: Tensor  # bool []: whether what they were made from is free of NaN and infinity
 
 
@@ -92,6 +100,7 @@ class ChunkGenerator:
         timer: StageTimer,
         noise: Noise | None = None,
         new_capture: Callable[[], Capture] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepares what does not depend on a session.
 
@@ -101,6 +110,9 @@ class ChunkGenerator:
             noise: replaces the counter-based noise, to follow a recorded run.
             new_capture: makes what captures graphs of one memory pool, such as `CudaGraphs`. It is called for the
                 student and for the VAE, which may run at the same time. None: nothing is captured.
+            ranks: those that generate together; None if this process does it alone.
+
+        Raises `UserError` if the picture is too small for so many ranks.
         """
         config, device = models.config, models.device
         self.models, self.config, self._noise = models, config, noise
@@ -109,10 +121,12 @@ class ChunkGenerator:
             self._modulations = [models.dit.modulate(t) for t in self._times[:-1].tolist()]
             self._rope = rope_table(config.grid, config.dit.head_dim, device)
         latents, stride = config.latent_shape[0], config.vae.temporal_stride
+        self._tokens = TokenSplit.of_grid(ranks, config.grid, device) if ranks is not None else None
+        self._rows = RowSplit.of_rows(ranks, config.latent_shape[2]) if ranks is not None else None
         self._decode_steps = tuple(decode_schedule(latents, config.chunk.warmup_frames, stride))
 
         student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
-        self._encode_audio = student.graphed(models.dit.embed_audio, timer="audio")
+        self._encode_audio = student.graphed(partial(models.dit.embed_audio, split=self._tokens), timer="audio")
         self._denoise_step = student.graphed(self._denoise, timer="denoise/step")
         self._decode_step = vae.graphed(self._decode, timer="decode")
         self._correct_color = vae.graphed(self._correct, timer="color")
@@ -140,7 +154,7 @@ class ChunkGenerator:
         # The clip that the condition latents describe: the portrait, then mid grey.
         clip = torch.zeros(chunk.frame_num, *portrait.shape, dtype=self._vae_dtype, device=models.device)
         clip[0] = portrait
-        latents = torch.cat(list(models.vae.encode(clip)))
+        latents = self._encode_rows(clip if self._rows is None else self._rows.own(clip))
         condition = torch.cat((first_frame_mask(latents, self.config.dit.vae_scale), latents), dim=1)
         # The encoder is causal, so the clip's first latent is that of the portrait alone.
         return self.offload(Conditions(context, condition, lab_statistics(portrait[None]), latents[:1]))
@@ -204,14 +218,16 @@ class ChunkGenerator:
 
         def velocity(x: Tensor) -> Tensor:
             dit = self.models.dit
-            return dit(x, condition, self._modulations[i], self._rope, context, audio, num_motion_latents=len(motion))
+            inputs = x, condition, self._modulations[i], self._rope, context, audio
+            return dit(*inputs, num_motion_latents=len(motion), split=self._tokens)
 
         x = first_latents(noise, motion) if latents is None else latents
         return denoise_step(i, x, velocity, noise, self._times, motion)
 
     def _decode(self, step: int, latents: Tensor, cache: VAECache | None) -> tuple[Tensor, VAECache]:
-        """The frames of one decode step, and the VAE's cache after it."""
-        return self.models.vae.decode_step(latents.to(self._vae_dtype), cache, self._decode_steps[step].emit)
+        """The frames of one decode step, and the VAE's cache after it; among several ranks, this one's rows."""
+        latents = (latents if self._rows is None else self._rows.own(latents)).to(self._vae_dtype)
+        return self.models.vae.decode_step(latents, cache, self._decode_steps[step].emit, self._rows)
 
     def _correct(
         self,
@@ -224,12 +240,37 @@ class ChunkGenerator:
 
         A sum is not finite if a term is not. Bytes do not show it, and e4m3 may hide it from the frames.
         """
-        finite = (frames.sum(dtype=torch.float32) + latents.sum(dtype=torch.float32)).isfinite()
-        return *lab_transfer(frames, *lab, self.config.chunk.color_correction_strength), finite
+        strength, rows = self.config.chunk.color_correction_strength, self._rows
+        total = frames.sum(dtype=torch.float32) + latents.sum(dtype=torch.float32)
+        if rows is None:
+            return *lab_transfer(frames, *lab, strength), total.isfinite()
+        statistics = self._whole_statistics(frames, rows)
+        pixels, rgb = lab_transfer(frames, *lab, strength, statistics)
+        return pixels, rows.gather(rgb, axis=1, to=0).contiguous(), (total + statistics.sum()).isfinite()
+
+    def _whole_statistics(self, frames: Tensor, rows: RowSplit) -> Tensor:
+        """Mean and deviation of the Lab channels of whole frames, float32 [frame, 3, 2], from those of all slabs.
+
+        Not finite if any slab is not.
+        """
+        own = torch.cat(lab_statistics(frames.float()), dim=3).squeeze(2)  # [frame, 3, 2]
+        means, deviations = rows.ranks.gather(own[None], [1] * rows.ranks.world).unbind(-1)  # [rank, frame, 3] each
+        shares = [size / rows.borders[-1] for size in sizes(rows.borders)]
+
+        def average(x: Tensor) -> Tensor:
+            return torch.stack([share * y for share, y in zip(shares, x, strict=True)]).sum(0)
+
+        mean = average(means)
+        return torch.stack((mean, average(deviations.square() + (means - mean).square()).sqrt()), dim=-1)
 
     def _encode(self, frames: Sequence[Tensor]) -> Tensor:
         """The motion latents of a chunk's last frames."""
-        return torch.cat(list(self.models.vae.encode(torch.cat(list(frames)).to(self._vae_dtype))))
+        return self._encode_rows(torch.cat(list(frames)).to(self._vae_dtype))
+
+    def _encode_rows(self, clip: Tensor) -> Tensor:
+        """The latents of a clip, whole on every rank; among several ranks, the clip is this one's rows."""
+        latents = torch.cat(list(self.models.vae.encode(clip, self._rows)))
+        return latents if self._rows is None else self._rows.gather(latents).contiguous()
 
     # --- What runs beside the current stream -------------------------------------------------------------------------
 

@@ -7,13 +7,16 @@
             show(rgb, sound)
 
 `from_pretrained` says what runs where; `stream` and `generate` say what is seen and heard.
+
+Started by torchrun, the same program generates on several GPUs: every process calls the same methods with the same
+arguments. Rank 0 opens the files and gives frames; on the other ranks, `generate` writes nothing and `stream` is empty.
 """
 
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,9 @@ from model.compile import load_compiled
 from model.config import BUNDLED, DEFAULT_PROMPT, PRECISIONS, PRESETS, Config
 from model.errors import UserError
 from model.image import load_image, resize_center_crop
+from model.parallel.ranks import Ranks
+from model.parallel.rows import RowSplit
+from model.parallel.tokens import TokenSplit
 from model.portrait import keep_face
 from model.sampler import NUM_TIMESTEPS, TorchNoise
 from model.text import tokenize
@@ -39,9 +45,18 @@ from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator
+from streaming.ranks import (
+    FollowingGenerator,
+    LeadingGenerator,
+    RankGroup,
+    RankLostError,
+    digest,
+    facts_of_machine,
+    join,
+)
 from streaming.session import Group, Session, play, run
 from streaming.sinks import Sink, open_sink
-from streaming.sources import ArraySource, FileSource, Slice, Source
+from streaming.sources import SOUND_RATE, ArraySource, FileSource, Slice, Source
 from streaming.timers import StageTimer
 from streaming.writer import Progress, check_finite
 
@@ -51,6 +66,14 @@ MAX_SHIFT = 100.0
 
 Picture = str | Path | Image.Image | NDArray[np.uint8]
 Sound = str | Path | tuple[NDArray[np.floating], int] | Source
+
+
+class _NoSound(NamedTuple):
+    """The sound of a stream on a rank that gives no frames."""
+
+    rate: int = SOUND_RATE
+    channels: int = 1
+    duration: float | None = 0.0
 
 
 class VideoFrames(NamedTuple):
@@ -71,7 +94,9 @@ class VideoStream:
         frames: how many were given so far.
     """
 
-    def __init__(self, groups: Iterator[Group], source: Source, fps: int, release: Callable[[], None]) -> None:
+    def __init__(
+        self, groups: Iterator[Group], source: Source | _NoSound, fps: int, release: Callable[[], None]
+    ) -> None:
         """Use `TalkingHeadPipeline.stream`."""
         self.fps, self.rate, self.channels, self.duration = fps, source.rate, source.channels, source.duration
         self.frames = 0
@@ -117,7 +142,13 @@ class TalkingHeadPipeline:
     """
 
     def __init__(
-        self, config: Config, load: Callable[[], Models], device: torch.device, graphs: bool, noise: str, settings: Any
+        self,
+        config: Config,
+        load: Callable[[Ranks | None], Models],
+        device: torch.device,
+        graphs: bool,
+        noise: str,
+        settings: Any,
     ) -> None:
         """Use `from_pretrained`."""
         self.config, self.device, self.settings = config, device, settings
@@ -126,6 +157,9 @@ class TalkingHeadPipeline:
         self._models: Models | None = None
         self._generators: dict[int, ChunkGenerator] = {}  # by denoising steps
         self._busy = False
+        self._group: RankGroup | None = None
+        self._ranks: Ranks | None = None
+        self._leading = 0  # how many `leading` are open
 
     @classmethod
     def from_pretrained(
@@ -171,9 +205,41 @@ class TalkingHeadPipeline:
             lazy: Whether `load` or the first video loads the networks, and not this call.
 
         Raises:
-            UserError: An argument has a value that is not supported, or the checkpoint cannot be loaded. The message
-                is one line that says what fits.
+            UserError: An argument has a value that is not supported, or the checkpoint cannot be loaded, or the ranks
+                that torchrun has started differ. The message is one line that says what fits.
         """
+        group = join("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        with nullcontext() if group is None else group.together():
+            pipeline = cls._chosen(
+                model, preset, device, precision, size, frames, steps, shift, color, compiled, wav2vec, noise,
+                random_weights,
+            )  # fmt: skip
+        if group is not None:
+            pipeline._join(group)
+        if size == "auto":
+            pipeline._take_largest_size()
+        if not lazy:
+            pipeline.load()
+        return pipeline
+
+    @classmethod
+    def _chosen(
+        cls,
+        model: str | Path,
+        preset: str | None,
+        device: str,
+        precision: str,
+        size: tuple[int, int] | Literal["auto"] | None,
+        frames: int | None,
+        steps: int,
+        shift: float | None,
+        color: float,
+        compiled: bool | None,
+        wav2vec: str | Path | None,
+        noise: str,
+        random_weights: bool,
+    ) -> Self:
+        """A pipeline by the arguments of `from_pretrained`, with nothing loaded."""
         folder = None if str(model) in PRESETS else Path(model)
         if folder is None and preset not in (None, str(model)):
             raise UserError(f"preset {preset}: {model} is the preset already; name a checkpoint's folder or one preset")
@@ -201,29 +267,84 @@ class TalkingHeadPipeline:
         preset_size = (PRESETS[name].chunk.width, PRESETS[name].chunk.height)
         first = preset_size if size is None or size == "auto" else size
         config = _configured(PRESETS[name], first, frames, steps, shift, color)
-        if compiled:
-            load = partial(load_compiled, config, folder, where, dtypes, speech)
-        elif folder is not None:
-            load = partial(load_models, config, folder, where, dtypes, speech)
-        else:
-            load = partial(preset_models, config, where, dtypes)
+
+        def load(ranks: Ranks | None) -> Models:
+            if compiled:
+                return load_compiled(config, folder, where, dtypes, speech, ranks)
+            if folder is not None:
+                return load_models(config, folder, where, dtypes, speech)
+            return preset_models(config, where, dtypes)
+
         settings = {
             "preset": name, "checkpoint": str(folder) if folder else None, "precision": precision, "noise": noise,
             "compiled": compiled, "steps": steps, "chunk": asdict(config.chunk),
         }  # fmt: skip
-        pipeline = cls(config, load, where, compiled and device == "cuda", noise, settings)
-        if size == "auto":
-            pipeline._take_largest_size()
-        if not lazy:
-            pipeline.load()
-        return pipeline
+        return cls(config, load, where, compiled and device == "cuda", noise, settings)
+
+    def _join(self, group: RankGroup) -> None:
+        """Makes this one of the pipelines that generate together; raises `UserError` on all if they cannot."""
+        group.agree(facts_of_machine() | self.settings)
+        self._group, self._ranks = group, group.layout(self.config.dit.num_heads, self.device.type)
+        self.settings["ranks"] = group.world
+        if self._noise == "torch":
+            raise UserError("noise torch: each GPU would draw its own; use counter")
+        TokenSplit.of_grid(self._ranks, self.config.grid, self.device)
+        RowSplit.of_rows(self._ranks, self.config.latent_shape[2])
 
     def load(self) -> Models:
         """The networks, which the first call loads. Sets cuDNN's float32 convolutions to full precision."""
         if self._models is None:
+            if self._group is not None and self._leading:
+                self._group.send(("load",))
             torch.backends.cudnn.allow_tf32 = False
-            self._models = self._load()
+            with nullcontext() if self._group is None else self._group.together():
+                models = self._load(self._ranks)
+            if self._group is not None:
+                self._group.agree(digest({"the student": models.dit, "the VAE": models.vae}))
+            self._models = models
         return self._models
+
+    @property
+    def follows(self) -> bool:
+        """Whether this is a rank other than 0, which generates what rank 0 asks for and gives no frames."""
+        return self._group is not None and not self._group.leads
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """On rank 0, lets the others `follow` until the body ends; without other ranks it does nothing.
+
+        `generate` and `stream` do this themselves. Around them it covers what comes before, such as opening files, so
+        that the others end as well if that fails.
+        """
+        self._leading += 1
+        try:
+            yield
+        finally:
+            self._leading -= 1
+            if self._group is not None and not self._leading:
+                with suppress(RankLostError):
+                    self._group.send(("end",))
+
+    def follow(self, **arguments: Any) -> None:
+        """On a rank other than 0: generates what rank 0 asks for, until its `leading` ends.
+
+        Raises `UserError` on all ranks if `arguments`, those of `generate` that matter to the result, differ from rank
+        0's, and `RankLostError` if another rank has ended.
+        """
+        assert self._group is not None
+        following: FollowingGenerator | None = None
+        while (message := self._group.receive())[0] != "end":
+            kind, *values = message
+            if kind == "load":
+                self.load()
+            elif kind == "begin":
+                chunk, steps = values
+                self._group.agree(arguments)
+                self._resize((chunk.width, chunk.height))
+                following = FollowingGenerator(self._generator(steps))
+            else:
+                assert following is not None
+                following.repeat(kind, *values)
 
     def portrait(self, image: Picture) -> NDArray[np.uint8]:
         """The portrait in the size of the video, RGB bytes [height, width, 3].
@@ -272,7 +393,11 @@ class TalkingHeadPipeline:
             UserError: An argument cannot be used, here or, if the sound turns out to be damaged, while iterating.
             RuntimeError: Another stream of this pipeline is neither finished nor closed.
         """
+        if self.follows:
+            followed = self._followed(prompt=prompt, seed=seed, audio_mode=audio_mode, loudness=loudness)
+            return VideoStream(followed, _NoSound(), self.config.chunk.tgt_fps, lambda: None)
         with ExitStack() as stack:
+            stack.enter_context(self.leading())
             source = self._open(audio, stack)
             stack.enter_context(self._exclusive())
             run_of = self._session(image, source, prompt, seed, steps, audio_mode, loudness)
@@ -299,7 +424,11 @@ class TalkingHeadPipeline:
         interruption, everything that was written before is kept.
         """
         chunk = self.config.chunk
+        if self.follows:
+            self.follow(prompt=prompt, seed=seed, audio_mode=audio_mode, loudness=loudness)
+            return Progress()
         with ExitStack() as stack:
+            stack.enter_context(self.leading())
             source = self._open(audio, stack)
             if not isinstance(out, Sink):
                 geometry = (chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels)
@@ -325,7 +454,18 @@ class TalkingHeadPipeline:
         self.close()
 
     def _take_largest_size(self) -> None:
-        """Changes to the largest picture that plays in real time."""
+        """Changes to the largest picture that plays in real time; among several ranks, rank 0 measures."""
+        if self.follows:
+            self.follow()
+        else:
+            with self.leading():
+                self._measure_sizes()
+        if self._group is not None:
+            measured = self._group.share(self.settings.get("measured"))
+            self._resize(tuple(measured["size"]))
+            self.settings["measured"] = measured
+
+    def _measure_sizes(self) -> None:
         chunk, stride = self.config.chunk, self.config.vae.spatial_stride * self.config.dit.patch_size[1]
         preset, duration = (chunk.width, chunk.height), chunk.new_frames / chunk.tgt_fps
         size, seconds = largest_in_time(self._chunk_seconds, sizes_like(*preset, stride, MAX_SIDE), preset, duration)
@@ -389,8 +529,14 @@ class TalkingHeadPipeline:
         """A session at its start, the slices of its sound, and what makes windows of features of them."""
         check_choice("audio_mode", audio_mode, ("stream", "once"))
         check_choice("loudness", loudness, ("steady", "published"))
+        steps = self.config.chunk.sample_steps if steps is None else steps
         portrait = torch.from_numpy(self.portrait(image)).permute(2, 0, 1)
-        models, generator, chunk = self.load(), self._generator(steps), self.config.chunk
+        models, chunk = self.load(), self.config.chunk
+        generator: ChunkGenerator | LeadingGenerator = self._generator(steps)
+        if self._group is not None:
+            self._group.send(("begin", chunk, steps))
+            self._group.agree({"prompt": prompt, "seed": seed, "audio_mode": audio_mode, "loudness": loudness})
+            generator = LeadingGenerator(generator, self._group)
         self.timer.clear()
         ids = tokenize(prompt or DEFAULT_PROMPT, self.config.text, self.config.dit.text_len, models.folder)
         session = Session(generator, generator.prepare(portrait, ids), seed)
@@ -402,15 +548,22 @@ class TalkingHeadPipeline:
             featurizer = stream_featurizer(models.audio, chunk, loudness)
         return session, slices, on_stream(featurizer, generator.audio_stream)
 
-    def _generator(self, steps: int | None) -> ChunkGenerator:
+    def _followed(self, **arguments: Any) -> Iterator[Group]:
+        """No frames; follows rank 0 when the first one is asked for."""
+        self.follow(**arguments)
+        yield from ()
+
+    def _generator(self, steps: int) -> ChunkGenerator:
         """The generator of this number of steps, made when it is first asked for."""
-        steps = _checked_steps(self.config.chunk.sample_steps if steps is None else steps)
+        steps = _checked_steps(steps)
         if steps not in self._generators:
             models = self.load()
             config = replace(models.config, chunk=replace(self.config.chunk, sample_steps=steps))
             noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
             graphs = partial(CudaGraphs, self.device) if self._graphs else None
-            self._generators[steps] = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs)
+            self._generators[steps] = ChunkGenerator(
+                replace(models, config=config), self.timer, noise, graphs, self._ranks
+            )
         return self._generators[steps]
 
 

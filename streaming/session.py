@@ -22,6 +22,7 @@ from model.config import ChunkConfig
 from model.machine import cpu_name, package_version
 from streaming.audio_features import AudioFeaturizer
 from streaming.generator import ChunkGenerator, Conditions, Frames, State
+from streaming.ranks import LeadingGenerator
 from streaming.sinks import Sink
 from streaming.sources import Slice
 from streaming.timers import StageTimer
@@ -31,7 +32,7 @@ from streaming.writer import FrameWriter, Progress
 class Session:
     """One portrait and prompt, talking for as long as it is given sound."""
 
-    def __init__(self, generator: ChunkGenerator, conditions: Conditions, seed: int) -> None:
+    def __init__(self, generator: ChunkGenerator | LeadingGenerator, conditions: Conditions, seed: int) -> None:
         self.state: State = generator.start(conditions, seed)
         self._generator, self._conditions = generator, conditions
 

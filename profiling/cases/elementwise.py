@@ -328,7 +328,7 @@ RMS_NORM_SILU = Operation(
 
 def launch_lab(pixels: Tensor, mean: Tensor, std: Tensor, config: LaunchConfig | None = None) -> Output:
     """Colour transfer at full strength by this repository's kernels."""
-    return launch_lab_transfer(pixels, mean, std, 1.0, config)
+    return launch_lab_transfer(pixels, mean, std, 1.0, None, config)
 
 
 def lab_configs(_dims: Dims) -> Iterator[dict[str, Any]]:

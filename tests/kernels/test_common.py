@@ -193,6 +193,11 @@ def norm_rope_samples(function: Callable[..., Any]) -> list[Call]:
     ]
 
 
+def kv_statistics_arguments() -> tuple[Tensor, ...]:
+    _, k, v = fused(40, 3, 64)
+    return k, v, ones(192), angles(40, 64)
+
+
 def row_norm_samples(function: Callable[..., Any]) -> list[Call]:
     x, vectors = rand(7, 96), (ones(64), ones(64))
     if function is layer_norm.quantize_rows:
@@ -351,6 +356,7 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "quantize_rows": lambda: row_norm_samples(layer_norm.quantize_rows),
     "rms_norm_rope": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope),
     "rms_norm_rope_fp8": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope_fp8),
+    "kv_statistics": lambda: [(rms_norm_rope.kv_statistics, kv_statistics_arguments())],
     "linear": linear_samples,
     "linear_fp8": linear_fp8_samples,
     "linear_fp8_quantized": linear_fp8_quantized_samples,

@@ -70,6 +70,17 @@ def test_frames_are_independent_and_own_statistics_change_nothing() -> None:
     torch.testing.assert_close(lab_transfer(video[:1], *lab_statistics(video[:1]))[0], video[:1], atol=1e-4, rtol=0)
 
 
+@given(st.integers(1, 3), st.integers(2, 9), st.integers(1, 9), st.integers(1, 8), st.integers(0, 2**31))
+def test_rows_with_the_statistics_of_their_frames_are_the_rows_of_the_whole(frames, height, width, cut, seed):
+    random = torch.Generator().manual_seed(seed)
+    video = torch.rand(frames, 3, height, width, generator=random) * 2 - 1
+    mean, std = lab_statistics(torch.rand(1, 3, 8, 8, generator=random) * 2 - 1)
+    statistics = torch.stack(lab_statistics(video), -1)[:, :, 0, 0].contiguous()
+    parts = [lab_transfer(x, mean, std, 0.7, statistics) for x in video.split(min(cut, height - 1), 2)]
+    for whole, part, axis in zip(lab_transfer(video, mean, std, 0.7), zip(*parts, strict=True), (2, 1), strict=True):
+        assert torch.equal(whole, torch.cat(part, axis))
+
+
 def test_one_colour_and_extremes_stay_finite() -> None:
     mean, std = lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
     for value in (-1.0, 0.0, 1.0):
@@ -104,7 +115,7 @@ def test_any_memory_format_and_dtype() -> None:
 
 def test_opcheck_and_compilation() -> None:
     video, (mean, std) = torch.rand(2, 3, 5, 6) * 2 - 1, lab_statistics(torch.rand(1, 3, 8, 8) * 2 - 1)
-    torch.library.opcheck(module.lab_transfer_op.library_op, (video, mean, std, 0.5))
+    torch.library.opcheck(module.lab_transfer_op.library_op, (video, mean, std, 0.5, None))
     for x, y in zip(
         torch.compile(lab_transfer, fullgraph=True)(video, mean, std), lab_transfer(video, mean, std), strict=True
     ):

@@ -20,6 +20,7 @@ from kernels.common import FP8
 from kernels.rms_norm_rope import (
     NUM_SAMPLES,
     key_scale,
+    kv_statistics,
     reference,
     reference_fp8,
     rms_norm_rope,
@@ -83,6 +84,26 @@ def test_quantisation_keeps_four_bits(outliers):
     assert error(v8, v) < 3.5e-2
     centre = turned_k[sample_tokens(len(k))].mean(0)
     assert error(k8 + centre, turned_k) < 3.5e-2
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_parts_with_the_statistics_of_the_whole_are_quantised_as_the_whole(tokens, parts, dtype):
+    """Parts begin at multiples of 16 tokens, where a group of `interleave` does."""
+    q, k, v, *weights, rope = inputs((1, tokens, 8), 2, dtype=dtype)
+    scale = key_scale(weights[1], 2)
+    q8, q_scale, k8, _, v8, v_scale = rms_norm_rope_fp8(q, k, v, *weights, scale, rope, EPS)
+    chosen = sample_tokens(len(k))
+    statistics = kv_statistics(k[chosen].clone(), v[chosen].clone(), weights[1], rope[chosen], EPS)
+    assert torch.equal(statistics[1], v_scale)
+    size = -(-len(q) // (16 * parts)) * 16
+    cut = [
+        rms_norm_rope_fp8(*(x[i : i + size] for x in (q, k, v)), *weights, scale, rope[i : i + size], EPS, statistics)
+        for i in range(0, len(q), size)
+    ]
+    assert torch.equal(torch.cat([part[0] for part in cut]).view(torch.uint8), q8.view(torch.uint8))
+    assert torch.equal(torch.cat([part[1] for part in cut]), q_scale)
+    assert torch.equal(torch.cat([part[2] for part in cut]).view(torch.uint8), k8.view(torch.uint8))
+    assert torch.equal(torch.cat([part[4].view(torch.uint8) for part in cut], 2), v8.view(torch.uint8))
 
 
 def test_attention_of_quantised_operands():
@@ -150,9 +171,12 @@ def test_keys_never_exceed_their_scale():
 def test_opcheck():
     q, k, v, *weights, rope = inputs((2, 3, 4), 2)
     torch.library.opcheck(module.rms_norm_rope_op.library_op, (q, k, *weights, rope, EPS))
-    torch.library.opcheck(
-        module.rms_norm_rope_fp8_op.library_op, (q, k, v, *weights, key_scale(weights[1], 2), rope, EPS)
-    )
+    torch.library.opcheck(module.kv_statistics_op.library_op, (k, v, weights[1], rope, EPS))
+    statistics = kv_statistics(k, v, weights[1], rope, EPS)
+    for extra in ((None, None), statistics):
+        torch.library.opcheck(
+            module.rms_norm_rope_fp8_op.library_op, (q, k, v, *weights, key_scale(weights[1], 2), rope, EPS, *extra)
+        )
 
 
 def test_compiles_without_graph_breaks():

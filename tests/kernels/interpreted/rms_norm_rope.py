@@ -14,6 +14,7 @@ from kernels.common import FP8_MAX
 from kernels.rms_norm_rope import (
     VALUE_HEADROOM,
     key_scale,
+    launch_kv_statistics,
     launch_rms_norm_rope,
     launch_rms_norm_rope_fp8,
     reference,
@@ -93,6 +94,21 @@ def test_a_sample_of_many_tokens(monkeypatch):
     torch.testing.assert_close(k8.double() * k_scale.double()[:, None] + centre, turned, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(v_scale, v[sample_tokens(11)].abs().amax(0) * VALUE_HEADROOM / FP8_MAX)
     assert v8.abs().amax() == FP8_MAX  # saturated
+
+
+def test_parts_with_the_statistics_of_the_whole_are_quantised_as_the_whole(monkeypatch):
+    monkeypatch.setattr(rms_norm_rope, "NUM_SAMPLES", 16)
+    (q, k, v), weights, rope = inputs(40, 2, 16, True, 3)
+    k_scale, chosen = key_scale(weights[1], 2), sample_tokens(40)
+    q8, q_scale, k8, v8, v_scale = launch_rms_norm_rope_fp8(q, k, v, *weights, k_scale, rope, EPS)
+    statistics = launch_kv_statistics(k[chosen], v[chosen], weights[1], rope[chosen], EPS)
+    assert torch.equal(statistics[1], v_scale)
+    parts = [
+        launch_rms_norm_rope_fp8(q[i:j], k[i:j], v[i:j], *weights, k_scale, rope[i:j], EPS, *statistics)
+        for i, j in ((0, 16), (16, 40))
+    ]
+    for whole, part, axis in zip((q8, q_scale, k8, v8), zip(*parts, strict=True), (0, 0, 0, 2), strict=False):
+        assert torch.equal(whole, torch.cat(part, axis))
 
 
 def test_zeros_stay_zeros():

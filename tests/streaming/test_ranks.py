@@ -1,0 +1,216 @@
+"""Several ranks generate the video of one, agree beforehand, and end in one line when one of them is lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from model.parallel.ranks import ulysses_degree
+from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, digest, noticing_losses
+from tests.model.parallel.jobs import CONFIGS
+from tests.ranks import MAX_WORLD, RankPool, rank_pool
+from tests.streaming import rank_jobs as jobs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with rank_pool() as pool:
+        yield pool
+
+
+# --- The video of one rank ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "world"), [("odd", 2), ("odd", 3), ("odd", 4), ("tiny-random", 3)])
+def test_three_chunks(pool: RankPool, name: str, world: int) -> None:
+    whole, _ = jobs.chunks(None, name, 3)
+    results = pool.run(world, ulysses_degree(world, CONFIGS[name].dit.num_heads), jobs.chunks, name, 3)
+    frames = results[0][0]
+    assert (frames.int() - whole.int()).abs().max() <= 1
+    assert (frames != whole).float().mean() < 1e-3  # roundings of a few of all bytes
+    height = CONFIGS[name].chunk.height
+    for rgb, shapes in results[1:]:
+        assert rgb.numel() == 0
+        assert all(shape[2] < height for shape in shapes)
+    assert sum(shapes[0][2] for _, shapes in results) == height  # together they are the video, and no rank has it all
+
+
+def test_a_chunk_that_is_given_up_is_finished_by_all(pool: RankPool) -> None:
+    degree = ulysses_degree(MAX_WORLD, CONFIGS["odd"].dit.num_heads)
+    frames = pool.run(MAX_WORLD, degree, jobs.led, "odd")[0]
+    assert (frames.int() - jobs.chunks(None, "odd", 2)[0].int()).abs().max() <= 1
+
+
+# --- Agreement ------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_differ_hear_which_one_does(pool: RankPool) -> None:
+    facts = [{"size": 128, "seed": 1}, {"size": 128}, {"size": 128, "seed": 2}, {}]
+    expected = "rank 2 has seed 2, rank 0 has 1; start all with the same"
+    assert pool.run(MAX_WORLD, MAX_WORLD, jobs.refused, facts) == [expected] * MAX_WORLD
+    assert pool.run(MAX_WORLD, MAX_WORLD, jobs.refused, [{"size": 1}] * MAX_WORLD) == [""] * MAX_WORLD
+
+
+def test_a_mistake_on_one_rank_ends_all(pool: RankPool) -> None:
+    own, others = "there is no such file", "rank 2: there is no such file"
+    assert pool.run(MAX_WORLD, MAX_WORLD, jobs.failed, 2) == [others, others, own, others]
+    assert pool.run(MAX_WORLD, MAX_WORLD, jobs.failed, -1) == [own] * MAX_WORLD
+
+
+def test_a_digest_sees_one_changed_weight() -> None:
+    layer = torch.nn.Linear(8, 8)
+    before = digest({"layer": layer})
+    with torch.no_grad():
+        layer.weight[3, 4] += 1e-3
+    assert digest({"layer": layer}) != before
+    with torch.no_grad():
+        layer.weight[3, 4] -= 1e-3
+    assert list(before) == ["weights of layer"]
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+class FakeStore(dict[str, str]):
+    broken = False
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        if self.broken:
+            raise RuntimeError("Connection reset")
+        return [self[key].encode() for key in keys]
+
+
+def test_a_rank_is_lost_when_its_signs_stop() -> None:
+    store, clock = FakeStore(), [0.0]
+    lives = [SignsOfLife(store, rank, 3, lambda: clock[0]) for rank in range(3)]
+    for life in lives:
+        life.give()
+    assert lives[0].lost() == []
+    for second in range(1, int(LOST_AFTER) + 1):
+        clock[0] = second
+        lives[0].give()
+        lives[1].give()
+        assert lives[0].lost() == []
+    clock[0] += 1
+    lives[1].give()
+    assert lives[0].lost() == [2]
+    lives[2].stop()
+    assert lives[0].lost() == []  # it has ended, and nobody waits for it
+    clock[0] += 2 * LOST_AFTER
+    lives[1].give()
+    assert lives[0].lost() == []
+
+
+def test_all_are_lost_with_the_store() -> None:
+    told, store = [], FakeStore()
+    store.broken = True
+    life = SignsOfLife(store, 1, 3)
+    assert life.lost() == [0, 2]
+    life.watch(told.append)
+    assert told == [[0, 2]]
+
+
+def test_only_losses_are_told_as_such() -> None:
+    with pytest.raises(RankLostError, match="another rank has ended"), noticing_losses():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), noticing_losses():
+        raise RuntimeError("shapes differ")
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def start(world: int, out: str, sound: Path, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+    """The ranks of a run, as torchrun starts them; options[i] are of rank i."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streaming", "run", "--image", "examples/portraits/amara.jpg", "--audio"]
+    return [
+        subprocess.Popen(
+            [*command, str(sound), "--out", out, "--size", "64x64", *(options[rank] if options else ())],
+            cwd=ROOT,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def sound_of(path: Path, seconds: float) -> Path:
+    random = np.random.default_rng(0)
+    soundfile.write(path, 0.1 * random.standard_normal(int(16_000 * seconds)), 16_000)
+    return path
+
+
+def frames_of(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)).astype(int) for file in sorted(folder.rglob("*.png"))]
+
+
+def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
+    sound = sound_of(tmp_path / "voice.wav", 1.5)
+    arguments = ["--image", "examples/portraits/amara.jpg", "--audio", str(sound), "--size", "64x64"]
+    run = ["-m", "streaming", "run", *arguments, "--out"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *run, f"{tmp_path}/two/"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command in ([*run, f"{tmp_path}/one/"], launcher):
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stderr=subprocess.PIPE)
+    one, two = frames_of(tmp_path / "one"), frames_of(tmp_path / "two")
+    assert len(one) == len(two) == 38
+    assert all(np.abs(x - y).max() <= 1 for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ([("--seed", "1"), ("--seed", "2")], "error: rank 1 has seed 2, rank 0 has 1; start all with the same"),
+        ([("--steps", "4"), ("--steps", "2")], "error: rank 1 has steps 2, rank 0 has 4; start all with the same"),
+        ([("--noise", "torch")] * 2, "error: noise torch: each GPU would draw its own; use counter"),
+    ],
+)
+def test_what_cannot_be_is_one_line_on_rank_0(tmp_path: Path, options: list[tuple[str, ...]], line: str) -> None:
+    ranks = start(2, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 1.0), *options)
+    said = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert said == [line + "\n", ""]
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_others_and_keeps_their_frames(tmp_path: Path, how: signal.Signals) -> None:
+    ranks = start(3, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 300.0))
+    try:
+        assert ranks[0].stderr is not None
+        shown = iter(ranks[0].stderr.readline, "")
+        assert any(line.startswith("chunk 2") for line in shown)
+        ranks[1].send_signal(how)
+        said = [ranks[0].stderr.read(), ranks[2].communicate()[1]]
+        for rank, text in zip((0, 2), said, strict=True):
+            errors = [line for line in text.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1, text
+            assert errors[0].startswith((f"error: rank {rank}: another rank has ended", f"error: rank {rank}: no sign"))
+        assert ranks[0].wait() != 0
+        (video,) = tmp_path.glob("*.mp4")
+        with av.open(str(video)) as container:
+            assert sum(1 for _ in container.decode(video=0)) >= 56
+    finally:
+        for rank in ranks:
+            rank.kill()
