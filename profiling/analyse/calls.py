@@ -99,7 +99,7 @@ def _audio_work(d: Dims, item: int) -> tuple[float, float]:
 
 def calls_of(operation: str, arguments: Mapping[str, Any]) -> list[Call] | None:
     """The calls that a call of `flashtalk::operation` counts as; None if the operation is not known here."""
-    describe = _DESCRIBED.get(operation)
+    describe = DESCRIBED.get(operation)
     return None if describe is None else list(describe(arguments))
 
 
@@ -216,7 +216,8 @@ def _nothing(_: Mapping[str, Any]) -> Iterator[Call]:
     yield from ()
 
 
-_DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
+# By the name of the operation; one that is not here counts by the bytes of its operands and results.
+DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
     "linear": _linear,
     "linear_fp8": _linear,
     "linear_fp8_quantized": _linear,

@@ -1,11 +1,13 @@
 """Projects a chunk to other numbers of GPUs, links and picture sizes: projections, never measurements.
 
-    recipe.py       what the busiest rank computes and exchanges in a chunk, recorded from the model
+    recipe.py       what a rank computes and exchanges in a chunk, recorded from the model
     times.py        how long each call takes, from results and tuned tables of one device
     calibration.py  what a measured chunk on one GPU takes beyond its calls
     devices.toml    how long an exchange takes: latency, and bytes over the link's rate
 
-An exchange is added to the time of its stage, or what is left of it behind the computation that hides it.
+An exchange is added to the time of its stage, or what is left of it behind the computation that hides it. As ranks wait
+for each other, every stage takes as long as on the slower one of two: the rank with most to compute, and rank 0, which
+gathers the frames.
 """
 
 import re
@@ -32,10 +34,9 @@ from profiling.analyse.calibration import (
     calibrate,
     fastest_chunk,
     part_of,
-    until_first_frame,
 )
-from profiling.analyse.recipe import BETWEEN, Exchange, Recipe, StageWork, meta_models, record
-from profiling.analyse.shares import busiest_rank
+from profiling.analyse.recipe import COLOR, Recipe, StageWork, busiest_rank, meta_models, record
+from profiling.analyse.recorder import Exchange
 from profiling.analyse.times import CEILING, MEASURED, SCALED, Times
 from profiling.cases.evidence import gather
 from profiling.devices import Device, devices
@@ -69,9 +70,14 @@ class Projection:
     sources: dict[str, float]  # share of the computation by the source of its times
 
     @property
+    def computed(self) -> float:
+        """Seconds of computation."""
+        return sum(self.stages.values())
+
+    @property
     def chunk(self) -> float:
         """Seconds of the chunk."""
-        return sum(self.stages.values()) + self.exchange + self.rest
+        return self.computed + self.exchange + self.rest
 
     @property
     def fps(self) -> float:
@@ -83,20 +89,25 @@ class Projector:
     """Projections from all results of the device on which the fastest chunk was measured."""
 
     def __init__(
-        self, runs: Sequence[tuple[str, Run]], recipe_of: Callable[[str, Setting], Recipe] | None = None
+        self, runs: Sequence[tuple[str, Run]], recipes_of: Callable[[str, Setting], Sequence[Recipe]] | None = None
     ) -> None:
         """Calibrates by the fastest chunk. Raises `UserError` if the runs do not suffice.
 
         Args:
             runs: (file, run), the newest first.
-            recipe_of: what the busiest rank computes, by precision and setting; None records it from the model.
+            recipes_of: of the ranks that decide, by precision and setting; None records them from the model.
         """
-        self._recipe_of = recipe_of or recorded
+        self._recipes_of = recipes_of or recorded
         self.measured = fastest_chunk(runs)
         self.times = Times([run for _, run in runs], self.measured.device)
         chunk = PRESETS[PRESET].chunk
         self._base = Setting(1, "", chunk.width, chunk.height, self.measured.steps)
-        self.calibration = calibrate(self.recipe(self._base), self.times, self.measured)
+        self.calibration = calibrate(self.recipe, self.times, self.measured)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the measured chunk."""
+        return self._recipes_of(self.precision, self._base)[0]
 
     @property
     def precision(self) -> str:
@@ -110,31 +121,29 @@ class Projector:
 
     def project(self, setting: Setting) -> Projection:
         """The projection to a setting. Raises `UserError` if the model cannot run in it."""
-        recipe, link = self.recipe(setting), devices()[setting.link]
+        link, recipes = devices()[setting.link], self._recipes_of(self.precision, replace(setting, link=""))
         stages: dict[str, float] = defaultdict(float)
-        for work in recipe:
-            stages[part_of(work)] += self.calibration.seconds(work, self.times)
-        exchange = sum(self._exchange_seconds(work, link) for work in recipe)
-        startup = sum(
-            self.calibration.seconds(work, self.times) + self._exchange_seconds(work, link)
-            for work in until_first_frame(recipe)
-        )
-        frames, sources = config_of(setting).chunk.new_frames, self._sources(recipe)
+        exchange, startup, shown = 0.0, 0.0, False
+        for works in zip(*recipes, strict=True):
+            computed, exchanged = max((self._seconds(work, link) for work in works), key=sum)
+            stages[part_of(works[0])] += computed
+            exchange += exchanged
+            startup += 0.0 if shown else computed + exchanged
+            shown = shown or works[0].stage == COLOR
+        frames, sources = config_of(setting).chunk.new_frames, self._sources(recipes[0])
         return Projection(setting, dict(stages), exchange, self.calibration.rest, startup, frames, sources)
 
-    def recipe(self, setting: Setting) -> Recipe:
-        """What the busiest rank computes and exchanges, whatever the link."""
-        return self._recipe_of(self.precision, replace(setting, link=""))
-
-    def _exchange_seconds(self, work: StageWork, link: Device) -> float:
-        """What of a stage's exchanges is not hidden behind computation."""
-        return sum(count * self._visible(exchange, link) for exchange, count in work.exchanges.items())
+    def _seconds(self, work: StageWork, link: Device) -> tuple[float, float]:
+        """Seconds that a rank computes in a stage, and those of its exchanges that nothing hides."""
+        exchanged = sum(count * self._visible(exchange, link) for exchange, count in work.exchanges.items())
+        return self.calibration.seconds(work, self.times), exchanged
 
     def _visible(self, exchange: Exchange, link: Device) -> float:
         whole = link.link_latency_s + exchange.bytes / link.link_one_way_bytes_s
-        return max(0.0, whole - (self.times.of(exchange.behind).seconds if exchange.behind else 0.0))
+        return max(0.0, whole - sum(self.times.of(call).seconds for call in exchange.behind))
 
     def _sources(self, recipe: Recipe) -> dict[str, float]:
+        """Share of the computation by the source of its times."""
         seconds: dict[str, float] = dict.fromkeys((MEASURED, SCALED, CEILING), 0.0)
         for call, count in (item for work in recipe for item in work.calls.items()):
             timed = self.times.of(call)
@@ -154,16 +163,12 @@ def config_of(setting: Setting) -> Config:
 
 
 @cache
-def recorded(precision: str, setting: Setting) -> Recipe:
-    """What the busiest rank computes and exchanges, recorded from the model."""
+def recorded(precision: str, setting: Setting) -> tuple[Recipe, ...]:
+    """The recipes of the ranks that decide how long a chunk takes, recorded from the model."""
     config = config_of(setting)
-    recipe = _recorded_alone(precision, replace(setting, world=1))
-    return busiest_rank(recipe, config, setting.world)
-
-
-@cache
-def _recorded_alone(precision: str, setting: Setting) -> Recipe:
-    return record(replace(_models(precision), config=config_of(setting)))
+    models = replace(_models(precision), config=config)
+    ranks = dict.fromkeys((busiest_rank(config, setting.world), 0))
+    return tuple(record(models, rank, setting.world) for rank in ranks)
 
 
 @cache
@@ -230,7 +235,7 @@ def assumptions(projector: Projector, links: Sequence[str]) -> Iterator[str]:
         f"{Path(measured.file).name} did alone, whose chunk took {duration(whole.measured)}."
     )
     yield (
-        "What a rank computes and exchanges is recorded from the model; a chunk takes as long as its busiest rank. "
+        "What a rank computes and exchanges is recorded from the model; a stage takes as long as on the slowest rank. "
         f"The measured chunk's calls, each timed alone, come to {percent(whole.calls / whole.measured)} of it."
     )
     yield (
@@ -250,8 +255,8 @@ def assumptions(projector: Projector, links: Sequence[str]) -> Iterator[str]:
             f"{link.link_one_way_bytes_s / 1e9:g} GB/s each way."
         )
     yield (
-        "Exchanges of attention are not hidden behind anything. The rows of a slab's neighbours, and the ring's keys "
-        "and values, travel behind what is computed meanwhile, without slowing it."
+        "An exchange is hidden as far as the model computes something else before it waits for it, such as a slab "
+        "while its neighbours' rows travel, without slowing that. Exchanges of attention hide behind nothing."
     )
     yield (
         "Startup is the time from the window of speech features to the first new frames, on the device. Speech "
@@ -318,7 +323,7 @@ def _table(projections: Sequence[Projection]) -> Table:
 
 def table_rows(projections: Sequence[Projection]) -> Iterator[list[str]]:
     """The rows of a table of projections: a name, then a cell for each."""
-    names = dict.fromkeys(name for p in projections for name in p.stages if name != BETWEEN)
+    names = dict.fromkeys(name for p in projections for name in p.stages)
     for name in names:
         yield [name, *(duration(p.stages.get(name)) for p in projections)]
     yield ["exchanges", *(duration(p.exchange or None) for p in projections)]

@@ -299,19 +299,22 @@ def _evaluate_projection(target: Target, runs: Sequence[tuple[str, Run]]) -> Tar
     try:
         (link,) = parse_links(target.link)
         projector = Projector(runs)
-        projection = projector.project(projector.setting(target.gpus or 1, link))
+        one, projection = (projector.project(projector.setting(world, link)) for world in (1, target.gpus or 1))
     except UserError as error:
         return TargetResult(target, UNMEASURED, measure, detail=str(error))
     value = projection.fps if target.stage == "fps" else projection.startup
     result = _judged(TargetResult(target, MET, measure, value))
-    return replace(result, detail=_why(projection, projector.precision))
+    return replace(result, detail=f"projected, {projector.precision}: {_why(one, projection)}")
 
 
-def _why(projection: Projection, precision: str) -> str:
-    """What the chunk's time consists of."""
-    computed, rank = duration(sum(projection.stages.values())), "its GPU" if projection.setting.world == 1 else "a rank"
-    exchanged = f" and exchanges {duration(projection.exchange)}" if projection.exchange else ""
-    return f"projected, {precision}: of {duration(projection.chunk)} a chunk, {rank} computes {computed}{exchanged}"
+def _why(one: Projection, projection: Projection) -> str:
+    """What the chunk's time consists of, beside an even share of that of one GPU."""
+    share = one.computed / projection.setting.world
+    more = percent(projection.computed / share - 1)
+    return (
+        f"a chunk of {duration(projection.chunk)} computes {duration(projection.computed)}, {more} more than an even "
+        f"share, and exchanges {duration(projection.exchange) or 'nothing'}"
+    )
 
 
 def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:

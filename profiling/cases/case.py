@@ -113,8 +113,7 @@ class Shape:
     name: str
     dims: Dims
     world: int = 1  # GPUs that share the work; the dimensions are one rank's
-    calls: float = 0  # by one rank in one chunk; 0 where other cases already count this work
-    stage: str = ""  # of the chunk, where there are calls
+    calls: float = 0  # by one rank in one chunk, about; 0 where other cases already count this work
 
 
 @dataclass(frozen=True)

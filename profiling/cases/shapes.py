@@ -27,8 +27,6 @@ from profiling.cases.elementwise import (
 from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
 from profiling.cases.vae import whole_vae
 
-# The stages of a chunk that calls belong to; the VAE's shapes count decoding and encoding together.
-DENOISE, DECODE, COLOR = STAGE_NAMES = ("denoise", "decode and motion", "color")
 SPACE_TIME, TIME = {"kt": 3, "k": 3}, {"kt": 3, "k": 1}  # kernel sizes of causal convolutions
 
 
@@ -49,7 +47,7 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     rows, layers = tokens // world, dit.num_layers * config.chunk.sample_steps
 
     def shape(calls: int, suffix: str = "", /, **dims: int) -> Shape:
-        return Shape(tag + suffix, dims, world, calls * layers, DENOISE)
+        return Shape(tag + suffix, dims, world, calls * layers)
 
     heads = {"heads": dit.num_heads, "head_dim": dit.head_dim}
     yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, head_dim=dit.head_dim)
@@ -107,32 +105,32 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
         convolutions = convolutions * alone + (2 * vae.num_res_blocks + middle) * encoded
         name = f"{tag}-level{level}"
         dims = {"frames": frames, "channels": width, "rows": rows * scale // down, "columns": columns * scale // right}
-        yield CAUSAL_CONV3D, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, convolutions, DECODE)
+        yield CAUSAL_CONV3D, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, convolutions)
         if in_pairs:
             pair = dims | SPACE_TIME | {"frames": LATENTS_PER_STEP * frames, "outputs": width}
-            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs, DECODE)
-        yield RMS_NORM_SILU, Shape(name, dims, world, convolutions, DECODE)
+            yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
+        yield RMS_NORM_SILU, Shape(name, dims, world, convolutions)
         if width <= MAX_FUSED_CHANNELS:  # a sequence of the two above, no calls of its own
-            yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world, stage=DECODE)
+            yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
             one = {"queries": tokens, "keys": tokens, "heads": 1, "head_dim": width}
-            yield VAE_ATTENTION, Shape(name, one, world, decoded + encoded, DECODE)
+            yield VAE_ATTENTION, Shape(name, one, world, decoded + encoded)
         if level + 1 < len(widths):
             frames *= 2 if doubles else 1
             if doubles:
                 time = dims | TIME | {"outputs": 2 * width}
-                yield TIME_CONV, Shape(f"{name}-time", time, world, latents - 1, DECODE)
+                yield TIME_CONV, Shape(f"{name}-time", time, world, latents - 1)
             up = dims | {"frames": frames, "outputs": width // 2}
-            yield UPSAMPLE_CONV2D, Shape(name, up, world, 1 / frames + latents - 1, DECODE)
+            yield UPSAMPLE_CONV2D, Shape(name, up, world, 1 / frames + latents - 1)
             scale *= 2
             large = {"frames": frames, "rows": 2 * dims["rows"], "columns": 2 * dims["columns"]}
             own = {"channels": widths[level + 1], "outputs": widths[level + 1]}
-            yield DOWNSAMPLE_CONV2D, Shape(name, large | own, world, 1 / frames + motion, DECODE)
+            yield DOWNSAMPLE_CONV2D, Shape(name, large | own, world, 1 / frames + motion)
         else:
             ends = {k: v for k, v in dims.items() if k not in ("frames", "channels")}
-            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | SPACE_TIME | {"outputs": 3}, world, decoded, DECODE)
-            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames, COLOR)
+            yield CAUSAL_CONV3D, Shape(f"{tag}-head", dims | SPACE_TIME | {"outputs": 3}, world, decoded)
+            shown = Shape(tag, ends | {"frames": frames}, world, chunk.new_frames / frames)
             yield LAB_TRANSFER, shown
     if world == 1:
         # Three latents: a clip's first, its second, and a third like all that follow.

@@ -14,6 +14,7 @@ from model.errors import UserError
 from profiling.analyse.calibration import STEP, calls_seconds
 from profiling.analyse.calls import Call
 from profiling.analyse.project import Projection, Projector, assumptions, gpus_of, table_rows
+from profiling.analyse.targets import MISSED, TargetResult, evaluate, read_targets
 from profiling.analyse.times import MEASURED
 from profiling.cases.evidence import COMMITTED, gather
 from profiling.ceilings import ceiling_notes
@@ -22,6 +23,7 @@ from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
 from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
+TARGETS = Path(__file__).parents[1] / "analyse" / "targets.toml"
 PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
 SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
@@ -79,7 +81,7 @@ def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
         projector = Projector(runs)
     except UserError:  # no chunk was measured, or too little to project from
         projector = None
-    projected = (*step_table(projector), "", *projections(projector), "") if projector else ()
+    projected = (*step_table(projector), "", *projections(projector, projected_goals(runs)), "") if projector else ()
     lines = [*_variants(runs), "", *projected, CASES_HEAD, *_cases(runs), *_quality(runs)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
 
@@ -105,7 +107,7 @@ def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
 def step_table(projector: Projector) -> Iterator[str]:
     """A denoising step beside the calls that it makes, each timed alone, and what is left."""
     measured = projector.measured
-    work = [work for work in projector.recipe(projector.setting(1, "")) if work.stage == STEP][-1]
+    work = [work for work in projector.recipe if work.stage == STEP][-1]
     total, step = calls_seconds(work, projector.times), stage_value(measured.variant, STEP) or 0.0
     rows = [(call, count, projector.times.of(call)) for call, count in work.calls.items()]
     rows.sort(key=lambda row: -row[1] * row[2].seconds)
@@ -137,12 +139,17 @@ def _name(call: Call) -> str:
     return f"{call.operation} {call.dtype}, {shape or f'{call.bytes / 1e6:.0f} MB'}"
 
 
-def projections(projector: Projector) -> Iterator[str]:
-    """What is projected for several GPUs, with all that it assumes."""
+def projected_goals(runs: Sequence[tuple[str, Run]]) -> list[TargetResult]:
+    """The goals that projections answer."""
+    return [evaluate(target, runs) for target in read_targets(TARGETS) if target.gpus is not None]
+
+
+def projections(projector: Projector, goals: Iterable[TargetResult]) -> Iterator[str]:
+    """What is projected for several GPUs, with all that it assumes, and the goals that this answers."""
     yield "## Several GPUs: projections\n"
     yield (
         "**Projected, not measured**: by `python -m profiling project`, which also answers for other links, sizes and "
-        "steps. `python -m profiling targets` holds these numbers to their goals.\n"
+        "steps.\n"
     )
     for sentence in assumptions(projector, LINKS):
         yield f"- {sentence}"
@@ -154,6 +161,12 @@ def projections(projector: Projector) -> Iterator[str]:
     by_size = {size: [projector.project(projector.setting(w, LINKS[0], size)) for w in WORLDS] for size in SIZES}
     rows = ([f"{width} x {height}", *(f"{p.fps:.1f}" for p in found)] for (width, height), found in by_size.items())
     yield from _projection_table(by_size[SIZES[0]], rows)
+    yield "\nThe goals for several GPUs, as projected:\n"
+    yield _row("goal", "wanted", "projected", "verdict", "of what the time consists")
+    yield _row(*("---" for _ in range(5)))
+    for goal in goals:
+        missed = f" by {percent(goal.shortfall)}" if goal.verdict == MISSED else ""
+        yield _row(goal.target.name, goal.wanted, goal.got, goal.verdict + missed, goal.detail)
 
 
 def _projection_table(found: Sequence[Projection], rows: Iterable[Sequence[str]]) -> Iterator[str]:

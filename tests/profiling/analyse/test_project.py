@@ -13,7 +13,8 @@ from profiling.__main__ import main
 from profiling.analyse import project
 from profiling.analyse.calls import Call
 from profiling.analyse.project import Projector, Setting, config_of, parse_links, parse_size, parse_world_sizes
-from profiling.analyse.recipe import AUDIO, COLOR, DECODE, MOTION, STEP, Exchange, Recipe, StageWork
+from profiling.analyse.recipe import AUDIO, COLOR, DECODE, MOTION, STEP, Recipe, StageWork
+from profiling.analyse.recorder import Exchange
 from profiling.devices import devices
 from profiling.results import Run, save
 from tests.profiling.analyse.made_up import chunk, run
@@ -27,20 +28,27 @@ def a_pass(seconds: float) -> Call:
     return Call("fused pass", (), "bf16", 0.0, 4e12 * seconds)
 
 
-def made_up_recipe(_precision: str, setting: Setting) -> Recipe:
+def made_up_recipes(_precision: str, setting: Setting) -> tuple[Recipe, ...]:
     """A chunk whose work is divided by the GPUs, and which grows with the picture; exchanges of 1 GB a step.
 
     On one GPU: 1 s for each step, 0.2 s beside the second, then twice 0.1 s of decoding, 0.01 s of colour, and 0.1 s.
+    Rank 0 computes half as much as the busiest, but gathers the frames after the colours.
     """
-    share = setting.width * setting.height / (448 * 768) / setting.world
+    ranks = (False,) if setting.world == 1 else (False, True)
+    return tuple(made_up_recipe(setting, gathers) for gathers in ranks)
+
+
+def made_up_recipe(setting: Setting, gathers: bool) -> Recipe:
+    share = setting.width * setting.height / (448 * 768) / setting.world * (0.5 if gathers else 1)
 
     def work(stage: str, seconds: float, *exchanges: Exchange, beside: bool = False) -> StageWork:
         sent = Counter(exchanges if setting.world > 1 else ())
         return StageWork(stage, Counter({a_pass(seconds * share): 1}), beside, sent)
 
-    heads, rows = Exchange("q, k and v", 1e9), Exchange("rows of neighbours", 1e6, a_pass(0.1 * share))
+    heads, rows = Exchange("ulysses", 1e9), Exchange("all", 1e6, (a_pass(0.1 * share),))
+    frames = [Exchange("all", 1e12)] if gathers else []
     steps = [work(STEP, 1.0, heads) for _ in range(setting.steps)]
-    shown = [work(DECODE, 0.1, rows), work(COLOR, 0.01)] * 2
+    shown = [work(DECODE, 0.1, rows), work(COLOR, 0.01, *frames)] * 2
     return (work(AUDIO, 0.001), steps[0], work(DECODE, 0.2, beside=True), *steps[1:], *shown, work(MOTION, 0.1))
 
 
@@ -57,7 +65,7 @@ STUDENT, VAE, REST = 1.2, 1.5, 3.5 - (0.002 + 2.65 + 0.3 + 0.02 + 0.15)
 
 @pytest.fixture(scope="module")
 def projector() -> Projector:
-    return Projector([("results/run.json", MEASURED)], made_up_recipe)
+    return Projector([("results/run.json", MEASURED)], made_up_recipes)
 
 
 def test_one_gpu_takes_the_calibrated_calls_and_the_rest(projector: Projector) -> None:
@@ -76,25 +84,32 @@ def test_one_gpu_takes_the_calibrated_calls_and_the_rest(projector: Projector) -
     assert one.fps == pytest.approx(PRESETS["flashtalk-14b"].chunk.new_frames / one.chunk)
 
 
+FRAMES = LATENCY + 1e12 / RATE  # seconds in which rank 0 gathers frames
+
+
 def test_factors_fall_on_a_ranks_share_and_the_rest_on_every_chunk(projector: Projector) -> None:
-    """Four GPUs compute a quarter each; two exchanges of heads are seen, those of rows are hidden."""
+    """Four GPUs compute a quarter each; two exchanges of heads are seen, those of rows are hidden.
+
+    The others wait for rank 0 when it gathers frames; its own colours take it half the time.
+    """
     four = projector.project(projector.setting(4, "H800"))
-    assert sum(four.stages.values()) == pytest.approx((STUDENT * 2.001 + VAE * 0.52) / 4)
-    assert four.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE))
-    assert four.chunk == pytest.approx((STUDENT * 2.001 + VAE * 0.52) / 4 + four.exchange + REST)
+    assert sum(four.stages.values()) == pytest.approx((STUDENT * 2.001 + VAE * 0.51) / 4)
+    assert four.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE) + 2 * FRAMES)
+    assert four.chunk == pytest.approx((STUDENT * 2.001 + VAE * 0.51) / 4 + four.exchange + REST)
 
 
 def test_an_exchange_is_seen_where_nothing_is_left_to_hide_it(projector: Projector) -> None:
     """With a millionth of the work, 1 MB of rows takes longer than the convolution that it travels behind."""
     many = projector.project(projector.setting(10**6, "H800"))
     least = devices()["B200"].kernel_s
-    assert many.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE) + 2 * (LATENCY + 1e6 / RATE - least))
+    seen = 2 * (LATENCY + 1e9 / RATE) + 2 * (LATENCY + 1e6 / RATE - least)
+    assert many.exchange == pytest.approx(seen + 2 * FRAMES)
 
 
 def test_startup_ends_with_the_first_frames(projector: Projector) -> None:
     one, four = (projector.project(projector.setting(world, "H800")) for world in (1, 4))
     assert one.startup == pytest.approx(STUDENT * 2.001 + VAE * 0.31)
-    assert four.startup == pytest.approx(one.startup / 4 + four.exchange)
+    assert four.startup == pytest.approx((STUDENT * 2.001 + VAE * 0.305) / 4 + four.exchange - FRAMES)
 
 
 def test_other_sizes_and_steps_are_other_recipes(projector: Projector) -> None:
@@ -116,7 +131,7 @@ def test_the_links_rates_are_what_collectives_reach() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of results, and the made-up recipe in place of the model's."""
-    monkeypatch.setattr(project, "recorded", made_up_recipe)
+    monkeypatch.setattr(project, "recorded", made_up_recipes)
     save(MEASURED, tmp_path / "run.json")
     return tmp_path
 
@@ -174,7 +189,7 @@ def test_mistakes_are_told_in_one_line(
         ((folder / "empty.json",), "no results have a whole chunk on a GPU"),
     ):
         place = () if isinstance(arguments[0], Path) else (folder / "run.json",)
-        monkeypatch.setattr(project, "recorded", lambda p, s: made_up_recipe(p, s) if config_of(s) else ())
+        monkeypatch.setattr(project, "recorded", lambda p, s: made_up_recipes(p, s) if config_of(s) else ())
         assert call(monkeypatch, *place, *arguments) == 2
         out, err = capsys.readouterr()
         assert out == ""

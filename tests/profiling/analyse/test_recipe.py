@@ -1,26 +1,25 @@
-"""Recording a chunk from the model: all operations, without values; what is fused, and what runs beside the steps."""
+"""Recording a chunk from the model, alone and as one of several ranks: its operations, exchanges and stages."""
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 
 import pytest
-import torch
-from torch import Tensor
 
 from model.config import PRESETS
-from profiling.analyse.calls import EAGER_PASS, FUSED_PASS, MATMUL, Call
+from model.parallel.ranks import even_borders
+from model.parallel.tokens import UNIT
+from profiling.analyse.calls import EAGER_PASS, MATMUL, Call
 from profiling.analyse.recipe import (
     AUDIO,
-    BETWEEN,
     COLOR,
     DECODE,
     MOTION,
     STEP,
     Recipe,
-    Recorder,
+    StageWork,
+    busiest_rank,
     meta_models,
     record,
 )
@@ -40,7 +39,7 @@ def count(calls: Counter[Call], operation: str, dtype: str | None = None) -> int
 
 def test_the_stages_of_a_chunk_are_those_of_the_loop() -> None:
     """The motion latents are decoded beside the steps, one by one; the rest after them, two at a time but the first."""
-    stages = [(work.stage, work.beside) for work in recipe("fp32") if work.stage != BETWEEN]
+    stages = [(work.stage, work.beside) for work in recipe("fp32")]
     steps, alone = [(STEP, False)], [(DECODE, False), (COLOR, False)]
     assert stages == [(AUDIO, False), *steps, *[(DECODE, True)] * 2, *steps * 3, *alone * 4, (MOTION, False)]
 
@@ -93,45 +92,75 @@ def test_the_last_step_draws_no_noise() -> None:
     assert count(steps[-1], EAGER_PASS) < count(steps[1], EAGER_PASS)
 
 
-# --- Passes over memory ---------------------------------------------------------------------------------------------
+# --- Several ranks ----------------------------------------------------------------------------------------------------
 
 
-def recorded(function: Callable[..., object], *arguments: Tensor, fused: bool) -> Counter[Call]:
-    recorder = Recorder()
-    with recorder, torch.inference_mode(), nullcontext():
-        recorder.compiled(fused)
-        function(*arguments)
-    return sum((work.calls for work in recorder.stages()), Counter())
+@cache
+def shares(precision: str, world: int) -> list[Recipe]:
+    """The recipes of all ranks."""
+    models = meta_models(TINY, precision)
+    return [record(models, rank, world) for rank in range(world)]
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def exchanged(work: StageWork, group: str) -> float:
+    return sum(exchange.bytes * n for exchange, n in work.exchanges.items() if exchange.group == group)
 
 
-def test_fused_passes_read_what_comes_from_outside_and_write_what_is_used_outside() -> None:
-    x, y, w = empty(1000, 100), empty(1000, 100), empty(100, 50)
-
-    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        inner = (x * 2 + y).relu()  # read by the product
-        product = inner @ w
-        return product, inner.exp() + 1  # reads inner, writes the result
-
-    calls = recorded(function, x, y, w, fused=True)
-    assert sorted(c.bytes for c in calls.elements() if c.operation == FUSED_PASS) == [2 * 400e3, 3 * 400e3]
-    (product,) = (c for c in calls if c.operation == MATMUL)
-    assert (product.flops, product.dtype, calls[product]) == (2.0 * 1000 * 100 * 50, "fp32", 1)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_the_products_of_a_step(world: int) -> None:
+    """Together they compute what one GPU does, and for the motion latents' tokens the whole last block."""
+    steps = [next(work for work in recipe if work.stage == STEP) for recipe in shares("bf16", world)]
+    together = sum(c.flops * n for work in steps for c, n in work.calls.items() if c.is_matmul)
+    one = sum(
+        c.flops * n for c, n in next(work.calls for work in recipe("bf16") if work.stage == STEP).items() if c.is_matmul
+    )
+    assert one < together < 1.15 * one
 
 
-def test_eager_passes_are_kernels_of_their_own_and_views_are_none() -> None:
-    calls = recorded(lambda x: x[:500].T.reshape(-1).view(5, -1) * 2 + 1, empty(1000, 100), fused=False)
-    # reshape copies, then two passes
-    assert [c.bytes for c in calls.elements()] == [2 * 200e3] * 3
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_bytes_of_self_attention_are_those_of_the_layout(world: int) -> None:
+    """q, k and v to the heads' ranks and the output back, in bf16; the ring passes keys and values on."""
+    degree = math.gcd(world, DIT.num_heads)
+    for rank, recipe in enumerate(shares("bf16", world)):
+        step = next(work for work in recipe if work.stage == STEP)
+        borders = even_borders(math.prod(TINY.grid), world, UNIT)
+        own = borders[rank + 1] - borders[rank]
+        group = [b - a for a, b in itertools.pairwise(borders)][rank // degree * degree :][:degree]
+        sent, received = own * (degree - 1) / degree, (sum(group) - own) / degree
+        heads = DIT.num_layers * DIT.dim * 2 * 4 * max(sent, received)
+        assert exchanged(step, "ulysses") == pytest.approx(heads, rel=0.02)
+        ring = world // degree
+        around = DIT.num_layers * (ring - 1) * 2 * DIT.dim / degree * 2 * math.prod(TINY.grid) / ring
+        assert exchanged(step, "ring") == pytest.approx(around, rel=0.02)
 
 
-def test_a_copy_reads_only_its_source() -> None:
-    calls = recorded(lambda x, y: x.copy_(y), empty(1000), empty(1000, dtype=torch.bfloat16), fused=False)
-    assert [c.bytes for c in calls.elements()] == [4e3 + 2e3]
+def test_in_fp8_half_the_bytes_of_q_k_and_v_travel() -> None:
+    """With the float32 scales of the queries; the output is in bf16."""
+    for recipe in shares("fp8-attn", 2):
+        step = next(work for work in recipe if work.stage == STEP)
+        tokens = math.prod(TINY.grid) / 2
+        expected = DIT.num_layers * tokens / 2 * (DIT.dim * (3 + 2) + 4 * DIT.num_heads)
+        assert exchanged(step, "ulysses") == pytest.approx(expected, rel=0.02)
 
 
-def test_what_happens_on_the_host_is_not_recorded() -> None:
-    assert not recorded(lambda x: x + 1, torch.zeros(3), fused=False)
+def test_the_rings_blocks_travel_behind_attention_and_heads_behind_nothing() -> None:
+    step = next(work for work in shares("bf16", 4)[0] if work.stage == STEP)
+    assert all(not exchange.behind for exchange in step.exchanges if exchange.group == "ulysses")
+    for exchange in step.exchanges:
+        if exchange.group == "ring":
+            assert "chunk_attention" in {call.operation for call in exchange.behind}
+
+
+def test_rows_of_neighbours_travel_behind_the_slab() -> None:
+    decoded = [work for work in shares("bf16", 2)[0] if work.stage == DECODE][-1]
+    hidden = [exchange for exchange in decoded.exchanges if exchange.behind]
+    assert sum(decoded.exchanges[exchange] for exchange in hidden) >= 2 * 11  # two latents, eleven convolutions each
+    assert all(any(call.is_matmul for call in exchange.behind) for exchange in hidden)
+
+
+def test_the_busiest_rank_has_most_tokens_and_two_neighbours() -> None:
+    borders = even_borders(math.prod(TINY.grid), 3, UNIT)
+    rank = busiest_rank(TINY, 3)
+    assert borders[rank + 1] - borders[rank] == max(b - a for a, b in itertools.pairwise(borders))
+    assert busiest_rank(PRESETS["flashtalk-14b"], 8) in (3, 5)
+    assert busiest_rank(TINY, 1) == 0

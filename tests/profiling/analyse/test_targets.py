@@ -15,7 +15,8 @@ from profiling.__main__ import TARGETS, main
 from profiling.analyse import project
 from profiling.analyse.calls import Call
 from profiling.analyse.project import Setting
-from profiling.analyse.recipe import Exchange, Recipe, StageWork
+from profiling.analyse.recipe import Recipe, StageWork
+from profiling.analyse.recorder import Exchange
 from profiling.analyse.targets import MET, MISSED, UNMEASURED, Contender, Target, TargetResult, evaluate, read_targets
 from profiling.cases import registry
 from profiling.devices import devices
@@ -308,21 +309,23 @@ def test_quality_that_was_not_measured_is_unmeasured(setting: str, runs: Sequenc
 def test_a_projected_goal_is_answered_by_all_runs_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ceilings are in one run, the chunk in another; on 8 GPUs each step of 1 s takes an eighth."""
 
-    def recipe(_precision: str, setting: Setting) -> Recipe:
+    def recipes(_precision: str, setting: Setting) -> tuple[Recipe, ...]:
         def work(stage: str, seconds: float, *exchanges: Exchange) -> StageWork:
             calls = Counter({Call("fused pass", (), "bf16", 0.0, 4e12 * seconds / setting.world): 1})
             return StageWork(stage, calls, exchanges=Counter(exchanges if setting.world > 1 else ()))
 
-        sent = Exchange("q, k and v", 0.1 * devices()["H800"].link_one_way_bytes_s)
-        return work("denoise/step", 1.0, sent), work("decode", 0.1), work("color", 0.01), work("motion", 0.1)
+        sent = Exchange("ulysses", 0.1 * devices()["H800"].link_one_way_bytes_s)
+        return ((work("denoise/step", 1.0, sent), work("decode", 0.1), work("color", 0.01), work("motion", 0.1)),)
 
-    monkeypatch.setattr(project, "recorded", recipe)
+    monkeypatch.setattr(project, "recorded", recipes)
     measured = made_up.chunk("fp8", 1.21, denoise_step=(1.0,), decode=(0.1,), color=(0.01,), motion=(0.1,))
     ceilings, whole = made_up.run(), made_up.run(ceilings=Ceilings(), variants=(measured,))
     startup = Target("goal", "8 x H800", {"seconds": 0.3}, stage="first_frame", gpus=8, link="H800")
     result = held(startup, ceilings, whole)
     assert (result.verdict, result.value) == (MET, pytest.approx(1.11 / 8 + 0.1, abs=1e-3))
-    assert result.detail == "projected, fp8: of 251 ms a chunk, a rank computes 151 ms and exchanges 100 ms"
+    assert result.detail == (
+        "projected, fp8: a chunk of 251 ms computes 151 ms, 0.0% more than an even share, and exchanges 100 ms"
+    )
     fps = Target("goal", "8 x H800", {"at_least": 120}, stage="fps", gpus=8, link="H800")
     assert (held(fps, ceilings, whole).verdict, held(fps, ceilings, whole).got) == (MISSED, "111")
 

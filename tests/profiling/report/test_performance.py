@@ -14,6 +14,7 @@ from profiling.analyse import project
 from profiling.analyse.calls import Call, call
 from profiling.analyse.project import Projector, Setting, assumptions
 from profiling.analyse.recipe import Recipe, StageWork
+from profiling.analyse.targets import MISSED, Target, TargetResult
 from profiling.report.performance import (
     BEGIN,
     END,
@@ -109,14 +110,14 @@ def projector() -> Projector:
     product = call("linear", "fp8", rows=12096, inputs=5120, outputs=13824)
     passes = {seconds: Call("fused pass", (), "bf16", 0.0, 4e12 * seconds) for seconds in (0.001, 0.1)}
 
-    def recipe(_precision: str, setting: Setting) -> Recipe:
+    def recipes(_precision: str, setting: Setting) -> tuple[Recipe, ...]:
         step = Counter({product: 40 // setting.world, passes[0.001]: 1})
         others = (StageWork(stage, Counter({passes[0.1]: 1})) for stage in ("decode", "color", "motion"))
-        return StageWork("denoise/step", step), *others
+        return ((StageWork("denoise/step", step), *others),)
 
     stages = {"denoise_step": (0.2,), "decode": (0.1,), "color": (0.1,), "motion": (0.1,)}
     cases = (made_up.case(NAME, dict(product.dims), 0.002),)
-    return Projector([("x/y/a.json", made_up.run(*cases, variants=(made_up.chunk("fp8", 0.6, **stages),)))], recipe)
+    return Projector([("x/y/a.json", made_up.run(*cases, variants=(made_up.chunk("fp8", 0.6, **stages),)))], recipes)
 
 
 def test_a_step_stands_beside_the_sum_of_its_calls(projector: Projector) -> None:
@@ -130,13 +131,15 @@ def test_a_step_stands_beside_the_sum_of_its_calls(projector: Projector) -> None
 
 
 def test_what_is_projected_is_labelled_and_has_its_assumptions(projector: Projector) -> None:
-    text = "\n".join(projections(projector))
+    goal = Target("real time", "2 x H100", {"at_least": 27}, stage="fps", gpus=2, link="H100")
+    text = "\n".join(projections(projector, [TargetResult(goal, MISSED, "at_least", 25.0, "as projected")]))
     assert text.startswith("## Several GPUs: projections")
     assert "**Projected, not measured**" in text
     assert all(f"- {sentence}" in text for sentence in assumptions(projector, ("H100", "H800")))
     tables = [line for line in text.splitlines() if line.startswith("| projected |")]
     assert tables == ["| projected | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |"] * 3
     assert "| denoise/step | 200 ms | 101 ms |" in text
+    assert "| real time | ≥ 27.0 | 25.0 | missed by 7.4% | as projected |" in text
 
 
 def test_a_page_without_a_chunk_to_project_from_has_no_projections() -> None:
@@ -174,7 +177,7 @@ def test_the_table_replaces_what_stands_between_the_markers() -> None:
 def test_the_command_writes_both_and_tells_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def nothing_recorded(*_: object) -> Recipe:
+    def nothing_recorded(*_: object) -> tuple[Recipe, ...]:
         raise UserError("recording takes seconds")
 
     def call(*arguments: object) -> int:
