@@ -61,7 +61,8 @@ def record(models: Models, rank: int = 0, world: int = 1) -> Recipe:
         generator = ChunkGenerator(models, RecordingTimer(recorder), ranks=ranks)
         conditions, window = _inputs(models)
         state = replace(generator.start(conditions, seed=0), chunk=1, motion=_motion(models.config))
-        with recorder, recorder.compiled(list(models.dit.blocks)):
+        blocks, decoder = list(models.dit.blocks), models.vae.decoder
+        with recorder, recorder.repeating(blocks, compiled=True), recorder.repeating([decoder], compiled=False):
             for _ in generator.chunk(conditions, state, window):
                 pass
     return _beside(recorder.recorded())

@@ -54,7 +54,7 @@ class Recorded:
     exchanges: Counter[Exchange] = field(default_factory=Counter)
 
 
-# Memory is known by the number of its storage. In a repeated block the number of the repetition goes before.
+# Memory is known by the number of its storage. In a repeated module the number of the repetition goes before.
 _Memory = Mapping[Hashable, int]  # bytes
 
 
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         self.begin("")
         self._fusing = False
         self._alive: list[Any] = []  # all tensors, as a storage's number may be used again once it is freed
-        self._blocks: dict[Hashable, tuple[list[_Event], Any]] = {}  # events and results of modules, by their arguments
+        self._calls_of_modules: dict[Hashable, tuple[list[_Event], Any]] = {}  # events and results by arguments
         self._repetitions = itertools.count()
 
     def begin(self, stage: str) -> None:
@@ -131,32 +131,35 @@ class Recorder(TorchDispatchMode):
         return out
 
     @contextmanager
-    def compiled(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """What these modules call is compiled. One that is like another is not run, but repeats what that one did."""
+    def repeating(self, modules: Sequence[nn.Module], compiled: bool) -> Iterator[None]:
+        """A module that is called like another one or itself before is not run, but repeats what happened then.
+
+        If they are compiled, operations in one call of a module are fused.
+        """
         for module in modules:
-            module.forward = self._compiled_forward(module)
+            module.forward = self._repeating_forward(module, compiled)
         try:
             yield
         finally:
             for module in modules:
                 del module.forward  # the class has it
 
-    def _compiled_forward(self, module: nn.Module) -> Any:
+    def _repeating_forward(self, module: nn.Module, compiled: bool) -> Any:
         forward, own = module.forward, _like([*module.parameters(), *module.buffers()])
 
         def run(*args: Any, **kwargs: Any) -> Any:
             key = type(module), own, _like((args, kwargs))
-            if key in self._blocks:
-                events, out = self._blocks[key]
+            if key in self._calls_of_modules:
+                events, out = self._calls_of_modules[key]
                 number = next(self._repetitions)
                 self._events += [event.repeated(number) for event in events]
                 return _empty(out)
-            before, self._fusing = len(self._events), True
+            before, self._fusing = len(self._events), compiled
             self._events.append(_Event((), {}, {}))  # no kernel: nothing is fused across a module's borders,
             out = forward(*args, **kwargs)
             self._events.append(_Event((), _memory_of(out), {}))  # and its results are used outside
             self._fusing = False
-            self._blocks[key] = self._events[before:], out
+            self._calls_of_modules[key] = self._events[before:], out
             return out
 
         return run

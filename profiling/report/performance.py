@@ -29,7 +29,7 @@ BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what
 SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
 PRESET = "flashtalk-14b"
 SMALLEST_SHARE = 0.002  # of a step, that a call has in its table
-LINKS, WORLDS, SIZES = ("H100", "H800"), (1, 2, 4, 8), ((320, 640), (512, 512), (720, 1280))  # that are projected
+LINKS, WORLDS, SIZES = ("H100", "H800"), (1, 2, 4, 8), ((320, 640), (720, 1280))  # that are projected
 
 Item = TypeVar("Item", CaseResult, VariantResult)
 

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 def recorded(function: Callable[..., object], *arguments: Tensor, fused: bool = False) -> Counter[Call]:
     recorder, block = Recorder(), Block(function)
-    with torch.inference_mode(), recorder, recorder.compiled([block] if fused else []):
+    with torch.inference_mode(), recorder, recorder.repeating([block] if fused else [], compiled=True):
         block(*arguments)
     return sum((found.calls for found in recorder.recorded()), Counter())
 
@@ -73,7 +73,7 @@ def layers(repeated: bool) -> Counter[Call]:
 
     recorder, x, w = Recorder(), empty(1000, 100), empty(100, 100)
     blocks = [Block(layer if repeated else all_layers) for _ in range(3 if repeated else 1)]
-    with torch.inference_mode(), recorder, recorder.compiled(blocks):
+    with torch.inference_mode(), recorder, recorder.repeating(blocks, compiled=True):
         for block in blocks:
             x = block(x, w)
     (found,) = recorder.recorded()
@@ -93,7 +93,7 @@ def test_a_block_like_another_repeats_what_that_one_did() -> None:
 
 def test_the_modules_are_as_before_afterwards() -> None:
     recorder, block = Recorder(), Block(lambda x: x + 1)
-    with recorder.compiled([block]):
+    with recorder.repeating([block], compiled=True):
         assert "forward" in vars(block)
     assert "forward" not in vars(block)
 
