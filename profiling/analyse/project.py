@@ -252,7 +252,7 @@ def assumptions(projector: Projector, links: Sequence[str]) -> Iterator[str]:
         link = devices()[name]
         yield (
             f"An exchange over the link of {name} takes {duration(link.link_latency_s)}, and its bytes over "
-            f"{link.link_one_way_bytes_s / 1e9:g} GB/s each way."
+            f"{link.link_one_way_bytes_s / 1e9:g} GB/s each way. All GPUs are in one machine."
         )
     yield (
         "An exchange is hidden as far as the model computes something else before it waits for it, such as a slab "

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from model.config import PRECISIONS, TINY, Config
-from model.parallel.ranks import Group, Ranks, even_borders, sizes, ulysses_degree
-from model.parallel.tokens import UNIT
+from model.parallel.ranks import Group, Ranks, sizes, ulysses_degree
+from model.parallel.tokens import TokenSplit
 from model.weights.checkpoint import Models, random_models
 from profiling.analyse.calls import Call
 from profiling.analyse.recorder import META, Exchange, Recorded, Recorder, WithoutValues
@@ -53,10 +53,7 @@ def record(models: Models, rank: int = 0, world: int = 1) -> Recipe:
     Raises `UserError` if the picture cannot be split among so many ranks.
     """
     recorder = Recorder()
-    ranks = None
-    if world > 1:
-        degree = ulysses_degree(world, models.config.dit.num_heads)
-        ranks = Ranks(rank, world, degree, RecordingTransport(recorder, rank, world, degree))
+    ranks = _ranks(models.config, rank, world, recorder) if world > 1 else None
     with torch.inference_mode(), WithoutValues():
         generator = ChunkGenerator(models, RecordingTimer(recorder), ranks=ranks)
         conditions, window = _inputs(models)
@@ -69,13 +66,19 @@ def record(models: Models, rank: int = 0, world: int = 1) -> Recipe:
 
 
 def busiest_rank(config: Config, world: int) -> int:
-    """The rank that no other one has more to do than, but for gathering frames: most tokens, neighbours on both sides.
+    """The rank that no other one has more to compute than: most tokens, and neighbours on both sides.
 
-    The first ranks have the motion latents' tokens, of which the last block leaves some out.
+    The first ranks have the motion latents' tokens, of which the last block of one GPU leaves some out. Raises
+    `UserError` if there are too few tokens for so many ranks.
     """
-    tokens = math.prod(config.grid)
-    counts = sizes(even_borders(tokens, world, UNIT))
+    split = TokenSplit.of_grid(_ranks(config, 0, world, Recorder()), config.grid, META)
+    counts = sizes(split.borders)
     return max(range(world), key=lambda rank: (counts[rank], 0 < rank < world - 1, rank))
+
+
+def _ranks(config: Config, rank: int, world: int, recorder: Recorder) -> Ranks:
+    degree = ulysses_degree(world, config.dit.num_heads)
+    return Ranks(rank, world, degree, RecordingTransport(recorder, rank, world, degree))
 
 
 def _inputs(models: Models) -> tuple[Conditions, Tensor]:

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from model.config import PRESETS
+from model.errors import UserError
 from model.parallel.ranks import even_borders
 from model.parallel.tokens import UNIT
 from profiling.analyse.calls import EAGER_PASS, MATMUL, Call
@@ -164,3 +165,10 @@ def test_the_busiest_rank_has_most_tokens_and_two_neighbours() -> None:
     assert borders[rank + 1] - borders[rank] == max(b - a for a, b in itertools.pairwise(borders))
     assert busiest_rank(PRESETS["flashtalk-14b"], 8) in (3, 5)
     assert busiest_rank(TINY, 1) == 0
+
+
+def test_a_picture_that_cannot_be_split_is_refused() -> None:
+    with pytest.raises(UserError, match="37 GPUs: a chunk has 576 tokens, too few"):
+        busiest_rank(TINY, 37)
+    with pytest.raises(UserError, match="17 GPUs: the picture has 16 rows of latents"):
+        record(meta_models(TINY, "bf16"), 0, 17)
