@@ -120,6 +120,18 @@ def velocity(ranks: Ranks | None, name: str, speakers: int, precision: str = "fp
     )
 
 
+def compiled_velocity(ranks: Ranks, name: str, precision: str) -> Tensor:
+    """`velocity` with blocks that are traced as for a compiler, without graph breaks, which would be errors."""
+    blocks = models(name, precision).dit.blocks
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    try:
+        return velocity(ranks, name, 1, precision)
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
 def _window(config: Config) -> tuple[int, int, int]:
     return config.dit.audio_window, config.dit.audio_blocks, config.dit.audio_channels
 

@@ -64,6 +64,14 @@ def test_student_in_8_bits(pool: RankPool, speakers: int) -> None:
         assert error(result, whole) < 1e-2
 
 
+@pytest.mark.parametrize(("world", "precision"), [(3, "fp32"), (4, "fp32"), (3, "fp8-attn")])
+def test_compiled_student(pool: RankPool, world: int, precision: str) -> None:
+    """Exchanges are inside the compiled code, and what they carry is awaited there."""
+    whole = jobs.velocity(None, "odd", 1, precision)
+    for result in pool.run(world, jobs.degree("odd", world), jobs.compiled_velocity, "odd", precision):
+        assert error(result, whole) < (EXACT if precision == "fp32" else 1e-2)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", jobs.CONFIGS)
 def test_decoder_and_encoder(pool: RankPool, world: int, name: str) -> None:
