@@ -293,7 +293,7 @@ def quality(
     device: Device = "auto",
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="PRECISION[,STEPS[,FRAMES]], such as bf16,2 (repeatable). Default: fp32."),
+        typer.Option(help="PRECISION[,STEPS[,FRAMES]], such as bf16,2, or teacher,30 (repeatable). Default: fp32."),
     ] = None,
     people: Annotated[int, typer.Option(min=1, help="Held-out people.")] = 8,
     voices: Annotated[int, typer.Option(min=1, help="Held-out voices, each with every person.")] = 8,

@@ -18,7 +18,7 @@ streaming   The whole picture, as a stream generates it. This is the paper's fir
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import TINY, DiTConfig
+from model.config import PRECISIONS, TINY, Config, DiTConfig
 from model.distill.codec import CODEC, MOUTH_BOX, SIZE, as_bytes, latent_deviation, load_codec
 from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.face import MOUTH
@@ -36,9 +36,12 @@ from model.distill.student_network import load_network, new_student, save_networ
 from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
-from model.dit import DiT
+from model.dit import AudioKV, ContextKV, DiT, Modulation
+from model.parallel.tokens import TokenSplit
 from model.sampler import NUM_TIMESTEPS, shifted, timesteps
 from model.vae import VAE
+from model.weights.checkpoint import Models, preset_models
+from model.weights.trained import FOLDER, fill, load_trained
 
 CELL = CODEC.spatial_stride  # pixels
 CONFIG = TINY.dit
@@ -186,6 +189,47 @@ def sample(dit: DiT, batch: Batch, codec: Codec, steps: int, guidance: float, se
         x = x - (level - following) * v
     x[:, :2] = batch.latents[:, :2]
     return x
+
+
+class GuidedTeacher(DiT):
+    """The teacher where a student is expected: it predicts v_silent + g (v - v_silent), for twice the work.
+
+    Its audio keys and values are those of the chunk's frames and then, as many, those of silence.
+    """
+
+    def embed_audio(self, audio: Tensor, split: TokenSplit | None = None) -> AudioKV:
+        """As `DiT.embed_audio`, of the audio and of silence."""
+        heard, silent = (super(GuidedTeacher, self).embed_audio(x, split) for x in (audio, torch.zeros_like(audio)))
+        return AudioKV(torch.cat((heard.k, silent.k), 1), torch.cat((heard.v, silent.v), 1))
+
+    def forward(
+        self,
+        latent: Tensor,
+        condition: Tensor,
+        modulation: Modulation,
+        rope: Tensor,
+        context: ContextKV,
+        audio: AudioKV,
+        masks: Tensor | None = None,
+        num_motion_latents: int = 0,
+        split: TokenSplit | None = None,
+    ) -> Tensor:
+        """As `DiT.forward`."""
+        v, v_silent = (
+            super(GuidedTeacher, self).forward(
+                latent, condition, modulation, rope, context, AudioKV(k, v), masks, num_motion_latents, split
+            )
+            for k, v in zip(audio.k.chunk(2, 1), audio.v.chunk(2, 1), strict=True)
+        )
+        return v_silent + GUIDANCE * (v - v_silent)
+
+
+def teacher_models(config: Config, device: torch.device) -> Models:
+    """The models of the preset with the shipped teacher in the student's place, float32."""
+    models = preset_models(config, device, PRECISIONS["fp32"])
+    teacher = GuidedTeacher(config.dit)
+    fill(teacher, load_trained(FOLDER / WEIGHTS)[0])
+    return replace(models, dit=teacher.to(device).requires_grad_(False).eval())
 
 
 @torch.no_grad()

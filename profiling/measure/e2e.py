@@ -4,7 +4,8 @@ A *variant* is a precision, a mode, a number of steps, and whose operations stud
 alone, and `bf16-compiled` is the same under torch.compile, as in the published code (official_baseline.py). The others
 are ours: `bf16-ours`, `fp8`, `fp8-attn` (FP8 attention too) and `fp8-vae` (an FP8 VAE as well). Their student is
 compiled, and every stage is recorded as a CUDA graph, except in `fp8-vae-launched`. `two-steps` is `fp8-vae` with half
-of the steps.
+of the steps. `rank-4-of-8` is the work that rank 4 of 8 would do of `fp8-vae` (emulated_ranks.py); a rank in the middle
+has most to exchange, and rank 0 puts the frames together.
 
 A chunk is what `ChunkGenerator.chunk` does from the audio window on: audio K/V, all denoising steps, decoding, colour,
 re-encoding of the motion frames. Student and VAE are created directly on the device. The encoders, which run before a
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 
 from kernels.lab_transfer import lab_statistics
 from model.config import PRECISIONS, TINY, Config
+from profiling.measure.emulated_ranks import emulated_ranks
 from profiling.measure.trace import export_trace, summarise
 from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
 from streaming.timers import StageTimer
 
 if TYPE_CHECKING:
+    from model.parallel.ranks import Ranks
     from model.weights.checkpoint import Models
     from streaming.generator import Conditions
 
@@ -52,8 +55,10 @@ class Variant:
     ours: bool  # whether the operations are ours; on a CPU they are PyTorch's in any case
     seconds: float  # that must be left to begin it
     steps: int = 4
+    rank: tuple[int, int] | None = None  # this rank of so many is emulated
 
 
+RANKS = [(rank, world) for world in (2, 4, 8) for rank in (0, world // 2)]
 VARIANTS = {
     "cuda": (
         Variant("bf16-eager", "bf16", "eager", False, 60),
@@ -64,6 +69,7 @@ VARIANTS = {
         Variant("fp8", "fp8", "graphs", True, 60),
         Variant("bf16-ours", "bf16", "graphs", True, 60),
         Variant("fp8-vae-launched", "fp8-vae", "student", True, 60),
+        *(Variant(f"rank-{i}-of-{n}", "fp8-vae", "graphs", True, 60, rank=(i, n)) for i, n in RANKS),
     ),
     "cpu": (
         Variant("fp32-eager", "fp32", "eager", True, 10),
@@ -103,7 +109,9 @@ def random_conditions(models: "Models", generator: torch.Generator) -> "Conditio
 class ChunkRunner:
     """Runs successive chunks of one variant, each from the state that the previous one returned."""
 
-    def __init__(self, models: "Models", seed: int, ours: bool = True, graphs: bool = False) -> None:
+    def __init__(
+        self, models: "Models", seed: int, ours: bool = True, graphs: bool = False, ranks: "Ranks | None" = None
+    ) -> None:
         from streaming.cuda_graphs import CudaGraphs
         from streaming.generator import ChunkGenerator
 
@@ -111,7 +119,7 @@ class ChunkRunner:
         self._ours = ours
         self.models, self.timer = models, StageTimer(device)
         new_capture = partial(CudaGraphs, device) if graphs else None
-        self._generator = ChunkGenerator(models, self.timer, new_capture=new_capture)
+        self._generator = ChunkGenerator(models, self.timer, new_capture=new_capture, ranks=ranks)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.offload(random_conditions(models, random))
         for module in models.dit.offloadable_modules().values():
@@ -186,7 +194,8 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
         compile_student(models.dit)
     if variant.mode == "compiled":
         compile_vae(models.vae)
-    runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs")
+    ranks = emulated_ranks(*variant.rank, models.config.dit.num_heads) if variant.rank else None
+    runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs", ranks)
     first_call = runner.chunk()
     # The second chunk, the first with motion frames, is the last that may compile; the third one is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):

@@ -33,6 +33,7 @@ from model.distill.metrics import (
 )
 from model.distill.reader import SIZE, Reader, Reading, load_reader
 from model.distill.speech import SAMPLE_RATE, draw_track
+from model.distill.teacher import teacher_models
 from model.errors import UserError
 from profiling.machine import describe_machine, resolve_device
 from profiling.results import Quality, Run, as_json_text, now, save, to_json
@@ -43,6 +44,7 @@ SEED = 0  # of people and voices, the same in every run, so that runs can be com
 DRIFT_PORTRAITS = 4
 DRIFT_CHUNKS = 10  # at either end
 TRACK = 100  # parts of a long stream whose means are kept
+TEACHER = "teacher"  # a setting's precision: the teacher, in float32, guided by audio
 Frames = NDArray[np.uint8]
 
 
@@ -59,7 +61,7 @@ class Setting:
         """What --setting says: "PRECISION[,STEPS[,FRAMES]]". Raises `UserError` if it is nothing of the kind."""
         chunk = PRESETS[preset].chunk
         precision, *numbers = text.split(",")
-        known = precision in PRECISIONS and len(numbers) <= 2 and all(part.isdecimal() for part in numbers)
+        known = precision in (*PRECISIONS, TEACHER) and len(numbers) <= 2 and all(part.isdecimal() for part in numbers)
         if not known:
             raise UserError(f"--setting {text}: write PRECISION, PRECISION,STEPS or PRECISION,STEPS,FRAMES, as bf16,2")
         steps, frames = (*map(int, numbers), *(chunk.sample_steps, chunk.frame_num)[len(numbers) :])
@@ -243,7 +245,6 @@ def _measured(
     drift: int, eyes: Reader, status: Any,
 ) -> Iterator[Quality]:  # fmt: skip
     """The measures of a setting: all with the colours corrected, else drift alone."""
-    options = {"precision": setting.precision, "steps": setting.steps, "frames": setting.frames, "color": color}
     done = 0
 
     def count() -> None:
@@ -251,7 +252,7 @@ def _measured(
         done += 1
         status.update(f"{setting.name}: {done} streams")
 
-    with TalkingHeadPipeline.from_pretrained(preset, device=device, **options) as pipeline:
+    with _pipeline(setting, color, preset, device) as pipeline:
         heard = held_out_voices(voices, chunks * pipeline.config.chunk.new_frames)
         if color:
             for measure, value in measure_setting(pipeline, portraits, heard, eyes, count):
@@ -260,6 +261,17 @@ def _measured(
             name, some = setting.name if color else f"{setting.name}, colours as they come", portraits[:DRIFT_PORTRAITS]
             for measure, value, track in measure_drift(pipeline, some, heard[0], drift, eyes, count):
                 yield _row(name, measure, value, track)
+
+
+def _pipeline(setting: Setting, color: float, preset: str, device: str) -> TalkingHeadPipeline:
+    options = {"steps": setting.steps, "frames": setting.frames, "color": color}
+    if setting.precision != TEACHER:
+        return TalkingHeadPipeline.from_pretrained(preset, device=device, precision=setting.precision, **options)
+    student = TalkingHeadPipeline.from_pretrained(preset, device=device, precision="fp32", lazy=True, **options)
+    config, where = student.config, student.device
+    return TalkingHeadPipeline(
+        config, lambda _: teacher_models(config, where), where, False, "counter", student.settings
+    )
 
 
 def _row(setting: str, measure: str, found: Interval, track: tuple[float, ...] = ()) -> Quality:

@@ -61,10 +61,10 @@ def led(ranks: Ranks, name: str) -> Tensor | None:
         while (message := group.receive())[0] != "end":
             following.repeat(*message)
         return None
-    leading = LeadingGenerator(generator, group)
+    leading, rgb = LeadingGenerator(generator, group), []
     for video in range(2):
         conditions = leading.prepare(portrait(name), IDS)
-        state, rgb = leading.start(conditions, 7), []
+        state = leading.start(conditions, 7)
         for window in windows(name, 2):
             frames = leading.chunk(conditions, state, window)
             if not video:

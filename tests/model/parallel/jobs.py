@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.chunk_attention import chunk_attention
 from kernels.chunk_attention_fp8 import chunk_attention_fp8
-from kernels.rms_norm_rope import key_scale, rms_norm_rope_fp8
+from kernels.rms_norm_rope import key_scale, kv_statistics, rms_norm_rope_fp8, sample_tokens
 from model.config import PRECISIONS, TINY_RANDOM, Config
 from model.dit import resize_masks, rope_table
 from model.parallel.ranks import Group, Ranks, Transport, ulysses_degree
@@ -48,13 +48,12 @@ class CountedTransport:
 
 
 @functools.cache
-def models(name: str) -> Models:
-    return random_models(CONFIGS[name], CPU, PRECISIONS["fp32"])
+def models(name: str, precision: str = "fp32") -> Models:
+    return random_models(CONFIGS[name], CPU, PRECISIONS[precision])
 
 
-def qkv(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    random = torch.Generator().manual_seed(tokens)
-    return list(torch.randn(3, tokens, heads, head_dim, generator=random).to(dtype))
+def qkv(tokens: int, heads: int, head_dim: int) -> list[Tensor]:
+    return list(torch.randn(3, tokens, heads, head_dim, generator=torch.Generator().manual_seed(tokens)))
 
 
 def split_of(ranks: Ranks, tokens: int) -> TokenSplit:
@@ -73,10 +72,14 @@ def attention(ranks: Ranks | None, tokens: int, heads: int) -> Tensor:
 
 @torch.inference_mode()
 def attention_fp8(ranks: Ranks | None, tokens: int, heads: int) -> tuple[list[Tensor], Tensor]:
-    """The operands of FP8 attention as bytes, and its result, of all tokens or of the rank's."""
-    q, k, v = qkv(tokens, heads, 64, torch.bfloat16)
-    weight, rope = torch.ones(heads * 64, dtype=torch.bfloat16), rope_table((1, 1, tokens), 64)
-    statistics, split = None, None
+    """The operands of FP8 attention and the mean key as bytes, and its result, of all tokens or of the rank's.
+
+    They are made of float32, where the mean key of a sample in another order would differ.
+    """
+    q, k, v = qkv(tokens, heads, 64)
+    weight, rope = torch.ones(heads * 64), rope_table((1, 1, tokens), 64)
+    split, chosen = None, sample_tokens(tokens)
+    statistics = kv_statistics(k[chosen], v[chosen], weight, rope[chosen], 1e-6)
     if ranks is not None:
         split = split_of(ranks, tokens)
         q, k, v, rope = (x[split.start : split.end] for x in (q, k, v, rope))
@@ -86,14 +89,14 @@ def attention_fp8(ranks: Ranks | None, tokens: int, heads: int) -> tuple[list[Te
         attended = chunk_attention_fp8(*operands, dtype=torch.bfloat16)
     else:
         attended = split.attend_fp8(FP8Operands(*operands), torch.bfloat16)
-    return [x.contiguous().view(torch.uint8) for x in operands], attended
+    return [x.contiguous().view(torch.uint8) for x in (*operands, statistics[0])], attended
 
 
 @torch.inference_mode()
-def velocity(ranks: Ranks | None, name: str, speakers: int) -> Tensor:
+def velocity(ranks: Ranks | None, name: str, speakers: int, precision: str = "fp32") -> Tensor:
     """The student's velocity, whole on every rank."""
     config = CONFIGS[name]
-    dit, random = models(name).dit, torch.Generator().manual_seed(speakers)
+    dit, random = models(name, precision).dit, torch.Generator().manual_seed(speakers)
     frames, _, height, width = config.latent_shape
 
     def normal(*shape: int) -> Tensor:
@@ -115,6 +118,18 @@ def velocity(ranks: Ranks | None, name: str, speakers: int) -> Tensor:
         num_motion_latents=2,
         split=split,
     )
+
+
+def compiled_velocity(ranks: Ranks, name: str, precision: str) -> Tensor:
+    """`velocity` with blocks that are traced as for a compiler, without graph breaks, which would be errors."""
+    blocks = models(name, precision).dit.blocks
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    try:
+        return velocity(ranks, name, 1, precision)
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def _window(config: Config) -> tuple[int, int, int]:

@@ -37,8 +37,8 @@ def test_operands_of_fp8_attention_are_those_of_one_rank(pool: RankPool, world: 
     heads = 4 if 4 % ulysses == 0 else 3
     operands, attended = jobs.attention_fp8(None, 203, heads)
     parts = pool.run(world, ulysses, jobs.attention_fp8, 203, heads)
-    q, q_scale, k, k_scale, v, v_scale = zip(*(part for part, _ in parts), strict=True)
-    joined = torch.cat(q), torch.cat(q_scale), torch.cat(k), k_scale[0], torch.cat(v, 2), v_scale[0]
+    q, q_scale, k, k_scale, v, v_scale, mean_key = zip(*(part for part, _ in parts), strict=True)
+    joined = torch.cat(q), torch.cat(q_scale), torch.cat(k), k_scale[0], torch.cat(v, 2), v_scale[0], mean_key[0]
     assert all(torch.equal(x, y) for x, y in zip(joined, operands, strict=True))
     result = torch.cat([part for _, part in parts])
     if ulysses == world:
@@ -54,6 +54,22 @@ def test_student(pool: RankPool, world: int, speakers: int, name: str) -> None:
     whole = jobs.velocity(None, name, speakers)
     for result in pool.run(world, jobs.degree(name, world), jobs.velocity, name, speakers):
         assert error(result, whole) < EXACT
+
+
+@pytest.mark.parametrize("speakers", [1, 2])
+def test_student_in_8_bits(pool: RankPool, speakers: int) -> None:
+    """Its operands are those of one rank, but sums of other shapes are rounded to bf16 elsewhere."""
+    whole = jobs.velocity(None, "odd", speakers, "fp8-attn")
+    for result in pool.run(3, 3, jobs.velocity, "odd", speakers, "fp8-attn"):
+        assert error(result, whole) < 1e-2
+
+
+@pytest.mark.parametrize(("world", "precision"), [(3, "fp32"), (4, "fp32"), (3, "fp8-attn")])
+def test_compiled_student(pool: RankPool, world: int, precision: str) -> None:
+    """Exchanges are inside the compiled code, and what they carry is awaited there."""
+    whole = jobs.velocity(None, "odd", 1, precision)
+    for result in pool.run(world, jobs.degree("odd", world), jobs.compiled_velocity, "odd", precision):
+        assert error(result, whole) < (EXACT if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -90,7 +106,7 @@ def test_bytes_of_fp8_attention_are_half_of_those_of_bf16(pool: RankPool) -> Non
         own = tokens // world * heads * head_dim * (world - 1) // world  # numbers of q, k, v and o that leave the rank
         scales = tokens // world * heads * 4 * (world - 1) // world
         assert sent["ulysses"] == 3 * own + scales + 2 * own
-        sampled = 2 * heads * head_dim * 2 + head_dim * 4  # bytes of a token of the sample: k, v and its angles
+        sampled = 2 * heads * head_dim * 4 + head_dim * 4  # bytes of a token of the sample: k, v and its angles
         assert sent["all"] % (sampled * (world - 1)) == 0
         assert sent["all"] <= 128 * sampled * (world - 1)
 

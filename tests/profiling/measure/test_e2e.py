@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partialmethod
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from model.config import VAEConfig
 from profiling.cases.vae import coded, vae_of, vae_size
 from profiling.measure import e2e
 from profiling.measure.e2e import VARIANTS, ChunkRunner, Variant, chunk_models, run_variant
+from profiling.measure.emulated_ranks import EmulatedTransport
 from profiling.official_baseline import official_baseline
 from profiling.results import OK, WRONG, VariantResult
 from tests.small import SMALL
@@ -50,6 +52,27 @@ def test_every_stage_of_every_chunk_is_timed() -> None:
     assert result.frames == SMALL.chunk.new_frames
     assert result.first_call
     assert result.weights_bytes > 4 * 1e6  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("rank", "world"), [(0, 2), (1, 2), (0, 3), (1, 3), (3, 4)])
+def test_one_rank_of_many_does_its_share(rank: int, world: int) -> None:
+    """With one head of attention for each of two ranks, and three or four ranks in a ring."""
+    larger = replace(SMALL, chunk=replace(SMALL.chunk, width=64, height=96))
+    variant = Variant("rank", "fp32", "eager", True, 10, rank=(rank, world))
+    result, _ = run_variant(variant, chunk_models(larger, CPU, "fp32"), 0, time.monotonic() + 100_000)
+    assert result.status == OK
+    counts = {name: len(samples) for name, samples in result.stages.items()}
+    assert counts["denoise/step"] == 3 * SMALL.chunk.sample_steps
+    assert counts["decode"] == 3 * SMALL.latent_shape[0]
+    assert counts["motion"] == 3
+
+
+def test_what_a_rank_receives_is_made_of_what_it_sends() -> None:
+    transport = EmulatedTransport()
+    rows = torch.arange(6.0).view(3, 2)
+    assert transport.start(rows, [1, 2], [4, 3], "all").flatten().tolist() == [0, 1, 2, 3, 4, 5] * 2 + [0, 1]
+    assert transport.start(rows[:0], [0, 0], [1, 0], "all").tolist() == [[0, 0]]
 
 
 def test_a_deadline_that_is_near_leaves_two_chunks() -> None:

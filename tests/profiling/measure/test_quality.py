@@ -8,18 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from model.config import TINY
 from model.distill.clips import draw_motion
 from model.distill.face import draw_identity, render
 from model.distill.reader import load_reader
+from model.distill.teacher import GUIDANCE, teacher_models
+from model.dit import DiT, rope_table
 from profiling.__main__ import main
 from profiling.formats import load
 from profiling.measure import quality
 from profiling.measure.quality import SEED, Setting, held_out_portraits, held_out_voices, measure_drift, measure_setting
 from streaming import TalkingHeadPipeline
 from tests.model.distill.conditions import needs_espeak
+from tests.tensors import error
 
 SIZE = TINY.chunk.new_frames
 
@@ -81,6 +85,7 @@ def test_settings_are_parsed() -> None:
     assert Setting.parse("bf16", "tiny") == Setting("bf16", 4, 33)
     assert Setting.parse("fp32,2", "tiny") == Setting("fp32", 2, 33)
     assert Setting.parse("fp8,3,17", "tiny").name == "fp8, 3 steps, 17 frames"
+    assert Setting.parse("teacher,30", "tiny").name == "teacher, 30 steps, 33 frames"
 
 
 @pytest.mark.parametrize(
@@ -122,3 +127,24 @@ def test_the_command_writes_a_results_file(
     assert {row.setting for row in rows} == {"fp32, 4 steps, 33 frames", "bf16, 2 steps, 33 frames"}
     assert {"r of open", "seam ratio"} <= {row.measure for row in rows}
     assert "fp32, 4 steps, 33 frames" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_guided_teacher_is_the_teacher_with_and_without_sound() -> None:
+    config = TINY
+    guided = teacher_models(config, torch.device("cpu")).dit
+    plain, random = DiT(config.dit), torch.Generator().manual_seed(0)
+    plain.load_state_dict(guided.state_dict())
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    with torch.inference_mode():
+        frames, channels, rows, columns = config.latent_shape
+        audio = normal(1, 33, config.dit.audio_window, config.dit.audio_blocks, config.dit.audio_channels)
+        context = plain.embed_context(normal(3, config.dit.text_dim), normal(config.dit.img_tokens, config.dit.img_dim))
+        condition = normal(frames, config.dit.in_dim - channels, rows, columns)
+        inputs = normal(*config.latent_shape), condition, plain.modulate(500.0), rope_table(config.grid, 64), context
+        v, v_silent = (plain(*inputs, plain.embed_audio(x), num_motion_latents=2) for x in (audio, 0 * audio))
+        found = guided(*inputs, guided.embed_audio(audio), num_motion_latents=2)
+    assert error(found, v_silent + GUIDANCE * (v - v_silent)) < 1e-5
+    assert error(v, v_silent) > 1e-3
