@@ -6,8 +6,9 @@ computes a share takes the same factor on its share. What the chunk takes beyond
 launches, is added once to every chunk, however many GPUs there are.
 """
 
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,15 @@ from profiling.results import OK, Run, VariantResult
 from profiling.tables import stage_value
 
 STUDENT, VAE = "student", "VAE"
+EMULATED_PRECISION = "fp8-vae"  # of emulated ranks
+_EMULATED = re.compile(r"rank-\d+-of-\d+")  # their variants, as profiling.measure.e2e names them
 BESIDE = "decode beside the steps"  # of the motion latents, whose frames nobody sees
 FIRST_FRAME, CHUNK = "first frame", "chunk"
 
 
 @dataclass(frozen=True)
 class MeasuredChunk:
-    """A steady chunk on one GPU, in the way to run it that is named after its precision."""
+    """A steady chunk on one GPU."""
 
     file: str
     device: str
@@ -47,6 +50,11 @@ class MeasuredChunk:
         each = len(samples) // len(self.variant.chunk)
         return [statistics.median(samples[i::each]) for i in range(each)]
 
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether it has as many calls of each stage as the model has now."""
+        counts = Counter(work.stage for work in recipe)
+        return all(len(self.calls(stage)) == count for stage, count in counts.items())
+
 
 def fastest_chunk(runs: Sequence[tuple[str, Run]]) -> MeasuredChunk:
     """The fastest chunk on a GPU, of the newest of each precision; `runs` are (file, run), the newest first.
@@ -62,6 +70,22 @@ def fastest_chunk(runs: Sequence[tuple[str, Run]]) -> MeasuredChunk:
     if not found:
         raise UserError("no results have a whole chunk on a GPU to project from; give a run of gpu --phase e2e")
     return min(found.values(), key=lambda chunk: chunk.seconds)
+
+
+def emulated_chunks(runs: Sequence[tuple[str, Run]], device: str) -> dict[int, list[MeasuredChunk]]:
+    """Chunks in which one GPU did what one of several does, by the number of GPUs; the newest of each rank.
+
+    `runs` are (file, run), the newest first. Copies on the device stand in for exchanges.
+    """
+    found: dict[str, MeasuredChunk] = {}
+    for file, run in runs:
+        for variant in run.variants if run.machine.device == device else ():
+            if variant.status == OK and _EMULATED.fullmatch(variant.variant) and variant.chunk:
+                found.setdefault(variant.variant, MeasuredChunk(file, device, variant))
+    by_world: dict[int, list[MeasuredChunk]] = defaultdict(list)
+    for name, chunk in found.items():
+        by_world[int(name.rpartition("-")[2])].append(chunk)
+    return by_world
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@
 
 An exchange is added to the time of its stage, or what is left of it behind the computation that hides it. As ranks wait
 for each other, every stage takes as long as on the slower one of two: the rank with most to compute, and rank 0, which
-gathers the frames.
+gathers the frames. Where ranks of the chunk were emulated on a GPU, their measured stages go before sums of calls.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -27,11 +27,14 @@ from model.errors import UserError
 from model.weights.checkpoint import Models
 from profiling.analyse.calibration import (
     CHUNK,
+    EMULATED_PRECISION,
     FIRST_FRAME,
     STUDENT,
     VAE,
     Calibration,
+    MeasuredChunk,
     calibrate,
+    emulated_chunks,
     fastest_chunk,
     part_of,
 )
@@ -43,6 +46,7 @@ from profiling.devices import Device, devices
 from profiling.results import Run, as_json_text
 from profiling.tables import duration, percent, terminal
 
+EMULATED = "of emulated ranks"  # a source of times
 PRESET = "flashtalk-14b"  # of the chunks that are measured on GPUs
 
 
@@ -103,6 +107,8 @@ class Projector:
         chunk = PRESETS[PRESET].chunk
         self._base = Setting(1, "", chunk.width, chunk.height, self.measured.steps)
         self.calibration = calibrate(self.recipe, self.times, self.measured)
+        chunks = emulated_chunks(runs, self.measured.device)
+        self.emulated = chunks if self.precision == EMULATED_PRECISION else {}
 
     @property
     def recipe(self) -> Recipe:
@@ -122,21 +128,46 @@ class Projector:
     def project(self, setting: Setting) -> Projection:
         """The projection to a setting. Raises `UserError` if the model cannot run in it."""
         link, recipes = devices()[setting.link], self._recipes_of(self.precision, replace(setting, link=""))
+        emulated = self._emulated_ranks(setting, recipes[0])
+        computed = [self._emulated(recipe, emulated) if emulated else self._computed(recipe) for recipe in recipes]
         stages: dict[str, float] = defaultdict(float)
         exchange, startup, shown = 0.0, 0.0, False
-        for works in zip(*recipes, strict=True):
-            computed, exchanged = max((self._seconds(work, link) for work in works), key=sum)
-            stages[part_of(works[0])] += computed
-            exchange += exchanged
-            startup += 0.0 if shown else computed + exchanged
+        for works, seconds in zip(zip(*recipes, strict=True), zip(*computed, strict=True), strict=True):
+            exchanged = [self._exchanged(work, link) for work in works]
+            slowest = max(zip(seconds, exchanged, strict=True), key=sum)
+            stages[part_of(works[0])] += slowest[0]
+            exchange += slowest[1]
+            startup += 0.0 if shown else sum(slowest)
             shown = shown or works[0].stage == COLOR
         frames, sources = config_of(setting).chunk.new_frames, self._sources(recipes[0])
+        if emulated:
+            sources = {EMULATED: 1.0}
         return Projection(setting, dict(stages), exchange, self.calibration.rest, startup, frames, sources)
 
-    def _seconds(self, work: StageWork, link: Device) -> tuple[float, float]:
-        """Seconds that a rank computes in a stage, and those of its exchanges that nothing hides."""
-        exchanged = sum(count * self._visible(exchange, link) for exchange, count in work.exchanges.items())
-        return self.calibration.seconds(work, self.times), exchanged
+    def _emulated_ranks(self, setting: Setting, recipe: Recipe) -> list[MeasuredChunk]:
+        """The ranks of this chunk that were emulated on the GPU; none if it is of another size."""
+        same = replace(setting, world=1, link="") == self._base
+        return [rank for rank in self.emulated.get(setting.world, ()) if same and rank.fits(recipe)]
+
+    def _computed(self, recipe: Recipe) -> list[float]:
+        """Seconds that a rank computes in each stage, by its calls."""
+        return [self.calibration.seconds(work, self.times) for work in recipe]
+
+    @staticmethod
+    def _emulated(recipe: Recipe, ranks: Sequence[MeasuredChunk]) -> list[float]:
+        """Seconds of each stage on the slowest of the emulated ranks. What runs beside the steps is in their time."""
+        calls: Counter[str] = Counter()
+        seconds = []
+        for work in recipe:
+            measured = [rank.calls(work.stage) for rank in ranks]
+            number = calls[work.stage]
+            calls[work.stage] += 1
+            seconds.append(0.0 if work.beside else max(stage[number] for stage in measured))
+        return seconds
+
+    def _exchanged(self, work: StageWork, link: Device) -> float:
+        """Seconds of a stage's exchanges that nothing hides."""
+        return sum(count * self._visible(exchange, link) for exchange, count in work.exchanges.items())
 
     def _visible(self, exchange: Exchange, link: Device) -> float:
         whole = link.link_latency_s + exchange.bytes / link.link_one_way_bytes_s
@@ -240,14 +271,25 @@ def assumptions(projector: Projector, links: Sequence[str]) -> Iterator[str]:
     )
     yield (
         f"So the student's calls take {student:.3f} times, the VAE's {vae:.3f} times what they take alone, at every "
-        "number of GPUs and every size: the power cap lowers the clock in a long run, and some calls were never timed."
+        "number of GPUs and every size: the power cap lowers the clock in a long run, and some calls were never timed. "
+        "One factor is fitted to the steps, the other to decoding and encoding together, and nothing to the rest."
     )
     yield f"{duration(calibration.rest)} of the measured chunk are in no stage; they are added to every chunk."
+    yield (
+        "In the student's blocks, what PyTorch computes between two kernels of ours is one pass over memory, as a "
+        "compiler fuses it; elsewhere each operation is a kernel."
+    )
     yield (
         "A shape that was not measured takes the time of the nearest one by bytes, or by FLOPs; products and "
         "convolutions by the waves of tiles that the GPU works through. What was never measured takes its FLOPs or its "
         f"bytes over what the GPU reached at most: {projector.times.ceilings}."
     )
+    if projector.emulated:
+        worlds = ", ".join(map(str, sorted(projector.emulated)))
+        yield (
+            f"Ranks of {worlds} GPUs were emulated on this one, with copies in place of exchanges: their stages count "
+            "as measured, and exchanges are added."
+        )
     for name in links:
         link = devices()[name]
         yield (
@@ -259,8 +301,8 @@ def assumptions(projector: Projector, links: Sequence[str]) -> Iterator[str]:
         "while its neighbours' rows travel, without slowing that. Exchanges of attention hide behind nothing."
     )
     yield (
-        "Startup is the time from the window of speech features to the first new frames, on the device. Speech "
-        "features, copies to the host and encoding of video are not in a chunk."
+        "Startup is the time from the window of speech features to the first new frames, on the device. Not in a chunk "
+        "are speech features, which hosts send to each other, copies to the host, and encoding of video."
     )
 
 
@@ -331,8 +373,10 @@ def table_rows(projections: Sequence[Projection]) -> Iterator[list[str]]:
     yield [CHUNK, *(duration(p.chunk) for p in projections)]
     yield ["FPS", *(f"{p.fps:.1f}" for p in projections)]
     yield ["startup", *(duration(p.startup) for p in projections)]
-    for source in (MEASURED, SCALED, CEILING):
-        yield [f"times {source}", *(percent(p.sources[source]) for p in projections)]
+    for source in (MEASURED, SCALED, CEILING, EMULATED):
+        shares = [p.sources.get(source, 0.0) for p in projections]
+        if any(shares):
+            yield [f"times {source}", *map(percent, shares)]
 
 
 def gpus_of(projection: Projection) -> str:

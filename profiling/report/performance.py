@@ -4,6 +4,7 @@ Each row is the newest measurement of its case or variant on a device, from a re
 where it comes from. Times are medians. Results of other programs are left out.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -153,6 +154,13 @@ def projections(projector: Projector, goals: Iterable[TargetResult]) -> Iterator
     )
     for sentence in assumptions(projector, LINKS):
         yield f"- {sentence}"
+    yield "\nThe measured chunk on one GPU, and its calls before and after calibration:\n"
+    yield _row("part", "measured", "calls, each alone", "of measured", "calibrated", "of measured")
+    yield _row(*("---" for _ in range(6)))
+    for part in projector.calibration.parts:
+        shares = (percent(seconds / part.measured) for seconds in (part.calls, part.calibrated))
+        cells = (duration(seconds) for seconds in (part.calls, part.calibrated))
+        yield _row(part.name, duration(part.measured), *itertools.chain(*zip(cells, shares, strict=True)))
     for link in LINKS:
         yield f"\nProjected, link of {link}:\n"
         found = [projector.project(projector.setting(world, link)) for world in WORLDS]

@@ -112,6 +112,31 @@ def test_startup_ends_with_the_first_frames(projector: Projector) -> None:
     assert four.startup == pytest.approx((STUDENT * 2.001 + VAE * 0.305) / 4 + four.exchange - FRAMES)
 
 
+def test_emulated_ranks_go_before_sums_of_calls_and_exchanges_are_added() -> None:
+    """Of two ranks, the slower one counts in each stage; what runs beside the steps is in their time."""
+    stages = {"audio": (0.001,), "denoise_step": (0.7, 0.9), "decode": (9.0, 0.1, 0.1), "color": (0.01,) * 2}
+    ranks = (
+        chunk("rank-1-of-2", 2.0, **stages, motion=(0.1,)),
+        chunk("rank-0-of-2", 2.0, **(stages | {"color": (0.02, 0.02)}), motion=(0.05,)),
+        chunk("rank-2-of-4", 2.0, denoise_step=(0.3,)),  # of an older model
+    )
+    whole = chunk(
+        "fp8-vae", 3.5, audio=(0.002,), denoise_step=(1.2, 1.45), decode=(9.0, 0.15, 0.15), color=(0.01,) * 2,
+        motion=(0.15,),
+    )  # fmt: skip
+    projector = Projector([("run.json", run(variants=(whole, *ranks)))], made_up_recipes)
+    two, four = (projector.project(projector.setting(world, "H800")) for world in (2, 4))
+    expected = {"audio": 0.001, "denoise/step": 1.6, "decode": 0.2, "color": 0.04, "motion": 0.1}
+    assert two.stages == pytest.approx({**expected, "decode beside the steps": 0.0})
+    assert two.exchange == pytest.approx(2 * (LATENCY + 1e9 / RATE) + 2 * FRAMES)
+    assert two.startup == pytest.approx(0.001 + 1.6 + 0.1 + 0.02 + two.exchange - FRAMES)
+    assert two.sources == {"of emulated ranks": 1.0}
+    assert "of emulated ranks" not in four.sources
+    other = projector.project(projector.setting(2, "H800", steps=4))
+    assert "of emulated ranks" not in other.sources
+    assert any("Ranks of 2, 4 GPUs were emulated" in text for text in project.assumptions(projector, ("H800",)))
+
+
 def test_other_sizes_and_steps_are_other_recipes(projector: Projector) -> None:
     double = projector.project(projector.setting(1, "H800", (448, 2 * 768), 4))
     assert double.stages["denoise/step"] == pytest.approx(STUDENT * 2 * 4)

@@ -139,6 +139,7 @@ def test_what_is_projected_is_labelled_and_has_its_assumptions(projector: Projec
     tables = [line for line in text.splitlines() if line.startswith("| projected |")]
     assert tables == ["| projected | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |"] * 3
     assert "| denoise/step | 200 ms | 101 ms |" in text
+    assert "| denoise/step | 200 ms | 81.0 ms | 40% | 200 ms | 100% |" in text
     assert "| real time | ≥ 27.0 | 25.0 | missed by 7.4% | as projected |" in text
 
 
