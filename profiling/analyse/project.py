@@ -36,6 +36,7 @@ from profiling.analyse.calibration import (
     calibrate,
     emulated_chunks,
     fastest_chunk,
+    network_of,
     part_of,
 )
 from profiling.analyse.recipe import COLOR, Recipe, StageWork, busiest_rank, meta_models, record
@@ -72,6 +73,7 @@ class Projection:
     startup: float  # until the first frames are ready
     frames: int  # new frames of the chunk
     sources: dict[str, float]  # share of the computation by the source of its times
+    operations: dict[str, float]  # computation of the busiest rank by operation; empty for emulated ranks
 
     @property
     def computed(self) -> float:
@@ -139,10 +141,9 @@ class Projector:
             exchange += slowest[1]
             startup += 0.0 if shown else sum(slowest)
             shown = shown or works[0].stage == COLOR
-        frames, sources = config_of(setting).chunk.new_frames, self._sources(recipes[0])
-        if emulated:
-            sources = {EMULATED: 1.0}
-        return Projection(setting, dict(stages), exchange, self.calibration.rest, startup, frames, sources)
+        sources, operations = ({EMULATED: 1.0}, {}) if emulated else self._by_source_and_operation(recipes[0])
+        frames, rest = config_of(setting).chunk.new_frames, self.calibration.rest
+        return Projection(setting, dict(stages), exchange, rest, startup, frames, sources, operations)
 
     def _emulated_ranks(self, setting: Setting, recipe: Recipe) -> list[MeasuredChunk]:
         """The ranks of this chunk that were emulated on the GPU; none if it is of another size."""
@@ -173,14 +174,18 @@ class Projector:
         whole = link.link_latency_s + exchange.bytes / link.link_one_way_bytes_s
         return max(0.0, whole - sum(self.times.of(call).seconds for call in exchange.behind))
 
-    def _sources(self, recipe: Recipe) -> dict[str, float]:
-        """Share of the computation by the source of its times."""
-        seconds: dict[str, float] = dict.fromkeys((MEASURED, SCALED, CEILING), 0.0)
-        for call, count in (item for work in recipe for item in work.calls.items()):
-            timed = self.times.of(call)
-            seconds[timed.source] += count * timed.seconds
-        total = sum(seconds.values())
-        return {source: part / total for source, part in seconds.items()}
+    def _by_source_and_operation(self, recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
+        """Share of the computation by the source of its times, and its seconds by operation."""
+        sources: dict[str, float] = dict.fromkeys((MEASURED, SCALED, CEILING), 0.0)
+        operations: dict[str, float] = defaultdict(float)
+        for work in recipe:
+            for call, count in work.calls.items():
+                timed = self.times.of(call)
+                seconds = self.calibration.factors[network_of(work)] * count * timed.seconds
+                sources[timed.source] += seconds
+                operations[call.operation] += seconds
+        total = sum(sources.values())
+        return {source: part / total for source, part in sources.items()}, dict(operations)
 
 
 def config_of(setting: Setting) -> Config:

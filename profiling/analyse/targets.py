@@ -309,12 +309,13 @@ def _evaluate_projection(target: Target, runs: Sequence[tuple[str, Run]]) -> Tar
 
 def _why(one: Projection, projection: Projection) -> str:
     """What the chunk's time consists of, beside an even share of that of one GPU."""
-    share = one.computed / projection.setting.world
-    more = percent(projection.computed / share - 1)
-    return (
-        f"a chunk of {duration(projection.chunk)} computes {duration(projection.computed)}, {more} more than an even "
-        f"share, and exchanges {duration(projection.exchange) or 'nothing'}"
-    )
+    world, exchanged = projection.setting.world, duration(projection.exchange) or "nothing"
+    more = percent(projection.computed * world / one.computed - 1)
+    beyond = {name: seconds - one.operations.get(name, 0.0) / world for name, seconds in projection.operations.items()}
+    largest = sorted(((name, s) for name, s in beyond.items() if s > 0), key=lambda item: -item[1])[:3]
+    named = f" ({', '.join(f'{name} {duration(seconds)}' for name, seconds in largest)})" if largest else ""
+    computed = f"computes {duration(projection.computed)}, {more} more than an even share{named}"
+    return f"a chunk of {duration(projection.chunk)} {computed}, and exchanges {exchanged}"
 
 
 def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:
