@@ -9,7 +9,6 @@ In what is compiled, PyTorch's operations between two of ours are fused: togethe
 and write what is used outside. Everywhere else each is a kernel of its own.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -54,25 +53,19 @@ class Recorded:
     exchanges: Counter[Exchange] = field(default_factory=Counter)
 
 
-# Memory is known by the number of its storage. In a repeated module the number of the repetition goes before.
-_Memory = Mapping[Hashable, int]  # bytes
+_Memory = Mapping[int, int]  # bytes by the number of a storage
 
 
 @dataclass(frozen=True)
 class _Event:
     """One kernel: what it counts as, and the memory that it reads and writes."""
 
-    calls: Sequence[Call] | None  # None for an operation that may be fused, or that is a pass of its own
+    calls: "Sequence[Call | _Event] | None"  # None for an operation that may be fused, or that is a pass of its own
     reads: _Memory
     writes: _Memory
     fusible: bool = False
     ticket: int | None = None  # of the exchange that it begins, or else waits for
     begins: Exchange | None = None
-
-    def repeated(self, number: int) -> "_Event":
-        """The same on memory of its own."""
-        reads, writes = ({(number, key): size for key, size in m.items()} for m in (self.reads, self.writes))
-        return replace(self, reads=reads, writes=writes)
 
 
 class WithoutValues(TorchDispatchMode):
@@ -100,8 +93,7 @@ class Recorder(TorchDispatchMode):
         self.begin("")
         self._fusing = False
         self._alive: list[Any] = []  # all tensors, as a storage's number may be used again once it is freed
-        self._calls_of_modules: dict[Hashable, tuple[list[_Event], Any]] = {}  # events and results by arguments
-        self._repetitions = itertools.count()
+        self._modules: dict[Hashable, tuple[list[Call | _Event], Any]] = {}  # calls and results, by arguments
 
     def begin(self, stage: str) -> None:
         """All that follows belongs to this call of a stage."""
@@ -149,17 +141,16 @@ class Recorder(TorchDispatchMode):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             key = type(module), own, _like((args, kwargs))
-            if key in self._calls_of_modules:
-                events, out = self._calls_of_modules[key]
-                number = next(self._repetitions)
-                self._events += [event.repeated(number) for event in events]
+            if key in self._modules:
+                calls, out = self._modules[key]
+                self._events.append(_Event(calls, {}, {}))
                 return _empty(out)
             before, self._fusing = len(self._events), compiled
             self._events.append(_Event((), {}, {}))  # no kernel: nothing is fused across a module's borders,
             out = forward(*args, **kwargs)
             self._events.append(_Event((), _memory_of(out), {}))  # and its results are used outside
             self._fusing = False
-            self._calls_of_modules[key] = self._events[before:], out
+            self._modules[key] = list(_fused(self._events[before:])), out
             return out
 
         return run
@@ -223,9 +214,9 @@ def _empty(tree: Any) -> Any:
     return tree_map(empty, tree)
 
 
-def _memory_of(tree: Any) -> dict[Hashable, int]:
+def _memory_of(tree: Any) -> dict[int, int]:
     """The memory of the meta tensors of a tree; what is seen several times is read once."""
-    found: dict[Hashable, int] = {}
+    found: dict[int, int] = {}
     for x in tree_leaves(tree):
         if isinstance(x, Tensor) and x.device == META and x.numel():
             storage = x.untyped_storage()
@@ -273,11 +264,11 @@ def _fused(events: Sequence[_Event]) -> Iterator[Call | _Event]:
     yield from _pass(group, set())
 
 
-def _pass(group: Sequence[_Event], used_later: Set[Hashable]) -> Iterator[Call]:
+def _pass(group: Sequence[_Event], used_later: Set[int]) -> Iterator[Call]:
     """The kernel that fused events are: it reads what comes from outside and writes what is used outside."""
-    reads: dict[Hashable, int] = {}
-    writes: dict[Hashable, int] = {}
-    inside: set[Hashable] = set()
+    reads: dict[int, int] = {}
+    writes: dict[int, int] = {}
+    inside: set[int] = set()
     for event in group:
         reads |= {key: size for key, size in event.reads.items() if key not in writes}
         inside |= {key for key in event.reads if key in writes}
