@@ -254,7 +254,9 @@ class ChunkGenerator:
         Not finite if any slab is not.
         """
         own = torch.cat(lab_statistics(frames.float()), dim=3).squeeze(2)  # [frame, 3, 2]
-        means, deviations = rows.ranks.gather(own[None], [1] * rows.ranks.world).unbind(-1)  # [rank, frame, 3] each
+        means, deviations = rows.ranks.gather(own[None], [1] * rows.ranks.world, group="vae").unbind(
+            -1
+        )  # [rank, frame, 3] each
         shares = [size / rows.borders[-1] for size in sizes(rows.borders)]
 
         def average(x: Tensor) -> Tensor:

@@ -6,21 +6,24 @@ methods for exact attention over a split sequence (DeepSpeed-Ulysses, arXiv 2309
 2310.01889); their combination takes any W.
 
 Everything that ranks tell each other is an *exchange*: each rank sends some rows of a tensor to each rank of a group.
+The VAE has a group of its own, because it may run beside the student, and NCCL must not carry two exchanges of a group
+at once.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-Group = Literal["all", "ulysses", "ring"]
+Group = Literal["all", "ulysses", "ring", "vae"]  # "vae": all ranks, for the VAE and what follows it
 
 
 class Transport(Protocol):
@@ -62,7 +65,7 @@ class Ranks:
 
     def members(self, group: Group) -> list[int]:
         """The ranks of this rank's group, in order."""
-        if group == "all":
+        if group in ("all", "vae"):
             return list(range(self.world))
         if group == "ulysses":
             first = self.rank // self.ulysses * self.ulysses
@@ -73,13 +76,13 @@ class Ranks:
         """Sends send[i] rows to the group's member i, and returns the receive[i] rows of every member i in turn."""
         return self.transport.wait(self.transport.start(rows, send, receive, group))
 
-    def gather(self, rows: Tensor, sizes: Sequence[int], to: int | None = None) -> Tensor:
+    def gather(self, rows: Tensor, sizes: Sequence[int], to: int | None = None, group: Group = "all") -> Tensor:
         """The rows of all ranks in turn, sizes[i] of rank i: on every rank, or on rank `to` only, elsewhere none."""
         if to is None:
             repeated = rows.expand(self.world, *rows.shape).flatten(0, 1)
-            return self.exchange(repeated, [len(rows)] * self.world, sizes)
+            return self.exchange(repeated, [len(rows)] * self.world, sizes, group)
         send = [len(rows) if rank == to else 0 for rank in range(self.world)]
-        return self.exchange(rows, send, sizes if self.rank == to else [0] * self.world)
+        return self.exchange(rows, send, sizes if self.rank == to else [0] * self.world, group)
 
 
 class ProcessGroups:
@@ -93,10 +96,11 @@ class ProcessGroups:
         layout = torch.tensor(ranks).view(-1, ulysses)
         mesh = DeviceMesh(device_type, layout, mesh_dim_names=("ring", "ulysses"))
         everyone = DeviceMesh(device_type, layout.flatten(), mesh_dim_names=("all",))
+        for_vae = dist.new_group(list(ranks))
         self._groups: dict[str, ProcessGroup] = {}
         if mesh.get_coordinate() is not None:
             self._groups = {name: mesh.get_group(name) for name in ("ring", "ulysses")}
-            self._groups["all"] = everyone.get_group()
+            self._groups |= {"all": everyone.get_group(), "vae": cast(ProcessGroup, for_vae)}
 
     def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
         """As in `Transport`."""

@@ -60,7 +60,7 @@ class RowSplit:
         counts = sizes(self.borders)
         scale = x.shape[axis] // counts[self.ranks.rank]
         rows = x.movedim(axis, 0).contiguous()
-        return self.ranks.gather(rows, [scale * count for count in counts], to).movedim(0, axis)
+        return self.ranks.gather(rows, [scale * count for count in counts], to, "vae").movedim(0, axis)
 
     def with_halo(self, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The slab's part of `operation` on the picture, one that looks one row beyond each row.
@@ -85,7 +85,7 @@ class RowSplit:
         """Sends the first and last row of x [T, C, H, W] to the neighbours, and begins to receive theirs."""
         rows = [x[:, :, i].permute(0, 2, 1) for i, there in zip((0, -1), self._neighbours(), strict=True) if there]
         counts = self._halo_counts(x)
-        return self.ranks.transport.start(torch.cat(rows).flatten(0, 1), counts, counts, "all")
+        return self.ranks.transport.start(torch.cat(rows).flatten(0, 1), counts, counts, "vae")
 
     def strip(self, x: Tensor, halo: Tensor) -> Tensor:
         """The six rows around the edges of x [T, C, H, W], in channels-last memory; `halo` is from `start_halo`.

@@ -39,7 +39,7 @@ _RESULTS: dict[Hashable, Any] = {}  # of operations of kernels/ by their argumen
 class Exchange:
     """An exchange between GPUs, as one rank takes part in it."""
 
-    group: str  # of ranks: "all", "ulysses" or "ring"
+    group: str  # of ranks, as in `model.parallel.ranks.Group`
     bytes: float  # that the rank sends or receives, whichever is more
     behind: tuple[Call, ...] = ()  # what the rank computes in the meantime
 

@@ -111,6 +111,21 @@ def test_bytes_of_fp8_attention_are_half_of_those_of_bf16(pool: RankPool) -> Non
         assert sent["all"] <= 128 * sampled * (world - 1)
 
 
+def test_bytes_of_the_decoder(pool: RankPool) -> None:
+    """A rank sends a row to each neighbour before a convolution, and keys and values of its pixels to all others."""
+    world, config = 4, jobs.CONFIGS["odd"]
+    frames, _, rows, columns = config.latent_shape
+    sent = [found["vae"] for found in pool.run(world, 1, jobs.counted, jobs.decoded, "odd")]
+    width = config.vae.dim * config.vae.dim_mult[-1]  # channels at the size of the latents
+    keys_values = [4 * 2 * width * frames * columns * own * (world - 1) for own in sizes(even_borders(rows, world))]
+    halos = [whole - attention for whole, attention in zip(sent, keys_values, strict=True)]
+    row = halos[0]  # of all convolutions, to one neighbour
+    assert halos == [row, 2 * row, 2 * row, row]
+    first = 4 * columns * frames * config.vae.z_dim  # the first convolution's input
+    blocks = 4 * columns * frames * width * 4  # two blocks of two convolutions at the size of the latents
+    assert row > first + blocks
+
+
 def test_no_rank_decodes_more_than_its_rows(pool: RankPool) -> None:
     parts: list[Tensor] = pool.run(4, 1, jobs.decoded, "odd")
     assert [len(part[0, 0]) for part in parts] == [8 * n for n in sizes(even_borders(22, 4))]
