@@ -39,6 +39,12 @@ from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator
+from streaming.live.director import LAGS, Director, Lag, Options
+from streaming.live.face import PortraitFace, Way
+from streaming.live.session import Clock, LiveSession, MonotonicClock
+from streaming.live.snapshot import digest, digest_of_weights, load, restore
+from streaming.live.timeline import Event
+from streaming.live.voice import KINDS, Kind, Voice
 from streaming.session import Group, Session, play, run
 from streaming.sinks import Sink, open_sink
 from streaming.sources import ArraySource, FileSource, Slice, Source
@@ -124,7 +130,7 @@ class TalkingHeadPipeline:
         self.timer = StageTimer(device)
         self._load, self._graphs, self._noise = load, graphs, noise
         self._models: Models | None = None
-        self._generators: dict[int, ChunkGenerator] = {}  # by denoising steps
+        self._generators: dict[tuple[int, Size], ChunkGenerator] = {}  # by denoising steps and picture
         self._busy = False
 
     @classmethod
@@ -311,6 +317,101 @@ class TalkingHeadPipeline:
                 on_progress(progress)
             return progress
 
+    def live(
+        self,
+        image: Picture,
+        *,
+        prompt: str | None = None,
+        seed: int = 9999,
+        kind: Kind = "segments",
+        lag: Lag | None = None,
+        wait_frames: int | None = None,
+        max_queued: float = 60.0,
+        on_event: Callable[[Event], None] = lambda _: None,
+        snapshots: str | Path | None = None,
+        resume: str | Path | None = None,
+        clock: Clock | None = None,
+    ) -> LiveSession:
+        """A session without an end: sound is pushed while it comes, and the portrait listens, speaks and idles.
+
+        Args:
+            image: The portrait, as in `stream`.
+            prompt: What is to be seen. Default: a person talking.
+            seed: The same seed and the same sound, at the same times, give the same video.
+            kind: "segments" of a voice agent, which are never dropped, or a "microphone", which is always live.
+            lag: What happens where generation is slower than real time. "wait" falls behind; "drop" drops sound of a
+                microphone; "smaller" takes fewer steps, and then a smaller picture, which is enlarged. Default: "wait",
+                for a microphone "drop".
+            wait_frames: Frames of sound that a chunk waits for while more may come. Default: those that a chunk shows.
+                Fewer make speech start earlier, and need a machine that generates faster than real time.
+            max_queued: Seconds of sound that may wait.
+            on_event: Is called with each event, in the thread where it happened.
+            snapshots: A file that is replaced by a snapshot after every chunk.
+            resume: A file of a snapshot: the session goes on there. Portrait, prompt, configuration and weights must be
+                the same, and the seed is the snapshot's.
+            clock: Another clock than the system's.
+
+        Raises:
+            UserError: An argument cannot be used, or the snapshot is of another session.
+            RuntimeError: Another video of this pipeline is neither finished nor closed.
+        """
+        check_choice("kind", kind, KINDS)
+        lag = lag or ("drop" if kind == "microphone" else "wait")
+        check_choice("lag", lag, LAGS)
+        if lag == "drop" and kind != "microphone":
+            raise UserError("lag drop: only a microphone's sound may be dropped; take wait or smaller for segments")
+        new, limit = self.config.chunk.new_frames, math.floor(max_queued * self.config.chunk.tgt_fps)
+        if not 1 <= (wait := new if wait_frames is None else wait_frames) <= new:
+            raise UserError(f"wait_frames {wait}: name a number from 1 to {new}, the frames that a chunk shows")
+        if limit < 2 * new:
+            least = 2 * new / self.config.chunk.tgt_fps
+            raise UserError(f"max_queued {max_queued}: two chunks need {least:g} seconds or more")
+        with ExitStack() as stack:
+            stack.enter_context(self._exclusive())
+            self.timer.clear()
+            portrait = self.portrait(image)
+            ways = [self._way(portrait, prompt, *way) for way in (self._ways() if lag == "smaller" else [(None, None)])]
+            models, chunk = self.load(), ways[0].generator.config.chunk
+            identity = {
+                "portrait": digest(portrait),
+                "prompt": digest(prompt or DEFAULT_PROMPT),
+                "configuration": digest(self.config, self._noise, [way.generator.config.chunk for way in ways]),
+                "weights": digest_of_weights((models.dit, models.vae, models.audio)),
+            }
+            snapshot = load(Path(resume), identity) if resume else None
+            face = PortraitFace(ways, models.audio, portrait, snapshot.values["seed"] if snapshot else seed)
+            director = Director(face, Voice(kind, chunk, limit), Options(lag, wait))
+            if snapshot:
+                restore(director, snapshot)
+            return LiveSession(
+                director,
+                identity,
+                on_event=on_event,
+                snapshots=Path(snapshots) if snapshots else None,
+                clock=clock or MonotonicClock(),
+                release=stack.pop_all().close,
+            )
+
+    def _ways(self) -> Iterator[tuple[int | None, Size | None]]:
+        """Steps and sizes that take less and less time, for a machine that does not keep up."""
+        yield None, None
+        steps = min(2, self.config.chunk.sample_steps)
+        if steps < self.config.chunk.sample_steps:
+            yield steps, None
+        stride = self.config.vae.spatial_stride * self.config.dit.patch_size[1]
+        for share in (0.75, 0.5):
+            sides = (self.config.chunk.width, self.config.chunk.height)
+            width, height = (max(stride, round(side * share / stride) * stride) for side in sides)
+            yield steps, (width, height)
+
+    def _way(self, portrait: NDArray[np.uint8], prompt: str | None, steps: int | None, size: Size | None) -> Way:
+        """A generator of the session's portrait."""
+        generator = self._generator(steps, size)
+        chunk = generator.config.chunk
+        picture = resize_center_crop(Image.fromarray(portrait), chunk.height, chunk.width)
+        ids = tokenize(prompt or DEFAULT_PROMPT, self.config.text, self.config.dit.text_len, self.load().folder)
+        return Way(generator, generator.prepare(picture, ids))
+
     def close(self) -> None:
         """Frees the networks and what belongs to them. A later call loads them again."""
         self._generators.clear()
@@ -402,16 +503,19 @@ class TalkingHeadPipeline:
             featurizer = stream_featurizer(models.audio, chunk, loudness)
         return session, slices, on_stream(featurizer, generator.audio_stream)
 
-    def _generator(self, steps: int | None) -> ChunkGenerator:
-        """The generator of this number of steps, made when it is first asked for."""
+    def _generator(self, steps: int | None, size: Size | None = None) -> ChunkGenerator:
+        """The generator of this number of steps and size, made when it is first asked for; None: those of `config`."""
         steps = _checked_steps(self.config.chunk.sample_steps if steps is None else steps)
-        if steps not in self._generators:
+        width, height = size or (self.config.chunk.width, self.config.chunk.height)
+        if (steps, (width, height)) not in self._generators:
             models = self.load()
-            config = replace(models.config, chunk=replace(self.config.chunk, sample_steps=steps))
+            chunk = replace(self.config.chunk, sample_steps=steps, width=width, height=height)
+            config = replace(models.config, chunk=chunk)
             noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
             graphs = partial(CudaGraphs, self.device) if self._graphs else None
-            self._generators[steps] = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs)
-        return self._generators[steps]
+            generator = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs)
+            self._generators[steps, (width, height)] = generator
+        return self._generators[steps, (width, height)]
 
 
 def _checked_steps(steps: int) -> int:

@@ -1,9 +1,13 @@
 """When frames are due, and how long chunks take."""
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 RECENT = 20  # chunks whose times count
+WATCHED = 30.0  # seconds over which a microphone's clock is watched
+SPARE = (0.02, 0.16)  # seconds that a microphone's sound may come before it is needed, at the least of that time
 LATE = 0.02  # seconds: a frame that is handed over later than this moves those after it
 
 
@@ -47,3 +51,28 @@ class Durations:
 def high(times: deque[float], unknown: float) -> float:
     """What nine of ten recent times stayed within; `unknown` before the first one."""
     return sorted(times)[(9 * len(times) - 1) // 10] if times else unknown
+
+
+@dataclass
+class Drift:
+    """Compares a microphone's clock with ours, by how long its sound comes before it is needed.
+
+    One clock in ten thousand is wrong by 0.36 s an hour, so the least of `WATCHED` seconds shows it, whatever the
+    jitter.
+    """
+
+    spare: deque[tuple[float, float]] = field(default_factory=deque)  # (when, seconds)
+
+    def note(self, spare: float, now: float) -> Literal["fast", "slow"] | None:
+        """Notes how long before it was needed a chunk's sound was complete; says what the clock is, once it shows."""
+        if not math.isfinite(spare):
+            return None
+        self.spare.append((now, spare))
+        if now - self.spare[0][0] < WATCHED:
+            return None
+        least = min(value for _, value in self.spare)
+        self.spare.popleft()
+        if SPARE[0] <= least <= SPARE[1]:
+            return None
+        self.spare.clear()
+        return "slow" if least < SPARE[0] else "fast"

@@ -41,6 +41,12 @@ def mono(pcm: NDArray[np.int16] | NDArray[np.floating]) -> Samples:
     return samples.clip(-1, 1)
 
 
+def check_rate(rate: int) -> None:
+    """Raises `ValueError` for a rate that no sound has."""
+    if rate not in FILE_RATES:
+        raise ValueError(f"rate: got {rate} Hz, wanted {FILE_RATES.start} to {FILE_RATES.stop - 1}")
+
+
 @dataclass(frozen=True, eq=False)
 class Stretch:
     """Sound of one rate, from its first sample on, of which some frames were given. Immutable.
@@ -54,10 +60,6 @@ class Stretch:
     kept: Samples = field(default_factory=lambda: np.zeros(0, np.float32))  # samples that are still needed
     start: int = 0  # index of the first of them
     given: int = 0  # frames
-
-    def __post_init__(self) -> None:
-        if self.rate not in FILE_RATES:
-            raise ValueError(f"rate: got {self.rate} Hz, wanted {FILE_RATES.start} to {FILE_RATES.stop - 1}")
 
     @property
     def count(self) -> int:

@@ -61,6 +61,7 @@ class Voice:
         arriving: what sound is added to; None if every segment has ended.
         last_push: when sound came last, on the session's clock.
         dropped: frames of a microphone that were dropped, in all.
+        clock: "fast" or "slow" if the next quiet frame of a microphone is to be dropped or doubled.
         next_number: of the next segment.
         interrupted: segments below this number were interrupted, if they had not ended before.
     """
@@ -72,6 +73,7 @@ class Voice:
         self.arriving: Arriving | None = None
         self.last_push = -math.inf
         self.dropped = 0
+        self.clock: Literal["fast", "slow"] | None = None
         self.next_number = self.interrupted = 0
         self._chunk, self._factor = chunk, SOUND_RATE // chunk.sample_rate
 
@@ -143,9 +145,13 @@ class Voice:
             speech = arriving.speech[k * size : (k + 1) * size]
             sound = arriving.sound[k * size * factor : (k + 1) * size * factor]
             received = arriving.received.popleft() if arriving.received else self.last_push
-            self.frames.append(FrameSound(speech, sound, arriving.number, size, received))
+            frame = FrameSound(speech, sound, arriving.number, size, received)
+            self._queue(frame, 1 if self.clock is None else self._corrected(frame))
         arriving.speech, arriving.sound = arriving.speech[count * size :], arriving.sound[count * size * factor :]
-        self.segments[arriving.number].frames += count
+
+    def _queue(self, frame: FrameSound, times: int) -> None:
+        self.frames.extend([frame] * times)
+        self._segment_of(frame).frames += times
 
     # --- Sound goes out ----------------------------------------------------------------------------------------------
 
@@ -172,25 +178,18 @@ class Voice:
             quiet = self._first_quiet()
             self._drop(0 if quiet is None else quiet)
 
-    def drop_quiet_frame(self) -> bool:
-        """Drops one frame of silence, if one waits."""
-        quiet = self._first_quiet()
-        if quiet is not None:
-            self._drop(quiet)
-        return quiet is not None
-
-    def repeat_quiet_frame(self) -> bool:
-        """Doubles one frame of silence, if one waits."""
-        quiet = self._first_quiet()
-        if quiet is not None:
-            frame = self.frames[quiet]
-            self.frames.insert(quiet, frame)
-            self._segment_of(frame).frames += 1
-        return quiet is not None
+    def _corrected(self, frame: FrameSound) -> int:
+        """How often a frame that came is queued: a quiet one not at all or twice, once for each remark on the clock."""
+        if not _is_quiet(frame):
+            return 1
+        clock, self.clock = self.clock, None
+        if clock == "slow":
+            return 2
+        self.dropped += 1
+        return 0
 
     def _first_quiet(self) -> int | None:
-        loudness = (float(np.sqrt(np.mean(frame.speech**2))) for frame in self.frames)
-        return next((k for k, value in enumerate(loudness) if value < QUIET), None)
+        return next((k for k, frame in enumerate(self.frames) if _is_quiet(frame)), None)
 
     def _drop(self, place: int) -> None:
         self._segment_of(self.frames[place]).frames -= 1
@@ -199,6 +198,10 @@ class Voice:
 
     def _segment_of(self, frame: FrameSound) -> Segment:
         return self.segments[frame.segment if frame.segment is not None else -1]
+
+
+def _is_quiet(frame: FrameSound) -> bool:
+    return float(np.sqrt(np.mean(frame.speech**2))) < QUIET
 
 
 def _append(arriving: Arriving, speech: Samples, sound: Samples) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.config import ChunkConfig
-from streaming.live.pcm import Stretch, mono
+from streaming.live.pcm import Stretch, check_rate, mono
 
 CHUNK = ChunkConfig()
 RATES = [8000, 11025, 16000, 22050, 24000, 44100, 48000, 11111]
@@ -88,4 +88,4 @@ def test_samples_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize("rate", [0, -1, 999, 10**7])
 def test_other_rates_are_refused(rate: int) -> None:
     with pytest.raises(ValueError, match=r"^rate: got"):
-        Stretch(rate, CHUNK)
+        check_rate(rate)

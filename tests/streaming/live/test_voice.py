@@ -1,5 +1,7 @@
 """The queue of sound: segments, their frames and ends; a microphone; bounds."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -110,15 +112,15 @@ def test_a_microphone_catches_up_in_silence_first() -> None:
     queue.catch_up(3)
     assert [bool(frame.speech.any()) for frame in queue.frames] == [True, True, True]
     assert queue.dropped == 3
-    assert not queue.drop_quiet_frame()
-    assert not queue.repeat_quiet_frame()
 
 
-def test_a_quiet_frame_is_doubled() -> None:
+@pytest.mark.parametrize(("clock", "wanted"), [("fast", [1, 0, 1]), ("slow", [1, 0, 0, 0, 1]), (None, [1, 0, 0, 1])])
+def test_a_clock_is_corrected_in_silence(clock: Literal["fast", "slow"] | None, wanted: list[int]) -> None:
     queue = voice("microphone")
-    for level in (0.3, 0.0, 0.3):
+    queue.clock = clock
+    for level in (0.3, 0.0, 0.0, 0.3):
         push(queue, noise(640, level), 16000)
     queue.end()
-    assert queue.repeat_quiet_frame()
-    assert [bool(frame.speech.any()) for frame in queue.frames] == [True, False, False, True]
-    assert queue.segments[0].frames == 4
+    assert [int(frame.speech.any()) for frame in queue.frames] == wanted
+    assert queue.segments[0].frames == len(wanted)
+    assert queue.dropped == (clock == "fast")
