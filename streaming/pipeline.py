@@ -39,12 +39,12 @@ from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator
-from streaming.live.director import LAGS, Director, Lag, Options
-from streaming.live.face import PortraitFace, Way
+from streaming.live.director import Lag
+from streaming.live.face import Way
+from streaming.live.opening import open_session, settings_of
 from streaming.live.session import Clock, LiveSession, MonotonicClock
-from streaming.live.snapshot import digest, digest_of_weights, load, restore
 from streaming.live.timeline import Event
-from streaming.live.voice import KINDS, Kind, Voice
+from streaming.live.voice import Kind
 from streaming.session import Group, Session, play, run
 from streaming.sinks import Sink, open_sink
 from streaming.sources import ArraySource, FileSource, Slice, Source
@@ -355,46 +355,32 @@ class TalkingHeadPipeline:
             UserError: An argument cannot be used, or the snapshot is of another session.
             RuntimeError: Another video of this pipeline is neither finished nor closed.
         """
-        check_choice("kind", kind, KINDS)
-        lag = lag or ("drop" if kind == "microphone" else "wait")
-        check_choice("lag", lag, LAGS)
-        if lag == "drop" and kind != "microphone":
-            raise UserError("lag drop: only a microphone's sound may be dropped; take wait or smaller for segments")
-        new, limit = self.config.chunk.new_frames, math.floor(max_queued * self.config.chunk.tgt_fps)
-        if not 1 <= (wait := new if wait_frames is None else wait_frames) <= new:
-            raise UserError(f"wait_frames {wait}: name a number from 1 to {new}, the frames that a chunk shows")
-        if limit < 2 * new:
-            least = 2 * new / self.config.chunk.tgt_fps
-            raise UserError(f"max_queued {max_queued}: two chunks need {least:g} seconds or more")
+        settings = settings_of(self.config.chunk, kind, lag, wait_frames, max_queued)
         with ExitStack() as stack:
             stack.enter_context(self._exclusive())
             self.timer.clear()
-            portrait = self.portrait(image)
-            ways = [self._way(portrait, prompt, *way) for way in (self._ways() if lag == "smaller" else [(None, None)])]
-            models, chunk = self.load(), ways[0].generator.config.chunk
-            identity = {
-                "portrait": digest(portrait),
-                "prompt": digest(prompt or DEFAULT_PROMPT),
-                "configuration": digest(self.config, self._noise, [way.generator.config.chunk for way in ways]),
-                "weights": digest_of_weights((models.dit, models.vae, models.audio)),
-            }
-            snapshot = load(Path(resume), identity) if resume else None
-            face = PortraitFace(ways, models.audio, portrait, snapshot.values["seed"] if snapshot else seed)
-            director = Director(face, Voice(kind, chunk, limit), Options(lag, wait))
-            if snapshot:
-                restore(director, snapshot)
-            return LiveSession(
-                director,
-                identity,
+            portrait, prompt = self.portrait(image), prompt or DEFAULT_PROMPT
+            ways = [(None, None), *(self._cheaper_ways() if settings.lag == "smaller" else ())]
+            opened = ExitStack()
+            session = open_session(
+                settings,
+                self.load(),
+                [self._way(portrait, prompt, steps, size) for steps, size in ways],
+                portrait,
+                prompt,
+                seed,
+                noise=self._noise,
+                resume=Path(resume) if resume else None,
                 on_event=on_event,
                 snapshots=Path(snapshots) if snapshots else None,
                 clock=clock or MonotonicClock(),
-                release=stack.pop_all().close,
+                release=opened.close,
             )
+            opened.push(stack.pop_all())  # this pipeline is busy until the session is closed
+            return session
 
-    def _ways(self) -> Iterator[tuple[int | None, Size | None]]:
+    def _cheaper_ways(self) -> Iterator[tuple[int, Size | None]]:
         """Steps and sizes that take less and less time, for a machine that does not keep up."""
-        yield None, None
         steps = min(2, self.config.chunk.sample_steps)
         if steps < self.config.chunk.sample_steps:
             yield steps, None
@@ -404,12 +390,12 @@ class TalkingHeadPipeline:
             width, height = (max(stride, round(side * share / stride) * stride) for side in sides)
             yield steps, (width, height)
 
-    def _way(self, portrait: NDArray[np.uint8], prompt: str | None, steps: int | None, size: Size | None) -> Way:
+    def _way(self, portrait: NDArray[np.uint8], prompt: str, steps: int | None, size: Size | None) -> Way:
         """A generator of the session's portrait."""
         generator = self._generator(steps, size)
         chunk = generator.config.chunk
         picture = resize_center_crop(Image.fromarray(portrait), chunk.height, chunk.width)
-        ids = tokenize(prompt or DEFAULT_PROMPT, self.config.text, self.config.dit.text_len, self.load().folder)
+        ids = tokenize(prompt, self.config.text, self.config.dit.text_len, self.load().folder)
         return Way(generator, generator.prepare(picture, ids))
 
     def close(self) -> None:

@@ -239,9 +239,9 @@ class Director:
         goes_on = last is not None and last == following
         settled = self.voice.last_push + SETTLED
         if sound and (whole or not goes_on):
-            if self._filler_from > made:  # the chunk in work has speech, which comes first
+            index = max(self._filler_from, min(self.shown + self._lead, made))
+            if self.work and index >= min(made + 1, self._planned_end):  # what is in work comes first
                 return Start(made, math.inf, True)
-            index = min(max(self._filler_from, self.shown + self._lead), made)
             if whole or now >= settled:
                 return Start(index, now if self._is_near(index) else math.inf, True)
         if self.work:
@@ -361,6 +361,10 @@ class Director:
     @property
     def _made_end(self) -> int:
         return self.shown + len(self.made)
+
+    @property
+    def _planned_end(self) -> int:
+        return self.shown + len(self._planned)
 
     @property
     def _planned(self) -> list[FrameSound]:

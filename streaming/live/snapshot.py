@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from model.audio import Ring
@@ -208,7 +208,7 @@ def save(snapshot: Snapshot, identity: Identity, path: Path) -> None:
     metadata = {"format": FORMAT, "identity": json.dumps(identity), "session": json.dumps(snapshot.values)}
     try:
         with replacing(path) as temporary:
-            save_file({name: x.contiguous() for name, x in snapshot.tensors.items()}, temporary, metadata)
+            temporary.write_bytes(to_bytes({name: x.contiguous() for name, x in snapshot.tensors.items()}, metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
 
@@ -245,7 +245,7 @@ def digest_of_weights(networks: Sequence[nn.Module]) -> str:
     for network in networks:
         for name, tensor in network.state_dict().items():
             flat = tensor.detach().reshape(-1)
-            few = flat[:: max(1, len(flat) // SAMPLED)].cpu()
+            few = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
             hashed.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
             hashed.update(few.view(torch.uint8).numpy().tobytes() if few.numel() else b"")
     return hashed.hexdigest()

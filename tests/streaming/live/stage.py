@@ -128,8 +128,10 @@ class Stage:
         end = self.now + seconds
         while self.now < end:
             self._act()
+            shown = self.director.shown
             times = [end, self._work(), self._take(), *[entry[0] for entry in self._script[:1]]]
-            self.now = max(self.now, min(times))
+            if self.director.shown == shown:  # what was taken may have made work
+                self.now = max(self.now, min(times))
 
     def _act(self) -> None:
         while self._script and self._script[0][0] <= self.now:
