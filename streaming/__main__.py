@@ -7,8 +7,9 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -306,7 +307,7 @@ def live(
         ) as session:
             first = session.position
             try:
-                for _ in moments_of_pipe(session, sys.stdin.buffer, rate, sink):
+                for _ in moments_of_pipe(session, cast(BufferedReader, sys.stdin.buffer), rate, sink):
                     pass
             finally:
                 if report is not None:

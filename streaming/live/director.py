@@ -247,7 +247,7 @@ class Director:
         if self.work:
             return Start(made, math.inf, False)
         if goes_on and not whole:  # what comes until the last moment is heard without a gap
-            return Start(made, self._due(made) - self._first - MARGIN, True)
+            return Start(made, self._due(made, now) - self._first - MARGIN, True)
         idle = now if self._is_near(made) else math.inf
         return Start(made, min(idle, settled) if sound and idle > now else idle, False)
 
@@ -305,14 +305,13 @@ class Director:
         """The next moment, or the time before which there is none if nothing happens."""
         if not self.made or self.playback.state == State.CLOSED:
             return math.inf
-        if self._schedule is None:
-            self._schedule = Schedule(self._chunk.tgt_fps, now - self.shown / self._chunk.tgt_fps)
-        due = self._schedule.due(self.shown)
+        due = self._due(self.shown, now)
         if now < due:
             return due
         frame = self.made.popleft()
-        self._count_late(self._schedule.after(self.shown, now).origin - self._schedule.origin, frame.decoded > due)
-        self._schedule = self._schedule.after(self.shown, now)
+        before = self._schedule_at(now)
+        self._schedule = before.after(self.shown, now)
+        self._count_late(self._schedule.origin - before.origin, frame.decoded > due)
         sound, index = frame.sound, self.shown
         self.shown += 1
         self.recent.append(frame.rgb)
@@ -343,13 +342,8 @@ class Director:
         dropped, frames = self.voice.dropped, self.options.wait_frames
         if self.options.lag == "drop":
             self.voice.catch_up(frames + JITTER)
-        spare = (
-            self._due(self._made_end)
-            - now
-            - self._first
-            - MARGIN
-            + (len(self.voice.frames) - frames) / (self._chunk.tgt_fps)
-        )
+        needed = self._due(self._made_end, now) - self._first - MARGIN
+        spare = needed - now + (len(self.voice.frames) - frames) / self._chunk.tgt_fps
         self.voice.clock = self._drift.note(spare, now) or self.voice.clock
         self._count_dropped(dropped)
 
@@ -400,5 +394,9 @@ class Director:
         step = high(self.durations.step, 0.0)
         return math.ceil((self._first + step + MARGIN) * self._chunk.tgt_fps)
 
-    def _due(self, index: int) -> float:
-        return self._schedule.due(index) if self._schedule else -math.inf
+    def _due(self, index: int, now: float) -> float:
+        """When a frame is due; before the first one is taken, as if that was now."""
+        return self._schedule_at(now).due(index)
+
+    def _schedule_at(self, now: float) -> Schedule:
+        return self._schedule or Schedule(self._chunk.tgt_fps, now - self.shown / self._chunk.tgt_fps)

@@ -33,7 +33,7 @@ def mono(pcm: NDArray[np.int16] | NDArray[np.floating]) -> Samples:
         raise ValueError(
             f"pcm: got {pcm.dtype} {list(pcm.shape)}, wanted int16 or floating-point samples [n], [n, 1] or [n, 2]"
         )
-    samples = pcm.reshape(len(pcm), -1).astype(np.float32).mean(1, dtype=np.float32)
+    samples = (pcm if pcm.ndim == 2 else pcm[:, None]).astype(np.float32).mean(1, dtype=np.float32)
     if whole:
         return samples / np.float32(32768)
     if not (finite := np.isfinite(samples)).all():

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from io import BufferedIOBase
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,14 @@ from streaming.sinks import Sink
 PIECE = 0.02  # seconds of sound that are read at a time, at most
 
 
+class Pipe(Protocol):
+    """What bytes are read from, as `sys.stdin.buffer` is."""
+
+    def read1(self, size: int, /) -> bytes:
+        """At most so many bytes, those that are there if there are any; none at the end."""
+        ...
+
+
 class PipeReader:
     """Pushes signed 16-bit little-endian mono samples from a pipe into a session, in a thread of its own.
 
@@ -27,7 +35,7 @@ class PipeReader:
         failure: what ended the reading early.
     """
 
-    def __init__(self, session: LiveSession, pipe: BufferedIOBase, rate: int) -> None:
+    def __init__(self, session: LiveSession, pipe: Pipe, rate: int) -> None:
         self.samples, self.ended = 0, False
         self.failure: BaseException | None = None
         self._session, self._pipe, self._rate = session, pipe, rate
@@ -43,7 +51,7 @@ class PipeReader:
         self.ended = True
 
 
-def _pieces(pipe: BufferedIOBase, size: int) -> Iterator[NDArray[np.int16]]:
+def _pieces(pipe: Pipe, size: int) -> Iterator[NDArray[np.int16]]:
     """Samples as they come, at most so many at a time; an odd byte at the end is ignored."""
     rest = b""
     while data := pipe.read1(2 * size):
@@ -53,7 +61,7 @@ def _pieces(pipe: BufferedIOBase, size: int) -> Iterator[NDArray[np.int16]]:
             yield np.frombuffer(samples, "<i2")
 
 
-def moments_of_pipe(session: LiveSession, pipe: BufferedIOBase, rate: int, sink: Sink) -> Iterator[Moment]:
+def moments_of_pipe(session: LiveSession, pipe: Pipe, rate: int, sink: Sink) -> Iterator[Moment]:
     """Writes the session's moments into the sink, until the pipe has ended and everything was said; yields each.
 
     Raises `UserError` if the pipe ends before the first sample, or if the sink takes no more.

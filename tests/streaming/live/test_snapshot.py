@@ -21,14 +21,14 @@ from tests.streaming.live.stage import Stage, small_face
 IDENTITY = {"portrait": "a", "weights": "b"}
 SOUND = (0.3 * np.random.default_rng(5).standard_normal(60 * 640)).astype(np.float32)
 SCRIPT = {  # what happens when a frame is shown: pieces of sound, ends, interruptions
-    6: lambda stage: stage.push(SOUND[: 9 * 640 + 77]),
-    9: lambda stage: stage.push(SOUND[9 * 640 + 77 : 20 * 640], 24000),
-    14: lambda stage: stage.director.end(),
-    33: lambda stage: (stage.push(SOUND), stage.director.end()),
-    41: lambda stage: stage.director.interrupt(stage.now),
-    43: lambda stage: (stage.push(SOUND[: 5 * 640 + 1]), stage.director.end()),
+    2: lambda stage: stage.push(SOUND[: 5 * 640 + 77]),
+    4: lambda stage: stage.push(SOUND[5 * 640 + 77 : 13 * 640], 24000),
+    7: lambda stage: stage.director.end(),
+    15: lambda stage: (stage.push(SOUND), stage.director.end()),
+    19: lambda stage: stage.director.interrupt(stage.now),
+    21: lambda stage: (stage.push(SOUND[: 3 * 640 + 1]), stage.director.end()),
 }
-LAST = 64
+LAST = 30
 
 
 @pytest.fixture(autouse=True)
@@ -72,19 +72,19 @@ def test_a_resumed_session_goes_on_to_the_bit_from_any_moment(face: PortraitFace
         saved.append(position)
         stage.run(0.04)
     assert len({m.segment for m in whole}) == 4
-    assert stage.director.stats.counts.cut > 2
+    assert stage.director.stats.counts.cut > 1
     for position in np.random.default_rng(0).permutation(saved)[:20]:
         again: list[Moment] = []
         resumed = staged(face)
         restore(resumed.director, load(tmp_path / str(position), IDENTITY))
         follow_script(resumed, again)
-        resumed.run(13 * 0.04)
+        resumed.run(7 * 0.04)
         assert [m.index for m in again][:3] == list(range(position, position + 3))
         for one, other in zip(whole[position:], again, strict=False):
             assert (one.index, one.segment, one.pts) == (other.index, other.segment, other.pts)
             np.testing.assert_array_equal(one.rgb, other.rgb, err_msg=f"frame {one.index}, resumed at {position}")
             np.testing.assert_array_equal(one.sound, other.sound)
-        assert len(again) >= 11
+        assert len(again) >= 6
 
 
 def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path)
         child = os.fork()
         if not child:
             live_until_killed(face, path, frames)
-        wanted = random.integers(LAST - 10) * video[0].size + random.integers(video[0].size)
+        wanted = random.integers(LAST - 8) * video[0].size + random.integers(video[0].size)
         while frames.stat().st_size < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.0005)
         os.kill(child, signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path)
         position = resumed.director.shown
         positions.add(position)
         follow_script(resumed, after)
-        resumed.run(13 * 0.04)
+        resumed.run(7 * 0.04)
         before = np.frombuffer(frames.read_bytes(), np.uint8)
         before = before[: len(before) // video[0].size * video[0].size].reshape(-1, *video.shape[1:])
         assert len(before) >= position, "a snapshot is never ahead of what was handed over"
@@ -136,26 +136,25 @@ def live_until_killed(face: PortraitFace, path: Path, frames: Path) -> None:
         os._exit(1)
 
 
-@settings(max_examples=8)
-@given(st.lists(st.integers(0, len(SOUND)), max_size=9))
-def test_any_pieces_of_the_same_sound_give_the_same_video(cuts: list[int]) -> None:
-    videos = []
-    for places in ([], sorted(cuts)):
-        stage = Stage(face=FACE, wait_frames=4, step=0.0, group=0.0)
-        stage.run(0.5)
-        for begin, end in zip([0, *places], [*places, len(SOUND)], strict=True):
-            stage.push(SOUND[begin:end], 24000)
-        stage.director.end()
-        stage.run(1.5)
-        videos.append(stage.moments)
-    assert len(videos[0]) == len(videos[1])
-    for one, other in zip(*videos, strict=True):
-        np.testing.assert_array_equal(one.rgb, other.rgb)
-        np.testing.assert_array_equal(one.sound, other.sound)
-        assert one.segment == other.segment
+@settings(max_examples=6)
+@given(st.lists(st.integers(0, 9 * 640), max_size=9))
+def test_any_pieces_of_the_same_sound_give_the_same_video(face: PortraitFace, cuts: list[int]) -> None:
+    one, other = (spoken_in_pieces(face, places) for places in ([], sorted(cuts)))
+    assert len(one) == len(other)
+    for before, after in zip(one, other, strict=True):
+        np.testing.assert_array_equal(before.rgb, after.rgb)
+        np.testing.assert_array_equal(before.sound, after.sound)
+        assert before.segment == after.segment
 
 
-FACE = small_face()
+def spoken_in_pieces(face: PortraitFace, places: list[int]) -> list[Moment]:
+    stage = staged(face)
+    stage.run(0.2)
+    for begin, end in zip([0, *places], [*places, 9 * 640], strict=True):
+        stage.push(SOUND[begin:end], 24000)
+    stage.director.end()
+    stage.run(0.6)
+    return stage.moments
 
 
 def test_a_snapshot_of_something_else_is_refused_in_one_line(face: PortraitFace, tmp_path: Path) -> None:
