@@ -270,12 +270,15 @@ def live(
     """Generates a video while its sound comes: the portrait listens, speaks and idles, until standard input ends."""
     _keep_memory()
     with stage("starting", quiet):
+        from streaming.decoding import FILE_RATES
         from streaming.live.pipe import moments_of_pipe
         from streaming.pipeline import TalkingHeadPipeline
         from streaming.sinks import open_sink
         from streaming.sources import SOUND_RATE
     if audio != "-" or sys.stdin is None:
         raise UserError(f"--audio {audio}: a live session hears standard input, '-'; `run` takes files")
+    if rate not in FILE_RATES:
+        raise UserError(f"--rate {rate}: name {FILE_RATES.start} to {FILE_RATES.stop - 1} samples a second")
     if report is not None:
         _write_whole(report, None)
     pipeline = TalkingHeadPipeline.from_pretrained(

@@ -68,11 +68,11 @@ def moments_of_pipe(session: LiveSession, pipe: Pipe, rate: int, sink: Sink) -> 
     """
     reader = PipeReader(session, pipe, rate)
     for moment in session.moments():
+        if reader.ended and not (reader.samples or reader.failure):
+            raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
         sink.write(moment.rgb[None], moment.sound[:, None])
         yield moment
         if reader.failure:
             raise reader.failure
-        if reader.ended and not reader.samples:
-            raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
         if reader.ended and session.state == State.IDLE:
             return

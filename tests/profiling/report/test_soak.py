@@ -1,7 +1,10 @@
 """Figures of a soak: what is drawn is what was read and counted."""
 
+from typing import cast
+
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 from profiling.report import soak
 from profiling.report.figures import NARROW, WIDE
@@ -28,7 +31,8 @@ def test_latencies_that_happened_have_a_histogram(width: float) -> None:
     assert figure is not None
     drawn = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title(loc="left") for axes in drawn] == ["silence to speech: p50 0.60, p95 0.90 s"]
-    assert [bar.get_height() for bar in drawn[0].patches] == [3, 0, 1]
+    heights = [cast(Rectangle, bar).get_height() for bar in drawn[0].patches]
+    assert heights == [3, 0, 1]
 
 
 def test_without_a_soak_nothing_is_drawn() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from model.config import PRESETS
 from model.errors import UserError
@@ -61,7 +60,6 @@ def test_one_session_at_a_time(pipeline: TalkingHeadPipeline) -> None:
 
 def test_a_session_goes_on_from_its_snapshot_and_only_there(pipeline: TalkingHeadPipeline, tmp_path: Path) -> None:
     path = tmp_path / "session"
-    torch.set_num_threads(1)
     with opened(pipeline, seed=5) as live:
         live.push_audio(tone(40), 16000)
         live.end_segment()

@@ -3,12 +3,10 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,15 +27,6 @@ SCRIPT = {  # what happens when a frame is shown: pieces of sound, ends, interru
     21: lambda stage: (stage.push(SOUND[: 3 * 640 + 1]), stage.director.end()),
 }
 LAST = 30
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A forked process has no other threads, and sums in another order would have other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
