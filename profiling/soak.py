@@ -69,7 +69,7 @@ def soak_lines(result: Soak) -> Iterator[tuple[str, str]]:
         yield latency.name.replace("_", " "), latency_in_words(latency)
     for name, change in result.seams.items():
         yield f"change of picture, {name}", f"median {change:.2f}, most {result.largest_seams[name]:.2f} levels"
-    for name in ("interrupts", "cut", "abandoned", "stalls", "stalled_s", "late_s"):
+    for name in ("interrupts", "cut", "abandoned", "stalls", "stalled_s", "consumer_late_s", "late_s"):
         yield name.removesuffix("_s").replace("_", " "), f"{result.counts[name]:.4g}{' s' * name.endswith('_s')}"
     distance = result.tracks["distance_lab"]
     yield "distance to the portrait, Lab", f"{min(distance):.2f} to {max(distance):.2f}, {distance[-1]:.2f} at last"

@@ -328,6 +328,7 @@ def soak() -> Soak:
         "abandoned",
         "stalls",
         "stalled_s",
+        "consumer_late_s",
         "late_s",
         "most_queued_frames",
         "most_made_frames",
