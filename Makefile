@@ -4,7 +4,7 @@ BIN := .venv/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test bench audit lint clean
+.PHONY: install demo test bench audit soak lint clean
 
 install: .venv/installed
 
@@ -36,6 +36,9 @@ bench: install
 
 audit: install
 	$(BIN)/python -m profiling audit
+
+soak: install
+	$(BIN)/python -m profiling soak --minutes 30 --out out/soak.json
 
 lint: install
 	$(BIN)/ruff check .

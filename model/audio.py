@@ -93,6 +93,27 @@ class Ring:
         gained = (piece * 10 ** (ramp / 20)).astype(np.float32)
         return Ring(self.chunk, np.concatenate((self.samples[size:], gained)), raw, gain)
 
+    def without_last(self, count: int, before: "Ring") -> "Ring":
+        """This ring without its last `count` samples, at most slice_samples; `before` is the ring that it came from.
+
+        The samples before them keep their gain.
+        """
+        size = self.chunk.slice_samples
+        if not 0 <= count <= size:
+            raise ValueError(f"count: got {count}, wanted 0 to {size}")
+        whole = np.concatenate((before.samples[:size], self.samples))
+        came = np.concatenate((before.raw, self.raw[len(self.raw) - size :]))
+        gain = self.gain
+        if gain is not None and before.gain is not None:
+            gain += (before.gain - gain) * count / size
+        end = len(whole) - count
+        return Ring(
+            self.chunk,
+            whole[end - self.chunk.cached_samples : end],
+            came[: len(came) - count][-self.chunk.cached_samples :],
+            gain,
+        )
+
     def _next_gain(self, raw: NDArray[np.float32]) -> float | None:
         rate = self.chunk.sample_rate
         loudness = _loudness(raw.astype(np.float64), rate, min(GATING_BLOCK, len(raw) / rate))

@@ -308,6 +308,23 @@ def quality(
     raise typer.Exit(quality_command(preset, device, setting or (), people, voices, chunks, drift, out, json))
 
 
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="Length of the session.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of what is done to it.")] = 0,
+    preset: Annotated[str, typer.Option(help="A preset with bundled weights.")] = "tiny",
+    size: Annotated[str | None, typer.Option(help="Picture as WIDTHxHEIGHT. Default: the preset's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    json: Json = False,
+) -> None:
+    """Treats a live session at random against the wall clock; exit code 1 if it lost, repeated or kept anything."""
+    from profiling.measure.soak import soak_command
+    from streaming.__main__ import parse_size
+
+    raise typer.Exit(soak_command(minutes, seed, parse_size(size), steps, preset, out, json))
+
+
 INTERRUPTED = 130  # the exit code
 
 

@@ -3,18 +3,20 @@
 from streaming import TalkingHeadPipeline
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streaming.live.session import LiveSession
+    from streaming.live.timeline import Moment
     from streaming.pipeline import TalkingHeadPipeline, VideoFrames, VideoStream
 
-__all__ = ["TalkingHeadPipeline", "VideoFrames", "VideoStream"]
+__all__ = ["LiveSession", "Moment", "TalkingHeadPipeline", "VideoFrames", "VideoStream"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the API when it is first asked for: that takes seconds, and the command line answers before."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import streaming.pipeline
-
-    return getattr(streaming.pipeline, name)
+    home = {"LiveSession": "live.session", "Moment": "live.timeline"}.get(name, "pipeline")
+    return getattr(importlib.import_module(f"streaming.{home}"), name)

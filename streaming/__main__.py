@@ -1,4 +1,4 @@
-"""`python -m streaming run`: a portrait and a voice in, a talking video out."""
+"""`python -m streaming run` and `live`: a portrait and a voice in, a talking video out."""
 
 import ctypes
 import json
@@ -7,8 +7,9 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -29,11 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Turns a portrait and a voice into a talking video, chunk by chunk.",
 )
-
-
-@app.callback()
-def _streaming() -> None:
-    """Keeps `run` a subcommand while it is the only one."""
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -58,11 +54,70 @@ def parse_size(text: str | None) -> tuple[int, int] | Literal["auto"] | None:
     return int(match[1]), int(match[2])
 
 
+ImageOption = Annotated[str, typer.Option(help="Portrait: any picture Pillow reads. It is cut to fit; a face is kept.")]
+OutOption = Annotated[
+    str, typer.Option(help="Video: NAME.mp4, a folder for PNG frames, or '-' for raw RGB24 on standard output.")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Dimensions of the networks: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a"
+        " GPU). Default: flashtalk-14b with --checkpoint, else tiny."
+    ),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the official weights. Without one, tiny draws small synthetic people."),
+]
+Wav2vecOption = Annotated[
+    Path | None, typer.Option(help="Folder of the speech encoder, if it is not in or beside the checkpoint.")
+]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Run flashtalk-14b without a checkpoint, for timing: noise.")
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Picture as WIDTHxHEIGHT, multiples of 16 such as 448x768 or 640x320; or auto, the largest that this"
+        " machine plays in real time, which takes some chunks to find out. Default: the preset's."
+    ),
+]
+PromptOption = Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same video.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), fp8-vae (and a"
+        " level of the decoder), or auto: what the checkpoint is made for, bf16 on a GPU, fp32 on a CPU."
+    ),
+]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")]
+CompiledOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the student, and record what the GPU does as CUDA graphs: faster, but for a longer start, the"
+        " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only.",
+    ),
+]
+ReportOption = Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show errors and warnings only.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_read_config,
+        is_eager=True,
+        help="TOML file of these options, such as size = '640x320'; the command line goes before it.",
+    ),
+]
+
+
 @app.command(
     epilog="Example: python -m streaming run --image examples/portrait.jpg --audio examples/voice.wav --out talk.mp4"
 )
 def run(
-    image: Annotated[str, typer.Option(help="Portrait: any picture Pillow reads. It is cut to fit; a face is kept.")],
+    image: ImageOption,
     audio: Annotated[
         str,
         typer.Option(
@@ -70,44 +125,17 @@ def run(
             " or one of these formats."
         ),
     ],
-    out: Annotated[
-        str, typer.Option(help="Video: NAME.mp4, a folder for PNG frames, or '-' for raw RGB24 on standard output.")
-    ],
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Dimensions of the networks: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a"
-            " GPU). Default: flashtalk-14b with --checkpoint, else tiny."
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the official weights. Without one, tiny draws small synthetic people."),
-    ] = None,
-    wav2vec: Annotated[
-        Path | None, typer.Option(help="Folder of the speech encoder, if it is not in or beside the checkpoint.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Run flashtalk-14b without a checkpoint, for timing: noise.")
-    ] = False,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="Picture as WIDTHxHEIGHT, multiples of 16 such as 448x768 or 640x320; or auto, the largest that this"
-            " machine plays in real time, which takes some chunks to find out. Default: the preset's."
-        ),
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 9999,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), fp8-vae (and a"
-            " level of the decoder), or auto: what the checkpoint is made for, bf16 on a GPU, fp32 on a CPU."
-        ),
-    ] = "auto",
-    steps: Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")] = 4,
+    out: OutOption,
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    wav2vec: Wav2vecOption = None,
+    random_weights: RandomWeightsOption = False,
+    size: SizeOption = None,
+    prompt: PromptOption = None,
+    seed: SeedOption = 9999,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    steps: StepsOption = 4,
     shift: Annotated[float | None, typer.Option(help="Shift of the timesteps towards noise; published: 5.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a chunk, 1 + a multiple of 4; published: 33.")] = None,
     color: Annotated[float, typer.Option(help="How far colours are moved to the portrait's, 0 to 1.")] = 1.0,
@@ -128,24 +156,10 @@ def run(
             " the seed on such a device; not with --compile on a GPU."
         ),
     ] = "counter",
-    compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the student, and record what the GPU does as CUDA graphs: faster, but for a longer start, the"
-            " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only.",
-        ),
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and warnings only.")] = False,
-    config: Annotated[  # noqa: ARG001  (read before the other options are)
-        Path | None,
-        typer.Option(
-            callback=_read_config,
-            is_eager=True,
-            help="TOML file of these options, such as size = '640x320'; the command line goes before it.",
-        ),
-    ] = None,
+    compiled: CompiledOption = None,
+    report: ReportOption = None,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
 ) -> None:
     """Generates a video of the portrait speaking the voice, as long as the voice."""
     _keep_memory()
@@ -201,6 +215,119 @@ def run(
     if report is not None:
         values = report_of(progress, pipeline.timer, pipeline.device, pipeline.settings | facts)
         _write_whole(report, json.dumps(values, indent=2) + "\n")
+
+
+@app.command(
+    epilog="Example: arecord -f S16_LE -r 16000 -t raw | python -m streaming live --image examples/portrait.jpg"
+    " --kind microphone --out talk.mp4"
+)
+def live(
+    image: ImageOption,
+    out: OutOption,
+    audio: Annotated[str, typer.Option(help="'-': standard input, raw PCM, signed 16-bit little-endian, mono.")] = "-",
+    rate: Annotated[int, typer.Option(help="Samples a second of the sound.")] = 16_000,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="segments: all sound is said, however fast it comes; while a minute of it waits, no more is read."
+            " microphone: sound is said at once or dropped."
+        ),
+    ] = "segments",
+    lag: Annotated[
+        str | None,
+        typer.Option(
+            help="Where generation is slower than real time: wait falls behind, drop drops sound of a microphone,"
+            " smaller takes fewer steps and then a smaller picture. Default: wait; for a microphone drop."
+        ),
+    ] = None,
+    wait_frames: Annotated[
+        int | None,
+        typer.Option(help="Frames of sound that a chunk waits for; fewer answer faster. Default: a chunk's, 28."),
+    ] = None,
+    snapshots: Annotated[
+        Path | None, typer.Option(help="Keep a snapshot of the session there, made anew after every chunk.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from this snapshot.")] = None,
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    wav2vec: Wav2vecOption = None,
+    random_weights: RandomWeightsOption = False,
+    size: SizeOption = None,
+    prompt: PromptOption = None,
+    seed: SeedOption = 9999,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    steps: StepsOption = 4,
+    compiled: CompiledOption = None,
+    report: ReportOption = None,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
+) -> None:
+    """Generates a video while its sound comes: the portrait listens, speaks and idles, until standard input ends."""
+    _keep_memory()
+    quiet = quiet or not _leads()
+    with stage("starting", quiet):
+        from streaming.decoding import FILE_RATES
+        from streaming.live.pipe import moments_of_pipe
+        from streaming.pipeline import TalkingHeadPipeline
+        from streaming.sinks import open_sink
+        from streaming.sources import SOUND_RATE
+    if audio != "-" or sys.stdin is None:
+        raise UserError(f"--audio {audio}: a live session hears standard input, '-'; `run` takes files")
+    if rate not in FILE_RATES:
+        raise UserError(f"--rate {rate}: name {FILE_RATES.start} to {FILE_RATES.stop - 1} samples a second")
+    if report is not None:
+        _write_whole(report, None)
+    pipeline = TalkingHeadPipeline.from_pretrained(
+        checkpoint or preset or "tiny",
+        preset=preset or ("flashtalk-14b" if checkpoint else None),
+        device=device,
+        precision=precision,
+        size=parse_size(size),
+        steps=steps,
+        compiled=compiled,
+        wav2vec=wav2vec,
+        random_weights=random_weights,
+        lazy=True,
+    )
+    facts = {"prompt": prompt, "seed": seed}
+    if pipeline.follows:
+        pipeline.follow(**facts)
+        return
+    with pipeline.leading():
+        chunk, portrait = pipeline.config.chunk, pipeline.portrait(image)
+        with open_sink(out, chunk.width, chunk.height, chunk.tgt_fps, SOUND_RATE, 1) as sink:
+            with stage("loading the models", quiet):
+                pipeline.load()
+            with pipeline.live(
+                portrait,
+                **facts,
+                kind=kind,  # pyright: ignore[reportArgumentType]  (it checks the words)
+                lag=lag,  # pyright: ignore[reportArgumentType]
+                wait_frames=wait_frames,
+                snapshots=snapshots,
+                resume=resume,
+                on_event=lambda event: None if quiet else print(_in_words(event), file=sys.stderr),
+            ) as session:
+                first = session.position
+                try:
+                    for _ in moments_of_pipe(session, cast(BufferedReader, sys.stdin.buffer), rate, sink):
+                        pass
+                finally:
+                    if report is not None:
+                        values = {"settings": pipeline.settings, "first_frame": first, "session": session.stats()}
+                        _write_whole(report, json.dumps(values, indent=2) + "\n")
+    if checkpoint is None:
+        print(_limits_of(str(pipeline.settings["preset"])), file=sys.stderr)
+
+
+def _in_words(event: Any) -> str:
+    """An event of a session in a line: "playback_started segment 0, index 41, at 12.3"."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    values = (
+        f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in vars(event).items()
+    )
+    return f"{name} {', '.join(values)}"
 
 
 def _leads() -> bool:

@@ -180,6 +180,14 @@ class ChunkGenerator:
 
         Frames come in groups, each as soon as it is decoded: the frames of one latent first, then of two at a time.
         """
+        return (yield from frames_of(self.stepwise(conditions, state, window)))
+
+    @torch.inference_mode()
+    def stepwise(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Frames | None, None, State]:
+        """`chunk`, which also yields None between two denoising steps, so that it can be abandoned there.
+
+        On a GPU a step has then been launched, but need not have begun.
+        """
         self._decode_stream.join()  # a chunk that was abandoned may have left work there
         conditions, motion = self._static_conditions(conditions), self._static_motion(state.motion)
         audio = self._encode_audio_early(window)
@@ -188,6 +196,7 @@ class ChunkGenerator:
         latents = self._denoise_step(0, None, inputs)
         decoded, cache = self._decode_motion(motion)  # once the student is busy, so that it need not wait for launches
         for i in range(1, len(self._modulations)):
+            yield None
             latents = self._denoise_step(i, latents, inputs)
         latents = self._static_latents(latents)  # a copy, as the next chunk's audio takes the student's memory
         self._last_step = self.audio_stream.record_event()
@@ -204,6 +213,17 @@ class ChunkGenerator:
                 new = max(overlap - group.frames.start, 0)
                 yield Frames(frames[new:], rgb[new:], finite)
         return State(state.seed, state.chunk + 1, self._encode_motion(last_frames).clone())
+
+    @torch.inference_mode()
+    def motion_of(self, rgb: Tensor) -> Tensor:
+        """The motion latents of frames that were shown, uint8 [motion_frames_num, height, width, 3].
+
+        What a chunk returns is made from its frames before they became bytes; this differs by that rounding only. Bytes
+        are truncated, so each stands for the middle of its level.
+        """
+        pixels = ((rgb.to(self.models.device).float() + 0.5) / 127.5 - 1).clamp(max=1)
+        pixels = pixels.permute(0, 3, 1, 2)
+        return self._encode([pixels if self._rows is None else self._rows.own(pixels)])
 
     # --- Stages, as functions of their arguments ---------------------------------------------------------------------
 
@@ -318,3 +338,14 @@ class ChunkGenerator:
     @property
     def _vae_dtype(self) -> torch.dtype:
         return next(self.models.vae.parameters()).dtype
+
+
+def frames_of(units: Generator[Frames | None, None, State]) -> Generator[Frames, None, State]:
+    """The frames among the units of a chunk, and what they return."""
+    while True:
+        try:
+            unit = next(units)
+        except StopIteration as end:
+            return end.value
+        if unit is not None:
+            yield unit

@@ -40,17 +40,23 @@ from model.portrait import keep_face
 from model.sampler import NUM_TIMESTEPS, TorchNoise
 from model.text import tokenize
 from model.weights.checkpoint import Models, load_models, preset_models
+from model.weights.digest import digest_of_weights
 from model.weights.quantize import is_fp8_checkpoint
 from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer, stream_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator
+from streaming.live.director import Lag
+from streaming.live.face import Way
+from streaming.live.opening import open_session, settings_of
+from streaming.live.session import Clock, LiveSession, MonotonicClock
+from streaming.live.timeline import Event
+from streaming.live.voice import Kind
 from streaming.ranks import (
     FollowingGenerator,
     LeadingGenerator,
     RankGroup,
     RankLostError,
-    digest,
     facts_of_machine,
     join,
 )
@@ -155,7 +161,7 @@ class TalkingHeadPipeline:
         self.timer = StageTimer(device)
         self._load, self._graphs, self._noise = load, graphs, noise
         self._models: Models | None = None
-        self._generators: dict[int, ChunkGenerator] = {}  # by denoising steps
+        self._generators: dict[tuple[int, Size], ChunkGenerator] = {}  # by denoising steps and picture
         self._busy = False
         self._group: RankGroup | None = None
         self._ranks: Ranks | None = None
@@ -300,7 +306,8 @@ class TalkingHeadPipeline:
             with nullcontext() if self._group is None else self._group.together():
                 models = self._load(self._ranks)
             if self._group is not None:
-                self._group.agree(digest({"the student": models.dit, "the VAE": models.vae}))
+                networks = {"weights of the student": models.dit, "weights of the VAE": models.vae}
+                self._group.agree({name: digest_of_weights([network])[:16] for name, network in networks.items()})
             self._models = models
         return self._models
 
@@ -323,7 +330,7 @@ class TalkingHeadPipeline:
             self._leading -= 1
             if self._group is not None and not self._leading:
                 with suppress(RankLostError):
-                    self._group.send(("end",))
+                    self._group.call(("end",))
 
     def follow(self, **arguments: Any) -> None:
         """On a rank other than 0: generates what rank 0 asks for, until its `leading` ends.
@@ -332,19 +339,20 @@ class TalkingHeadPipeline:
         0's, and `RankLostError` if another rank has ended.
         """
         assert self._group is not None
-        following: FollowingGenerator | None = None
+        following: dict[Any, FollowingGenerator] = {}
         while (message := self._group.receive())[0] != "end":
             kind, *values = message
             if kind == "load":
                 self.load()
             elif kind == "begin":
-                chunk, steps = values
                 self._group.agree(arguments)
-                self._resize((chunk.width, chunk.height))
-                following = FollowingGenerator(self._generator(steps))
+                self._resize(*values)
+                following.clear()
             else:
-                assert following is not None
-                following.repeat(kind, *values)
+                key, *inputs = values
+                if key not in following:
+                    following[key] = FollowingGenerator(self._generator(*key), self._group)
+                following[key].repeat(kind, *inputs)
 
     def portrait(self, image: Picture) -> NDArray[np.uint8]:
         """The portrait in the size of the video, RGB bytes [height, width, 3].
@@ -440,6 +448,94 @@ class TalkingHeadPipeline:
                 on_progress(progress)
             return progress
 
+    def live(
+        self,
+        image: Picture,
+        *,
+        prompt: str | None = None,
+        seed: int = 9999,
+        kind: Kind = "segments",
+        lag: Lag | None = None,
+        wait_frames: int | None = None,
+        max_queued: float = 60.0,
+        on_event: Callable[[Event], None] = lambda _: None,
+        snapshots: str | Path | None = None,
+        resume: str | Path | None = None,
+        clock: Clock | None = None,
+    ) -> LiveSession:
+        """A session without an end: sound is pushed while it comes, and the portrait listens, speaks and idles.
+
+        Args:
+            image: The portrait, as in `stream`.
+            prompt: What is to be seen. Default: a person talking.
+            seed: The same seed and the same sound, at the same times, give the same video.
+            kind: "segments" of a voice agent, which are never dropped, or a "microphone", which is always live.
+            lag: What happens where generation is slower than real time. "wait" falls behind; "drop" drops sound of a
+                microphone; "smaller" takes fewer steps, and then a smaller picture, which is enlarged. Default: "wait",
+                for a microphone "drop".
+            wait_frames: Frames of sound that a chunk waits for while more may come. Default: those that a chunk shows.
+                Fewer make speech start earlier, and need a machine that generates faster than real time.
+            max_queued: Seconds of sound that may wait.
+            on_event: Is called with each event, in the thread where it happened.
+            snapshots: A file that is replaced by a snapshot after every chunk.
+            resume: A file of a snapshot: the session goes on there. Portrait, prompt, configuration and weights must be
+                the same, and the seed is the snapshot's.
+            clock: Another clock than the system's.
+
+        Raises:
+            UserError: An argument cannot be used, or the snapshot is of another session.
+            RuntimeError: Another video of this pipeline is neither finished nor closed, or this is a rank other than 0,
+                which should `follow`.
+        """
+        settings = settings_of(self.config.chunk, kind, lag, wait_frames, max_queued)
+        if self.follows:
+            raise RuntimeError("only rank 0 has a live session; call `follow` on the others")
+        with ExitStack() as stack:
+            stack.enter_context(self.leading())
+            stack.enter_context(self._exclusive())
+            self.timer.clear()
+            portrait = self.portrait(image)
+            self.load()
+            self._begin_together(prompt=prompt, seed=seed)
+            prompt = prompt or DEFAULT_PROMPT
+            ways = [(None, None), *(self._cheaper_ways() if settings.lag == "smaller" else ())]
+            opened = ExitStack()
+            session = open_session(
+                settings,
+                self.load(),
+                [self._way(portrait, prompt, steps, size) for steps, size in ways],
+                portrait,
+                prompt,
+                seed,
+                noise=self._noise,
+                resume=Path(resume) if resume else None,
+                on_event=on_event,
+                snapshots=Path(snapshots) if snapshots else None,
+                clock=clock or MonotonicClock(),
+                release=opened.close,
+            )
+            opened.push(stack.pop_all())  # this pipeline is busy until the session is closed
+            return session
+
+    def _cheaper_ways(self) -> Iterator[tuple[int, Size | None]]:
+        """Steps and sizes that take less and less time, for a machine that does not keep up."""
+        steps = min(2, self.config.chunk.sample_steps)
+        if steps < self.config.chunk.sample_steps:
+            yield steps, None
+        stride = self.config.vae.spatial_stride * self.config.dit.patch_size[1]
+        for share in (0.75, 0.5):
+            sides = (self.config.chunk.width, self.config.chunk.height)
+            width, height = (max(stride, round(side * share / stride) * stride) for side in sides)
+            yield steps, (width, height)
+
+    def _way(self, portrait: NDArray[np.uint8], prompt: str, steps: int | None, size: Size | None) -> Way:
+        """A generator of the session's portrait."""
+        generator = self._led(steps, size)
+        chunk = generator.config.chunk
+        picture = resize_center_crop(Image.fromarray(portrait), chunk.height, chunk.width)
+        ids = tokenize(prompt, self.config.text, self.config.dit.text_len, self.load().folder)
+        return Way(generator, generator.prepare(picture, ids))
+
     def close(self) -> None:
         """Frees the networks and what belongs to them. A later call loads them again."""
         self._generators.clear()
@@ -529,14 +625,9 @@ class TalkingHeadPipeline:
         """A session at its start, the slices of its sound, and what makes windows of features of them."""
         check_choice("audio_mode", audio_mode, ("stream", "once"))
         check_choice("loudness", loudness, ("steady", "published"))
-        steps = self.config.chunk.sample_steps if steps is None else steps
         portrait = torch.from_numpy(self.portrait(image)).permute(2, 0, 1)
-        models, chunk = self.load(), self.config.chunk
-        generator: ChunkGenerator | LeadingGenerator = self._generator(steps)
-        if self._group is not None:
-            self._group.send(("begin", chunk, steps))
-            self._group.agree({"prompt": prompt, "seed": seed, "audio_mode": audio_mode, "loudness": loudness})
-            generator = LeadingGenerator(generator, self._group)
+        models, generator, chunk = self.load(), self._led(steps), self.config.chunk
+        self._begin_together(prompt=prompt, seed=seed, audio_mode=audio_mode, loudness=loudness)
         self.timer.clear()
         ids = tokenize(prompt or DEFAULT_PROMPT, self.config.text, self.config.dit.text_len, models.folder)
         session = Session(generator, generator.prepare(portrait, ids), seed)
@@ -548,23 +639,36 @@ class TalkingHeadPipeline:
             featurizer = stream_featurizer(models.audio, chunk, loudness)
         return session, slices, on_stream(featurizer, generator.audio_stream)
 
+    def _begin_together(self, **arguments: Any) -> None:
+        """Begins a video on all ranks; raises `UserError` on all if they were given other arguments."""
+        if self._group is not None:
+            self._group.call(("begin", (self.config.chunk.width, self.config.chunk.height)))
+            self._group.agree(arguments)
+
     def _followed(self, **arguments: Any) -> Iterator[Group]:
         """No frames; follows rank 0 when the first one is asked for."""
         self.follow(**arguments)
         yield from ()
 
-    def _generator(self, steps: int) -> ChunkGenerator:
-        """The generator of this number of steps, made when it is first asked for."""
+    def _led(self, steps: int | None, size: Size | None = None) -> ChunkGenerator | LeadingGenerator:
+        """The generator of this number of steps and size, with those of the other ranks; None: those of `config`."""
+        steps = self.config.chunk.sample_steps if steps is None else steps
+        size = size or (self.config.chunk.width, self.config.chunk.height)
+        generator = self._generator(steps, size)
+        return generator if self._group is None else LeadingGenerator(generator, self._group, (steps, size))
+
+    def _generator(self, steps: int, size: Size) -> ChunkGenerator:
+        """The generator of this number of steps and size, made when it is first asked for."""
         steps = _checked_steps(steps)
-        if steps not in self._generators:
+        if (steps, size) not in self._generators:
             models = self.load()
-            config = replace(models.config, chunk=replace(self.config.chunk, sample_steps=steps))
+            chunk = replace(self.config.chunk, sample_steps=steps, width=size[0], height=size[1])
+            config = replace(models.config, chunk=chunk)
             noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
             graphs = partial(CudaGraphs, self.device) if self._graphs else None
-            self._generators[steps] = ChunkGenerator(
-                replace(models, config=config), self.timer, noise, graphs, self._ranks
-            )
-        return self._generators[steps]
+            generator = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs, self._ranks)
+            self._generators[steps, size] = generator
+        return self._generators[steps, size]
 
 
 def _checked_steps(steps: int) -> int:

@@ -13,32 +13,30 @@ machine has stopped, ends all others, which might wait for ever for what it owes
 """
 
 import atexit
-import hashlib
 import os
 import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from model.errors import UserError
 from model.machine import package_version
 from model.parallel.ranks import ProcessGroups, Ranks, ulysses_degree
-from streaming.generator import ChunkGenerator, Conditions, Frames, State
+from streaming.generator import ChunkGenerator, Conditions, Frames, State, frames_of
 
 BEAT = 1.0  # seconds between signs of life
 LOST_AFTER = 5.0  # seconds without one
 FOREVER = timedelta(days=365)  # a live session may be silent for long; lost ranks are found by their signs of life
 EXIT_LOST = 3  # exit code of a rank that ends because another one is lost
-SAMPLE = 4096  # elements of a parameter that its digest sees
 T = TypeVar("T")
 
 
@@ -52,6 +50,7 @@ class RankGroup:
     def __init__(self, rank: int, world: int) -> None:
         """Use `join`."""
         self.rank, self.world = rank, world
+        self.asked = False  # whether the others wait to be told if the chunk in work goes on
         self._ranks: Ranks | None = None
         self._life: SignsOfLife | None = None
 
@@ -108,6 +107,17 @@ class RankGroup:
         """On rank 0: gives the message, any picklable value, to all other ranks."""
         with noticing_losses():
             dist.broadcast_object_list([message], src=0, device=torch.device("cpu"))
+
+    def go_on(self, goes_on: bool) -> None:
+        """On rank 0: tells the others, if they wait for it, whether the chunk in work goes on."""
+        if self.asked:
+            self.asked = goes_on
+            self.send(goes_on)
+
+    def call(self, message: Any) -> None:
+        """On rank 0: gives a message to the others; a chunk that is still in work is given up."""
+        self.go_on(False)
+        self.send(message)
 
     def receive(self) -> Any:
         """On another rank: waits for the next message of rank 0."""
@@ -179,87 +189,95 @@ def facts_of_machine() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: str(package_version(name)) for name in names}
 
 
-def digest(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """A hash of each network's parameters, of up to `SAMPLE` elements of each, which differs if weights do."""
-    found = {}
-    for name, module in modules.items():
-        hashed = hashlib.sha256()
-        for key, tensor in module.state_dict().items():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu()
-            hashed.update(key.encode() + sample.contiguous().view(torch.uint8).numpy().tobytes())
-        found[f"weights of {name}"] = hashed.hexdigest()[:16]
-    return found
-
-
 # --- Leading and following ------------------------------------------------------------------------------------------
 
 
 class LeadingGenerator:
-    """A `ChunkGenerator` on rank 0 whose calls the other ranks repeat."""
+    """A `ChunkGenerator` on rank 0 whose calls the other ranks repeat.
 
-    def __init__(self, generator: ChunkGenerator, group: RankGroup) -> None:
-        self._generator, self._group = generator, group
-        self.audio_stream = generator.audio_stream
+    A chunk goes on everywhere only while it is asked for here, so it may be given up between any two of its units.
+    """
+
+    def __init__(self, generator: ChunkGenerator, group: RankGroup, key: Hashable) -> None:
+        """`key` names the generator; the other ranks have one of the same name."""
+        self.config, self.models, self.audio_stream = generator.config, generator.models, generator.audio_stream
+        self._generator, self._group, self._key = generator, group, key
         self._last: State | None = None  # what the last chunk returned, here and on the other ranks
 
     def prepare(self, image: Tensor, ids: Tensor) -> Conditions:
         """As `ChunkGenerator.prepare`. Chunks that follow are of these conditions."""
-        self._group.send(("prepare", image, ids))
-        return self._generator.prepare(image, ids)
+        return self._called("prepare", image, ids)
 
     def start(self, conditions: Conditions, seed: int) -> State:
         """As `ChunkGenerator.start`."""
         return self._generator.start(conditions, seed)
 
     def chunk(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Frames, None, State]:
-        """As `ChunkGenerator.chunk`. If it is closed before its end, the rest is generated nevertheless, as by all."""
-        known = state is self._last
-        plain = None if known else (state.seed, state.chunk, state.motion.cpu())
-        self._group.send(("chunk", plain, window.cpu()))
-        frames = self._generator.chunk(conditions, state, window)
-        with noticing_losses():
-            while True:
+        """As `ChunkGenerator.chunk`."""
+        return (yield from frames_of(self.stepwise(conditions, state, window)))
+
+    def stepwise(self, conditions: Conditions, state: State, window: Tensor) -> Generator[Frames | None, None, State]:
+        """As `ChunkGenerator.stepwise`."""
+        plain = None if state is self._last else (state.seed, state.chunk, state.motion.cpu())
+        self._group.call(("stepwise", self._key, plain, window.cpu()))
+        self._group.asked = True
+        units = self._generator.stepwise(conditions, state, window)
+        while True:
+            with noticing_losses():
                 try:
-                    group = next(frames)
+                    unit = next(units)
                 except StopIteration as end:
-                    self._last = end.value
+                    self._group.asked, self._last = False, end.value
                     return end.value
-                try:
-                    yield group
-                except GeneratorExit:
-                    for _ in frames:
-                        pass
-                    raise
+            try:
+                yield unit
+            except GeneratorExit:
+                self._group.go_on(False)
+                raise
+            self._group.go_on(True)
+
+    def motion_of(self, rgb: Tensor) -> Tensor:
+        """As `ChunkGenerator.motion_of`."""
+        return self._called("motion_of", rgb)
+
+    def _called(self, method: str, *arguments: Tensor) -> Any:
+        self._group.call((method, self._key, *(x.cpu() for x in arguments)))
+        with noticing_losses():
+            return getattr(self._generator, method)(*arguments)
 
 
 class FollowingGenerator:
     """A `ChunkGenerator` on another rank, which repeats what rank 0 does with its own."""
 
-    def __init__(self, generator: ChunkGenerator) -> None:
-        self._generator = generator
+    def __init__(self, generator: ChunkGenerator, group: RankGroup) -> None:
+        self._generator, self._group = generator, group
         self._conditions: Conditions | None = None
         self._state: State | None = None
 
-    def repeat(self, kind: str, *arguments: Any) -> None:
+    def repeat(self, method: str, *arguments: Any) -> None:
         """Does what a message of `LeadingGenerator` says."""
         with noticing_losses():
-            if kind == "prepare":
+            if method == "prepare":
                 self._conditions = self._generator.prepare(*arguments)
+            elif method == "motion_of":
+                self._generator.motion_of(*arguments)
+            else:
+                self._chunk(*arguments)
+
+    def _chunk(self, plain: tuple[int, int, Tensor] | None, window: Tensor) -> None:
+        state = self._state if plain is None else State(*plain)
+        assert self._conditions is not None
+        assert state is not None
+        units = self._generator.stepwise(self._conditions, state, window)
+        goes_on = True
+        while goes_on:
+            try:
+                next(units)
+            except StopIteration as end:
+                self._state = end.value
                 return
-            plain, window = arguments
-            state = self._state if plain is None else State(*plain)
-            assert self._conditions is not None
-            assert state is not None
-            self._state = _last_value(self._generator.chunk(self._conditions, state, window))
-
-
-def _last_value(frames: Generator[Frames, None, State]) -> State:
-    while True:
-        try:
-            next(frames)
-        except StopIteration as end:
-            return end.value
+            goes_on = self._group.receive()
+        units.close()
 
 
 # --- Signs of life --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
+from profiling.soak import soak_lines
 from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 TARGETS = Path(__file__).parents[1] / "analyse" / "targets.toml"
@@ -83,7 +84,7 @@ def performance_page(runs: Sequence[tuple[str, Run]]) -> str:
     except UserError:  # no chunk was measured, or too little to project from
         projector = None
     projected = (*step_table(projector), "", *projections(projector, projected_goals(runs)), "") if projector else ()
-    lines = [*_variants(runs), "", *projected, CASES_HEAD, *_cases(runs), *_quality(runs)]
+    lines = [*_variants(runs), "", *projected, CASES_HEAD, *_cases(runs), *_quality(runs), *_soak(runs)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
@@ -233,6 +234,20 @@ def _quality(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
             yield _row(*("---" for _ in range(4)))
             for row in long:
                 yield _row(row.setting, row.measure, number(row.value), f"{number(row.low)} to {number(row.high)}")
+            yield ""
+
+
+def _soak(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    """A table for each live session that was treated at random."""
+    for file, run in runs:
+        for result in run.soak:
+            link, day, device, commit = _source(file, run)
+            yield "## Live session\n"
+            yield f"`{run.command}`, threads: {run.machine.units}: {link}, {day}, {device}, {commit}\n"
+            yield _row("what", "value")
+            yield _row("---", "---")
+            for line in soak_lines(result):
+                yield _row(*line)
             yield ""
 
 

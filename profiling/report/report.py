@@ -24,7 +24,7 @@ from profiling.analyse.verdicts import Comparison
 from profiling.ceilings import with_launched_copy
 from profiling.defaults import default_backend
 from profiling.formats import load
-from profiling.report import figures, quality
+from profiling.report import figures, quality, soak
 from profiling.report.history import history
 from profiling.report.roofline import roofline
 from profiling.report.verdict import (
@@ -38,6 +38,7 @@ from profiling.report.verdict import (
     tiles,
 )
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
+from profiling.soak import soak_lines
 from profiling.tables import (
     AUDIT_UNITS,
     STEP,
@@ -121,6 +122,8 @@ def draw_figures(found: Evidence) -> Drawn:
     functions = {
         "quality": quality.measures,
         "drift": quality.drift,
+        "soak": soak.soak_tracks,
+        "latencies": soak.soak_latencies,
         "timeline": figures.timeline,
         "roofline": roofline,
         "history": partial(history, others=[run for _, run in found.others]),
@@ -160,6 +163,7 @@ def render_page(found: Evidence, drawn: Drawn) -> str:
         cases=[CaseGroup.of(case, run) for case in run.cases],
         settings=settings,
         quality_lines=lines,
+        soak=[list(soak_lines(result)) for result in run.soak],
         variants=rows,
         variant_lines=list(variant_lines(rows)),
         audit=[(result, *_modelled(result)) for result in run.audit],
@@ -280,6 +284,7 @@ def report_json(run: Run) -> dict[str, Any]:
         "variants": _plain(variant_rows(run)),
         "audit": _plain(run.audit),
         "quality": _plain(run.quality),
+        "soak": _plain(run.soak),
         "notes": list(run.notes),
     }
 
@@ -300,6 +305,9 @@ def show(found: Evidence, console: Console) -> None:
         console.print(measurement_table(measurement_rows(run)))
     if run.quality:
         console.print(quality_table(run.quality))
+    for result in run.soak:
+        for name, value in soak_lines(result):
+            console.print(f"{name}: {value}", markup=False, highlight=False)
     if run.audit:
         console.print(audit_table(run.audit))
     for tile in found.tiles:

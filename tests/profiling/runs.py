@@ -27,6 +27,7 @@ from profiling.results import (
     StageInterval,
     VariantResult,
 )
+from profiling.soak import Latency, Soak
 
 GPU = Machine(
     "cuda",
@@ -312,3 +313,28 @@ def quality(settings: Sequence[str] = ("fp32, 4 steps, 33 frames", "bf16, 2 step
             track = tuple(float(x) for x in 5 + rng.normal(0, 0.2, 40).cumsum())
             rows.append(Quality(setting, f"{measure}, last over first 10 of 40 chunks", 1.1, 1.0, 1.2, track))
     return tuple(rows)
+
+
+def soak() -> Soak:
+    """A session of three readings, without a fault."""
+    latencies = (
+        Latency("silence_to_speech", 4, 0.6, 0.9, 0.9, 0.95, (0.5, 0.7, 0.9, 1.0), (0, 3, 0, 1, 0)),
+        Latency("interrupt_to_speech", 0, None, None, None, 0.0, (0.5,), (0, 0)),
+    )
+    names = ("resident_bytes", "queued_frames", "made_frames", "descriptors", "threads", "distance_lab", "load")
+    counts = (
+        "interrupts",
+        "cut",
+        "abandoned",
+        "stalls",
+        "stalled_s",
+        "consumer_late_s",
+        "late_s",
+        "most_queued_frames",
+        "most_made_frames",
+    )
+    return Soak(
+        "tiny, 64 x 64, 2 steps", 3.0, 75, 0, 0, 0, 0.0, 0.0, 1e6, {"queued_frames": 1501, "made_frames": 56},
+        dict.fromkeys(counts, 3.0), latencies, {"whole chunks": 2.0}, {"whole chunks": 3.0},
+        {"seconds": (1.0, 2.0, 3.0)} | dict.fromkeys(names, (30.0, 40.0, 35.0)),
+    )  # fmt: skip

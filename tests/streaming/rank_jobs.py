@@ -53,32 +53,43 @@ def chunks(ranks: Ranks | None, name: str, count: int) -> tuple[Tensor, list[tup
     return torch.cat(rgb), shapes
 
 
-def led(ranks: Ranks, name: str) -> Tensor | None:
-    """Two videos that rank 0 leads; the first is given up after some frames. The frames of the second, on rank 0."""
+def led(ranks: Ranks, name: str) -> tuple[Tensor, Tensor] | None:
+    """On rank 0: motion latents of the portrait, and the frames of two chunks.
+
+    Before them a chunk is given up between two steps, after them another one is, without being closed.
+    """
     group, generator = RankGroup(ranks.rank, ranks.world), new_generator(ranks, name)
     if not group.leads:
-        following = FollowingGenerator(generator)
+        following = FollowingGenerator(generator, group)
         while (message := group.receive())[0] != "end":
-            following.repeat(*message)
+            method, _, *arguments = message
+            following.repeat(method, *arguments)
         return None
-    leading, rgb = LeadingGenerator(generator, group), []
-    for video in range(2):
-        conditions = leading.prepare(portrait(name), IDS)
-        state = leading.start(conditions, 7)
-        for window in windows(name, 2):
-            frames = leading.chunk(conditions, state, window)
-            if not video:
-                next(frames)
-                frames.close()
+    leading, rgb = LeadingGenerator(generator, group, "the only one"), []
+    conditions = leading.prepare(portrait(name), IDS)
+    state = leading.start(conditions, 7)
+    given_up = leading.stepwise(conditions, state, next(windows(name, 1)))
+    assert next(given_up) is None
+    given_up.close()
+    motion = leading.motion_of(still(name))
+    for window in windows(name, 2):
+        frames = leading.chunk(conditions, state, window)
+        while True:
+            try:
+                rgb.append(next(frames).rgb.clone())
+            except StopIteration as end:
+                state = end.value
                 break
-            while True:
-                try:
-                    rgb.append(next(frames).rgb.clone())
-                except StopIteration as end:
-                    state = end.value
-                    break
-    group.send(("end",))
-    return torch.cat(rgb)
+    open_at_the_end = leading.chunk(conditions, state, next(windows(name, 1)))
+    next(open_at_the_end)
+    group.call(("end",))
+    return motion, torch.cat(rgb)
+
+
+def still(name: str) -> Tensor:
+    """The portrait as the frames that motion latents are made from."""
+    count = CONFIGS[name].chunk.motion_frames_num
+    return portrait(name).permute(1, 2, 0).expand(count, -1, -1, -1).contiguous()
 
 
 def refused(ranks: Ranks, facts: list[dict[str, Any]]) -> str:
