@@ -232,11 +232,7 @@ class Director:
             self.durations.clear()
 
     def _next_start(self, now: float) -> Start:
-        """Where and when the next chunk begins.
-
-        Sound that waits comes as early as a chunk can follow what is shown, in place of filler. It goes first; then what
-        is in work; then a segment whose sound has not all come, at the last moment; then the face idles.
-        """
+        """First sound that waits, in place of filler; then what is in work; then sound that is awaited; then idling."""
         made, sound = self._made_end, self.voice.frames
         whole = len(sound) >= self.options.wait_frames or not self.voice.arriving
         last = self._last_planned
