@@ -232,6 +232,7 @@ class Director:
             self.durations.clear()
 
     def _next_start(self, now: float) -> Start:
+        """First sound that waits, in place of filler; then what is in work; then sound that is awaited; then idling."""
         made, sound = self._made_end, self.voice.frames
         whole = len(sound) >= self.options.wait_frames or not self.voice.arriving
         last = self._last_planned
@@ -260,16 +261,13 @@ class Director:
                 self._keep_microphone_live(now)
             taken = self.voice.take(self._chunk.new_frames)
         sounds = (*taken, *[self._filler] * (self._chunk.new_frames - len(taken)))
-        before = replace(self._waiting_state(), number=self.next_number)
+        if self.next_state is None:
+            raise RuntimeError("a chunk was begun while another is in work")
+        before = replace(self.next_state, number=self.next_number)
         chunk = Chunk(before, self.quality.index, self._made_end, sounds, 0)
         self.work = Work(chunk, self.face.generate(before, chunk.speech, chunk.quality), now, now)
         self.next_state = None
         self.next_number += 1
-
-    def _waiting_state(self) -> FaceState:
-        if self.next_state is None:
-            raise RuntimeError("a chunk was begun while another is in work")
-        return self.next_state
 
     def _keep(self, work: Work, whole: bool) -> None:
         """Keeps the frames that a chunk in work has made."""

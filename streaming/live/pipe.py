@@ -66,9 +66,10 @@ def moments_of_pipe(session: LiveSession, pipe: Pipe, rate: int, sink: Sink) -> 
 
     Raises `UserError` if the pipe ends before the first sample, or if the sink takes no more.
     """
+    resumed = session.state != State.IDLE  # it has something to say as it is
     reader = PipeReader(session, pipe, rate)
     for moment in session.moments():
-        if reader.ended and not (reader.samples or reader.failure):
+        if reader.ended and not (reader.samples or reader.failure or resumed):
             raise UserError("no sound came on stdin; pipe in signed 16-bit little-endian mono PCM")
         sink.write(moment.rgb[None], moment.sound[:, None])
         yield moment

@@ -192,7 +192,7 @@ def test_a_smaller_picture_keeps_up() -> None:
     assert set(stage.face.drawn[-20:]) == {2}
 
 
-@pytest.mark.parametrize("ppm", [-600, 0, 600])
+@pytest.mark.parametrize("ppm", [-1000, 0, 1000])
 def test_a_microphone_is_heard_without_gaps_whatever_its_clock(ppm: int) -> None:
     """Sound every 40 ms by a clock that is wrong, with a second of silence in every ten: only that is corrected."""
     stage = Stage(kind="microphone", lag="drop")
@@ -205,10 +205,10 @@ def test_a_microphone_is_heard_without_gaps_whatever_its_clock(ppm: int) -> None
         stage.at(0.04 * (1 + ppm * 1e-6), lambda: send(k + 1))
 
     stage.at(1, send)
-    stage.run(900)
+    stage.run(500)
     counts = stage.director.stats.counts
-    assert max(delays[1000:]) < 1.12 + 0.33 + 0.1 + 0.08 + 0.2
-    assert counts.dropped_s == pytest.approx(max(0, -ppm * 1e-6 * 900), abs=0.1)
+    assert max(delays[500:]) < 1.12 + 0.33 + 0.1 + 0.08 + 0.2
+    assert counts.dropped_s == pytest.approx(max(0, -ppm * 1e-6 * 500), abs=0.1)
     assert counts.late_s == 0
     assert counts.stalls == 0
 
