@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -29,21 +29,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.command import check_choice
-from model.compile import load_compiled
-from model.config import BUNDLED, DEFAULT_PROMPT, PRECISIONS, PRESETS, Config
+from model.config import DEFAULT_PROMPT
 from model.errors import UserError
 from model.image import load_image, resize_center_crop
 from model.parallel.ranks import Ranks
 from model.parallel.rows import RowSplit
 from model.parallel.tokens import TokenSplit
 from model.portrait import keep_face
-from model.sampler import NUM_TIMESTEPS, TorchNoise
+from model.sampler import TorchNoise
 from model.text import tokenize
-from model.weights.checkpoint import Models, load_models, preset_models
+from model.weights.checkpoint import Models
 from model.weights.digest import digest_of_weights
-from model.weights.quantize import is_fp8_checkpoint
 from streaming.audio_features import AudioFeaturizer, on_stream, once_featurizer, stream_featurizer
 from streaming.auto_size import Size, largest_in_time, sizes_like
+from streaming.choice import MAX_SIDE, Choice, checked_steps, choose
 from streaming.cuda_graphs import CudaGraphs
 from streaming.generator import ChunkGenerator
 from streaming.live.director import Lag
@@ -62,79 +61,15 @@ from streaming.ranks import (
 )
 from streaming.session import Group, Session, play, run
 from streaming.sinks import Sink, open_sink
-from streaming.sources import SOUND_RATE, ArraySource, FileSource, Slice, Source
+from streaming.sources import ArraySource, FileSource, Slice, Source
 from streaming.timers import StageTimer
-from streaming.writer import Progress, check_finite
+from streaming.video_stream import NoSound, VideoStream
+from streaming.writer import Progress
 
 MIN_PORTRAIT = 16  # pixels a side
-MAX_SIDE = 4096  # pixels
-MAX_SHIFT = 100.0
 
 Picture = str | Path | Image.Image | NDArray[np.uint8]
 Sound = str | Path | tuple[NDArray[np.floating], int] | Source
-
-
-class _NoSound(NamedTuple):
-    """The sound of a stream on a rank that gives no frames."""
-
-    rate: int = SOUND_RATE
-    channels: int = 1
-    duration: float | None = 0.0
-
-
-class VideoFrames(NamedTuple):
-    """Consecutive frames of the video and the sound that is heard while they are shown."""
-
-    rgb: NDArray[np.uint8]  # [n, height, width, 3]
-    sound: NDArray[np.float32]  # [samples, channels], in [-1, 1]
-
-
-class VideoStream:
-    """An iterator over the `VideoFrames` of one portrait and one voice, in order, each group as soon as it is decoded.
-
-    Attributes:
-        fps: frames a second of the video.
-        rate: samples a second of the sound.
-        channels: of the sound, 1 or 2.
-        duration: of the sound in seconds, None if its end is not known.
-        frames: how many were given so far.
-    """
-
-    def __init__(
-        self, groups: Iterator[Group], source: Source | _NoSound, fps: int, release: Callable[[], None]
-    ) -> None:
-        """Use `TalkingHeadPipeline.stream`."""
-        self.fps, self.rate, self.channels, self.duration = fps, source.rate, source.channels, source.duration
-        self.frames = 0
-        self._groups, self._release = groups, release
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> VideoFrames:
-        try:
-            group = next(self._groups)
-            rgb = group.rgb.cpu().numpy()
-            check_finite(bool(group.finite), self.frames)
-        except BaseException:
-            self.close()
-            raise
-        self.frames += len(rgb)
-        return VideoFrames(rgb, group.sound)
-
-    def close(self) -> None:
-        """Ends the video and closes its files. Then the pipeline can begin another one."""
-        self._groups = iter(())
-        self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class TalkingHeadPipeline:
@@ -147,19 +82,11 @@ class TalkingHeadPipeline:
         timer: the stages of the video that is made, or was made last.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        load: Callable[[Ranks | None], Models],
-        device: torch.device,
-        graphs: bool,
-        noise: str,
-        settings: Any,
-    ) -> None:
+    def __init__(self, choice: Choice) -> None:
         """Use `from_pretrained`."""
-        self.config, self.device, self.settings = config, device, settings
-        self.timer = StageTimer(device)
-        self._load, self._graphs, self._noise = load, graphs, noise
+        self.config, self.device, self.settings = choice.config, choice.device, choice.settings
+        self.timer = StageTimer(choice.device)
+        self._choice, self._noise = choice, str(choice.settings["noise"])
         self._models: Models | None = None
         self._generators: dict[tuple[int, Size], ChunkGenerator] = {}  # by denoising steps and picture
         self._busy = False
@@ -216,10 +143,11 @@ class TalkingHeadPipeline:
         """
         group = join("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         with nullcontext() if group is None else group.together():
-            pipeline = cls._chosen(
+            choice = choose(
                 model, preset, device, precision, size, frames, steps, shift, color, compiled, wav2vec, noise,
                 random_weights,
             )  # fmt: skip
+        pipeline = cls(choice)
         if group is not None:
             pipeline._join(group)
         if size == "auto":
@@ -227,65 +155,6 @@ class TalkingHeadPipeline:
         if not lazy:
             pipeline.load()
         return pipeline
-
-    @classmethod
-    def _chosen(
-        cls,
-        model: str | Path,
-        preset: str | None,
-        device: str,
-        precision: str,
-        size: tuple[int, int] | Literal["auto"] | None,
-        frames: int | None,
-        steps: int,
-        shift: float | None,
-        color: float,
-        compiled: bool | None,
-        wav2vec: str | Path | None,
-        noise: str,
-        random_weights: bool,
-    ) -> Self:
-        """A pipeline by the arguments of `from_pretrained`, with nothing loaded."""
-        folder = None if str(model) in PRESETS else Path(model)
-        if folder is None and preset not in (None, str(model)):
-            raise UserError(f"preset {preset}: {model} is the preset already; name a checkpoint's folder or one preset")
-        if folder is not None and random_weights:
-            raise UserError("a checkpoint and random weights exclude each other")
-        name = preset or ("flashtalk-14b" if folder else str(model))
-        check_choice("preset", name, PRESETS)
-        if folder is None and name not in BUNDLED and not random_weights:
-            raise UserError(f"preset {name} needs the folder of a checkpoint (or random weights, which draw noise)")
-        check_choice("device", device, ("auto", "cpu", "cuda"))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device cuda: PyTorch sees no NVIDIA GPU here; use cpu")
-        if precision == "auto":
-            eight = folder is not None and is_fp8_checkpoint(folder)
-            precision = "fp8" if eight else "bf16" if device == "cuda" else "fp32"
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("noise", noise, ("counter", "torch"))
-        compiled = device == "cuda" if compiled is None else compiled
-        if noise == "torch" and compiled and device == "cuda":
-            raise UserError("noise torch: CUDA graphs cannot hold a generator's draws; do not compile, or take counter")
-
-        where, dtypes, speech = torch.device(device), PRECISIONS[precision], Path(wav2vec) if wav2vec else None
-        preset_size = (PRESETS[name].chunk.width, PRESETS[name].chunk.height)
-        first = preset_size if size is None or size == "auto" else size
-        config = _configured(PRESETS[name], first, frames, steps, shift, color)
-
-        def load(ranks: Ranks | None) -> Models:
-            if compiled:
-                return load_compiled(config, folder, where, dtypes, speech, ranks)
-            if folder is not None:
-                return load_models(config, folder, where, dtypes, speech)
-            return preset_models(config, where, dtypes)
-
-        settings = {
-            "preset": name, "checkpoint": str(folder) if folder else None, "precision": precision, "noise": noise,
-            "compiled": compiled, "steps": steps, "chunk": asdict(config.chunk),
-        }  # fmt: skip
-        return cls(config, load, where, compiled and device == "cuda", noise, settings)
 
     def _join(self, group: RankGroup) -> None:
         """Makes this one of the pipelines that generate together; raises `UserError` on all if they cannot."""
@@ -304,7 +173,7 @@ class TalkingHeadPipeline:
                 self._group.send(("load",))
             torch.backends.cudnn.allow_tf32 = False
             with nullcontext() if self._group is None else self._group.together():
-                models = self._load(self._ranks)
+                models = self._choice.load(self._ranks)
             if self._group is not None:
                 networks = {"weights of the student": models.dit, "weights of the VAE": models.vae}
                 self._group.agree({name: digest_of_weights([network])[:16] for name, network in networks.items()})
@@ -403,7 +272,7 @@ class TalkingHeadPipeline:
         """
         if self.follows:
             followed = self._followed(prompt=prompt, seed=seed, audio_mode=audio_mode, loudness=loudness)
-            return VideoStream(followed, _NoSound(), self.config.chunk.tgt_fps, lambda: None)
+            return VideoStream(followed, NoSound(), self.config.chunk.tgt_fps, lambda: None)
         with ExitStack() as stack:
             stack.enter_context(self.leading())
             source = self._open(audio, stack)
@@ -557,7 +426,7 @@ class TalkingHeadPipeline:
             with self.leading():
                 self._measure_sizes()
         if self._group is not None:
-            measured = self._group.share(self.settings.get("measured"))
+            measured: Any = self._group.share(self.settings.get("measured"))
             self._resize(tuple(measured["size"]))
             self.settings["measured"] = measured
 
@@ -659,55 +528,13 @@ class TalkingHeadPipeline:
 
     def _generator(self, steps: int, size: Size) -> ChunkGenerator:
         """The generator of this number of steps and size, made when it is first asked for."""
-        steps = _checked_steps(steps)
+        steps = checked_steps(steps)
         if (steps, size) not in self._generators:
             models = self.load()
             chunk = replace(self.config.chunk, sample_steps=steps, width=size[0], height=size[1])
             config = replace(models.config, chunk=chunk)
             noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
-            graphs = partial(CudaGraphs, self.device) if self._graphs else None
+            graphs = partial(CudaGraphs, self.device) if self._choice.graphs else None
             generator = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs, self._ranks)
             self._generators[steps, size] = generator
         return self._generators[steps, size]
-
-
-def _checked_steps(steps: int) -> int:
-    if not 1 <= steps <= NUM_TIMESTEPS:
-        raise UserError(f"steps {steps}: name a number from 1 to {NUM_TIMESTEPS}")
-    return steps
-
-
-def _configured(
-    preset: Config, size: tuple[int, int] | None, frames: int | None, steps: int, shift: float | None, color: float
-) -> Config:
-    """The preset with another picture, chunk or sampling."""
-    chunk, stride = preset.chunk, preset.vae.spatial_stride * preset.dit.patch_size[1]
-    width, height = size or (chunk.width, chunk.height)
-    for name, pixels in (("width", width), ("height", height)):
-        if pixels % stride or not stride <= pixels <= MAX_SIDE:
-            below = min(max(pixels // stride * stride, stride), MAX_SIDE)
-            fits = f"{below} or {below + stride}" if below + stride <= MAX_SIDE and below < pixels else f"{below}"
-            wanted = f"a multiple of {stride} up to {MAX_SIDE}, such as {fits}"
-            raise UserError(f"size {width}x{height}: the {name} must be {wanted}")
-    frames = chunk.frame_num if frames is None else frames
-    group, longest = preset.vae.temporal_stride, chunk.cached_frames
-    if (frames - 1) % group or not chunk.motion_frames_num < frames <= longest:
-        least = chunk.motion_frames_num + group
-        raise UserError(
-            f"frames {frames}: a chunk has {least}, {least + group}, {least + 2 * group} ... frames, at most {longest}"
-        )
-    shift = chunk.sample_shift if shift is None else shift
-    if not 0 < shift <= MAX_SHIFT:
-        raise UserError(f"shift {shift}: name a number above 0, at most {MAX_SHIFT:g}; the published code has 5")
-    if not 0 <= color <= 1:
-        raise UserError(f"color {color}: name a number from 0 (colours as generated) to 1 (those of the portrait)")
-    chunk = replace(
-        chunk,
-        width=width,
-        height=height,
-        frame_num=frames,
-        sample_steps=_checked_steps(steps),
-        sample_shift=shift,
-        color_correction_strength=color,
-    )
-    return replace(preset, chunk=chunk)

@@ -39,6 +39,7 @@ from profiling.machine import describe_machine, resolve_device
 from profiling.results import Quality, Run, as_json_text, now, save, to_json
 from profiling.tables import quality_table, terminal
 from streaming import TalkingHeadPipeline
+from streaming.choice import Choice
 
 SEED = 0  # of people and voices, the same in every run, so that runs can be compared
 DRIFT_PORTRAITS = 4
@@ -269,9 +270,7 @@ def _pipeline(setting: Setting, color: float, preset: str, device: str) -> Talki
         return TalkingHeadPipeline.from_pretrained(preset, device=device, precision=setting.precision, **options)
     student = TalkingHeadPipeline.from_pretrained(preset, device=device, precision="fp32", lazy=True, **options)
     config, where = student.config, student.device
-    return TalkingHeadPipeline(
-        config, lambda _: teacher_models(config, where), where, False, "counter", student.settings
-    )
+    return TalkingHeadPipeline(Choice(config, lambda _: teacher_models(config, where), where, False, student.settings))
 
 
 def _row(setting: str, measure: str, found: Interval, track: tuple[float, ...] = ()) -> Quality:

@@ -290,14 +290,14 @@ class Recorder:
         self._vae, self._hook = vae, dit.register_forward_hook(self._student, with_kwargs=True)
         decode_step, encode_step = vae.decode_step, vae.encode_step
 
-        def decode(latent: Tensor, state: Any = None, emit: bool = True) -> Any:
+        def decode(latent: Tensor, state: Any = None, emit: bool = True, _rows: None = None) -> Any:
             """Decodes all frames, as the golden case has them."""
             self.decoder_inputs.append(latent.clone())
             frames, state = decode_step(latent, state)
             self.decoded.append(frames.clone())
             return frames if emit else frames[:0], state
 
-        def encode(frames: Tensor, state: Any = None) -> Any:
+        def encode(frames: Tensor, state: Any = None, _rows: None = None) -> Any:
             self.encoder_inputs.append(frames.clone())
             return encode_step(frames, state)
 

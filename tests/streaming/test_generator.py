@@ -157,7 +157,7 @@ def test_a_chunks_audio_waits_for_the_last_chunks_steps_only(
     orders, shown = EveryOrder(), []
     decode_step = models.vae.decode_step
 
-    def step(latent: Tensor, past: Any, wanted: bool) -> Any:
+    def step(latent: Tensor, past: Any, wanted: bool, _: None) -> Any:
         if wanted:
             shown.append(orders.event())
         return decode_step(latent, past, wanted)
@@ -261,7 +261,7 @@ def test_frames_leave_before_the_last_are_decoded(
     done = []
     step, decode_step = models.dit.forward, models.vae.decode_step
     monkeypatch.setattr(models.dit, "forward", lambda *args, **more: done.append("step") or step(*args, **more))
-    monkeypatch.setattr(models.vae, "decode_step", lambda z, s, emit: done.append(emit) or decode_step(z, s, emit))
+    monkeypatch.setattr(models.vae, "decode_step", lambda z, s, emit, _: done.append(emit) or decode_step(z, s, emit))
     chunk = generator.chunk(conditions, generator.start(conditions, 0), window(1))
     assert next(chunk).pixels.shape == (4, 3, 32, 48)
     # The motion latents first: that of the portrait is known, and decoded beside the steps.

@@ -22,11 +22,11 @@ from model.weights.checkpoint import AUDIO_FOLDER, random_models
 from streaming import TalkingHeadPipeline
 from streaming.audio_features import stream_featurizer
 from streaming.generator import ChunkGenerator
-from streaming.pipeline import VideoStream
 from streaming.session import Session
 from streaming.sinks import Sink
 from streaming.sources import ArraySource
 from streaming.timers import StageTimer
+from streaming.video_stream import VideoStream
 from tests.small import SMALL, write_checkpoint
 
 RATE = 16_000
