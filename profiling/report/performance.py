@@ -239,10 +239,11 @@ def _quality(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
 
 def _soak(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
     """A table for each live session that was treated at random."""
+    if any(run.soak for _, run in runs):
+        yield "## Live session\n"
     for file, run in runs:
         for result in run.soak:
             link, day, device, commit = _source(file, run)
-            yield "## Live session\n"
             yield f"`{run.command}`, threads: {run.machine.units}: {link}, {day}, {device}, {commit}\n"
             yield _row("what", "value")
             yield _row("---", "---")
