@@ -44,6 +44,24 @@ CPU = Machine("cpu", "AMD EPYC 9B14", 2, 8_000_000_000, versions={"python": "3.1
 CEILINGS = Ceilings(2.86e12, {"fp32": 4.9e13, "bf16": 6.9e14, "fp8": 1.27e15})
 CPU_CEILINGS = Ceilings(2.1e10, {"fp32": 1.2e11, "fp8": 2.4e10})
 LAUNCH = 4e-6  # seconds that any call takes at least
+SOME = ("chunk_attention/14b-w1/*", "rms_norm_rope/14b-w1/*", "lab_transfer/14b-w1/*")
+HOSTILE = "<script>alert('x')</script> & \"y\" {{ 7 * 7 }} $\\frac$ [red]z[/]"
+TINY_CASE = CaseResult(
+    "op/shape/bf16",
+    "op",
+    "shape",
+    "bf16",
+    flops=4e12,
+    bytes=2e9,
+    calls=10,
+    measurements=(
+        Measurement("ours", OK, True, error=1e-3, samples=(0.010, 0.011, 0.010, 0.009, 0.010)),
+        Measurement("fast", OK, samples=(0.008,)),
+        Measurement("slow", OK, samples=(0.020,)),
+        Measurement("bad", WRONG, detail="relative error 1", error=1.0),
+    ),
+)
+TINY_RUN = Run("bench", "2026-01-01T00:00:00+00:00", GPU, ceilings=Ceilings(1e12, {"bf16": 1e15}), cases=(TINY_CASE,))
 
 # Share of the ceiling by back-end; where an operation is named, it goes before.
 _EFFICIENCY = {
