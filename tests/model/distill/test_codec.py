@@ -1,6 +1,7 @@
 """Training and measuring the codec: its windows, loss and optimizer, what it saves, and what the shipped one keeps."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -108,11 +109,17 @@ def test_optimizer_has_every_trained_parameter_once_and_spares_the_linear_path()
     assert groups[1]["lr"] > 5 * groups[0]["lr"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[VAE, list[str]]:
+    """What a short training from the beginning saves, and the lines that it reports."""
+    folder, lines = tmp_path_factory.mktemp("codec"), []
+    codec.train(folder, Budget(steps=2), start_clips=3, evaluation_clips=1, report=lines.append)
+    return load_codec(folder / codec.WEIGHTS.name), lines
+
+
 @needs_espeak
-def test_the_encoder_stays_linear_while_the_decoder_learns(tmp_path):
-    codec.train(tmp_path, Budget(steps=2), start_clips=2, evaluation_clips=1, report=lambda _: None)
-    vae = load_codec(tmp_path / "codec.safetensors")
-    branches = {n: x for n, x in vae.state_dict().items() if ".residual.6." in n or ".proj." in n}
+def test_the_encoder_stays_linear_while_the_decoder_learns(trained):
+    branches = {n: x for n, x in trained[0].state_dict().items() if ".residual.6." in n or ".proj." in n}
     assert not any(x.any() for n, x in branches.items() if n.startswith("encoder."))
     assert any(x.any() for n, x in branches.items() if n.startswith("decoder."))
 
@@ -129,11 +136,9 @@ def test_a_silent_branch_is_left_out_with_the_same_result():
 
 
 @needs_espeak
-def test_training_starts_at_the_linear_codec_and_its_result_loads(tmp_path):
-    lines: list[str] = []
-    codec.train(tmp_path, Budget(steps=2), start_clips=3, evaluation_clips=1, report=lines.append)
+def test_training_starts_at_the_linear_codec_and_its_result_loads(trained):
+    vae, lines = trained
     assert "fits the linear codec to 3 clips" in lines[0]
-    vae = load_codec(tmp_path / "codec.safetensors")
     assert all(not p.requires_grad for p in vae.parameters())
     clip = codec.held_out_clips(1, frames=9)[0].frames(SIZE)
     decoded = codec.through_codec(vae, clip)
@@ -170,7 +175,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 
 
 @needs_espeak
-def test_normalised_latents_are_standard_and_give_the_same_picture():
+def test_normalised_latents_are_standard_and_give_the_same_picture(monkeypatch):
+    monkeypatch.setattr(codec, "draw_clip", partial(codec.draw_clip, frames=9))
     torch.manual_seed(0)
     vae = VAE(CODEC)
     clips = [as_clip(codec.draw_clip(0, index).frames(SIZE)) for index in range(3)]
