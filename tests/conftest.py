@@ -14,7 +14,11 @@ from hypothesis import settings
 
 from model.machine import CACHE_ENV
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads that wait for each other only burn time
+    os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
 settings.register_profile("tests-of-seed-0", settings.get_profile("tests"), derandomize=True)
 
