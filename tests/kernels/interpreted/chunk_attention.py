@@ -30,17 +30,19 @@ def check(q: Tensor, k: Tensor, v: Tensor, ranges: KVRanges, scale: float, bound
 
 
 @EXAMPLES
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 48, 64]), st.integers(0, 99))
+@given(st.integers(1, 33), st.integers(1, 49), st.integers(1, 2), st.sampled_from([16, 48, 64]), st.integers(0, 99))
 def test_full(queries, keys, heads, head_dim, seed):
+    """Up to two whole tiles of queries and three of keys, and a part of one."""
     q, k, v = draw(*[(2, n, heads, head_dim) for n in (queries, keys, keys)], seed=seed)
     check(q, k, v, kv_ranges(queries, keys), 0.3)
 
 
 @EXAMPLES
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from([0, 1, 2, -1]), st.integers(0, 99))
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.sampled_from([0, 1, 2, -1]), st.integers(0, 99))
 def test_chunks(chunks, past, seed):
+    """Of one tile or two; of four chunks the last has more before it than two."""
     n = sum(chunks)
-    q, k, v = draw(*[(1, n, 2, 16)] * 3, seed=seed)
+    q, k, v = draw(*[(1, n, 1, 16)] * 3, seed=seed)
     check(q, k, v, kv_ranges(n, n, tuple(chunks), past), 0.25)
 
 
