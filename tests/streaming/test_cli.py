@@ -22,9 +22,9 @@ from torch import nn
 import streaming.__main__ as command_line
 from model import quantize
 from model.config import PRESETS
-from streaming.__main__ import main
 from streaming.session import Session
 from tests.small import SMALL, write_checkpoint
+from tests.streaming import command
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMAND = [sys.executable, "-m", "streaming", "run", "--device", "cpu"]
@@ -51,13 +51,7 @@ def voice(tmp_path: Path) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["streaming", "run", "--device", "cpu", *map(str, arguments)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        return main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return command.call(monkeypatch, "run", "--device", "cpu", *arguments)
 
 
 def decode(path: Path) -> tuple[list[np.ndarray], float]:
@@ -288,8 +282,8 @@ def test_no_space_left(portrait: Path, tmp_path: Path) -> None:
     """
     soundfile.write(tmp_path / "voice.wav", tone(4), 16000)
     arguments = ["--image", portrait, "--audio", tmp_path / "voice.wav", "--out", tmp_path / "out.mp4", "--steps", "1"]
-    command = " ".join(["ulimit -f 120;", *COMMAND, *map(str, arguments), "--quiet"])
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    line = " ".join(["ulimit -f 120;", *COMMAND, *map(str, arguments), "--quiet"])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
@@ -299,8 +293,8 @@ def test_no_space_left(portrait: Path, tmp_path: Path) -> None:
 
 def test_standard_input_that_is_closed(portrait: Path, tmp_path: Path) -> None:
     arguments = ["--image", portrait, "--audio", "-", "--out", tmp_path / "out.mp4"]
-    command = " ".join([*COMMAND, *map(str, arguments), "<&-"])
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    line = " ".join([*COMMAND, *map(str, arguments), "<&-"])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: standard input is closed")
 
@@ -454,8 +448,8 @@ def test_an_inverted_channel_costs_one_line(
 def test_a_stranger_called_kernels_is_named() -> None:
     """Another distribution of that name, of which PyPI has one, may come first on the path."""
     stranger = "import runpy, sys, types; sys.modules['kernels'] = k = types.ModuleType('kernels'); k.__path__ = []; "
-    command = [sys.executable, "-c", stranger + "runpy.run_module('streaming', run_name='__main__')"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = stranger + "runpy.run_module('streaming', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: something else named 'kernels'")
     assert done.stderr.count("\n") == 1

@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model.config import PRESETS
-from streaming.__main__ import main
+from tests.streaming import command
 from tests.streaming.live.stage import LETTERS, tone
 
 
@@ -26,14 +25,8 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, pcm: bytes, *options: ob
     portrait = folder / "portrait.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(portrait)
     arguments = ("--preset", "letters", "--random-weights", "--device", "cpu", "--steps", "1", "--image", portrait)
-    monkeypatch.setattr(sys, "argv", ["streaming", "live", *map(str, (*arguments, *options))])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pcm)))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        return main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return command.call(monkeypatch, "live", *arguments, *options)
 
 
 def test_a_pipe_becomes_a_video_and_a_snapshot_goes_on(
