@@ -8,8 +8,9 @@ leads: it alone reads the sound and writes the video. The others follow: they ca
                                   |        |         |        |               |
     others                      check   prepare    chunk    chunk           return
 
-Every rank says once a second that it is alive. One that does not for `LOST_AFTER` seconds, because its process or
-machine has stopped, ends all others, which might wait for ever for what it owes them.
+Every rank says once a second that it is alive. One that does not while another one does `LOST_AFTER` times, because its
+process or machine has stopped, ends all others, which might wait for ever for what it owes them. Signs are counted, not
+seconds: where all ranks stand still together, as on a machine that is busy or was suspended, none is lost.
 """
 
 import atexit
@@ -17,7 +18,6 @@ import os
 import platform
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,7 +34,7 @@ from model.parallel.ranks import ProcessGroups, Ranks, ulysses_degree
 from streaming.generator import ChunkGenerator, Conditions, Frames, State, frames_of
 
 BEAT = 1.0  # seconds between signs of life
-LOST_AFTER = 5.0  # seconds without one
+LOST_AFTER = 10  # signs that a rank gives without a new one of another
 FOREVER = timedelta(days=365)  # a live session may be silent for long; lost ranks are found by their signs of life
 EXIT_LOST = 3  # exit code of a rank that ends because another one is lost
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class RankGroup:
         """Begins to give signs of life and to look for those of the others."""
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store: Any = TCPStore(*address, is_master=False, wait_for_workers=False)
-        store.set_timeout(timedelta(seconds=LOST_AFTER))
+        store.set_timeout(timedelta(seconds=LOST_AFTER * BEAT))
         self._life = SignsOfLife(store, self.rank, self.world)
         self._life.give()
         dist.barrier()  # so that every rank has given one
@@ -300,11 +300,11 @@ class SignsOfLife:
 
     GONE = "gone"  # the last sign of a rank that has no more to do
 
-    def __init__(self, store: Store, rank: int, world: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._rank, self._now = store, rank, now
+    def __init__(self, store: Store, rank: int, world: int) -> None:
+        self._store, self._rank = store, rank
         self._others = [other for other in range(world) if other != rank]
         self._count = 0
-        self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of each other rank, and when it came
+        self._seen: dict[int, tuple[bytes, int]] = {}  # the last sign of each other rank, and the own one when it came
         self._stopped = threading.Event()
 
     def give(self) -> None:
@@ -313,19 +313,18 @@ class SignsOfLife:
         self._store.set(f"alive/{self._rank}", str(self._count))
 
     def lost(self) -> list[int]:
-        """The ranks that have given no new sign for `LOST_AFTER` seconds; all others if the store does not answer."""
+        """The ranks without a new sign for more than `LOST_AFTER` of this one's; all others if the store is silent."""
         try:
             signs = self._store.multi_get([f"alive/{other}" for other in self._others])
         except (dist.DistError, RuntimeError):
             return self._others
-        now = self._now()
         for other, sign in zip(self._others, signs, strict=True):
             if self._seen.get(other, (b"",))[0] != sign:
-                self._seen[other] = sign, now
+                self._seen[other] = sign, self._count
         return [
             other
             for other, (sign, since) in self._seen.items()
-            if sign != self.GONE.encode() and now - since > LOST_AFTER
+            if sign != self.GONE.encode() and self._count - since > LOST_AFTER
         ]
 
     def watch(self, on_loss: Callable[[Sequence[int]], None]) -> None:
@@ -352,9 +351,9 @@ class SignsOfLife:
 
 def _end_process(lost: Sequence[int]) -> None:
     """Ends this process, whose main thread may wait for ever for the lost ranks."""
-    names = ", ".join(map(str, lost))
+    names, seconds = ", ".join(map(str, lost)), LOST_AFTER * BEAT
     print(
-        f"error: rank {os.environ.get('RANK')}: no sign of life from rank {names} for {LOST_AFTER:g} s; stopped. The"
+        f"error: rank {os.environ.get('RANK')}: no sign of life from rank {names} for {seconds:g} s; stopped. The"
         " frames made so far are kept; an unfinished video is NAME.part.mp4",
         file=sys.stderr,
         flush=True,

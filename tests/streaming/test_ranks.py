@@ -87,24 +87,23 @@ class FakeStore(dict[str, str]):
 
 
 def test_a_rank_is_lost_when_its_signs_stop() -> None:
-    store, clock = FakeStore(), [0.0]
-    lives = [SignsOfLife(store, rank, 3, lambda: clock[0]) for rank in range(3)]
+    store = FakeStore()
+    lives = [SignsOfLife(store, rank, 3) for rank in range(3)]
+
+    def live_on(signs: int) -> list[int]:
+        for _ in range(signs):
+            lives[0].give()
+            lives[1].give()
+        return lives[0].lost()
+
     for life in lives:
         life.give()
     assert lives[0].lost() == []
-    for second in range(1, int(LOST_AFTER) + 1):
-        clock[0] = second
-        lives[0].give()
-        lives[1].give()
-        assert lives[0].lost() == []
-    clock[0] += 1
-    lives[1].give()
-    assert lives[0].lost() == [2]
+    assert live_on(LOST_AFTER) == []
+    assert live_on(1) == [2]
     lives[2].stop()
     assert lives[0].lost() == []  # it has ended, and nobody waits for it
-    clock[0] += 2 * LOST_AFTER
-    lives[1].give()
-    assert lives[0].lost() == []
+    assert live_on(2 * LOST_AFTER) == []
 
 
 def test_all_are_lost_with_the_store() -> None:
