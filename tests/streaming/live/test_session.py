@@ -41,9 +41,7 @@ class VirtualClock:
             self.time = max(self.time, next_time)
             self._waiting.clear()
             condition.notify_all()
-            if (
-                len(self._known) == 1
-            ):  # it would keep the lock from those who have not waited yet, however long it waits
+            if len(self._known) == 1:  # else it would keep the lock from those who have not waited yet
                 condition.wait(0.001)
         else:
             condition.wait(0.05)  # one of them may have ended meanwhile
