@@ -15,6 +15,7 @@ from streaming.live.timeline import Event, Moment
 from streaming.pipeline import Picture, TalkingHeadPipeline
 
 ENDED = (UserError, RuntimeError)  # what a session raises that has ended; `moments` says why
+PIECE = 0.2  # seconds of sound after which others have their turn
 ROOM = 0.04  # seconds after which a full queue is asked for room again
 
 
@@ -70,11 +71,12 @@ class AsyncSession:
         number = self._number
         with suppress(*ENDED):
             while len(pcm) and number == self._number:
-                taken = self._live.push_audio(pcm, rate, number, timeout=0)
+                piece = pcm[: max(1, round(PIECE * rate))]
+                taken = self._live.push_audio(piece, rate, number, timeout=0)
                 self._seconds += taken / rate
                 pcm = pcm[taken:]
                 if len(pcm):
-                    await asyncio.sleep(ROOM)
+                    await asyncio.sleep(0 if taken == len(piece) else ROOM)
 
     def end_segment(self) -> None:
         """Ends the segment that arrives. Nothing happens if none of its sound was pushed."""

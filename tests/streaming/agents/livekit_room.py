@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import livekit.rtc as rtc  # pyright: ignore[reportMissingImports]
 import numpy as np
 import pytest
-import livekit.rtc as rtc  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
 
 from tests.streaming.agents.stage import RATE

@@ -100,6 +100,9 @@ class Faces:
         )
         return self.session
 
+    def load(self) -> None:
+        pass
+
     def _release(self) -> None:
         self.open -= 1
 

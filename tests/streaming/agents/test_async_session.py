@@ -59,11 +59,14 @@ def test_pushing_waits_for_room_and_the_loop_goes_on() -> None:
 
     async def main() -> None:
         session, _ = await opened(Faces(limit=60))
-        pushing = asyncio.create_task(session.push(speech(8.0)[:, None], RATE))
-        moments = await shown(session, 0, 100)
-        await pushing
-        session.end_segment()
-        moments += await shown(session, 0, 100)
+
+        async def say() -> None:
+            await session.push(speech(8.0)[:, None], RATE)
+            session.end_segment()
+
+        saying = asyncio.create_task(say())
+        moments = await shown(session, 0, 200)
+        await saying
         sound = np.concatenate([m.sound for m in moments if m.segment == 0])
         assert len(sound) == 8 * 48_000
         assert session.stats()["most_queued_frames"] <= 61

@@ -24,7 +24,6 @@ from pipecat.frames.frames import (  # pyright: ignore[reportMissingImports]
     Frame,
     InterruptionFrame,
     MetricsFrame,
-    OutputAudioRawFrame,
     OutputImageRawFrame,
     StartFrame,
     TextFrame,
@@ -37,11 +36,10 @@ from pipecat.pipeline.pipeline import Pipeline  # pyright: ignore[reportMissingI
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker  # pyright: ignore[reportMissingImports]
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor  # pyright: ignore[reportMissingImports]
 from pipecat.tests.utils import run_test  # pyright: ignore[reportMissingImports]
-from pipecat.transports.base_output import BaseOutputTransport  # pyright: ignore[reportMissingImports]
-from pipecat.transports.base_transport import TransportParams  # pyright: ignore[reportMissingImports]
 from pipecat.workers.runner import WorkerRunner  # pyright: ignore[reportMissingImports]
 
 from streaming.agents.pipecat import TalkingHeadService
+from tests.streaming.agents.pipecat_transport import Loudspeaker
 
 PORTRAIT = Path(__file__).parents[3] / "examples" / "portraits" / "amara.jpg"
 FRAME = 1920  # samples
@@ -243,7 +241,7 @@ def test_cancelling_does_not_wait() -> None:
     async def main() -> None:
         clock = FastClock()
         played, cancelling = Played(faces := Faces(clock=clock)), list[asyncio.Future[None]]()
-        await played.queue(*spoken(speech(30.0)), EndFrame())
+        await played.queue(*spoken(speech(30.0)))
 
         async def cancel() -> None:
             clock.stands = True
@@ -312,23 +310,6 @@ def test_the_time_to_the_first_frame_of_speech_is_measured() -> None:
         assert {d.model for d in times} == {"drawn"}
 
     run(main())
-
-
-class Loudspeaker(BaseOutputTransport):
-    """Pipecat's own output transport, which writes into lists and becomes ready when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__(TransportParams(audio_out_enabled=True, video_out_enabled=True, video_out_width=WIDTH,
-                                         video_out_height=HEIGHT, audio_out_end_silence_secs=0))  # fmt: skip
-        self.written: list[bytes] = []
-
-    async def start(self, frame: StartFrame) -> None:
-        await super().start(frame)
-        await self.set_transport_ready(frame)
-
-    async def write_audio_frame(self, frame: OutputAudioRawFrame) -> bool:
-        self.written.append(frame.audio)
-        return True
 
 
 def test_in_a_pipeline_with_an_output_transport() -> None:
