@@ -125,10 +125,11 @@ class TalkingHeadService(AIService):
         if session is None:  # the agent speaks without a face
             await self.push_frame(frame, direction)
         elif isinstance(frame, InterruptionFrame):
-            async with self._order:  # no sound of what is interrupted may follow
+            async with self._order:  # not between a picture and its sound
                 self._interrupt(session)
                 await self.push_frame(frame, direction)
                 await self._release()
+                self._note_progress(session)
         elif direction == FrameDirection.UPSTREAM or isinstance(frame, SystemFrame):
             await self.push_frame(frame, direction)
             if isinstance(frame, OutputTransportReadyFrame):  # what is pushed before is lost
@@ -165,7 +166,6 @@ class TalkingHeadService(AIService):
         session.interrupt()
         self._held = deque((place, frame) for place, frame in self._held if not frame.interruptible)
         self._heard = session.place
-        self._note_progress(session)
 
     # --- Moments go out ----------------------------------------------------------------------------------------------
 
@@ -210,7 +210,8 @@ class TalkingHeadService(AIService):
         """The face cannot go on: from now on everything is passed as it comes, and the agent speaks without a face."""
         self._failed = True
         self._heard = math.inf, 0.0
-        await self._release()
+        async with self._order:
+            await self._release()
         self._all_heard.set()
         await self.push_error(str(error), error, force_treat_as_permanent=True)
 

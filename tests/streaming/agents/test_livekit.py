@@ -139,6 +139,22 @@ def test_sound_on_its_way_belongs_to_no_other_segment(monkeypatch: pytest.Monkey
     run(main())
 
 
+def test_the_sound_of_a_picture_on_its_way_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with talk(monkeypatch) as t:
+            t.viewer.hold(lambda: t.viewer.heard_frames == 10 and isinstance(t.viewer.seen[-1], rtc.VideoFrame))
+            handle = t.agent.say("words", audio=said(speech(5.0)))
+            await t.viewer.on_its_way.wait()
+            t.agent.interrupt()
+            await handle.wait_for_playout()
+            t.viewer.go()
+            await t.say(speech(0.4))
+            assert t.told == ["started", (0.44, True), "started", (0.4, False)]
+            assert t.viewer.heard_frames == 20
+
+    run(main())
+
+
 def test_a_segment_that_nobody_has_heard_of_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """`AvatarRunner` itself reports no segment of which it has read nothing, and the agent would wait for ever."""
 

@@ -64,9 +64,13 @@ class Viewer(FrameProcessor):
     def count(self, kind: type[Frame]) -> int:
         return sum(isinstance(frame, kind) for frame in self.seen)
 
+    def when(self, condition: Callable[[], bool], action: Callable[[], Awaitable[None]]) -> None:
+        """Does something once a condition is true, in the order in which it was asked for."""
+        self._orders.append((condition, action))
+
     def after(self, count: int, kind: type[Frame], action: Callable[[], Awaitable[None]]) -> None:
-        """Does something once it has seen so many frames of a kind, in the order in which it was asked for."""
-        self._orders.append((lambda: self.count(kind) >= count, action))
+        """Does something once it has seen so many frames of a kind."""
+        self.when(lambda: self.count(kind) >= count, action)
 
 
 class Played:
@@ -193,6 +197,29 @@ def test_an_interruption_drops_sound_and_words_and_nothing_of_them_follows() -> 
         assert said in (10, 11)  # one more may have been due before time stood
         assert rest == ["Interruption", "kept", "TTSStarted", 10, "TTSStopped", "End"]
         assert played.face.stats()["interrupts"] == 1
+
+    run(main())
+
+
+def test_no_sound_follows_an_interruption_though_its_picture_came_before() -> None:
+    """The interruption comes while a picture of speech is being pushed, whose sound would be next."""
+
+    async def main() -> None:
+        played = Played(Faces())
+        viewer = played.viewer
+        await played.queue(*spoken(speech(20.0)))
+
+        async def interrupt() -> None:
+            await played.face.queue_frame(InterruptionFrame())
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        def is_between() -> bool:
+            return viewer.count(TTSAudioRawFrame) == 10 and isinstance(viewer.seen[-1], OutputImageRawFrame)
+
+        viewer.when(is_between, interrupt)
+        viewer.after(1, InterruptionFrame, lambda: played.queue(EndFrame()))
+        assert story(await played.run()) == ["TTSStarted", 11, "Interruption", "End"]
 
     run(main())
 
