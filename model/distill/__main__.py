@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +13,10 @@ import torch
 import typer
 
 from model import command
-from model.distill import audio, codec, reader, report, student, takes, teacher
+from model.distill import ablation, audio, codec, dmd, reader, report, stages, student, takes, teacher
 from model.distill.clips import draw_clip, write_clip
+from model.distill.matching import TINY_RECIPE
+from model.distill.replicas import torchrun_replicas
 from model.distill.student_network import load_network
 from model.distill.training import Budget
 from model.errors import UserError
@@ -33,6 +37,14 @@ Threads = Annotated[
     int, typer.Option(min=1, help="Threads of PyTorch; the machine stays usable with one fewer than cores.")
 ]
 Start = Annotated[Path | None, typer.Option(help="Weights to begin with, such as the shipped ones.")]
+
+
+class Motion(StrEnum):
+    """Whose motion latents the chunks of a training follow."""
+
+    OWN = "own"
+    TRUE = "true"
+
 
 THREADS = max(1, (os.cpu_count() or 2) - 1)
 
@@ -66,7 +78,8 @@ def _train(
     budget = Budget(steps, minutes)
     torch.set_num_threads(threads)
     os.nice(5)
-    train(out, budget, seed, resume)
+    with torchrun_replicas():
+        train(out, budget, seed, resume)
 
 
 @app.command("reader", epilog="Example: python -m model.distill reader --minutes 10 --out out/reader")
@@ -168,6 +181,62 @@ def train_student(
     _train(train, out, seed, minutes, steps, resume, threads)
 
 
+@app.command(
+    "dmd", epilog="Example: python -m model.distill dmd --takes DIR --teacher FILE --start FILE --minutes 60 --out DIR"
+)
+def train_dmd(
+    out: Out,
+    takes: Annotated[Path, typer.Option(help="Folder with takes, held-out ones among them.")],
+    teacher: Annotated[Path, typer.Option(help="Weights of the teacher, with which the critic begins.")],
+    start: Annotated[Path | None, typer.Option(help="Weights that the student begins with, or the teacher's.")] = None,
+    motion: Annotated[Motion, typer.Option(help="Whose motion latents chunks follow.")] = Motion.OWN,
+    chunks: Annotated[int, typer.Option(min=1, help="Of a stream.")] = TINY_RECIPE.chunks,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="No frame sees later ones; the product has no such form.")
+    ] = False,
+    seed: Seed = 0,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    threads: Threads = THREADS,
+    codec: Annotated[Path | None, typer.Option(help="The codec of the takes, if it is not the shipped one.")] = None,
+) -> None:
+    """Distils a student by distribution matching with self-correction; under torchrun, with a replica a process."""
+    recipe = replace(TINY_RECIPE, own_motion=motion == Motion.OWN, chunks=chunks, causal=causal)
+    train = partial(dmd.train, teacher=teacher, takes=takes, start=start, recipe=recipe, codec=codec)
+    _train(train, out, seed, minutes, steps, resume, threads)
+
+
+@app.command(
+    "ablation",
+    epilog="Example: python -m model.distill ablation --takes DIR --teacher FILE --start FILE --steps 500 --out DIR",
+)
+def run_ablation(
+    out: Annotated[Path, typer.Option(help="Folder for the students and what was measured; what is there is kept.")],
+    takes: Annotated[Path, typer.Option(help="Folder with takes, held-out ones among them.")],
+    teacher: Annotated[Path, typer.Option(help="Weights of the teacher, with which every critic begins.")],
+    start: Annotated[Path, typer.Option(help="Weights that every student begins with.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of each training; every fifth updates the student.")],
+    docs: Annotated[
+        Path | None, typer.Option(help="Folder for table and plots, after everything was measured.")
+    ] = None,
+    chunks: Annotated[int, typer.Option(min=20, help="Of each long stream.")] = 1000,
+    streams: Annotated[int, typer.Option(min=2, help="At once.")] = 4,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    seed: Seed = 0,
+    threads: Threads = THREADS,
+) -> None:
+    """Trains students on true motion, on streams of 1, 3 and 5 chunks and with a causal mask, and compares them."""
+    if unknown := set(arm or ()) - set(ablation.ARMS):
+        raise UserError(f"--arm {min(unknown)}: there are {', '.join(ablation.ARMS)}")
+    torch.set_num_threads(threads)
+    os.nice(5)
+    lengths = ablation.Lengths(steps, chunks, streams, min(100, chunks // 2))
+    ablation.run(out, takes, teacher, start, lengths, arm or tuple(ablation.ARMS), seed)
+    if docs is not None:
+        ablation.write(out, docs, lengths)
+
+
 @app.command("report", epilog="Example: python -m model.distill report --out docs/talking-heads")
 def measure(
     out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")],
@@ -182,22 +251,24 @@ def measure(
         print(f"{one.part:9} {one.name:50} {one.value:.4g} {one.verdict}")
 
 
+@app.command("all", epilog="Example: python -m model.distill all --out out/distill")
+def train_all(out: Out, seed: Seed = 0, threads: Threads = THREADS) -> None:
+    """Trains every network, from random weights to the distilled student: seven hours. Call it again to go on."""
+    torch.set_num_threads(threads)
+    os.nice(5)
+    stages.train_all(out, stages.FULL, seed)
+
+
 @app.command(epilog="Example: python -m model.distill smoke --out out/smoke")
 def smoke(out: Out, seed: Seed = 0) -> None:
-    """Runs every stage with a few steps, in less than two minutes on two cores. What it trains is useless."""
+    """As `all`, with a few steps, in less than two minutes on two cores. What it trains is useless."""
     torch.set_num_threads(THREADS)
     write_clip(draw_clip(seed, 0, 33), out / "clip", 128)
-    reader.train(out / "reader", Budget(steps=6), seed, clips=4)
-    audio.train(out / "audio", Budget(steps=3), seed, batch=1, pool=2, scale_tracks=2, evaluation_tracks=1)
-    codec.train(out / "codec", Budget(steps=2), seed, start_clips=2, evaluation_clips=1)
-    takes.make_takes(out / "takes", 1, seed)
-    takes.make_takes(out / "takes", 2, seed, held_out=True)
-    teacher.train(out / "teacher", Budget(steps=2), seed, takes=out / "takes", stage="streaming")
-    weights = out / "teacher" / teacher.WEIGHTS
-    student.train(out / "student", Budget(steps=1), seed, teacher=weights, takes=out / "takes")
+    stages.train_all(out, stages.SMOKE, seed)
     codec.load_codec(out / "codec" / codec.WEIGHTS.name)
     reader.load_reader(out / "reader" / reader.WEIGHTS.name)
-    load_network(out / "student" / student.WEIGHTS)
+    for name in ("student", "dmd"):
+        load_network(out / name / student.WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The diffusion transformer in a batch and with gradients: the same parameters and results as `model.dit.DiT`.
 
 The product computes one chunk at a time, by operations without gradients. Training needs batches and gradients, so the
-layers are written again here, in PyTorch. Text and image attention is left out: a student that is trained here gets
-nothing from prompt and portrait features, as its output projections of them are zero (`new_student`). Who the person is
-comes from the portrait's latents, which every chunk is given.
+layers are written again here, in PyTorch. A network that `new_student` begins gets nothing from prompt and portrait
+features, as its output projections of them are zero. So attention to them is computed only where they are given. Who
+the person is comes from the portrait's latents, which every chunk is given.
 """
 
 from dataclasses import asdict
@@ -14,12 +14,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import DiTConfig, from_official
 from model.dit import Block, DiT, group_audio, rope_table, rotate
 from model.weights.trained import fill, in_8_bits, load_trained, save_trained
 
 UNUSED = ("text_embedding.", "img_emb.", ".cross_attn.", ".norm3.")  # parts of names of parameters
+
+
+class Context(NamedTuple):
+    """What the text and image attention of a batch sees."""
+
+    text: Tensor  # [B, text_len, text_dim], features of the prompts, padded with zeros
+    image: Tensor  # [B, img_tokens, img_dim], features of the portraits
 
 
 class _Modulation(NamedTuple):
@@ -72,15 +80,27 @@ def new_student(config: DiTConfig) -> DiT:
     return dit
 
 
-def velocities(dit: DiT, latents: Tensor, condition: Tensor, timesteps: Tensor, audio: Tensor) -> Tensor:
-    """The velocities of a batch of chunks, each as `DiT.forward` gives it for a silent context.
+def velocities(
+    dit: DiT,
+    latents: Tensor,
+    condition: Tensor,
+    timesteps: Tensor,
+    audio: Tensor,
+    context: Context | None = None,
+    causal: bool = False,
+    checkpoints: bool = False,
+) -> Tensor:
+    """The velocities of a batch of chunks, each as `DiT.forward` gives it.
 
     Args:
-        dit: from `new_student`.
+        dit: from `new_student`, or with any parameters if there is a context.
         latents: noisy latents [B, F, z, h, w].
         condition: mask and condition latents [B, F, 4 + z, h, w].
         timesteps: in 0..1000, [B].
         audio: windows of speech [B, video frame, window, layer, channel].
+        context: prompts and portraits; without it, attention to them is left out.
+        causal: whether the tokens of a latent frame see this frame and those before only. The product has no such mask.
+        checkpoints: whether the backward pass computes each block again instead of keeping its numbers.
 
     Returns:
         [B, F, z, h, w].
@@ -91,13 +111,35 @@ def velocities(dit: DiT, latents: Tensor, condition: Tensor, timesteps: Tensor, 
     x = F.linear(x, dit.patch_embedding.weight.flatten(1), dit.patch_embedding.bias)
     embedded = dit.time_embedding(_sinusoid(timesteps, dit.config.freq_dim))  # [B, D]
     modulation = dit.time_projection(embedded).unflatten(1, (6, -1))
-    rope = rope_table((frames, rows // p, columns // q), dit.config.head_dim, x.device)
-    tokens = dit.audio_proj(*group_audio(audio, dit.config.vae_scale))  # [B, F, token, channel]
+    shared = _Shared(
+        rope_table((frames, rows // p, columns // q), dit.config.head_dim, x.device),
+        dit.audio_proj(*group_audio(audio, dit.config.vae_scale)),
+        context and Context(dit.text_embedding(context.text), dit.img_emb(context.image)),
+        _causal_mask(frames, x.shape[1], x.device) if causal else None,
+    )
     for block in dit._blocks:
-        x = _block(block, x, _Modulation(*(block.modulation + modulation)[:, :, None].unbind(1)), rope, tokens)
+        vectors = _Modulation(*(block.modulation + modulation)[:, :, None].unbind(1))
+        if checkpoints:
+            x = cast(Tensor, checkpoint(_block, block, x, vectors, shared, use_reentrant=False))
+        else:
+            x = _block(block, x, vectors, shared)
     shift, scale = (dit.head.modulation + embedded[:, None])[:, :, None].unbind(1)
     x = dit.head.head(_modulated(x, shift, scale, dit.head.eps))
     return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows // p, p=p, q=q)
+
+
+class _Shared(NamedTuple):
+    """What all blocks are given."""
+
+    rope: Tensor
+    audio: Tensor  # tokens [B, F, token, channel]
+    context: Context | None  # embedded
+    mask: Tensor | None  # which keys a query sees, [S, S]
+
+
+def _causal_mask(frames: int, tokens: int, device: torch.device) -> Tensor:
+    frame = torch.arange(frames, device=device).repeat_interleave(tokens // frames)
+    return frame[:, None] >= frame
 
 
 def _sinusoid(timesteps: Tensor, channels: int) -> Tensor:
@@ -111,30 +153,51 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def _block(block: Block, x: Tensor, m: _Modulation, rope: Tensor, tokens: Tensor) -> Tensor:
-    """x [B, S, D], audio tokens [B, F, token, channel]."""
+def _block(block: Block, x: Tensor, m: _Modulation, shared: _Shared) -> Tensor:
+    """x [B, S, D]."""
     eps = block.config.eps
-    x = x + m.gate1 * _self_attention(block, _modulated(x, m.shift1, m.scale1, eps), rope)
-    x = x + _audio_attention(block, block.norm_x(x), tokens)
+    x = x + m.gate1 * _self_attention(block, _modulated(x, m.shift1, m.scale1, eps), shared)
+    if shared.context is not None:
+        x = x + _context_attention(block, block.norm3(x), shared.context)
+    x = x + _audio_attention(block, block.norm_x(x), shared.audio)
     up, down = block.ffn.up, block.ffn.down
     hidden = F.gelu(F.linear(_modulated(x, m.shift2, m.scale2, eps), up.weight, up.bias), approximate="tanh")
     return x + m.gate2 * F.linear(hidden, down.weight, down.bias)
 
 
-def _self_attention(block: Block, h: Tensor, rope: Tensor) -> Tensor:
+def _self_attention(block: Block, h: Tensor, shared: _Shared) -> Tensor:
     attention, heads = block.self_attn, block.config.num_heads
     q, k, v = F.linear(h, attention.qkv.weight, attention.qkv.bias).chunk(3, -1)
     q, k = attention.norm_q(q), attention.norm_k(k)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (rotate(q, rope), rotate(k, rope), v))
-    return F.linear(rearrange(_attend(q, k, v), "b h s d -> b s (h d)"), attention.o.weight, attention.o.bias)
+    q, k, v = (x.transpose(1, 2) for x in (rotate(q, shared.rope), rotate(k, shared.rope), v))
+    attended = rearrange(_attend(q, k, v, shared.mask), "b h s d -> b s (h d)")
+    return F.linear(attended, attention.o.weight, attention.o.bias)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. PyTorch's fused attention multiplies in float32 on a CPU, at half of bf16's speed."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _context_attention(block: Block, h: Tensor, context: Context) -> Tensor:
+    """The tokens attend to the text and, separately, to the image."""
+    attention, heads = block.cross_attn, block.config.num_heads
+    q = attention.norm_q(F.linear(h, attention.q.weight, attention.q.bias))
+    q = rearrange(q, "b s (h d) -> b h s d", h=heads)
+    attended = torch.zeros_like(q)
+    for seen, layer, norm in (
+        (context.text, attention.kv, attention.norm_k),
+        (context.image, attention.kv_img, attention.norm_k_img),
+    ):
+        k, v = F.linear(seen, layer.weight, layer.bias).chunk(2, -1)
+        k, v = (rearrange(x, "b s (h d) -> b h s d", h=heads) for x in (norm(k), v))
+        attended = attended + F.scaled_dot_product_attention(q, k, v)
+    return F.linear(rearrange(attended, "b h s d -> b s (h d)"), attention.o.weight, attention.o.bias)
 
 
 def _audio_attention(block: Block, h: Tensor, tokens: Tensor) -> Tensor:
@@ -147,11 +210,26 @@ def _audio_attention(block: Block, h: Tensor, tokens: Tensor) -> Tensor:
     return F.linear(attended, attention.proj.weight, attention.proj.bias)
 
 
+def load_student(path: Path) -> DiT:
+    """A network that is to be trained at four noise levels only: as `load_network`, with a fixed time embedding.
+
+    Between those levels a trained embedding could become anything, and other numbers of steps would see that.
+    """
+    dit = load_network(path)
+    dit.time_embedding.requires_grad_(False)
+    return dit
+
+
+def trained_parameters(dit: DiT) -> list[nn.Parameter]:
+    """What an optimizer of the network gets."""
+    return [parameter for parameter in dit.parameters() if parameter.requires_grad]
+
+
 def save_network(dit: DiT, path: Path) -> None:
     """Writes the trained tensors: matrices in 8 bits, the rest in half precision."""
     tensors: dict[str, Tensor] = {}
     for name, x in dit.named_parameters():
-        if x.requires_grad:
+        if not any(part in name for part in UNUSED):
             tensors |= in_8_bits(name, x) if x.ndim > 1 and len(x) > 1 else {name: x.half()}
     save_trained(path, tensors, asdict(dit.config))
 

@@ -32,7 +32,7 @@ from model.distill.codec_network import decode_clips, encode_clips
 from model.distill.face import MOUTH
 from model.distill.metrics import lip_sync, psnr
 from model.distill.reader import Reader, load_reader, mouth_crops
-from model.distill.student_network import load_network, new_student, save_network, velocities
+from model.distill.student_network import load_network, new_student, save_network, trained_parameters, velocities
 from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
@@ -44,6 +44,7 @@ from model.weights.checkpoint import Models, preset_models
 from model.weights.trained import FOLDER, fill, load_trained
 
 CELL = CODEC.spatial_stride  # pixels
+FRAMES = 1 + (TINY.chunk.frame_num - 1) // STRIDE  # latent frames of a chunk
 CONFIG = TINY.dit
 WEIGHTS = "teacher.safetensors"
 SHIFT = TINY.chunk.sample_shift  # of noise levels, uniform before it
@@ -51,7 +52,9 @@ SILENT = 0.1  # share of chunks
 FAULTY = 1 / 3  # share of chunks with faulty motion latents
 BEGINNING = 0.15  # share of chunks with one motion latent
 GUIDANCE, EVALUATION_STEPS = 2.0, 6
-PROBED_LEVELS = (0.97, 0.6)
+EYES_ABOVE = 32  # pixels from the mouth's centre up to the eyes'
+EYES_BOX = (36, 12)  # half width and height in pixels
+PROBED_LEVELS = (0.97, 0.6, 0.3)
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,20 @@ class Stage:
     cells: int  # rows and columns of latents
     batch: int
     rate: float
-    mouth_weight: float  # of cells in the mouth's box
+    face_weight: float  # of cells in the boxes of mouth and eyes
     channel_power: float  # a latent channel counts as its deviation to this power
     fault: float  # what motion latents lose of a channel, and twice the deviation of shifts and noise, at most
     evaluation_takes: int
 
 
 STAGES = {
-    "windows": Stage(cells=6, batch=4, rate=2e-3, mouth_weight=3, channel_power=0.25, fault=0, evaluation_takes=32),
+    "windows": Stage(cells=6, batch=4, rate=2e-3, face_weight=3, channel_power=0.25, fault=0, evaluation_takes=32),
     "streaming": Stage(
         cells=SIZE // CELL,
         batch=2,
         rate=7e-4,
-        mouth_weight=4,
-        channel_power=0.5,
+        face_weight=4,
+        channel_power=0.75,
         fault=0.4,
         evaluation_takes=12,
     ),
@@ -106,7 +109,7 @@ def conditions(portraits: Tensor, grey: Tensor, frames: int) -> Tensor:
     batch, z, rows, columns = portraits.shape
     latents = grey.view(1, 1, z, 1, 1).repeat(batch, frames, 1, rows, columns)
     latents[:, 0] = portraits
-    mask = torch.zeros(batch, frames, STRIDE, rows, columns)
+    mask = portraits.new_zeros(batch, frames, STRIDE, rows, columns)
     mask[:, 0] = 1
     return torch.cat((mask, latents), 2)
 
@@ -129,10 +132,31 @@ def windows_of(batch: Batch, cells: int) -> Batch:
 
 def mouth_cells(centres: Tensor, cells: int) -> Tensor:
     """Which cells are in the mouth's box, [B, latent frames, 1, cells, cells], for centres [B, frames, 2]."""
+    return _box_cells(centres, cells, MOUTH_BOX)
+
+
+def face_cells(centres: Tensor, cells: int) -> Tensor:
+    """As `mouth_cells`, for the boxes of mouth and eyes."""
+    return mouth_cells(centres, cells).maximum(
+        _box_cells(centres - centres.new_tensor([0.0, EYES_ABOVE]), cells, EYES_BOX)
+    )
+
+
+def loss_weights(centres: Tensor, codec: Codec, stage: Stage) -> Tensor:
+    """What the squared error of each number of latents counts, [B, latent frames, z, cells, cells].
+
+    `centres` [B, frames, 2] are those of the mouths; one that stands for all frames, [B, 1, 2], will do.
+    """
+    centres = centres.expand(-1, 1 + (FRAMES - 1) * STRIDE, -1)
+    weight = 1 + (stage.face_weight - 1) * face_cells(centres, stage.cells)
+    return weight * codec.deviation.view(-1, 1, 1) ** stage.channel_power
+
+
+def _box_cells(centres: Tensor, cells: int, box: tuple[int, int]) -> Tensor:
     later = centres[:, 1:].unflatten(1, (-1, STRIDE)).mean(2)
     x, y = torch.cat((centres[:, :1], later), 1)[..., None, None].unbind(2)
-    places = (torch.arange(cells) + 0.5) * CELL
-    inside = ((places - x).abs() < MOUTH_BOX[0]) & ((places[:, None] - y).abs() < MOUTH_BOX[1])
+    places = (torch.arange(cells, device=centres.device) + 0.5) * CELL
+    inside = ((places - x).abs() < box[0]) & ((places[:, None] - y).abs() < box[1])
     return inside[:, :, None].float()
 
 
@@ -166,8 +190,7 @@ def flow_loss(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> tuple[Tenso
     noisy = torch.where(generated, latents + level.view(-1, 1, 1, 1, 1) * (noise - latents), motion)
     condition = conditions(portraits, codec.grey, latents.shape[1])
     error = velocities(dit, noisy, condition, NUM_TIMESTEPS * level, audio) - (noise - latents)
-    weight = 1 + (stage.mouth_weight - 1) * mouth_cells(batch.centres, stage.cells)
-    weight = weight * codec.deviation.view(-1, 1, 1) ** stage.channel_power * generated
+    weight = loss_weights(batch.centres, codec, stage) * generated
     loss = (weight * error.square()).sum() / weight.sum()
     plain = (error.detach().square() * generated).sum() / (generated.sum() * error[0, 0].numel())
     return loss, {"velocity": plain.item()}
@@ -234,7 +257,7 @@ def teacher_models(config: Config, device: torch.device) -> Models:
 
 @torch.no_grad()
 def hearing(dit: DiT, batch: Batch, codec: Codec, stage: Stage) -> dict[str, float]:
-    """The loss in the mouth's box at two noise levels, and its gain by the own audio over that of another take.
+    """The loss in the mouth's box at three noise levels, and its gain by the own audio over that of another take.
 
     The gain rises long before lips can be seen to follow.
     """
@@ -313,11 +336,10 @@ def train(
         found = sample(dit, judged, numbers, EVALUATION_STEPS, GUIDANCE)
         return hearing(dit, judged, numbers, settings) | lips(found, judged, numbers, eyes)
 
-    trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
     task = Task(
         name="teacher",
         network=dit,
-        optimizer=torch.optim.AdamW(trained, settings.rate, betas=(0.9, 0.99), weight_decay=0.01),
+        optimizer=torch.optim.AdamW(trained_parameters(dit), settings.rate, betas=(0.9, 0.99), weight_decay=0.01),
         batch=lambda rng: draw(training, settings, rng),
         loss=lambda batch: flow_loss(dit, batch, numbers, settings),
         evaluate=lambda _: evaluate(),

@@ -9,6 +9,8 @@ A training is described by a `Task`. `train` runs it in a folder, where it write
 The batch of a step, and everything random in it, is a pure function of (seed, step). So a training that was killed and
 resumed computes what it would have computed anyway, and ends with the same bits on the same machine, if its length is
 given in steps. With a length in minutes the learning rate follows the clock, and two runs differ.
+
+Under torchrun, every process trains a replica on batches of its own (model/distill/replicas.py).
 """
 
 import itertools
@@ -18,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.distill.replicas import Replicas
 from model.errors import UserError
 from model.files import replacing
 
@@ -112,9 +115,9 @@ def learning_rate(progress: float, step: int, warmup: int = 50) -> float:
     return min(1.0, (step + 1) / warmup) * max(decay, 0.01)
 
 
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """The random generator of a step, and of nothing else."""
-    return np.random.default_rng([seed, step])
+def step_generator(seed: int, step: int, replica: int = 0) -> np.random.Generator:
+    """The random generator of a step of a replica, and of nothing else."""
+    return np.random.default_rng([seed, step, replica] if replica else [seed, step])
 
 
 def train(
@@ -137,7 +140,7 @@ def train(
         UserError: `folder` holds a checkpoint and `resume` is false, or the other way round; the loss is not finite; a
             file cannot be written. The last good checkpoint is kept, and the message names it.
     """
-    path = folder / CHECKPOINT
+    path, replicas = folder / CHECKPOINT, Replicas()
     with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists() != resume:
@@ -146,38 +149,38 @@ def train(
     average = {name: tensor.detach().clone() for name, tensor in task.network.state_dict().items()}
     counters = Counters()
     if resume:
-        counters = _load(path, task, average, seed)
+        counters = _load(path, task, average, seed, replicas)
     start, saved = clock() - counters.seconds, clock()
     rates = [group.setdefault("initial_lr", group["lr"]) for group in task.optimizer.param_groups]
     task.network.train()
-    with _signals() as stopped, _batches(task, seed, counters.step) as batches:
+    with _signals() as stopped, _batches(task, seed, counters.step, replicas) as batches:
         for step, batch in batches:
-            counters.seconds = clock() - start
+            counters.seconds = replicas.first_says(clock() - start)
             progress = budget.progress(step, counters.seconds)
             if progress >= 1:
                 break
             for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(progress, step)
-            row = _step(task, batch, seed, step, average)
+            row = _step(task, batch, seed, step, average, replicas)
             if not math.isfinite(row["loss"]):
                 kept = f"{path} holds step {_saved_step(path)}" if path.exists() else "no checkpoint was written yet"
                 raise UserError(f"the loss is {row['loss']} for the batch of seed {seed}, step {step}; {kept}")
             counters.step = step + 1
             counters.history.append({"step": step, **row})
-            if stopped():
-                _save(path, task, average, counters, seed)
+            if any(replicas.gathered(stopped())):
+                _save(path, task, average, counters, seed, replicas)
                 raise KeyboardInterrupt
-            if counters.step % evaluate_every == 0:
+            if counters.step % evaluate_every == 0 and replicas.is_first:
                 counters.history[-1] |= _evaluate(task, average)
                 left = (clock() - start) * (1 / max(progress, 1e-9) - 1) / 60
                 report(f"{task.name} {_line(counters.history[-1])}, {left:.1f} min left")
-            if clock() - saved >= save_seconds:
-                _save(path, task, average, counters, seed)
+            if replicas.first_says(clock() - saved) >= save_seconds:
+                _save(path, task, average, counters, seed, replicas)
                 saved = clock()
-    if counters.history:
+    if counters.history and replicas.is_first:
         counters.history[-1] |= _evaluate(task, average)
         report(f"{task.name} {_line(counters.history[-1])}, done in {counters.seconds / 60:.1f} min")
-    _save(path, task, average, counters, seed)
+    _save(path, task, average, counters, seed, replicas)
     task.network.load_state_dict(average)
     task.network.eval()
     return counters
@@ -206,14 +209,17 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _batches(task: Task[B], seed: int, first: int) -> Iterator[Iterator[tuple[int, B]]]:
+def _batches(task: Task[B], seed: int, first: int, replicas: Replicas) -> Iterator[Iterator[tuple[int, B]]]:
     """Steps from the first one and their batches, which one background thread makes ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
 
         def steps() -> Iterator[tuple[int, B]]:
-            pending = [pool.submit(task.batch, step_generator(seed, first + i)) for i in range(PREFETCH)]
+            def submit(step: int) -> Future[B]:
+                return pool.submit(task.batch, step_generator(seed, step, replicas.index))
+
+            pending = [submit(first + i) for i in range(PREFETCH)]
             for step in itertools.count(first):
-                pending.append(pool.submit(task.batch, step_generator(seed, step + PREFETCH)))
+                pending.append(submit(step + PREFETCH))
                 yield step, pending.pop(0).result()
 
         try:
@@ -222,16 +228,21 @@ def _batches(task: Task[B], seed: int, first: int) -> Iterator[Iterator[tuple[in
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _step(task: Task[B], batch: B, seed: int, step: int, average: dict[str, Tensor]) -> dict[str, float]:
+def _step(
+    task: Task[B], batch: B, seed: int, step: int, average: dict[str, Tensor], replicas: Replicas
+) -> dict[str, float]:
     """One update of the network and of the averaged weights, which stay as they are if the loss is not finite."""
-    torch.manual_seed(int(step_generator(seed, step).integers(2**62)))
+    torch.manual_seed(int(step_generator(seed, step, replicas.index).integers(2**62)))
     with mixed_precision(task.device) if task.mixed else nullcontext():
         loss, numbers = task.loss(batch)
-    row = {"loss": loss.item(), **numbers}
+    mean_loss = loss.detach().clone()
+    replicas.average([mean_loss])
+    row = {"loss": mean_loss.item(), **numbers}
     if not math.isfinite(row["loss"]):
         return row
     task.optimizer.zero_grad()
     loss.backward()
+    replicas.average_gradients(task.network)
     row["gradient"] = float(nn.utils.clip_grad_norm_(task.network.parameters(), task.clip))
     task.optimizer.step()
     share = max(task.ema, 1 / (step + 1))
@@ -262,14 +273,19 @@ def _evaluate(task: Task[B], average: dict[str, Tensor]) -> dict[str, float]:
     return numbers
 
 
-def _save(path: Path, task: Task[B], average: dict[str, Tensor], counters: Counters, seed: int) -> None:
+def _save(
+    path: Path, task: Task[B], average: dict[str, Tensor], counters: Counters, seed: int, replicas: Replicas
+) -> None:
+    states = replicas.gathered(task.state.state_dict() if task.state else {})
+    if not replicas.is_first:
+        return
     state = {
         "network": task.network.state_dict(),
         "average": average,
         "optimizer": task.optimizer.state_dict(),
         "counters": vars(counters),
         "seed": seed,
-        "state": task.state.state_dict() if task.state else {},
+        "states": states,
     }
     with _writing(path):
         with replacing(path) as temporary:
@@ -280,14 +296,16 @@ def _save(path: Path, task: Task[B], average: dict[str, Tensor], counters: Count
             plot_history(counters.history, temporary, task.name)
 
 
-def _load(path: Path, task: Task[B], average: dict[str, Tensor], seed: int) -> Counters:
+def _load(path: Path, task: Task[B], average: dict[str, Tensor], seed: int, replicas: Replicas) -> Counters:
     state = torch.load(path, weights_only=True, map_location=task.device)
     if state["seed"] != seed:
         raise UserError(f"{path} was trained with seed {state['seed']}, not {seed}")
+    if len(state["states"]) != replicas.count:
+        raise UserError(f"{path} was trained by {len(state['states'])} processes, not {replicas.count}")
     task.network.load_state_dict(state["network"])
     task.optimizer.load_state_dict(state["optimizer"])
     if task.state:
-        task.state.load_state_dict(state["state"])
+        task.state.load_state_dict(state["states"][replicas.index])
     for name, tensor in state["average"].items():
         average[name].copy_(tensor)
     return Counters(**state["counters"])

@@ -37,10 +37,11 @@ def test_smoke_runs_every_stage(tmp_path):
     code, out, errors = run("smoke", "--out", tmp_path)
     assert code == 0, errors
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *("audio", "clip", "codec", "reader", "student", "takes", "teacher")
+        *("audio", "clip", "codec", "dmd", "lips", "reader", "student", "takes", "teacher")
     ]
-    for name in ("audio", "codec", "reader", "student", "teacher"):
-        assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / name).iterdir()}
+    for folder in ("audio", "codec", "dmd", "lips", "reader", "student", "teacher"):
+        name = {"dmd": "student", "lips": "teacher"}.get(folder, folder)
+        assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / folder).iterdir()}
         assert f"{name} step" in out
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.distill.student_network import UNUSED, new_student, velocities
+from model.distill.student_network import UNUSED, Context, new_student, velocities
 from model.dit import DiT, rope_table
 
 CONFIG = DiTConfig(
@@ -45,6 +45,32 @@ def test_the_velocities_are_those_of_the_product():
             modulation, heard = dit.modulate(float(times[i])), dit.embed_audio(audio[i : i + 1])
             expected = dit(latents[i], condition[i], modulation, rope, context, heard)
             torch.testing.assert_close(found[i], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_prompts_and_portraits_count_where_they_are_given():
+    torch.manual_seed(4)
+    dit = DiT(CONFIG)  # every parameter random
+    latents, condition, times, audio = inputs(2)
+    text, image = torch.randn(2, CONFIG.text_len, CONFIG.text_dim), torch.randn(2, CONFIG.img_tokens, CONFIG.img_dim)
+    found = velocities(dit, latents, condition, times, audio, Context(text, image))
+    with torch.inference_mode():
+        rope = rope_table((3, 2, 3), CONFIG.head_dim)
+        for i in range(2):
+            modulation, heard = dit.modulate(float(times[i])), dit.embed_audio(audio[i : i + 1])
+            expected = dit(latents[i], condition[i], modulation, rope, dit.embed_context(text[i], image[i]), heard)
+            torch.testing.assert_close(found[i], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_checkpoints_change_no_gradient():
+    torch.manual_seed(5)
+    dit, given = randomised(), inputs(2)
+    gradients = []
+    for checkpoints in (False, True):
+        dit.zero_grad()
+        velocities(dit, *given, checkpoints=checkpoints).square().mean().backward()
+        gradients.append([x.grad.clone() for x in dit.parameters() if x.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_every_trained_parameter_has_a_gradient():

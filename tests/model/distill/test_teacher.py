@@ -8,20 +8,16 @@ import torch
 from torch import Tensor
 
 from model.config import PRECISIONS, TINY
-from model.distill import student, teacher
+from model.distill import teacher
 from model.distill.codec import SIZE
 from model.distill.face import MOTION, draw_identity, render
-from model.distill.student_network import load_network, new_student
-from model.distill.takes import Batch, make_takes
-from model.distill.teacher import STAGES, Codec, conditions, flow_loss, mouth_cells, sample, windows_of
-from model.distill.training import Budget
-from model.errors import UserError
+from model.distill.student_network import new_student
+from model.distill.takes import Batch
+from model.distill.teacher import STAGES, Codec, conditions, flow_loss, mouth_cells, windows_of
 from model.image import to_pixels
-from model.sampler import timesteps
 from model.weights.checkpoint import preset_models
 from streaming.generator import ChunkGenerator
 from streaming.timers import StageTimer
-from tests.model.distill.conditions import needs_espeak, quiet
 
 SMALL = dataclasses.replace(TINY.dit, dim=192, ffn_dim=64, num_layers=1, intermediate_dim=16)
 CPU = torch.device("cpu")
@@ -79,7 +75,7 @@ def test_the_loss_is_its_formula(codec, monkeypatch):
     torch.manual_seed(0)
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(teacher, "velocities", lambda _, *inputs: seen.append(inputs) or torch.zeros_like(inputs[0]))
-    one, stage = batch(8), dataclasses.replace(STAGES["streaming"], mouth_weight=1, channel_power=0, fault=0)
+    one, stage = batch(8), dataclasses.replace(STAGES["streaming"], face_weight=1, channel_power=0, fault=0)
     loss, numbers = flow_loss(new_student(SMALL), one, codec, stage)
     ((noisy, condition, times, audio),) = seen
     level = (times / 1000).view(-1, 1, 1, 1, 1)
@@ -107,76 +103,3 @@ def test_faults_scale_and_shift_channels_and_add_noise():
         scale = ((x - x.mean()) * (y - y.mean())).mean() / x.var()
         assert 0.55 < scale < 1.05  # 0.6 to 1, read from 768 numbers with noise
         assert (y - scale * x).std().item() == pytest.approx(0.2, rel=0.15)
-
-
-def test_streams_hear_both_chunks_of_a_take_and_resume():
-    class Numbered:
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-        def chunk(self, start: int) -> Batch:
-            return Batch(*(torch.full((1, 2, 2), 100.0 * self.number + start) for _ in Batch._fields))
-
-    def play(streams: student.Streams, renews: str) -> list[tuple[float, float]]:
-        heard = []
-        for step, renew in enumerate(renews, 1):
-            chunk = streams.next(student.Draw(renew == "y", (step, step)))
-            streams.move_on(chunk.motion)
-            heard.append((chunk.portraits[0, 0, 0].item(), chunk.audio[0, 0, 0].item()))
-        return heard
-
-    takes = [Numbered(i) for i in range(9)]
-    first, second = student.Streams(takes), student.Streams(takes)  # type: ignore[arg-type]
-    assert play(first, "nnnny") == [(100, 100), (100, 107), (100, 300), (100, 307), (500, 500)]
-    second.load_state_dict(first.state_dict())
-    assert play(second, "nn") == [(500, 507), (500, 200)]
-
-
-def straight_to(end: Tensor):
-    """Velocities of a network that always points to `end`."""
-    return lambda _, x, __, times, ___: (
-        (x - end[: len(x)].repeat(len(x) // len(end) or 1, 1, 1, 1, 1)) / (times.view(-1, 1, 1, 1, 1) / 1000)
-    )
-
-
-def test_samplers_end_where_velocities_point(codec, monkeypatch):
-    torch.manual_seed(0)
-    one, end, generator = batch(2, 4), torch.randn(2, 9, 48, 4, 4), torch.Generator()
-    for module in (teacher, student):
-        monkeypatch.setattr(module, "velocities", straight_to(end))
-    dit, condition = new_student(SMALL), conditions(one.portraits, codec.grey, 9)
-    found = sample(dit, one, codec, steps=5, guidance=2.0)
-    torch.testing.assert_close(found[:, 2:], end[:, 2:], atol=1e-4, rtol=1e-4)
-    assert torch.equal(found[:, :2], one.latents[:, :2])
-    motion = one.latents[:, :1]
-    found = student.generate(dit, motion, condition, one.audio, generator)
-    torch.testing.assert_close(found[:, 1:], end[:, 1:], atol=1e-4, rtol=1e-4)
-    assert torch.equal(found[:, :1], motion)
-    passed, found = student.trajectory(dit, motion, condition, one.audio, generator)
-    torch.testing.assert_close(found[:, 1:], end[:, 1:], atol=1e-4, rtol=1e-4)
-    # A straight trajectory: what is passed is on the line from the noise, which comes first, to the end.
-    levels = timesteps(4, TINY.chunk.sample_shift)[:-1] / 1000
-    for level, x in zip(levels, passed, strict=True):
-        torch.testing.assert_close(x[:, 1:], (end + level * (passed[0] - end))[:, 1:], atol=1e-4, rtol=1e-4)
-
-
-@needs_espeak
-def test_every_stage_trains_and_is_loaded_again(tmp_path):
-    make_takes(tmp_path / "takes", 1, report=quiet)
-    make_takes(tmp_path / "takes", 2, held_out=True, report=quiet)
-    more = {"takes": tmp_path / "takes", "report": quiet}
-    teacher.train(tmp_path / "lips", Budget(steps=1), stage="windows", config=SMALL, **more)
-    weights = tmp_path / "lips" / teacher.WEIGHTS
-    counters = teacher.train(
-        tmp_path / "teacher", Budget(steps=1), stage="streaming", config=SMALL, start=weights, **more
-    )
-    assert {"r open", "gain at 0.97", "mouth psnr"} <= counters.history[-1].keys()
-    counters = student.train(
-        tmp_path / "student", Budget(steps=1), teacher=tmp_path / "teacher" / teacher.WEIGHTS, **more
-    )
-    assert {"loss at 1", "loss at 0.4", "r open"} <= counters.history[-1].keys()
-    found = load_network(tmp_path / "student" / student.WEIGHTS)
-    assert found.config == SMALL
-    (tmp_path / "damaged").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a trained network"):
-        load_network(tmp_path / "damaged")
