@@ -71,11 +71,12 @@ def draw_clip(seed: int, index: int, frames: int = 33, held_out: bool = False) -
     return Clip(seed, index, held_out, identity, motion[lead:], reference, track.after(lead))
 
 
-def draw_motion(rng: np.random.Generator, mouth: NDArray[np.float32]) -> NDArray[np.float32]:
+def draw_motion(rng: np.random.Generator, mouth: NDArray[np.float32], liveliness: float = 1.0) -> NDArray[np.float32]:
     """The motion of a head with a given mouth, float32 [T, 6] -> [T, 17]: all but the mouth is independent of it.
 
     The head turns, nods and shifts by sums of three slow sines, the eyes turn against the head, lids blink at intervals
-    of a gamma distribution (about one blink in 3.5 s), brows and smile drift, and the chest breathes.
+    of a gamma distribution (about one blink in 3.5 s), brows and smile drift, and the chest breathes. `liveliness`
+    scales how far head, eyes, brows and smile move. It has no influence on the lids.
     """
     count = len(mouth)
     time = np.arange(count) / FPS
@@ -85,7 +86,7 @@ def draw_motion(rng: np.random.Generator, mouth: NDArray[np.float32]) -> NDArray
         for k, ratio in enumerate((1.0, 1.9, 3.1)):
             phase = rng.uniform(0, 2 * np.pi)
             total += rng.normal() / (k + 1) * np.sin(2 * np.pi * frequency * ratio * time + phase)
-        return amplitude / 1.2 * total
+        return liveliness * amplitude / 1.2 * total
 
     moved: dict[str, NDArray[np.float64]] = {}
     moved["yaw"] = rng.normal() * 0.07 + sway(0.08, 0.13)

@@ -6,6 +6,8 @@ further than that, so the latents of all chunks are pieces of the same few.
 
 Speech is heard as in a live stream: by the product's encoder, on a ring of eight seconds that ends with the chunk. So
 the newest frames are heard without what follows them, and each chunk keeps its own numbers.
+
+People in takes sit still: their heads turn by two or three degrees.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ LEAD = CHUNK.frame_num - 2  # frames of sound before the first frame that is see
 SLICES = 4
 FRAMES = SLICES * CHUNK.new_frames - LEAD  # 81: twenty latent frames after the first one
 STARTS = (FRAMES - CHUNK.frame_num) // STRIDE + 1  # chunks of a take
+LIVELINESS = 0.25  # of the clips' movement: small networks draw what moves as noise, and what is still in all detail
 BEFORE = 2  # frames of heard speech before a chunk, which its first windows reach
 
 
@@ -75,7 +78,7 @@ def draw_take(seed: int, index: int, vae: VAE, encoder: SpeechEncoder, held_out:
     rng = np.random.default_rng([seed, index, held_out])
     identity = draw_identity(rng)
     track = draw_track(rng, LEAD + FRAMES, held_out)
-    motion = draw_motion(rng, track.mouth)
+    motion = draw_motion(rng, track.mouth, LIVELINESS)
     portrait = motion[int(rng.integers(LEAD - 3))].copy()
     portrait[MOTION.index("blink")] = 0
     if rng.random() < 0.5:

@@ -33,6 +33,7 @@ from model.distill.metrics import (
 )
 from model.distill.reader import SIZE, Reader, Reading, load_reader
 from model.distill.speech import SAMPLE_RATE, draw_track
+from model.distill.takes import LIVELINESS
 from model.distill.teacher import teacher_models
 from model.errors import UserError
 from profiling.machine import describe_machine, resolve_device
@@ -136,8 +137,10 @@ def lip_measures(videos: Sequence[Video], voices: Sequence[Voice]) -> Iterator[t
 
 
 def life_measures(videos: Sequence[Video], voices: Sequence[Voice]) -> Iterator[tuple[str, Interval]]:
-    """Blinks and sway over those of the data, whose motion is drawn for the same voices."""
-    moved = [draw_motion(np.random.default_rng([SEED, i, 3]), voice.mouth) for i, voice in enumerate(voices)]
+    """Blinks and sway over those of takes, which presets are trained on; drawn for the same voices."""
+    moved = [
+        draw_motion(np.random.default_rng([SEED, i, 3]), voice.mouth, LIVELINESS) for i, voice in enumerate(voices)
+    ]
     blink, pose = MOTION.index("blink"), [MOTION.index(name) for name in ("yaw", "pitch", "roll")]
     found = life(
         [video.reading.blink for video in videos],

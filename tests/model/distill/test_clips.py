@@ -76,6 +76,14 @@ def test_motion_has_the_documented_statistics() -> None:
     assert np.ptp(motion["breath"], axis=1).min() > 1.9
 
 
+def test_liveliness_moves_the_head_and_not_the_lids() -> None:
+    usual, calm = (draw_motion(np.random.default_rng(2), np.zeros((200, 6), np.float32), x) for x in (1.0, 0.25))
+    for name, column in zip(MOTION, (usual - calm).T, strict=True):
+        assert column.any() == (name not in ("blink", "breath", *MOUTH)), name
+    for i in range(3):  # yaw, pitch, roll; each also has a place of its own
+        np.testing.assert_allclose(np.ptp(calm[:, i]), np.ptp(usual[:, i]) / 4, rtol=1e-4)
+
+
 def test_the_mouth_does_not_move_the_head() -> None:
     mouths = (np.zeros((50, 6), np.float32), np.ones((50, 6), np.float32))
     closed, moving = (draw_motion(np.random.default_rng(1), mouth) for mouth in mouths)

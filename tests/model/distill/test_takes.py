@@ -11,7 +11,7 @@ from model.distill.codec import SIZE, as_clip, load_codec
 from model.distill.codec_network import encode_clips
 from model.distill.face import MOTION, MOUTH, draw_identity, mouth_centre, render
 from model.distill.speech import draw_track
-from model.distill.takes import FRAMES, LEAD, STARTS, STRIDE, draw_take, join, load_takes, make_takes
+from model.distill.takes import FRAMES, LEAD, LIVELINESS, STARTS, STRIDE, draw_take, join, load_takes, make_takes
 from model.errors import UserError
 from tests.model.distill.conditions import needs_espeak, quiet
 
@@ -24,7 +24,7 @@ def test_a_chunk_is_what_the_codec_and_the_stream_make_of_it(start):
     rng = np.random.default_rng([3, 1, False])
     identity, track = draw_identity(rng), draw_track(rng, LEAD + FRAMES)
     begin = LEAD + STRIDE * start
-    motion = draw_motion(rng, track.mouth)[begin : begin + CHUNK.frame_num]
+    motion = draw_motion(rng, track.mouth, LIVELINESS)[begin : begin + CHUNK.frame_num]
     with torch.no_grad():
         latents = encode_clips(vae, as_clip(render(identity, motion, SIZE)))[0].transpose(0, 1)
         ring, _ = ring_at(hear(track), begin + CHUNK.frame_num)

@@ -15,6 +15,7 @@ from model.config import TINY
 from model.distill.clips import draw_motion
 from model.distill.face import draw_identity, render
 from model.distill.reader import load_reader
+from model.distill.takes import LIVELINESS
 from model.distill.teacher import GUIDANCE, teacher_models
 from model.dit import DiT, rope_table
 from profiling.__main__ import main
@@ -39,7 +40,7 @@ class Truth:
     def stream(self, _: object, sound: tuple[NDArray[np.float32], int], seed: int) -> Iterator[tuple[Any, Any]]:
         mouth = self._mouths[len(sound[0])]
         person = draw_identity(np.random.default_rng([SEED, 0, 1, 1]), textured=False)
-        frames = render(person, draw_motion(np.random.default_rng([seed, 9]), mouth), 128)
+        frames = render(person, draw_motion(np.random.default_rng([seed, 9]), mouth, LIVELINESS), 128)
         for begin in range(0, len(frames), 4):
             yield frames[begin : begin + 4], None
 
