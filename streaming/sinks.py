@@ -7,7 +7,6 @@ k is shown at k / fps seconds and sample j is heard at j / rate, whatever the si
 import io
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from fractions import Fraction
 from io import FileIO, RawIOBase
 from pathlib import Path
@@ -19,13 +18,14 @@ import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.packet import Packet
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import UserError
 from model.files import check_replaceable, replacing
+from streaming.mp4 import Fragments, set_colors, to_yuv
 
 _KINDS = "NAME.mp4 for a video, FOLDER/ for PNG files, or - for raw RGB frames on stdout"
 
@@ -99,12 +99,12 @@ class Mp4Sink(Sink):
         self._path, self._layout = path, _LAYOUTS[channels]
         self._rate, self._tick = rate, Fraction(1, rate)  # the unit of all times is one sample
         self._period = rate // fps  # ticks from frame to frame
-        self._samples = self._fragments = self._size = 0
+        self._samples = self._size = 0
         self._torn = False  # a write was interrupted, so that the encoders are ahead of the file
         self._full = False  # the part file cannot grow any more
-        self._to_yuv = VideoReformatter()
+        self._reformatter = VideoReformatter()
         self._encoder, self._video, self._audio = _encoders(width, height, fps, rate, channels)
-        self._header = self._muxed([])
+        self._fragments = Fragments((self._video, self._audio))
         self._part = path.with_name(path.stem + ".part.mp4")
         try:
             check_replaceable(path)  # a link may lead elsewhere than to the folder of the part file
@@ -114,7 +114,7 @@ class Mp4Sink(Sink):
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be written ({error.strerror}); name another place") from error
         try:
-            self._append(self._header)
+            self._append(self._fragments.header)
         except UserError:
             self.close()
             raise
@@ -123,13 +123,7 @@ class Mp4Sink(Sink):
         self._torn = True
         packets: list[Packet] = []
         for index, pixels in enumerate(frames, self.frames):
-            frame = self._to_yuv.reformat(
-                av.VideoFrame.from_ndarray(pixels, format="rgb24"),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-            )
+            frame = to_yuv(self._reformatter, pixels)
             frame.pts, frame.duration, frame.time_base = _DELAY + index * self._period, self._period, self._tick
             packets += self._video.encode(frame)
         if len(sound):
@@ -137,7 +131,7 @@ class Mp4Sink(Sink):
             heard.sample_rate, heard.pts, heard.time_base = self._rate, _DELAY + self._samples, self._tick
             packets += self._audio.encode(heard)
             self._samples += len(sound)
-        self._append(self._muxed(packets)[len(self._header) :])
+        self._append(self._fragments.pack(packets))
         self._torn = False
 
     def close(self) -> None:
@@ -148,7 +142,7 @@ class Mp4Sink(Sink):
             with self._file:
                 if self.frames and not self._torn:
                     rest = [*self._video.encode(None), *self._audio.encode(None)]
-                    self._append(self._muxed(rest)[len(self._header) :])
+                    self._append(self._fragments.pack(rest))
             if self.frames and not self._full:
                 with replacing(self._path) as temporary:
                     _remux(self._part, temporary)
@@ -158,24 +152,6 @@ class Mp4Sink(Sink):
             raise self._failure(error) from error
         if not (self.frames and self._full):
             self._part.unlink()
-
-    def _muxed(self, packets: Iterable[Packet]) -> bytes:
-        """A fragmented MP4 of these packets: the header, which is always the same, and at most one fragment."""
-        self._fragments += 1
-        buffer = io.BytesIO()
-        options = {
-            "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
-            "use_editlist": "0",
-            "avoid_negative_ts": "disabled",
-            "fragment_index": str(self._fragments),
-        }
-        with av.open(buffer, "w", format="mp4", options=options) as muxer:
-            streams = [muxer.add_stream_from_template(stream) for stream in (self._video, self._audio)]
-            muxer.start_encoding()
-            for packet in packets:
-                packet.stream = streams[packet.stream_index]
-                muxer.mux(packet)
-        return buffer.getvalue()
 
     def _append(self, data: bytes) -> None:
         """Adds `data` to the part file as a whole or, raising, not at all."""
@@ -303,11 +279,10 @@ def _encoders(
     owner = av.open(io.BytesIO(), "w", format="mp4")
     options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
     video = owner.add_stream("libx264", rate=fps, options=options)
-    video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+    video.width, video.height = width, height
+    set_colors(video)
     context = video.codec_context
     context.time_base, context.gop_size = Fraction(1, rate), 2 * fps
-    context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
-    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
     audio = owner.add_stream("aac", rate=rate, layout=_LAYOUTS[channels], bit_rate=128_000 * channels)
     owner.start_encoding()
     return owner, video, audio
