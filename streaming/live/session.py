@@ -195,6 +195,11 @@ class LiveSession:
         """Index of the next moment."""
         return self._director.shown
 
+    @property
+    def next_segment(self) -> int:
+        """Number of the next segment, if it is not given another one."""
+        return self._director.voice.next_number
+
     def stats(self) -> dict[str, Any]:
         """What was counted and measured, as JSON values; what waits now, and whether generation lags."""
         with self._changed:
