@@ -1,4 +1,4 @@
-"""`python -m streaming run` and `live`: a portrait and a voice in, a talking video out."""
+"""`python -m streaming run`, `live` and `serve`: a portrait and a voice in, a talking video out."""
 
 import ctypes
 import json
@@ -319,6 +319,89 @@ def live(
                         _write_whole(report, json.dumps(values, indent=2) + "\n")
     if checkpoint is None:
         print(_limits_of(str(pipeline.settings["preset"])), file=sys.stderr)
+
+
+@app.command(epilog="Example: python -m streaming serve, then open the address that it prints")
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Other than this machine's own, it needs $FLASHTALK_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")] = 8700,
+    sessions: Annotated[
+        int, typer.Option(min=1, max=64, help="Sessions at once. Each has networks of its own, and needs their memory.")
+    ] = 1,
+    viewers: Annotated[int, typer.Option(min=1, help="Viewers of a session at once.")] = 8,
+    idle: Annotated[float, typer.Option(min=1, help="Seconds without sound after which a session ends.")] = 300,
+    portraits: Annotated[
+        Path | None, typer.Option(help="Folder of JPEG files that the page offers. Default: the examples.")
+    ] = None,
+    snapshots: Annotated[
+        Path | None, typer.Option(help="Keep sessions there, so that they can be resumed after the server has ended.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Site whose pages may use the API, such as https://example.com; repeatable."),
+    ] = None,
+    ice_server: Annotated[
+        list[str] | None,
+        typer.Option(help="stun: or turn: address; repeatable. $FLASHTALK_TURN has USER:PASSWORD of turn servers."),
+    ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Write the log as JSON, a line an event.")] = False,
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    wav2vec: Wav2vecOption = None,
+    random_weights: RandomWeightsOption = False,
+    size: SizeOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    steps: StepsOption = 4,
+    compiled: CompiledOption = None,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
+) -> None:
+    """Serves live sessions: a page to talk to, an HTTP and WebSocket API, WebRTC. Ends at Ctrl-C or SIGTERM."""
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("serve does not run under torchrun yet; start it alone, on one GPU")
+    _keep_memory()
+    with stage("starting", quiet):
+        try:
+            from streaming.serve.server import Settings, run, warm
+        except ModuleNotFoundError as error:
+            raise UserError(f"serve needs the package {error.name}: pip install 'flashtalk-triton[live]'") from error
+        from streaming.pipeline import TalkingHeadPipeline
+    settings = Settings.checked(
+        host=host,
+        port=port,
+        viewers=viewers,
+        idle=idle,
+        portraits=portraits,
+        snapshots=snapshots,
+        origins=origin or [],
+        ice_servers=ice_server or [],
+        log_json=log_json,
+        environment=os.environ,
+    )
+    with stage("loading the models", quiet):
+        pipelines = [
+            TalkingHeadPipeline.from_pretrained(
+                checkpoint or preset or "tiny",
+                preset=preset or ("flashtalk-14b" if checkpoint else None),
+                device=device,
+                precision=precision,
+                size=parse_size(size),
+                steps=steps,
+                compiled=compiled,
+                wav2vec=wav2vec,
+                random_weights=random_weights,
+            )
+            for _ in range(sessions)
+        ]
+    with stage("generating a first chunk", quiet):
+        for pipeline in pipelines:
+            warm(pipeline)
+    if checkpoint is None:
+        print(_limits_of(str(pipelines[0].settings["preset"])), file=sys.stderr)
+    run(pipelines, settings)
 
 
 def _in_words(event: Any) -> str:

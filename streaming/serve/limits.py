@@ -1,0 +1,60 @@
+"""Limits: how much, how many and how long; and how often."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server bears from its clients. Sizes are bytes, times seconds."""
+
+    viewers: int = 8  # of a session
+    message_bytes: int = 64 * 1024  # of a WebSocket, and of an SDP offer
+    portrait_bytes: int = 10 * 2**20
+    portrait_pixels: int = 4096 * 4096
+    recording_bytes: int = 20 * 2**20
+    queue: float = 60.0  # sound that waits to be said; then the server reads no more
+    messages_per_second: float = 50.0  # of text, of a socket
+    creations_per_minute: float = 30.0  # of sessions, in all
+    wrong_tokens_per_minute: float = 10.0  # of an address
+    connect: float = 20.0  # until a peer connection is there, or `hello` was said
+    stuck: float = 20.0  # that a viewer may take nothing
+    unattended: float = 30.0  # that a session may be without any connection
+    idle: float = 300.0  # that a session may be without sound
+    ticket: float = 30.0  # that a ticket is good for
+    drain: float = 10.0  # that an end may take
+
+    def told(self) -> dict[str, float]:
+        """Those that a client of a session has to know."""
+        return {
+            "message_bytes": self.message_bytes,
+            "recording_bytes": self.recording_bytes,
+            "queue": self.queue,
+            "viewers": self.viewers,
+            "unattended": self.unattended,
+            "idle": self.idle,
+        }
+
+
+class Bucket:
+    """Lets through so many events a second on average, and a burst of as many as fit in `capacity`."""
+
+    def __init__(self, rate: float, capacity: float, now: Callable[[], float]) -> None:
+        """`now` is the clock."""
+        self._rate, self._capacity, self._now = rate, capacity, now
+        self._level, self._at = capacity, now()
+
+    def take(self) -> bool:
+        """Whether one more event may be."""
+        now = self._now()
+        self._level = min(self._capacity, self._level + (now - self._at) * self._rate)
+        self._at = now
+        if self._level < 1:
+            return False
+        self._level -= 1
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing has happened for long enough to forget everything."""
+        return self._level + (self._now() - self._at) * self._rate >= self._capacity

@@ -1,0 +1,255 @@
+// The page: choose a face, talk or drop a recording, see and hear the portrait.
+
+import {create, portraits} from "./api.js";
+import {Figures} from "./figures.js";
+import {play} from "./player.js";
+import {Voice} from "./voice.js";
+
+const $ = id => document.getElementById(id);
+const body = document.body, video = $("video");
+const BEHIND = 3; // s of sound that wait; with more, the microphone pauses until the face has caught up
+const STATES = {idle: "Waiting", listening: "Listening", speaking: "Speaking", interrupted: "Interrupted", closed: "Ended"};
+const ENDS = {
+  idle: "The session has ended: nobody has spoken for a while.",
+  unattended: "The session has ended: the connection was lost.",
+  draining: "The server is shutting down.",
+  failed: "Generation has failed.",
+};
+
+let session = null, socket = null, player = null, voice = null, figures = null;
+let segment = 0, talking = false, queued = 0, upload = null;
+
+// --- Token, theme, faces ---------------------------------------------------------------------------------------------
+
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  sessionStorage.token = given;
+  history.replaceState(null, "", location.pathname + location.search);
+}
+const needToken = () => { $("token-field").hidden = false; $("token").focus(); };
+if (!sessionStorage.token) $("token-field").hidden = false;
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const paint = () => { document.documentElement.dataset.theme = localStorage.theme ?? (dark.matches ? "dark" : "light"); };
+dark.addEventListener("change", paint);
+paint();
+$("theme").onclick = () => {
+  localStorage.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  paint();
+};
+
+async function showFaces() {
+  const names = await portraits();
+  $("faces").replaceChildren(...names.map((name, k) => {
+    const label = document.createElement("label"), input = document.createElement("input");
+    const image = document.createElement("img"), text = document.createElement("span");
+    Object.assign(input, {type: "radio", name: "face", value: name, checked: k === 0});
+    Object.assign(image, {src: `/v1/portraits/${encodeURIComponent(name)}`, alt: ""});
+    text.textContent = name;
+    input.onchange = () => { upload = null; $("portrait").value = ""; showChoice(image.src); };
+    label.append(input, image, text);
+    return label;
+  }));
+  const first = $("faces").querySelector("img");
+  if (first) showChoice(first.src);
+}
+
+function showChoice(source) {
+  $("still").src = source;
+  $("upload").classList.toggle("chosen", upload !== null);
+  $("upload-text").textContent = upload ? upload.name : "Use a picture of your own";
+}
+
+$("portrait").onchange = ({target}) => {
+  if (!target.files.length) return;
+  upload = target.files[0];
+  const chosen = $("faces").querySelector(":checked");
+  if (chosen) chosen.checked = false;
+  showChoice(URL.createObjectURL(upload));
+};
+
+// --- A session -------------------------------------------------------------------------------------------------------
+
+$("choose").onsubmit = async event => {
+  event.preventDefault();
+  const face = upload ?? $("faces").querySelector(":checked")?.value;
+  if (!face) return complain("Choose a face first.");
+  if ($("token").value) sessionStorage.token = $("token").value.trim();
+  $("start").disabled = true;
+  phase("starting");
+  tell("Preparing the portrait");
+  voice = new Voice(hear); // within the click, so that the browser lets it run
+  try {
+    session = await create(sessionStorage.token ?? "", face, {kind: "segments"});
+    await begin();
+  } catch (error) {
+    if (error.code === "unauthorised") needToken();
+    complain(error.code === "unauthorised" ? "The token is missing or wrong: see what the server has printed." : error.message);
+    await finish();
+  }
+  $("start").disabled = false;
+};
+
+async function begin() {
+  const {width, height} = session.facts;
+  $("frame").style.setProperty("--ratio", width / height);
+  let welcome;
+  const ready = new Promise(resolve => { welcome = resolve; });
+  socket = await session.socket({audio: {rate: voice.rate}}, {
+    ready: message => { segment = message.next_segment; welcome(); },
+    state: ({state}) => show(state),
+    playback_started: message => { segment = Math.max(segment, message.segment + (talking ? 0 : 1)); },
+    playback_finished: message => { if (talking && message.segment >= segment) segment = message.segment + 1; },
+    clear: () => player?.skip(),
+    stats: stats => { queued = stats.queue; figures?.show(stats); socket.tell({type: "ping", t: performance.now()}); },
+    pong: ({t}) => figures?.trip(performance.now() - t),
+    error: error => complain(error.message),
+    bye: ({reason}) => { if (ENDS[reason]) complain(ENDS[reason]); finish(); },
+    close: () => { if (session) { complain(ENDS.unattended); finish(); } },
+    any: note,
+  });
+  await ready;
+  tell("Connecting");
+  player = await play(session, video, new URLSearchParams(location.search).get("video"));
+  figures = new Figures(video);
+  figures.path(player.path);
+  phase("live");
+  body.dataset.shown = "video";
+  show("idle");
+  hint("Press Talk, or drop a recording onto the portrait.");
+}
+
+async function finish() {
+  const ended = session;
+  session = null;
+  stopTalking();
+  figures?.stop();
+  player?.close();
+  socket?.close();
+  voice?.close();
+  socket = player = voice = figures = null;
+  delete body.dataset.shown;
+  phase("choose");
+  show("idle");
+  tell("Ready");
+  hint("");
+  await ended?.end().catch(() => {}); // the server may be gone
+}
+
+$("end").onclick = finish;
+addEventListener("pagehide", () => session?.end());
+
+// --- Sound -----------------------------------------------------------------------------------------------------------
+
+$("talk").onclick = async () => {
+  if (talking) return stopTalking();
+  try {
+    if (body.dataset.state === "speaking") await interrupt();
+    await voice.start();
+    talking = true;
+    $("talk").ariaPressed = "true";
+    $("talk-text").textContent = "Stop";
+  } catch (error) {
+    complain(error.message);
+  }
+};
+
+function hear(samples, peak) {
+  $("talk").style.setProperty("--level", Math.min(1, peak * 1.5).toFixed(2));
+  hint(queued > BEHIND ? "Catching up: the microphone pauses." : "Speak. The portrait says it a moment later.");
+  if (queued <= BEHIND) socket?.sound(segment, samples);
+}
+
+function stopTalking() {
+  voice?.stop();
+  $("talk").style.removeProperty("--level");
+  if (!talking) return;
+  talking = false;
+  socket?.tell({type: "end"});
+  segment += 1;
+  $("talk").ariaPressed = "false";
+  $("talk-text").textContent = "Talk";
+  hint("");
+}
+
+async function say(file) {
+  if (!session) return;
+  stopTalking();
+  if (file.size > session.facts.limits.recording_bytes) return complain("The recording is too large.");
+  hint(`Saying ${file.name}`);
+  try {
+    const {answer} = await session.say(file);
+    segment = Math.max(segment, answer.segment + 1);
+  } catch (error) {
+    hint("");
+    complain(error.message);
+  }
+}
+
+async function interrupt() {
+  await session?.interrupt().catch(error => complain(error.message));
+  hint("");
+}
+
+$("interrupt").onclick = interrupt;
+$("file-button").onclick = () => $("file").click();
+$("file").onchange = ({target}) => { if (target.files.length) say(target.files[0]); target.value = ""; };
+$("sound").onclick = () => {
+  video.muted = !video.muted;
+  $("sound").ariaPressed = String(video.muted);
+};
+
+addEventListener("dragover", event => { event.preventDefault(); if (session) body.dataset.drop = ""; });
+addEventListener("dragleave", event => { if (!event.relatedTarget) delete body.dataset.drop; });
+addEventListener("drop", event => {
+  event.preventDefault();
+  delete body.dataset.drop;
+  const [file] = event.dataTransfer.files;
+  if (file && session) say(file);
+});
+addEventListener("keydown", event => {
+  if (!session || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (event.key === "Escape") interrupt();
+  if (event.key === "m") $("talk").click();
+});
+
+// --- What is seen ----------------------------------------------------------------------------------------------------
+
+function phase(name) {
+  body.dataset.phase = name;
+  $("choose").hidden = name === "live";
+  $("live").hidden = name !== "live";
+}
+
+function show(state) {
+  body.dataset.state = state;
+  tell(STATES[state] ?? state);
+  $("interrupt").disabled = state !== "speaking" && state !== "listening";
+}
+
+function tell(text) {
+  $("state-text").textContent = text;
+}
+
+function hint(text) {
+  $("hint").textContent = text;
+}
+
+let silence;
+function complain(text) {
+  $("problem").textContent = text;
+  $("problem").hidden = false;
+  clearTimeout(silence);
+  silence = setTimeout(() => { $("problem").hidden = true; }, 8000);
+}
+
+function note({type, ...values}) {
+  if (type === "stats" || type === "pong" || type === "ready") return;
+  const line = document.createElement("li");
+  const said = Object.entries(values).map(([name, value]) => `${name} ${typeof value === "number" ? +value.toFixed(2) : value}`);
+  line.textContent = `${new Date().toTimeString().slice(0, 8)} ${type} ${said.join(", ")}`;
+  $("events").prepend(line);
+  if ($("events").children.length > 50) $("events").lastChild.remove();
+}
+
+showFaces().catch(error => complain(error.message));

@@ -1,0 +1,150 @@
+"""The process: settings that are checked, networks that are warm, a port, a log, and an end with snapshots."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+from aiohttp import web
+from aiortc import RTCIceServer
+
+from model.errors import UserError
+from streaming.serve.access import Access, is_loopback, token_for
+from streaming.serve.app import Server
+from streaming.serve.limits import Limits
+from streaming.serve.rtc import stay_on_loopback
+from streaming.serve.sessions import Pipeline, Sessions
+
+_HERE = Path(__file__).parent
+_BUNDLED = (_HERE / "portraits", _HERE.parents[1] / "examples" / "portraits")  # in a wheel, and in the repository
+
+log = logging.getLogger("flashtalk.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is reached and what it bears; `checked` makes them."""
+
+    host: str
+    port: int
+    token: str
+    limits: Limits
+    portraits: Path | None
+    snapshots: Path | None
+    origins: list[str]
+    ice_servers: list[RTCIceServer]
+    log_json: bool
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        host: str,
+        port: int,
+        viewers: int,
+        idle: float,
+        portraits: Path | None,
+        snapshots: Path | None,
+        origins: Sequence[str],
+        ice_servers: Sequence[str],
+        log_json: bool,
+        environment: Mapping[str, str],
+    ) -> "Settings":
+        """The settings of a command line. Raises `UserError` for what cannot be, or would not be safe."""
+        for origin in origins:
+            parts = urlsplit(origin)
+            if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
+                raise UserError(f"--origin {origin}: write it as https://example.com, without a path")
+        if portraits is not None and not portraits.is_dir():
+            raise UserError(f"--portraits {portraits} is no folder")
+        if snapshots is not None:
+            try:
+                snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--snapshots {snapshots} cannot be made ({error.strerror})") from error
+        return cls(
+            host,
+            port,
+            token_for(host, environment.get("FLASHTALK_TOKEN")),
+            replace(Limits(), viewers=viewers, idle=idle),
+            portraits or next((folder for folder in _BUNDLED if folder.is_dir()), None),
+            snapshots,
+            list(origins),
+            [_ice_server(url, environment.get("FLASHTALK_TURN", "")) for url in ice_servers],
+            log_json,
+        )
+
+
+def _ice_server(url: str, turn: str) -> RTCIceServer:
+    scheme = url.partition(":")[0]
+    if scheme in ("stun", "stuns"):
+        return RTCIceServer(url)
+    user, _, password = turn.partition(":")
+    if scheme not in ("turn", "turns") or not password:
+        raise UserError(
+            f"--ice-server {url}: write stun:HOST:PORT, or turn:HOST:PORT and $FLASHTALK_TURN=USER:PASSWORD"
+        )
+    return RTCIceServer(url, user, password)
+
+
+def warm(pipeline: Pipeline) -> None:
+    """Generates a chunk, so that the first session does not wait for compilers."""
+    chunk = pipeline.config.chunk
+    with pipeline.live(np.full((chunk.height, chunk.width, 3), 128, np.uint8)) as session:
+        next(session.moments())
+
+
+def run(pipelines: Sequence[Pipeline], settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises `UserError` if the port cannot be had."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if settings.log_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    if is_loopback(settings.host):
+        stay_on_loopback()
+    asyncio.run(_serve(pipelines, settings))
+
+
+async def _serve(pipelines: Sequence[Pipeline], settings: Settings) -> None:
+    sessions = Sessions(pipelines, settings.limits, settings.snapshots)
+    access = Access(settings.token, settings.origins, settings.limits)
+    server = Server(sessions, access, settings.portraits, settings.ice_servers)
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=settings.limits.drain)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port)
+        try:
+            await site.start()
+        except OSError as error:
+            reason = f"--host {settings.host} --port {settings.port} cannot be listened at ({error.strerror})"
+            raise UserError(f"{reason}; name others") from error
+        host, port = runner.addresses[0][:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"The page is http://{shown}:{port}/#token={settings.token}", flush=True)
+        await ended.wait()
+        log.info("ending: %d sessions are kept", len(sessions.open))
+    finally:
+        await runner.cleanup()
+
+
+class JsonLines(logging.Formatter):
+    """Log records as JSON, a line each."""
+
+    _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        values = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
+        values |= {name: value for name, value in record.__dict__.items() if name not in self._STANDARD}
+        if record.exc_info:
+            values["error"] = self.formatException(record.exc_info)
+        return json.dumps(values, default=str)

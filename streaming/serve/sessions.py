@@ -1,0 +1,264 @@
+"""All sessions of a process: begun, resumed, found, ended, counted. Knows no HTTP.
+
+A pipeline makes one session at a time, so there are as many sessions as pipelines. With a folder for snapshots, three
+files keep a session: its snapshot, which is replaced after every chunk, the portrait, and who may resume it.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.config import Config
+from model.errors import UserError
+from model.files import replacing
+from streaming.live.session import LiveSession
+from streaming.serve.errors import RefusedError
+from streaming.serve.limits import Limits
+from streaming.serve.messages import SessionOptions
+from streaming.serve.session import Session, on_event
+
+KEPT = 24 * 3600  # seconds for which a session that nobody closed can be resumed
+_ID = re.compile(r"[A-Za-z0-9_-]{16}")
+
+log = logging.getLogger("flashtalk.serve")
+
+
+class Pipeline(Protocol):
+    """What makes live sessions, one at a time: `TalkingHeadPipeline`."""
+
+    @property
+    def config(self) -> Config:
+        """Of the picture."""
+        ...
+
+    @property
+    def portrait(self) -> Callable[[Any], NDArray[np.uint8]]:
+        """Gives a portrait as it will be seen."""
+        ...
+
+    @property
+    def live(self) -> Callable[..., LiveSession]:
+        """Begins a session."""
+        ...
+
+
+class Kept(msgspec.Struct):
+    """What is written beside a snapshot."""
+
+    options: SessionOptions
+    key_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Sessions:
+    """The sessions of one process. All methods are called in one event loop.
+
+    Attributes:
+        open: sessions by their id.
+        capacity: how many there can be.
+        draining: whether no new ones may be begun.
+        on_begin, on_end: are called with each session that begins and that has ended.
+    """
+
+    def __init__(self, pipelines: Sequence[Pipeline], limits: Limits, folder: Path | None = None) -> None:
+        """Takes pipelines that have loaded their networks.
+
+        Args:
+            pipelines: each makes one session at a time.
+            limits: of sessions.
+            folder: where snapshots are kept; None: nowhere.
+        """
+        self.open: dict[str, Session] = {}
+        self.capacity, self.draining, self.limits = len(pipelines), False, limits
+        self.on_begin: Callable[[Session], None] = lambda _: None
+        self.on_end: Callable[[Session], None] = lambda _: None
+        self._free, self._folder = list(pipelines), folder
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def free(self) -> int:
+        """How many more sessions can begin now."""
+        return 0 if self.draining else len(self._free)
+
+    # --- Begin -------------------------------------------------------------------------------------------------------
+
+    async def create(self, image: Image.Image | Path, options: SessionOptions) -> Session:
+        """Begins a session with a portrait. Raises `RefusedError` if there is no room or it cannot begin."""
+        identifier, key = secrets.token_urlsafe(12), secrets.token_urlsafe(32)
+        pipeline = self._take()
+        with self._given_back(pipeline, "bad_portrait"):
+            portrait = await asyncio.to_thread(pipeline.portrait, image)
+            if self._folder:
+                await asyncio.to_thread(self._keep, self._folder / identifier, portrait, options, key)
+        return await self._begin(pipeline, portrait, options, identifier, key, resume=None)
+
+    async def resume(self, identifier: str, key: str) -> Session:
+        """Goes on with a session that is not open, from its snapshot.
+
+        Its moments count on: `session.live.position` is the next one. Raises `RefusedError` if there is none with this
+        id and key, or no room.
+        """
+        path = None if self._folder is None else self._folder / identifier
+        if path is None or not _ID.fullmatch(identifier) or identifier in self.open:
+            raise RefusedError("not_found")
+        try:
+            kept = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Kept)
+            with Image.open(path.with_suffix(".png")) as file:
+                portrait = np.asarray(file.convert("RGB"))
+        except (OSError, msgspec.MsgspecError) as error:
+            raise RefusedError("not_found") from error
+        if not hmac.compare_digest(kept.key_hash, _hash(key)):
+            raise RefusedError("not_found")
+        snapshot = path.with_suffix(".session")
+        resume = snapshot if snapshot.exists() else None  # it may have ended before its first chunk
+        return await self._begin(self._take(), portrait, kept.options, identifier, key, resume)
+
+    def _take(self) -> Pipeline:
+        if self.draining:
+            raise RefusedError("draining")
+        if not self._free:
+            raise RefusedError("limit_sessions")
+        return self._free.pop()
+
+    @contextmanager
+    def _given_back(self, pipeline: Pipeline, code: str) -> Iterator[None]:
+        """Gives the pipeline back if the body fails; a user's mistake becomes a refusal with this code."""
+        try:
+            yield
+        except BaseException as error:
+            self._free.append(pipeline)
+            if isinstance(error, UserError):
+                raise RefusedError(code, str(error)) from error
+            raise
+
+    async def _begin(
+        self,
+        pipeline: Pipeline,
+        portrait: NDArray[np.uint8],
+        options: SessionOptions,
+        identifier: str,
+        key: str,
+        resume: Path | None,
+    ) -> Session:
+        """Opens a live session, which may take seconds, and serves it."""
+
+        def opened() -> LiveSession:
+            return pipeline.live(
+                portrait,
+                **msgspec.structs.asdict(options),
+                max_queued=self.limits.queue,
+                on_event=on_event(loop, lambda: self.open.get(identifier)),
+                snapshots=self._folder / f"{identifier}.session" if self._folder else None,
+                resume=resume,
+            )
+
+        loop = asyncio.get_running_loop()
+        with self._given_back(pipeline, "bad_request"):
+            live = await asyncio.to_thread(opened)
+        session = Session(
+            identifier, key, live, pipeline.config.chunk, self.limits, self.snapshot if self._folder else None
+        )
+        self.open[identifier] = session
+        self.on_begin(session)
+        task = asyncio.create_task(self._serve(session, pipeline))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        log.info("session %s begins", identifier, extra={"session": identifier, "kind": options.kind})
+        if self.draining:  # it was being opened when the end came
+            await self.close(session, "draining")
+            raise RefusedError("draining")
+        return session
+
+    async def _serve(self, session: Session, pipeline: Pipeline) -> None:
+        try:
+            await session.run()
+        finally:
+            del self.open[session.id]
+            self._free.append(pipeline)
+            self.on_end(session)
+            log.info("session %s ends: %s", session.id, session.ended, extra={"session": session.id})
+
+    # --- Find, keep, end ---------------------------------------------------------------------------------------------
+
+    def find(self, identifier: str, key: str) -> Session:
+        """The open session with this id and key. Raises `RefusedError`, the same for either being wrong."""
+        session = self.open.get(identifier)
+        expected = session.key if session else secrets.token_urlsafe(32)  # takes as long for an id that is unknown
+        if not hmac.compare_digest(expected.encode(), key.encode()) or session is None:
+            raise RefusedError("unauthorised")
+        return session
+
+    async def snapshot(self, session: Session) -> int:
+        """Writes a session's snapshot now; returns the index of its next moment.
+
+        Raises `RefusedError` if it cannot be written.
+        """
+        if self._folder is None:
+            raise RefusedError("no_snapshots")
+        try:
+            await asyncio.to_thread(session.live.snapshot, self._folder / f"{session.id}.session")
+        except UserError as error:
+            log.error("session %s: %s", session.id, error)
+            raise RefusedError("failed", "the snapshot cannot be written") from error
+        return session.live.position
+
+    async def close(self, session: Session, reason: str = "closed") -> None:
+        """Ends a session. One that its client has closed cannot be resumed."""
+        await session.close(reason)
+        if reason == "closed" and self._folder:
+            await asyncio.to_thread(_remove, self._folder / session.id)
+
+    async def sweep(self) -> None:
+        """What is to be done each second: ends sessions that are idle or left alone, and tells figures."""
+        now = time.monotonic()
+        for session in list(self.open.values()):
+            if session.ended:
+                continue
+            if reason := session.overdue(now):
+                await self.close(session, reason)
+            else:
+                session.each_second(now)
+
+    async def drain(self) -> None:
+        """Ends all sessions, each with a snapshot, and begins no new ones."""
+        self.draining = True
+        await asyncio.gather(*(self.close(session, "draining") for session in list(self.open.values())))
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- Files -------------------------------------------------------------------------------------------------------
+
+    def _keep(self, path: Path, portrait: NDArray[np.uint8], options: SessionOptions, key: str) -> None:
+        assert self._folder is not None
+        for old in self._folder.glob("*.json"):
+            if _ID.fullmatch(old.stem) and old.stem not in self.open and time.time() - old.stat().st_mtime > KEPT:
+                _remove(old)
+        try:
+            with replacing(path.with_suffix(".png")) as temporary:
+                Image.fromarray(portrait).save(temporary, "PNG")
+            with replacing(path.with_suffix(".json")) as temporary:
+                temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
+        except OSError as error:
+            raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
+
+
+def _remove(path: Path) -> None:
+    for suffix in (".session", ".json", ".png"):
+        with suppress(OSError):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""`python -m streaming serve`: mistakes end in one line; a real process serves, and ends with a snapshot."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from model.config import PRESETS
+from model.errors import UserError
+from streaming.__main__ import main
+from streaming.serve.server import JsonLines, Settings
+from tests.streaming.live.stage import LETTERS
+from tests.streaming.serve.kit import bearing, form, run
+
+ROOT = Path(__file__).parents[3]
+
+
+def checked(**options: Any) -> Settings:
+    defaults: dict[str, Any] = {
+        "host": "127.0.0.1", "port": 0, "viewers": 8, "idle": 300, "portraits": None, "snapshots": None, "origins": [],
+        "ice_servers": [], "log_json": False, "environment": {},
+    }  # fmt: skip
+    return Settings.checked(**defaults | options)
+
+
+def test_settings_have_a_token_the_examples_and_servers_for_ice(tmp_path: Path) -> None:
+    settings = checked(
+        snapshots=tmp_path / "kept", ice_servers=["stun:a:1", "turn:b:2"], environment={"FLASHTALK_TURN": "me:secret"}
+    )
+    assert settings.portraits is not None
+    assert (settings.portraits / "amara.jpg").exists()
+    assert [(s.urls, s.username, s.credential) for s in settings.ice_servers] == [
+        ("stun:a:1", None, None), ("turn:b:2", "me", "secret"),
+    ]  # fmt: skip
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+    assert len(settings.token) >= 32
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 is open to the network"),
+        ({"origins": ["example.com"]}, "--origin example.com: write it as https://example.com"),
+        ({"origins": ["https://example.com/"]}, "without a path"),
+        ({"ice_servers": ["turn:a:1"]}, "--ice-server turn:a:1"),
+        ({"ice_servers": ["http://a"]}, "--ice-server http://a"),
+        ({"portraits": Path("missing")}, "--portraits missing is no folder"),
+        ({"snapshots": Path("/proc/no")}, "--snapshots /proc/no cannot be made"),
+    ],
+)
+def test_what_cannot_be_or_is_not_safe_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        checked(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_an_open_server_without_a_token_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FLASHTALK_TOKEN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["streaming", "serve", "--host", "0.0.0.0"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert main() == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "set $FLASHTALK_TOKEN" in line
+
+
+def test_a_log_line_is_json() -> None:
+    record = logging.makeLogRecord({"msg": "GET %s %d", "args": ("/", 200), "levelname": "INFO", "status": 200})
+    values = json.loads(JsonLines().format(record))
+    assert values["message"] == "GET / 200"
+    assert (values["level"], values["status"]) == ("info", 200)
+
+
+@pytest.mark.slow
+def test_a_process_serves_until_sigterm_and_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, LETTERS.name, LETTERS)
+    program = (
+        "import sys; from model.config import PRESETS; from tests.streaming.live.stage import LETTERS;"
+        "PRESETS[LETTERS.name] = LETTERS; from streaming.__main__ import console; console()"
+    )
+    command = [
+        sys.executable, "-c", program, "serve", "--preset", "letters", "--random-weights", "--device", "cpu", "--steps",
+        "1", "--port", "0", "--snapshots", str(tmp_path), "--log-json", "--quiet",
+    ]  # fmt: skip
+    environment = os.environ | {"FLASHTALK_TOKEN": "secret", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def started() -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "#token=secret" in line, process.stderr.read() if process.stderr else ""
+        return process, line.split()[-1].split("/#")[0]
+
+    async def begin(url: str) -> dict[str, Any]:
+        async with aiohttp.ClientSession(url) as client:
+            response = await client.post("/v1/sessions", data=form(), headers=bearing("secret"))
+            facts = await response.json()
+            path = f"/v1/sessions/{facts['id']}"
+            async with client.get(f"{path}/stream.mp4", headers=bearing(facts["key"])) as stream:
+                await stream.content.readexactly(3000)
+            return facts
+
+    async def resume(url: str, facts: dict[str, Any]) -> dict[str, Any]:
+        async with aiohttp.ClientSession(url) as client:
+            response = await client.post(f"/v1/sessions/{facts['id']}/resume", headers=bearing(facts["key"]))
+            assert response.status == 201, await response.text()
+            return await response.json()
+
+    process, url = started()
+    facts = run(begin(url))
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert any(line["message"].endswith("ends: draining") for line in lines), log
+    process, url = started()
+    try:
+        assert run(resume(url, facts))["position"] > 0
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
