@@ -260,10 +260,9 @@ def train(
         batch=lambda rng: draw_rings(tracks, batch, rng),
         loss=lambda batch: mouth_loss(encoder, scale, *batch),
         evaluate=lambda _: scores(),
+        write=lambda _: save_audio(encoder, scale, folder / WEIGHTS.name),
     )
-    counters = run_training(task, folder, budget, seed, resume, report=report)
-    save_audio(encoder, scale, folder / WEIGHTS.name)
-    return counters
+    return run_training(task, folder, budget, seed, resume, report=report)
 
 
 def save_audio(encoder: SpeechEncoder, scale: MouthScale, path: Path) -> None:

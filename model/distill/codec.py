@@ -231,6 +231,11 @@ def train(
         part.requires_grad_(True)
     clips = held_out_clips(evaluation_clips)
     pictures = [clip.frames(SIZE) for clip in clips]
+
+    def write(_: Counters) -> None:
+        normalise_latents(vae.requires_grad_(False), seed, start_clips)
+        save_codec(vae, folder / WEIGHTS.name)
+
     task = Task(
         name="codec",
         network=vae,
@@ -238,12 +243,10 @@ def train(
         batch=lambda rng: draw_batch(rng, seed),
         loss=lambda batch: codec_loss(vae, batch),
         evaluate=lambda _: _progress(vae, clips, pictures),
+        write=write,
         mixed=False,  # a latent may move by less than bfloat16 can tell
     )
-    counters = run_training(task, folder, budget, seed, resume, report=report)
-    normalise_latents(vae.requires_grad_(False), seed, start_clips)
-    save_codec(vae, folder / WEIGHTS.name)
-    return counters
+    return run_training(task, folder, budget, seed, resume, report=report)
 
 
 def latent_deviation(vae: VAE) -> Tensor:

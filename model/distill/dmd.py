@@ -144,10 +144,9 @@ def train(
         batch=source.draw,
         loss=steps.loss,
         evaluate=measure,
+        write=lambda _: save_network(student, folder / WEIGHTS),
         ema=recipe.ema,
         clip=recipe.clip,
         state=steps,
     )
-    counters = run_training(task, folder, budget, seed, resume, recipe.evaluate_every, report=report)
-    save_network(student, folder / WEIGHTS)
-    return counters
+    return run_training(task, folder, budget, seed, resume, recipe.evaluate_every, report=report)

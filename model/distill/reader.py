@@ -431,6 +431,10 @@ def train(
         face_loss = (network.face(pictures) - face).square().mean()
         return mouth_loss + face_loss, {"mouth_loss": mouth_loss.item(), "face_loss": face_loss.item()}
 
+    def write(counters: Counters) -> None:
+        settings = {"seed": seed, "clips": clips, "steps": counters.step}
+        save_trained(folder / WEIGHTS.name, network.state_dict(), settings)
+
     task = Task(
         name="reader",
         network=network,
@@ -438,8 +442,6 @@ def train(
         batch=lambda rng: _batch(stills, rng),
         loss=loss,
         evaluate=lambda _: _correlations(network, held_out),
+        write=write,
     )
-    counters = run_training(task, folder, budget, seed, resume, report=report)
-    settings = {"seed": seed, "clips": clips, "steps": counters.step}
-    save_trained(folder / WEIGHTS.name, network.state_dict(), settings)
-    return counters
+    return run_training(task, folder, budget, seed, resume, report=report)

@@ -143,8 +143,7 @@ def train(
         batch=streams.draw,
         loss=lambda draw: student_loss(dit, wise, streams, draw, numbers),
         evaluate=lambda _: judged(*second_chunks(dit, held_out, numbers), numbers, eyes),
+        write=lambda _: save_network(dit, folder / WEIGHTS),
         state=streams,
     )
-    counters = run_training(task, folder, budget, seed, resume, evaluate_every=100, report=report)
-    save_network(dit, folder / WEIGHTS)
-    return counters
+    return run_training(task, folder, budget, seed, resume, evaluate_every=100, report=report)

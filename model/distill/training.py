@@ -53,6 +53,15 @@ class Stateful(Protocol):
         ...
 
 
+@dataclass
+class Counters:
+    """How far a training is. `seconds` counts the time in all runs of a resumed training."""
+
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Task(Generic[B]):
     """What is trained, and how.
@@ -64,6 +73,7 @@ class Task(Generic[B]):
         batch: makes the batch of a step from a random generator. It runs in a background thread.
         loss: the loss of a batch, a scalar, and further numbers to log by name.
         evaluate: numbers to log from the network with averaged weights, which is in evaluation mode.
+        write: writes the trained network, which has averaged weights by then. Of several replicas, only the first does.
         ema: the share that a step has in the averaged weights.
         clip: the largest norm of the gradient.
         device: where `loss` computes.
@@ -77,6 +87,7 @@ class Task(Generic[B]):
     batch: Callable[[np.random.Generator], B]
     loss: Callable[[B], tuple[Tensor, dict[str, float]]]
     evaluate: Callable[[nn.Module], dict[str, float]]
+    write: Callable[[Counters], None]
     ema: float = 0.005
     clip: float = 1.0
     device: str = "cpu"
@@ -98,15 +109,6 @@ class Budget:
     def progress(self, step: int, seconds: float) -> float:
         """The share of the budget that is used, 0 to 1 and above."""
         return step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 0))
-
-
-@dataclass
-class Counters:
-    """How far a training is. `seconds` counts the time in all runs of a resumed training."""
-
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def learning_rate(progress: float, step: int, warmup: int = 50) -> float:
@@ -183,6 +185,9 @@ def train(
     _save(path, task, average, counters, seed, replicas)
     task.network.load_state_dict(average)
     task.network.eval()
+    if replicas.is_first:
+        with _writing(path):
+            task.write(counters)
     return counters
 
 

@@ -15,9 +15,11 @@ from model.distill.student_network import load_network, new_student, save_networ
 from model.distill.takes import load_takes
 from model.distill.teacher import Codec
 from model.distill.training import Budget
+from model.distill.training import train as run_training
 from model.parallel.ranks import Ranks
 from tests.model.distill.conditions import quiet, random_take
 from tests.model.distill.test_teacher import SMALL
+from tests.model.distill.test_training import line_task
 from tests.ranks import RankPool, rank_pool
 
 RECIPE = dataclasses.replace(TINY_RECIPE, batch=1, critic_steps=2, evaluate_every=100)
@@ -104,6 +106,17 @@ def test_replicas_stay_equal_and_see_more_than_one_does(folder, tmp_path, pool: 
     assert len(set(losses)) == 1
     assert train(folder, tmp_path / "alone", 1)["loss"] != losses[0]
     assert load_network(tmp_path / "replicas" / dmd.WEIGHTS).config == SMALL
+
+
+def _write_line(ranks: Ranks, folder: Path) -> None:
+    """A training that leaves a file of this rank's. Runs in a rank's process."""
+    task = dataclasses.replace(line_task(), write=lambda _: (folder / f"written by {ranks.rank}").touch())
+    run_training(task, folder, Budget(steps=2), report=quiet)
+
+
+def test_only_the_first_replica_writes_the_result(tmp_path, pool: RankPool):
+    pool.run(4, 1, _write_line, tmp_path)
+    assert [path.name for path in tmp_path.glob("written by *")] == ["written by 0"]
 
 
 def test_instruments_measure_the_same_twice(folder):

@@ -32,7 +32,11 @@ def line_task(bad_step: int | None = None) -> Task[tuple[Tensor, int]]:
         return value * (math.nan if step == bad_step else 1), {"largest": x.abs().max().item()}
 
     optimizer = torch.optim.AdamW(network.parameters(), 0.02)
-    return Task("line", network, optimizer, batch, loss, lambda net: {"at zero": net(torch.zeros(1, 1)).item()})
+
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        return {"at zero": network(torch.zeros(1, 1)).item()}
+
+    return Task("line", network, optimizer, batch, loss, evaluate, write=lambda _: None)
 
 
 def test_the_line_is_learnt_and_the_averaged_weights_remain(tmp_path):
