@@ -15,6 +15,7 @@ from model.weights.checkpoint import Models
 from model.weights.digest import digest_of_weights
 from streaming.live.director import LAGS, Director, Lag, Options
 from streaming.live.face import PortraitFace, Way
+from streaming.live.journal import records, replay
 from streaming.live.session import Clock, LiveSession
 from streaming.live.snapshot import digest, load, restore
 from streaming.live.timeline import Event
@@ -59,12 +60,13 @@ def open_session(
     *,
     noise: str,
     resume: Path | None,
+    position: int | None,
     on_event: Callable[[Event], None],
     snapshots: Path | None,
     clock: Clock,
     release: Callable[[], None],
 ) -> LiveSession:
-    """A session that begins, or goes on from the snapshot `resume`.
+    """A session that begins, or goes on from the snapshot `resume` and its journal, at `position` if that is given.
 
     Raises `UserError` if the snapshot cannot be read, or is of another portrait, prompt, configuration or weights.
     """
@@ -79,6 +81,7 @@ def open_session(
     face = PortraitFace(ways, models.audio, portrait, snapshot.values["seed"] if snapshot else seed)
     voice = Voice(settings.kind, face.chunk, settings.limit)
     director = Director(face, voice, Options(settings.lag, settings.wait_frames))
-    if snapshot:
+    if snapshot and resume:
         restore(director, snapshot)
+        replay(director, records(resume, snapshot.values.get("journal")), position, clock.now())
     return LiveSession(director, identity, on_event=on_event, snapshots=snapshots, clock=clock, release=release)
