@@ -347,7 +347,8 @@ class TalkingHeadPipeline:
                 Fewer make speech start earlier, and need a machine that generates faster than real time.
             max_queued: Seconds of sound that may wait.
             on_event: Is called with each event, in the thread where it happened.
-            snapshots: A file that is replaced by a snapshot for every chunk. A journal beside it has what happened since.
+            snapshots: A file that is replaced by a snapshot for every chunk. A journal beside it has what happened
+                since.
             resume: A file of a snapshot: the session goes on after what it had handed over, if the journal is beside
                 it. Portrait, prompt, configuration and weights must be the same, and the seed is the snapshot's.
             position: The moment at which a resumed session goes on, because not all that it had handed over has

@@ -1,8 +1,8 @@
 """What has happened to a session since its last snapshot: sound that came, moments that were handed over.
 
-A snapshot is written for every chunk, and a process may be killed at any moment. What happens in between is written into
-a small file beside the snapshot, a *journal*, before anybody sees its effect. A snapshot names the journal that follows
-it, which is a new file, so that a kill between the two loses nothing: all journals from that one on are read.
+A snapshot is written for every chunk, and a process may be killed at any moment. What happens in between is written
+into a small file beside the snapshot, a *journal*, before anybody sees its effect. A snapshot names the journal that
+follows it, which is a new file, so that a kill between the two loses nothing: all journals from that one on are read.
 
 The operating system keeps what was written if the process is killed, not if the machine loses power.
 """

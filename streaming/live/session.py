@@ -48,6 +48,9 @@ class LiveSession:
     """An endless session with a face: sound goes in, moments come out at the pace of the clock.
 
     Made by `TalkingHeadPipeline.live`. All methods may be called from any thread. A context manager that closes itself.
+
+    Attributes:
+        snapshots: the file that is replaced by a snapshot for every chunk, if there is one.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class LiveSession:
         Raises `UserError` if the snapshot cannot be written.
         """
         self._director, self._identity, self._on_event = director, identity, on_event
-        self._snapshots, self._clock, self._release = snapshots, clock, release
+        self.snapshots, self._clock, self._release = snapshots, clock, release
         self._changed = threading.Condition()
         self._delivery = threading.RLock()  # events are told one after the other
         self._sleepers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
@@ -229,7 +232,7 @@ class LiveSession:
 
     def snapshot(self, path: str | Path) -> None:
         """Writes the session into a file, whole or not at all. Raises `UserError` if it cannot be written."""
-        if Path(path) != self._snapshots or self._journal is None:
+        if Path(path) != self.snapshots or self._journal is None:
             with self._changed:
                 snapshot = snapshot_of(self._director)
             save(snapshot, self._identity, Path(path))
@@ -240,19 +243,19 @@ class LiveSession:
                 try:
                     number = self._journal.rotate()
                 except OSError as error:
-                    raise _unwritable(self._snapshots, error) from error
+                    raise _unwritable(self.snapshots, error) from error
             snapshot.values["journal"] = number
-            save(snapshot, self._identity, self._snapshots)
+            save(snapshot, self._identity, self.snapshots)
             self._journal.forget(number)
 
     def _note(self, record: Record) -> None:
         """Writes into the journal what has happened; `_changed` is held. Without one it does nothing."""
-        if self._journal is None or self._snapshots is None:
+        if self._journal is None or self.snapshots is None:
             return
         try:
             self._journal.note(record)
         except OSError as error:
-            self._failure = self._failure or _unwritable(self._snapshots, error)
+            self._failure = self._failure or _unwritable(self.snapshots, error)
 
     def close(self) -> None:
         """Ends the session. What was not handed over is lost; take a snapshot before to keep it."""
@@ -282,8 +285,8 @@ class LiveSession:
         last = None
         try:
             while work := self._next_work():
-                if self._snapshots and work is not last:  # before its first frame can be shown
-                    self.snapshot(self._snapshots)
+                if self.snapshots and work is not last:  # before its first frame can be shown
+                    self.snapshot(self.snapshots)
                 last = work
                 unit = next(work.units)
                 with self._changed:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import socket
 import time
@@ -196,8 +197,12 @@ class Server:
 
     async def _resume(self, request: web.Request) -> web.Response:
         self._access.check_creation()
+        position = request.query.get("position")
+        if position is not None and not re.fullmatch("[0-9]{1,15}", position):
+            raise RefusedError("bad_request", "position is the index of a moment")
         with self._access.trying(request.remote or ""):
-            session = await self._sessions.resume(request.match_info["id"], bearer(request.headers))
+            identifier, key = request.match_info["id"], bearer(request.headers)
+            session = await self._sessions.resume(identifier, key, None if position is None else int(position))
         return self._begun(session)
 
     def _begun(self, session: Session) -> web.Response:
