@@ -158,7 +158,7 @@ class ErrorMessage(Struct, tag="error"):
 
 
 class Bye(Struct, tag="bye"):
-    """The session has ended: closed, idle, unattended, failed or draining."""
+    """The session has ended: closed, idle, unattended, failed, draining, or lost with a replica of a cluster."""
 
     reason: str
     position: int  # index of the first moment that nobody has got; a resumed session begins there

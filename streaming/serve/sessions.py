@@ -1,9 +1,9 @@
 """All sessions of a process: begun, resumed, found, ended, counted. Knows no HTTP.
 
 A pipeline makes one session at a time, so there are as many sessions as pipelines. With a folder for snapshots, files
-keep a session: the portrait, who may resume it, and its snapshot with a journal. Many servers may share the folder. So
-each time that a session is resumed, its snapshots have a new name, with a number that is one higher: what a server still
-writes that was taken for dead is not read.
+keep a session: the portrait, who may resume it, and its snapshot with a journal. Many servers may share the folder.
+So each time that a session is resumed, its snapshots have a new name, with a number that is one higher: what a server
+still writes that was taken for dead is not read.
 """
 
 import asyncio
