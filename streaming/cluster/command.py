@@ -46,6 +46,7 @@ def run(load: Callable[[], Pipeline], size: Size, settings: Settings, address: s
 def _connect(address: str | None, size: Size) -> Size:
     """Connects this process to Ray; returns the size with the GPUs of a replica, which depend on what Ray has."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it would tell its makers of this cluster
+    os.environ.setdefault("RAY_worker_niceness", "0")  # it is 15, which on a busy machine starves what is real time
     try:
         import ray
     except ModuleNotFoundError as error:

@@ -4,15 +4,20 @@ Ray carries no request and no frame: a replica has a port of its own.
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.util import get_node_ip_address
 
+from model.errors import UserError
 from streaming.cluster.replica import Replica
 from streaming.cluster.scaling import Size, by_sessions
 from streaming.serve.access import is_loopback
@@ -67,8 +72,7 @@ def application(load: Callable[[], Pipeline], size: Size, settings: Settings, fr
     scaling = AutoscalingConfig(
         min_replicas=size.replicas,
         max_replicas=size.most,
-        metrics_interval_s=2.0,
-        look_back_period_s=10.0,
+        look_back_period_s=20.0,  # of metrics that come every 10 s
         upscale_delay_s=5.0,
         downscale_delay_s=size.idle,
         policy=AutoscalingPolicy(policy_function=by_sessions),
@@ -86,3 +90,42 @@ def application(load: Callable[[], Pipeline], size: Size, settings: Settings, fr
         )
         .bind(load, size.sessions, settings, front)
     )
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """`application` from the `args` of a configuration file of Ray Serve, such as that of a RayService.
+
+    They are `front`, `snapshots`, and as options of the command have them: `replicas`, `max_replicas`, `sessions`,
+    `gpus`, `cpus`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has arguments of
+    `TalkingHeadPipeline.from_pretrained`. The token is $FLASHTALK_TOKEN. Raises `UserError` for any other name.
+    """
+    given = _DEFAULTS | arguments
+    if unknown := [*(given.keys() - _DEFAULTS.keys()), *(name for name in ("front", "snapshots") if not given[name])]:
+        raise UserError(f"args: {unknown[0]} is unknown or missing; there are {', '.join(_DEFAULTS)}")
+    settings = Settings.checked(
+        host="0.0.0.0",
+        port=0,
+        viewers=given["viewers"],
+        idle=given["idle"],
+        portraits=Path(given["portraits"]) if given["portraits"] else None,
+        snapshots=Path(given["snapshots"]),
+        origins=given["origins"],
+        ice_servers=given["ice_servers"],
+        log_json=True,
+        environment=os.environ,
+    )
+    replicas = given["replicas"]
+    size = Size(replicas, given["max_replicas"] or replicas, given["sessions"], given["gpus"], given["cpus"])
+    return application(partial(_from_pretrained, given["pipeline"]), size, settings, given["front"])
+
+
+_DEFAULTS: dict[str, Any] = {
+    "front": None, "snapshots": None, "replicas": 1, "max_replicas": None, "sessions": 1, "gpus": 1.0, "cpus": 1.0,
+    "viewers": 8, "idle": 300.0, "portraits": None, "origins": (), "ice_servers": (), "pipeline": {},
+}  # fmt: skip
+
+
+def _from_pretrained(options: dict[str, Any]) -> Pipeline:
+    from streaming.pipeline import TalkingHeadPipeline
+
+    return TalkingHeadPipeline.from_pretrained(**options)
