@@ -32,7 +32,6 @@ def run(load: Callable[[], Pipeline], size: Size, settings: Settings, address: s
         address: of a Ray cluster; None: one on this machine, which ends with this process.
         overcommit: that of `Placement`.
     """
-    log_to_stderr(settings.log_json)
     host = settings.host
     if size.replicas:
         if address and is_loopback(host):
@@ -40,6 +39,7 @@ def run(load: Callable[[], Pipeline], size: Size, settings: Settings, address: s
         size = _connect(address, size)
         if not is_loopback(host):
             host = _own_address()
+    log_to_stderr(settings.log_json)
     asyncio.run(_serve(load, size, settings, host, overcommit))
 
 
@@ -56,7 +56,7 @@ def _connect(address: str | None, size: Size) -> Size:
         cpus = max(os.cpu_count() or 1, math.ceil(size.most * size.cpus))
         options = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cpus}
     try:
-        ray.init(address or "local", logging_level="warning", **options)
+        ray.init(address or "local", logging_level=logging.WARNING, **options)
     except ConnectionError as error:
         raise UserError(f"--ray {address}: no Ray cluster answers there") from error
     gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if size.gpus is None else size.gpus

@@ -77,19 +77,16 @@ def application(load: Callable[[], Pipeline], size: Size, settings: Settings, fr
         downscale_delay_s=size.idle,
         policy=AutoscalingPolicy(policy_function=by_sessions),
     )
-    return (
-        serve.deployment(Worker)
-        .options(
-            name="replica",
-            ray_actor_options={"num_gpus": size.gpus, "num_cpus": size.cpus},
-            autoscaling_config=scaling,
-            health_check_period_s=5.0,
-            health_check_timeout_s=30.0,
-            graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=2 * settings.limits.drain,
-        )
-        .bind(load, size.sessions, settings, front)
+    deployment = serve.deployment(
+        name="replica",
+        ray_actor_options={"num_gpus": size.gpus, "num_cpus": size.cpus},
+        autoscaling_config=scaling,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=2 * settings.limits.drain,
     )
+    return deployment(Worker).bind(load, size.sessions, settings, front)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

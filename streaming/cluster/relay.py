@@ -105,7 +105,7 @@ class Relay:
                 protocols=protocols,
                 headers=headers_for(request, token),
                 max_msg_size=0,
-                timeout=aiohttp.ClientWSTimeout(ws_close=FAREWELL),
+                timeout=aiohttp.ClientWSTimeout(ws_close=FAREWELL),  # pyright: ignore[reportCallIssue]  (attrs)
             )
         except aiohttp.WSServerHandshakeError as error:
             codes = (code for code, (status, _) in CODES.items() if status == error.status)

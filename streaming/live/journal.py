@@ -8,7 +8,7 @@ The operating system keeps what was written if the process is killed, not if the
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -135,7 +135,7 @@ def _parsed(data: memoryview) -> Iterator[Record]:
             yield End() if kind == _END else Taken(number) if kind == _TAKEN else Interrupt(number)
 
 
-def replay(director: Director, happened: Iterator[Record], position: int | None, now: float) -> None:
+def replay(director: Director, happened: Iterable[Record], position: int | None, now: float) -> None:
     """Brings a restored session to where it was: what came since is said, what was handed over is not shown again.
 
     With a `position`, moments from that one on are shown again if they can be made again: those since the snapshot and

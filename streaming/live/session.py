@@ -232,10 +232,11 @@ class LiveSession:
 
     def snapshot(self, path: str | Path) -> None:
         """Writes the session into a file, whole or not at all. Raises `UserError` if it cannot be written."""
-        if Path(path) != self.snapshots or self._journal is None:
+        path = Path(path)
+        if path != self.snapshots or self._journal is None:
             with self._changed:
                 snapshot = snapshot_of(self._director)
-            save(snapshot, self._identity, Path(path))
+            save(snapshot, self._identity, path)
             return
         with self._saving:  # one after the other, so that a snapshot never replaces a later one
             with self._changed:
@@ -243,9 +244,9 @@ class LiveSession:
                 try:
                     number = self._journal.rotate()
                 except OSError as error:
-                    raise _unwritable(self.snapshots, error) from error
+                    raise _unwritable(path, error) from error
             snapshot.values["journal"] = number
-            save(snapshot, self._identity, self.snapshots)
+            save(snapshot, self._identity, path)
             self._journal.forget(number)
 
     def _note(self, record: Record) -> None:

@@ -99,7 +99,7 @@ async function begin() {
   let welcome;
   const ready = new Promise(resolve => { welcome = resolve; });
   socket = await session.socket({audio: {rate: voice.rate}}, {
-    ready: message => { segment = message.next_segment; welcome(); },
+    ready: message => { segment = message.next_segment; show(message.state); welcome(); },
     state: ({state}) => show(state),
     playback_started: message => { segment = Math.max(segment, message.segment + (talking ? 0 : 1)); },
     playback_finished: message => { if (talking && message.segment >= segment) segment = message.segment + 1; },
@@ -122,7 +122,7 @@ async function begin() {
   figures.path(player.path);
   phase("live");
   body.dataset.shown = "video";
-  show("idle");
+  show(body.dataset.state); // a session that goes on may speak
   hint("Press Talk, or drop a recording onto the portrait.");
 }
 

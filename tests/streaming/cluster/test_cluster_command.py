@@ -67,6 +67,7 @@ def test_the_rayservice_is_what_the_application_understands(tmp_path: Path, monk
     replica = build(arguments)._bound_deployment
     assert replica.ray_actor_options == {"num_gpus": 1, "num_cpus": 4}
     scaling = replica._deployment_config.autoscaling_config
+    assert scaling is not None
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 8)
     port = parts[2]["spec"]["ports"][0]["port"]
     assert arguments["front"] == f"http://{parts[2]['metadata']['name']}:{port}"

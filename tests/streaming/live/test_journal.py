@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from streaming.live import opening
 from streaming.live import session as session_module
 from streaming.live.director import Director, Options
 from streaming.live.journal import End, Interrupt, Journal, Record, Sound, Taken, records, replay
 from streaming.live.session import LiveSession
-from streaming.live.snapshot import load, restore
+from streaming.live.snapshot import Snapshot, load, restore
 from streaming.live.voice import Voice
 from tests.streaming.live.stage import DrawnFace, tone
 from tests.streaming.live.test_session import VirtualClock
@@ -124,6 +125,29 @@ def test_moments_that_did_not_arrive_are_shown_again(killed: Killed) -> None:
     np.testing.assert_array_equal(
         [frame.rgb for frame in again.made][: 40 - again.shown], np.stack(killed.director.recent)[again.shown - 40 :]
     )
+
+
+def test_a_snapshot_that_is_replaced_while_it_is_read_is_read_again(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was taken for dead still writes: its new snapshot removes the journal of the one that was read."""
+    path, read, times = killed.folder / "session", opening.load, []
+
+    def load_and_replace(*arguments: object) -> Snapshot:
+        snapshot = read(*arguments)  # pyright: ignore[reportArgumentType]
+        times.append(snapshot.values["journal"])
+        if len(times) < 3:
+            killed.live.snapshot(path)
+            killed.live.push_audio(tone(2), 16000)
+        return snapshot
+
+    killed.take(5)
+    monkeypatch.setattr(opening, "load", load_and_replace)
+    snapshot, happened = opening.kept(path, IDENTITY)
+    assert len(times) == 4
+    assert times == sorted(times)
+    assert snapshot.values["journal"] == times[-1]
+    assert [type(record) for record in happened] == [Sound]
 
 
 def test_a_torn_or_missing_journal_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
