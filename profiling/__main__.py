@@ -179,7 +179,7 @@ def docs(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a committed document differs.")
     ] = False,
 ) -> None:
-    """Writes docs/performance.md and README's table from the committed results and tuned tables."""
+    """Writes docs/performance.md, and tables in README and docs/cluster.md, from committed results and tuned tables."""
     from profiling.report.performance import docs_command
 
     raise typer.Exit(docs_command(root, check))

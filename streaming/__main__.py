@@ -1,4 +1,4 @@
-"""`python -m streaming run`, `live` and `serve`: a portrait and a voice in, a talking video out."""
+"""`python -m streaming run`, `live`, `serve` and `cluster`: a portrait and a voice in, a talking video out."""
 
 import ctypes
 import json
@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -16,7 +17,33 @@ import typer
 try:
     from model.command import spell_what_cannot_be_printed
     from model.errors import UserError
-    from model.files import check_replaceable, read_toml, replacing
+    from model.files import check_replaceable, replacing
+    from streaming.options import (
+        CheckpointOption,
+        CompiledOption,
+        ConfigOption,
+        DeviceOption,
+        HostOption,
+        IceServerOption,
+        IdleOption,
+        ImageOption,
+        LogJsonOption,
+        OriginOption,
+        OutOption,
+        PortOption,
+        PortraitsOption,
+        PrecisionOption,
+        PresetOption,
+        PromptOption,
+        QuietOption,
+        RandomWeightsOption,
+        ReportOption,
+        SeedOption,
+        SizeOption,
+        StepsOption,
+        ViewersOption,
+        Wav2vecOption,
+    )
     from streaming.progress import progress_line, stage
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
@@ -32,19 +59,6 @@ app = typer.Typer(
 )
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the options in a TOML file the defaults of the others."""
-    if path is None:
-        return None
-    values = read_toml(path, f"--config {path}")
-    options = {name.lstrip("-"): parameter.name for parameter in context.command.params for name in parameter.opts}
-    for key in values:
-        if key.replace("_", "-") not in options:
-            raise UserError(f"--config {path}: there is no option {key}; --help lists them")
-    context.default_map = {options[key.replace("_", "-")]: value for key, value in values.items()}
-    return path
-
-
 def parse_size(text: str | None) -> tuple[int, int] | Literal["auto"] | None:
     """What --size says: "640x320" is a width and a height."""
     if text is None or text == "auto":
@@ -52,65 +66,6 @@ def parse_size(text: str | None) -> tuple[int, int] | Literal["auto"] | None:
     if not (match := re.fullmatch(r"(\d{1,6})\s*[xX*]\s*(\d{1,6})", text.strip())):
         raise UserError(f"--size {text}: write WIDTHxHEIGHT, such as 448x768, or auto")
     return int(match[1]), int(match[2])
-
-
-ImageOption = Annotated[str, typer.Option(help="Portrait: any picture Pillow reads. It is cut to fit; a face is kept.")]
-OutOption = Annotated[
-    str, typer.Option(help="Video: NAME.mp4, a folder for PNG frames, or '-' for raw RGB24 on standard output.")
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Dimensions of the networks: tiny (two CPU cores keep up) or flashtalk-14b (the official weights, a"
-        " GPU). Default: flashtalk-14b with --checkpoint, else tiny."
-    ),
-]
-CheckpointOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the official weights. Without one, tiny draws small synthetic people."),
-]
-Wav2vecOption = Annotated[
-    Path | None, typer.Option(help="Folder of the speech encoder, if it is not in or beside the checkpoint.")
-]
-RandomWeightsOption = Annotated[
-    bool, typer.Option("--random-weights", help="Run flashtalk-14b without a checkpoint, for timing: noise.")
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Picture as WIDTHxHEIGHT, multiples of 16 such as 448x768 or 640x320; or auto, the largest that this"
-        " machine plays in real time, which takes some chunks to find out. Default: the preset's."
-    ),
-]
-PromptOption = Annotated[str | None, typer.Option(help="What is to be seen. Default: a person talking.")]
-SeedOption = Annotated[int, typer.Option(help="Same seed, same video.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-PrecisionOption = Annotated[
-    str,
-    typer.Option(
-        help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), fp8-vae (and a"
-        " level of the decoder), or auto: what the checkpoint is made for, bf16 on a GPU, fp32 on a CPU."
-    ),
-]
-StepsOption = Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")]
-CompiledOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Compile the student, and record what the GPU does as CUDA graphs: faster, but for a longer start, the"
-        " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only.",
-    ),
-]
-ReportOption = Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Show errors and warnings only.")]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        callback=_read_config,
-        is_eager=True,
-        help="TOML file of these options, such as size = '640x320'; the command line goes before it.",
-    ),
-]
 
 
 @app.command(
@@ -323,30 +278,20 @@ def live(
 
 @app.command(epilog="Example: python -m streaming serve, then open the address that it prints")
 def serve(
-    host: Annotated[
-        str, typer.Option(help="Address to listen at. Other than this machine's own, it needs $FLASHTALK_TOKEN.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")] = 8700,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8700,
     sessions: Annotated[
         int, typer.Option(min=1, max=64, help="Sessions at once. Each has networks of its own, and needs their memory.")
     ] = 1,
-    viewers: Annotated[int, typer.Option(min=1, help="Viewers of a session at once.")] = 8,
-    idle: Annotated[float, typer.Option(min=1, help="Seconds without sound after which a session ends.")] = 300,
-    portraits: Annotated[
-        Path | None, typer.Option(help="Folder of JPEG files that the page offers. Default: the examples.")
-    ] = None,
+    viewers: ViewersOption = 8,
+    idle: IdleOption = 300,
+    portraits: PortraitsOption = None,
     snapshots: Annotated[
         Path | None, typer.Option(help="Keep sessions there, so that they can be resumed after the server has ended.")
     ] = None,
-    origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Site whose pages may use the API, such as https://example.com; repeatable."),
-    ] = None,
-    ice_server: Annotated[
-        list[str] | None,
-        typer.Option(help="stun: or turn: address; repeatable. $FLASHTALK_TURN has USER:PASSWORD of turn servers."),
-    ] = None,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Write the log as JSON, a line an event.")] = False,
+    origin: OriginOption = None,
+    ice_server: IceServerOption = None,
+    log_json: LogJsonOption = False,
     preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
     wav2vec: Wav2vecOption = None,
@@ -402,6 +347,97 @@ def serve(
     if checkpoint is None:
         print(_limits_of(str(pipelines[0].settings["preset"])), file=sys.stderr)
     run(pipelines, settings)
+
+
+@app.command(epilog="Example: python -m streaming cluster --replicas 2 --snapshots /shared/sessions")
+def cluster(
+    snapshots: Annotated[
+        Path, typer.Option(help="Folder that all machines share. Sessions are kept there, and go on from there.")
+    ],
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Replicas at least. 0: others start them, and this is their front.")
+    ] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas at most, as sessions need them. Default: --replicas.")
+    ] = None,
+    sessions: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="Sessions of a replica at once. Each has networks of its own, and needs their memory."
+        ),
+    ] = 1,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a replica, such as 0.5. Default: 1 where there are any.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray counts for a replica.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster, such as auto or HOST:6379. Default: this machine alone."),
+    ] = None,
+    overcommit: Annotated[
+        bool, typer.Option("--overcommit", help="Begin sessions on replicas where they would not keep up, too.")
+    ] = False,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8700,
+    viewers: ViewersOption = 8,
+    idle: IdleOption = 300,
+    portraits: PortraitsOption = None,
+    origin: OriginOption = None,
+    ice_server: IceServerOption = None,
+    log_json: LogJsonOption = False,
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    wav2vec: Wav2vecOption = None,
+    random_weights: RandomWeightsOption = False,
+    size: SizeOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    steps: StepsOption = 4,
+    compiled: CompiledOption = None,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
+) -> None:
+    """Serves live sessions by many replicas on many machines, behind one address. Ends at Ctrl-C or SIGTERM."""
+    with stage("starting", quiet):
+        try:
+            from streaming.cluster.command import run
+            from streaming.serve.server import Settings
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"cluster needs the package {error.name}: pip install 'flashtalk-triton[cluster]'"
+            ) from error
+        from streaming.cluster.scaling import Size
+        from streaming.pipeline import TalkingHeadPipeline
+    most = max_replicas or replicas
+    if most < replicas:
+        raise UserError(f"--max-replicas {most} is less than --replicas {replicas}")
+    settings = Settings.checked(
+        host=host,
+        port=port,
+        viewers=viewers,
+        idle=idle,
+        portraits=portraits,
+        snapshots=snapshots.absolute(),
+        origins=origin or [],
+        ice_servers=ice_server or [],
+        log_json=log_json,
+        environment=os.environ,
+    )
+    load = partial(
+        TalkingHeadPipeline.from_pretrained,
+        checkpoint or preset or "tiny",
+        preset=preset or ("flashtalk-14b" if checkpoint else None),
+        device=device,
+        precision=precision,
+        size=parse_size(size),
+        steps=steps,
+        compiled=compiled,
+        wav2vec=wav2vec,
+        random_weights=random_weights,
+    )
+    if replicas and ray is None:
+        load(lazy=True)  # a mistake is found here, before many processes find it
+    run(load, Size(replicas, most, sessions, gpus, cpus), settings, ray, overcommit)
 
 
 def _in_words(event: Any) -> str:

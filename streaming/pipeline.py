@@ -330,6 +330,7 @@ class TalkingHeadPipeline:
         on_event: Callable[[Event], None] = lambda _: None,
         snapshots: str | Path | None = None,
         resume: str | Path | None = None,
+        position: int | None = None,
         clock: Clock | None = None,
     ) -> LiveSession:
         """A session without an end: sound is pushed while it comes, and the portrait listens, speaks and idles.
@@ -346,9 +347,12 @@ class TalkingHeadPipeline:
                 Fewer make speech start earlier, and need a machine that generates faster than real time.
             max_queued: Seconds of sound that may wait.
             on_event: Is called with each event, in the thread where it happened.
-            snapshots: A file that is replaced by a snapshot after every chunk.
-            resume: A file of a snapshot: the session goes on there. Portrait, prompt, configuration and weights must be
-                the same, and the seed is the snapshot's.
+            snapshots: A file that is replaced by a snapshot for every chunk. A journal beside it has what happened
+                since.
+            resume: A file of a snapshot: the session goes on after what it had handed over, if the journal is beside
+                it. Portrait, prompt, configuration and weights must be the same, and the seed is the snapshot's.
+            position: The moment at which a resumed session goes on, because not all that it had handed over has
+                arrived. Moments before the snapshot, or before the last interruption, cannot be shown again.
             clock: Another clock than the system's.
 
         Raises:
@@ -378,6 +382,7 @@ class TalkingHeadPipeline:
                 seed,
                 noise=self._noise,
                 resume=Path(resume) if resume else None,
+                position=position,
                 on_event=on_event,
                 snapshots=Path(snapshots) if snapshots else None,
                 clock=clock or MonotonicClock(),

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and README's short table from the committed results, so that no number is typed in.
+"""Writes docs/performance.md, and tables in README and docs/cluster.md, so that no number is typed in.
 
 Each row is the newest measurement of its case or variant on a device, from a results file or a tuned table, and says
 where it comes from. Times are medians. Results of other programs are left out.
@@ -21,12 +21,13 @@ from profiling.cases.evidence import COMMITTED, gather
 from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
+from profiling.report.sizing import sizing_table
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
 from profiling.soak import soak_lines
 from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 TARGETS = Path(__file__).parents[1] / "analyse" / "targets.toml"
-PAGE, README = Path("docs/performance.md"), Path("README.md")  # in the repository
+PAGE, README, CLUSTER = Path("docs/performance.md"), Path("README.md"), Path("docs/cluster.md")  # in the repository
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
 SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
 PRESET = "flashtalk-14b"
@@ -331,12 +332,12 @@ _README_ROWS: dict[str, Callable[[VariantResult], str]] = {
 }
 
 
-def with_table(readme: str, table: str) -> str:
-    """The text of README with the table between its two markers. Raises `UserError` if it lacks them."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(text: str, table: str, name: Path = README) -> str:
+    """The text of a document with the table between its two markers. Raises `UserError` if it lacks them."""
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise UserError(f"README has no lines {BEGIN} and {END}, between which its table stands")
+        raise UserError(f"{name} has no lines {BEGIN} and {END}, between which its table stands")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
@@ -348,11 +349,13 @@ def documents(root: Path, places: Sequence[Path] = COMMITTED) -> dict[Path, str]
     runs, unreadable = gather(places)
     if unreadable:
         raise UserError(unreadable[0])
+    tables = {README: readme_table(runs), CLUSTER: sizing_table(runs)}
     try:
-        readme = (root / README).read_text()
+        texts = {name: (root / name).read_text() for name in tables}
     except OSError as error:
-        raise UserError(f"{root / README} cannot be read ({error.strerror}); call this in the repository") from error
-    return {root / PAGE: performance_page(runs), root / README: with_table(readme, readme_table(runs))}
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); call this in the repository") from error
+    written = {root / name: with_table(texts[name], table, name) for name, table in tables.items()}
+    return {root / PAGE: performance_page(runs)} | written
 
 
 def docs_command(root: Path, check: bool) -> int:

@@ -306,22 +306,32 @@ class Director:
         due = self._due(self.shown, now)
         if now < due:
             return due
-        frame = self.made.popleft()
         before = self._schedule_at(now)
         self._schedule = before.after(self.shown, now)
-        self._count_late(self._schedule.origin - before.origin, frame.decoded > due)
-        sound, index = frame.sound, self.shown
-        self.shown += 1
-        self.recent.append(frame.rgb)
-        self.last_shown = sound.segment
-        while self.chunks and self.shown >= self.chunks[0].start + self.chunks[0].kept:
-            self.chunks.popleft()
-        self.stats.counts.moments += 1
-        self.playback.hand_over(sound, index, now)
+        self._count_late(self._schedule.origin - before.origin, self.made[0].decoded > due)
+        index, frame = self.shown, self._hand_over(now)
+        sound = frame.sound
         return Moment(
             index, index / self._chunk.tgt_fps, frame.rgb, sound.sound, sound.segment, frame.chunk, sound.received,
             frame.begun, frame.decoded, now,
         )  # fmt: skip
+
+    def skip_to(self, index: int, now: float) -> None:
+        """Counts the frames before `index` as handed over, as far as they are made: somebody has them already."""
+        while self.made and self.shown < index:
+            self._hand_over(now)
+
+    def _hand_over(self, now: float) -> Made:
+        """The next frame that is made, which from now on was shown."""
+        frame, index = self.made.popleft(), self.shown
+        self.shown += 1
+        self.recent.append(frame.rgb)
+        self.last_shown = frame.sound.segment
+        while self.chunks and self.shown >= self.chunks[0].start + self.chunks[0].kept:
+            self.chunks.popleft()
+        self.stats.counts.moments += 1
+        self.playback.hand_over(frame.sound, index, now)
+        return frame
 
     def _count_late(self, late: float, not_made: bool) -> None:
         counts, gap, self._gap = self.stats.counts, self._gap, False

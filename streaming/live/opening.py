@@ -15,8 +15,9 @@ from model.weights.checkpoint import Models
 from model.weights.digest import digest_of_weights
 from streaming.live.director import LAGS, Director, Lag, Options
 from streaming.live.face import PortraitFace, Way
+from streaming.live.journal import Record, records, replay
 from streaming.live.session import Clock, LiveSession
-from streaming.live.snapshot import digest, load, restore
+from streaming.live.snapshot import Identity, Snapshot, digest, load, restore
 from streaming.live.timeline import Event
 from streaming.live.voice import KINDS, Kind, Voice
 
@@ -59,12 +60,13 @@ def open_session(
     *,
     noise: str,
     resume: Path | None,
+    position: int | None,
     on_event: Callable[[Event], None],
     snapshots: Path | None,
     clock: Clock,
     release: Callable[[], None],
 ) -> LiveSession:
-    """A session that begins, or goes on from the snapshot `resume`.
+    """A session that begins, or goes on from the snapshot `resume` and its journal, at `position` if that is given.
 
     Raises `UserError` if the snapshot cannot be read, or is of another portrait, prompt, configuration or weights.
     """
@@ -75,10 +77,26 @@ def open_session(
         "configuration": digest(models.config.name, chunks, noise),
         "weights": digest_of_weights((models.dit, models.vae, models.audio)),
     }
-    snapshot = load(resume, identity) if resume else None
+    snapshot, happened = kept(resume, identity) if resume else (None, [])
     face = PortraitFace(ways, models.audio, portrait, snapshot.values["seed"] if snapshot else seed)
     voice = Voice(settings.kind, face.chunk, settings.limit)
     director = Director(face, voice, Options(settings.lag, settings.wait_frames))
     if snapshot:
         restore(director, snapshot)
+        replay(director, happened, position, clock.now())
     return LiveSession(director, identity, on_event=on_event, snapshots=snapshots, clock=clock, release=release)
+
+
+def kept(path: Path, identity: Identity) -> tuple[Snapshot, list[Record]]:
+    """The snapshot at `path` and what happened after it. Raises `UserError` as `load` does.
+
+    Whoever was taken for dead may still write, and remove journals that no snapshot names any more. So both are read
+    again if another snapshot has come meanwhile.
+    """
+    snapshot = load(path, identity)
+    while True:
+        happened = list(records(path, snapshot.values.get("journal")))
+        again = load(path, identity)
+        if again.values.get("journal") == snapshot.values.get("journal"):
+            return snapshot, happened
+        snapshot = again

@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
+from model.errors import UserError
 from streaming.live.director import Director, Work
-from streaming.live.face import Finished
+from streaming.live.journal import End, Interrupt, Journal, Record, Sound, Taken
 from streaming.live.snapshot import Identity, save, snapshot_of
 from streaming.live.states import State
 from streaming.live.timeline import Event, Moment, PlaybackFinished
@@ -47,6 +48,9 @@ class LiveSession:
     """An endless session with a face: sound goes in, moments come out at the pace of the clock.
 
     Made by `TalkingHeadPipeline.live`. All methods may be called from any thread. A context manager that closes itself.
+
+    Attributes:
+        snapshots: the file that is replaced by a snapshot for every chunk, if there is one.
     """
 
     def __init__(
@@ -65,17 +69,23 @@ class LiveSession:
             director: at its start, or restored.
             identity: what a snapshot fits to.
             on_event: is called with each event, in the thread where it happened, and should soon return.
-            snapshots: a file that is replaced after every chunk; None: none is written.
+            snapshots: a file that is replaced now, and whenever a chunk is begun. A journal beside it has what happened
+                since. None: none is written.
             clock: of everything.
             release: is called when the session is closed.
+
+        Raises `UserError` if the snapshot cannot be written.
         """
         self._director, self._identity, self._on_event = director, identity, on_event
-        self._snapshots, self._clock, self._release = snapshots, clock, release
+        self.snapshots, self._clock, self._release = snapshots, clock, release
         self._changed = threading.Condition()
         self._delivery = threading.RLock()  # events are told one after the other
         self._sleepers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
         self._failure: BaseException | None = None
         self._released = False
+        self._journal, self._saving = Journal(snapshots) if snapshots else None, threading.Lock()
+        if snapshots:
+            self.snapshot(snapshots)
         self._thread = threading.Thread(target=self._generate, name="live", daemon=True)
         self._thread.start()
 
@@ -107,7 +117,10 @@ class LiveSession:
                 self._check_open()
                 if self._director.stats.counts.interrupts != interrupts:
                     return len(pcm)  # the rest was interrupted while it waited
-                taken += self._director.push(pcm[taken:], rate, segment, now := self._clock.now())
+                more = self._director.push(pcm[taken:], rate, segment, now := self._clock.now())
+                if more:
+                    self._note(Sound(pcm[taken : taken + more], rate, segment))
+                taken += more
                 self._notify()
                 if not (done := taken == len(pcm) or now >= end):
                     self._clock.wait(self._changed, end - now)
@@ -120,6 +133,7 @@ class LiveSession:
         with self._changed:
             self._check_open()
             self._director.end()
+            self._note(End())
             self._notify()
         self._tell()
 
@@ -132,6 +146,8 @@ class LiveSession:
         with self._changed:
             self._check_open()
             finished = self._director.interrupt(self._clock.now())
+            if finished:
+                self._note(Interrupt(self._director.shown))
             self._notify()
         self._tell()
         return finished
@@ -177,6 +193,7 @@ class LiveSession:
             return None
         moment = director.take(now := self._clock.now())
         if isinstance(moment, Moment):
+            self._note(Taken(self._director.shown))
             self._notify()
             return moment
         if self._failure and not director.made:
@@ -215,9 +232,31 @@ class LiveSession:
 
     def snapshot(self, path: str | Path) -> None:
         """Writes the session into a file, whole or not at all. Raises `UserError` if it cannot be written."""
-        with self._changed:
-            snapshot = snapshot_of(self._director)
-        save(snapshot, self._identity, Path(path))
+        path = Path(path)
+        if path != self.snapshots or self._journal is None:
+            with self._changed:
+                snapshot = snapshot_of(self._director)
+            save(snapshot, self._identity, path)
+            return
+        with self._saving:  # one after the other, so that a snapshot never replaces a later one
+            with self._changed:
+                snapshot = snapshot_of(self._director)
+                try:
+                    number = self._journal.rotate()
+                except OSError as error:
+                    raise _unwritable(path, error) from error
+            snapshot.values["journal"] = number
+            save(snapshot, self._identity, path)
+            self._journal.forget(number)
+
+    def _note(self, record: Record) -> None:
+        """Writes into the journal what has happened; `_changed` is held. Without one it does nothing."""
+        if self._journal is None or self.snapshots is None:
+            return
+        try:
+            self._journal.note(record)
+        except OSError as error:
+            self._failure = self._failure or _unwritable(self.snapshots, error)
 
     def close(self) -> None:
         """Ends the session. What was not handed over is lost; take a snapshot before to keep it."""
@@ -230,6 +269,8 @@ class LiveSession:
         self._tell()
         if not self._released:
             self._released = True
+            if self._journal:
+                self._journal.close()
             self._release()
 
     def __enter__(self) -> Self:
@@ -242,8 +283,12 @@ class LiveSession:
 
     def _generate(self) -> None:
         """The generating thread."""
+        last = None
         try:
             while work := self._next_work():
+                if self.snapshots and work is not last:  # before its first frame can be shown
+                    self.snapshot(self.snapshots)
+                last = work
                 unit = next(work.units)
                 with self._changed:
                     self._director.note(work, unit, self._clock.now())
@@ -252,8 +297,6 @@ class LiveSession:
                 if ended:
                     work.units.close()
                 self._tell()
-                if self._snapshots and isinstance(unit, Finished):
-                    self.snapshot(self._snapshots)
         except BaseException as error:  # whoever takes moments gets it
             with self._changed:
                 self._failure = error
@@ -290,6 +333,10 @@ class LiveSession:
             raise self._failure
         if self._director.playback.state == State.CLOSED:
             raise RuntimeError("the session is closed")
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"the journal of {path} cannot be written ({error.strerror}); name another place")
 
 
 class Moments(Iterator[Moment], AsyncIterator[Moment]):

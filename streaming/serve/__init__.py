@@ -1,7 +1,7 @@
 """`python -m streaming serve`: live sessions over HTTP, WebSocket and WebRTC, and a page to talk to.
 
 server.py       the process: settings, warm networks, port, log, end;  page/: the page, without a framework
-app.py          routes, and what every request goes through
+app.py          routes;  answers.py: what every request goes through
   socket.py       a WebSocket that speaks `flashtalk.v1`;  rtc.py: WebRTC;  uploads.py: portraits and recordings
   access.py       token, tickets, origins;  metrics.py: figures for Prometheus
     sessions.py     all sessions of the process: begun, resumed, found, ended. From here on nothing knows HTTP

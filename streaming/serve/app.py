@@ -1,11 +1,12 @@
-"""HTTP: routes, and what every request goes through. `docs/serve.md` documents it for clients."""
+"""HTTP: routes and what they do. `docs/serve.md` documents it for clients."""
 
 import asyncio
 import logging
+import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aiortc import RTCIceServer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from streaming.serve.access import Access, bearer
+from streaming.serve.answers import HEADERS, answering
 from streaming.serve.errors import RefusedError
 from streaming.serve.messages import SessionOptions, decode_options
 from streaming.serve.metrics import Metrics
@@ -29,21 +31,6 @@ PAGE = Path(__file__).parent / "page"
 HEALTHY_LAG = 1.0  # seconds by which the event loop may be late
 OPTIONS_BYTES = 16 * 1024
 SEND_BUFFER = 64 * 1024  # bytes
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; media-src 'self' blob: mediastream:;"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-_CORS = {
-    "Access-Control-Allow-Methods": "GET, POST, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Access-Control-Expose-Headers": "Location, Retry-After",
-    "Access-Control-Max-Age": "600",
-}
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("flashtalk.serve")
 
@@ -75,7 +62,8 @@ class Server:
         self.metrics = Metrics(sessions)
         sessions.on_begin = lambda session: setattr(session.broadcast, "on_encoded", self.metrics.encoded.observe)
         sessions.on_end = self.metrics.ended
-        self.app = web.Application(middlewares=[self._middleware], client_max_size=sessions.limits.recording_bytes)
+        answers = answering(access, lambda code: self.metrics.refused.labels(code).inc())
+        self.app = web.Application(middlewares=[answers], client_max_size=sessions.limits.recording_bytes)
         self.app.router.add_routes(self._routes())
         self.app.cleanup_ctx.append(self._sweeping)
         self.app.on_shutdown.append(self._end)
@@ -103,48 +91,6 @@ class Server:
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._metrics),
         ]
-
-    # --- Every request -----------------------------------------------------------------------------------------------
-
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Checks where a request comes from, turns refusals into answers, and writes the log."""
-        begun, other_site = time.monotonic(), None
-        try:
-            other_site = self._access.check_origin(request.headers)
-            if request.method == "OPTIONS":
-                response: web.StreamResponse = web.Response(status=204)
-            else:
-                response = await handler(request)
-        except RefusedError as error:
-            response = self._refused(error)
-        except web.HTTPException as error:
-            code = (
-                "too_large"
-                if error.status == 413
-                else "not_found"
-                if error.status in (403, 404, 405)
-                else "bad_request"
-            )
-            response = self._refused(RefusedError(code))
-        except Exception:
-            log.exception("%s %s", request.method, request.path)
-            response = self._refused(RefusedError("internal"))
-        if not response.prepared:
-            response.headers.update(_HEADERS)
-            if other_site:
-                response.headers.update(_CORS | {"Access-Control-Allow-Origin": other_site, "Vary": "Origin"})
-        if request.path not in ("/healthz", "/readyz", "/metrics"):
-            took = round(time.monotonic() - begun, 3)
-            extra = {"method": request.method, "path": request.path, "status": response.status, "seconds": took}
-            log.info("%s %s %d", request.method, request.path, response.status, extra=extra)
-        return response
-
-    def _refused(self, error: RefusedError) -> web.Response:
-        self.metrics.refused.labels(error.code).inc()
-        body = {"error": {"code": error.code, "message": str(error)}}
-        wait = {"Retry-After": "5"} if error.status in (429, 503) else {}
-        return web.json_response(body, status=error.status, headers=wait)
 
     def _session(self, request: web.Request) -> Session:
         """The session that the request names and has the key of."""
@@ -196,8 +142,12 @@ class Server:
 
     async def _resume(self, request: web.Request) -> web.Response:
         self._access.check_creation()
+        position = request.query.get("position")
+        if position is not None and not re.fullmatch("[0-9]{1,15}", position):
+            raise RefusedError("bad_request", "position is the index of a moment")
         with self._access.trying(request.remote or ""):
-            session = await self._sessions.resume(request.match_info["id"], bearer(request.headers))
+            identifier, key = request.match_info["id"], bearer(request.headers)
+            session = await self._sessions.resume(identifier, key, None if position is None else int(position))
         return self._begun(session)
 
     def _begun(self, session: Session) -> web.Response:
@@ -263,7 +213,7 @@ class Server:
         keep_short(request)
         viewer = session.join("http")
         session.attend()
-        response = web.StreamResponse(headers={"Content-Type": "video/mp4"} | _HEADERS)
+        response = web.StreamResponse(headers={"Content-Type": "video/mp4"} | HEADERS)
         try:
             await response.prepare(request)
             await response.write(session.broadcast.header)

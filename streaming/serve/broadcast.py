@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,14 @@ class Broadcast:
         on_encoded: is called with the seconds that encoding took.
     """
 
-    def __init__(self, moments: AsyncIterator[Moment], encoder: MomentEncoder, fps: int, rests: Callable[[], bool]):
+    def __init__(
+        self,
+        moments: AsyncIterator[Moment],
+        encoder: MomentEncoder,
+        fps: int,
+        rests: Callable[[], bool],
+        patience: float = 0.0,
+    ) -> None:
         """Prepares; `run` begins.
 
         Args:
@@ -38,6 +47,7 @@ class Broadcast:
             fps: of the session.
             rests: whether the session has nothing to say. While nobody watches either, no moments are taken, so that
                 none are generated; `wake` ends that.
+            patience: seconds in which no moments are taken before the first viewer has come, so that it misses none.
         """
         self.viewers: set[Viewer] = set()
         self.held = self.lost = 0
@@ -45,10 +55,12 @@ class Broadcast:
         self.on_encoded: Callable[[float], None] = lambda _: None
         self._moments, self._encoder, self._rests = moments, encoder, rests
         self._ticks, self._now, self._samples = Ticks(fps), time.monotonic, SOUND_RATE // fps
+        self._awaited = self._now() + patience  # until then, or until the first viewer has come
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._wanted, self._ticked, self._stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._key_wanted, self._last_key = False, -KEY_SPACING
         self._rgb: NDArray[np.uint8] | None = None  # of the last moment
+        self._moment = 0  # its index
         self._level = np.float32(0)  # of the last sample
 
     @property
@@ -60,6 +72,7 @@ class Broadcast:
         """A new viewer, who gets everything from the next key frame on."""
         viewer = Viewer(outlet, self._request_key, self._now, changed)
         self.viewers.add(viewer)
+        self._awaited = -math.inf
         self.wake()
         return viewer
 
@@ -112,14 +125,18 @@ class Broadcast:
             self._thread.shutdown(wait=False)
 
     async def _rest(self) -> None:
-        while not self.viewers and self._rests() and not self._stopped.is_set():
+        while not self.viewers and not self._stopped.is_set():
+            wait = None if self._rests() else self._awaited - self._now()
+            if wait is not None and wait <= 0:
+                return
             self._ticks.rest()
             self._wanted.clear()
-            await self._wanted.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), wait)
 
     async def _show(self, moment: Moment) -> None:
         tick = self._ticks.moment(self._now())
-        self._rgb, self._level = moment.rgb, moment.sound[-1]
+        self._rgb, self._moment, self._level = moment.rgb, moment.index, moment.sound[-1]
         await self._send(tick, moment.rgb, moment.sound)
 
     async def _hold(self) -> None:
@@ -149,7 +166,8 @@ class Broadcast:
     ) -> tuple[Encoded, float]:
         """In the encoder's thread: the moment, and the CPU seconds that it took."""
         begun = time.thread_time()
-        return self._encoder.encode(tick, rgb, sound, key), time.thread_time() - begun
+        encoded = replace(self._encoder.encode(tick, rgb, sound, key), moment=self._moment)
+        return encoded, time.thread_time() - begun
 
     def _request_key(self) -> None:
         self._key_wanted = True

@@ -32,6 +32,7 @@ class Encoded:
     h264: bytes  # Annex B; a key frame comes with its parameter sets
     opus: tuple[bytes, ...]  # packets of 20 ms
     fragment: bytes  # of MP4, with the same packets
+    moment: int = 0  # index of the moment that is seen; of a hold, the one before it
 
 
 class MomentEncoder:

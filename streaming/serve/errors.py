@@ -17,6 +17,7 @@ CODES = {
     "limit_viewers": (HTTPStatus.TOO_MANY_REQUESTS, "the session has as many viewers as it may have"),
     "limit_sessions": (HTTPStatus.SERVICE_UNAVAILABLE, "as many sessions as may be are open; try later"),
     "draining": (HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to end"),
+    "lost": (HTTPStatus.SERVICE_UNAVAILABLE, "the replica of the session has died; resume the session"),
     "failed": (HTTPStatus.INTERNAL_SERVER_ERROR, "generation has failed"),
     "internal": (HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server"),
 }

@@ -1,6 +1,6 @@
 """The messages of `flashtalk.v1`: what a WebSocket carries in each direction, and the bodies of HTTP requests.
 
-Text is JSON with a `type`. Binary begins with eight bytes, little endian: kind (1), flags (1), zero (2), number (4).
+Text is JSON with a `type`. Binary begins with eight bytes, little endian: kind (1), flags (1), moment (2), number (4).
 `docs/serve.md` has all of them in tables, which a test compares with this file.
 """
 
@@ -17,6 +17,7 @@ RATES = (8_000, 192_000)  # samples a second that a socket may bring
 
 SOUND, MEDIA_HEADER, MEDIA = 1, 2, 3  # kinds of binary messages
 KEY = 1  # flag of MEDIA: a decoder can begin here
+MOMENTS = 1 << 16
 _BINARY = struct.Struct("<BBHI")
 
 
@@ -157,7 +158,7 @@ class ErrorMessage(Struct, tag="error"):
 
 
 class Bye(Struct, tag="bye"):
-    """The session has ended: closed, idle, unattended, failed or draining."""
+    """The session has ended: closed, idle, unattended, failed, draining, or lost with a replica of a cluster."""
 
     reason: str
     position: int  # index of the first moment that nobody has got; a resumed session begins there
@@ -187,6 +188,7 @@ class Binary(NamedTuple):
 
     kind: int
     flags: int
+    moment: int  # MEDIA: index of the moment that is seen, modulo MOMENTS; else 0
     number: int  # SOUND: segment. MEDIA: tick
     body: memoryview
 
@@ -217,14 +219,14 @@ def decode_options(text: str | bytes) -> SessionOptions:
         raise RefusedError("bad_request", f"options: {error}") from error
 
 
-def pack(kind: int, number: int, body: bytes | memoryview, flags: int = 0) -> bytes:
+def pack(kind: int, number: int, body: bytes | memoryview, flags: int = 0, moment: int = 0) -> bytes:
     """A binary message."""
-    return _BINARY.pack(kind, flags, 0, number) + body
+    return _BINARY.pack(kind, flags, moment % MOMENTS, number) + body
 
 
 def unpack(data: bytes) -> Binary:
     """The parts of a binary message. Raises `RefusedError` if it is shorter than its header."""
     if len(data) < _BINARY.size:
         raise RefusedError("bad_message", f"a binary message has {_BINARY.size} bytes or more, not {len(data)}")
-    kind, flags, _, number = _BINARY.unpack_from(data)
-    return Binary(kind, flags, number, memoryview(data)[_BINARY.size :])
+    kind, flags, moment, number = _BINARY.unpack_from(data)
+    return Binary(kind, flags, moment, number, memoryview(data)[_BINARY.size :])

@@ -5,7 +5,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,23 +103,47 @@ def warm(pipeline: Pipeline) -> None:
 
 def run(pipelines: Sequence[Pipeline], settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM. Raises `UserError` if the port cannot be had."""
+    log_to_stderr(settings.log_json)
+    asyncio.run(_serve(pipelines, settings))
+
+
+def log_to_stderr(as_json: bool) -> None:
+    """Writes the log of this process, a line an event."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if settings.log_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    if is_loopback(settings.host):
-        stay_on_loopback()
-    asyncio.run(_serve(pipelines, settings))
 
 
 async def _serve(pipelines: Sequence[Pipeline], settings: Settings) -> None:
     sessions = Sessions(pipelines, settings.limits, settings.snapshots)
+    ended = on_signals()
+    async with listening(app_of(sessions, settings), settings) as url:
+        print(f"The page is {url}/#token={settings.token}", flush=True)
+        await ended.wait()
+        log.info("ending: %d sessions are kept", len(sessions.open))
+
+
+def app_of(sessions: Sessions, settings: Settings) -> web.Application:
+    """The web application of sessions. At a loopback address, WebRTC stays on that interface."""
+    if is_loopback(settings.host):
+        stay_on_loopback()
     access = Access(settings.token, settings.origins, settings.limits)
-    server = Server(sessions, access, settings.portraits, settings.ice_servers)
+    return Server(sessions, access, settings.portraits, settings.ice_servers).app
+
+
+def on_signals() -> asyncio.Event:
+    """Is set by SIGINT and SIGTERM."""
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
-    runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=settings.limits.drain)
+    return ended
+
+
+@asynccontextmanager
+async def listening(app: web.Application, settings: Settings) -> AsyncIterator[str]:
+    """Serves an application while the body runs; yields its address. Raises `UserError` if the port cannot be had."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.limits.drain)
     await runner.setup()
     try:
         site = web.TCPSite(runner, settings.host, settings.port)
@@ -129,9 +154,7 @@ async def _serve(pipelines: Sequence[Pipeline], settings: Settings) -> None:
             raise UserError(f"{reason}; name others") from error
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"The page is http://{shown}:{port}/#token={settings.token}", flush=True)
-        await ended.wait()
-        log.info("ending: %d sessions are kept", len(sessions.open))
+        yield f"http://{shown}:{port}"
     finally:
         await runner.cleanup()
 

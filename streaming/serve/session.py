@@ -70,6 +70,7 @@ class Session:
         chunk: ChunkConfig,
         limits: Limits,
         keep: Callable[["Session"], Awaitable[object]] | None = None,
+        resumed: bool = False,
     ) -> None:
         """Takes over a live session; `run` begins.
 
@@ -80,10 +81,17 @@ class Session:
             chunk: of `live`.
             limits: of this session.
             keep: is called after the last moment if somebody may want to resume the session.
+            resumed: whether somebody has seen what came before, and is about to come back.
         """
         self.id, self.key, self.live, self.chunk, self.limits = identifier, key, live, chunk, limits
         encoder = MomentEncoder(chunk.width, chunk.height, chunk.tgt_fps)
-        self.broadcast = Broadcast(live.moments(), encoder, chunk.tgt_fps, lambda: live.state == State.IDLE)
+        self.broadcast = Broadcast(
+            live.moments(),
+            encoder,
+            chunk.tgt_fps,
+            rests=lambda: live.state == State.IDLE,
+            patience=limits.connect if resumed else 0.0,
+        )
         self.listeners: set[Listener] = set()
         self.ended: str | None = None
         self._keep = keep

@@ -1,7 +1,9 @@
 """All sessions of a process: begun, resumed, found, ended, counted. Knows no HTTP.
 
-A pipeline makes one session at a time, so there are as many sessions as pipelines. With a folder for snapshots, three
-files keep a session: its snapshot, which is replaced after every chunk, the portrait, and who may resume it.
+A pipeline makes one session at a time, so there are as many sessions as pipelines. With a folder for snapshots, files
+keep a session: the portrait, who may resume it, and its snapshot with a journal. Many servers may share the folder.
+So each time that a session is resumed, its snapshots have a new name, with a number that is one higher: what a server
+still writes that was taken for dead is not read.
 """
 
 import asyncio
@@ -104,11 +106,11 @@ class Sessions:
                 await asyncio.to_thread(self._keep, self._folder / identifier, portrait, options, key)
         return await self._begin(pipeline, portrait, options, identifier, key, resume=None)
 
-    async def resume(self, identifier: str, key: str) -> Session:
+    async def resume(self, identifier: str, key: str, position: int | None = None) -> Session:
         """Goes on with a session that is not open, from its snapshot.
 
-        Its moments count on: `session.live.position` is the next one. Raises `RefusedError` if there is none with this
-        id and key, or no room.
+        Its moments count on: `session.live.position` is the next one, the one after the last that was handed over, or
+        `position` if that can be shown again. Raises `RefusedError` if there is none with this id and key, or no room.
         """
         path = None if self._folder is None else self._folder / identifier
         if path is None or not _ID.fullmatch(identifier) or identifier in self.open:
@@ -121,9 +123,17 @@ class Sessions:
             raise RefusedError("not_found") from error
         if not hmac.compare_digest(kept.key_hash, _hash(key)):
             raise RefusedError("not_found")
-        snapshot = path.with_suffix(".session")
-        resume = snapshot if snapshot.exists() else None  # it may have ended before its first chunk
-        return await self._begin(self._take(), portrait, kept.options, identifier, key, resume)
+        resume = self._last(identifier)  # None if it ended before it had begun
+        session = await self._begin(self._take(), portrait, kept.options, identifier, key, resume, position)
+        if resume:
+            await asyncio.to_thread(_remove_snapshot, resume)  # the session has written another one
+        return session
+
+    def _last(self, identifier: str) -> Path | None:
+        """The snapshot that was begun last."""
+        assert self._folder is not None
+        there = self._folder.glob(f"{identifier}.*.session")
+        return max(there, key=_number, default=None)
 
     def _take(self) -> Pipeline:
         if self.draining:
@@ -151,6 +161,7 @@ class Sessions:
         identifier: str,
         key: str,
         resume: Path | None,
+        position: int | None = None,
     ) -> Session:
         """Opens a live session, which may take seconds, and serves it."""
 
@@ -160,16 +171,16 @@ class Sessions:
                 **msgspec.structs.asdict(options),
                 max_queued=self.limits.queue,
                 on_event=on_event(loop, lambda: self.open.get(identifier)),
-                snapshots=self._folder / f"{identifier}.session" if self._folder else None,
+                snapshots=self._folder and self._folder / f"{identifier}.{_number(resume) + 1}.session",
                 resume=resume,
+                position=position,
             )
 
         loop = asyncio.get_running_loop()
         with self._given_back(pipeline, "bad_request"):
             live = await asyncio.to_thread(opened)
-        session = Session(
-            identifier, key, live, pipeline.config.chunk, self.limits, self.snapshot if self._folder else None
-        )
+        keep, chunk = self.snapshot if self._folder else None, pipeline.config.chunk
+        session = Session(identifier, key, live, chunk, self.limits, keep, resumed=resume is not None)
         self.open[identifier] = session
         self.on_begin(session)
         task = asyncio.create_task(self._serve(session, pipeline))
@@ -205,10 +216,10 @@ class Sessions:
 
         Raises `RefusedError` if it cannot be written.
         """
-        if self._folder is None:
+        if session.live.snapshots is None:
             raise RefusedError("no_snapshots")
         try:
-            await asyncio.to_thread(session.live.snapshot, self._folder / f"{session.id}.session")
+            await asyncio.to_thread(session.live.snapshot, session.live.snapshots)
         except UserError as error:
             log.error("session %s: %s", session.id, error)
             raise RefusedError("failed", "the snapshot cannot be written") from error
@@ -255,9 +266,22 @@ class Sessions:
 
 
 def _remove(path: Path) -> None:
-    for suffix in (".session", ".json", ".png"):
+    """Removes all files of a session; `path` lacks their endings."""
+    for file in path.parent.glob(f"{path.name.partition('.')[0]}.*"):
         with suppress(OSError):
-            path.with_suffix(suffix).unlink(missing_ok=True)
+            file.unlink()
+
+
+def _remove_snapshot(path: Path) -> None:
+    for file in path.parent.glob(f"{path.name}*"):
+        with suppress(OSError):
+            file.unlink()
+
+
+def _number(snapshot: Path | None) -> int:
+    """How often a session had been resumed when this snapshot of it was begun."""
+    middle = snapshot.name.split(".")[1] if snapshot else "-1"
+    return int(middle) if middle.lstrip("-").isdecimal() else -1
 
 
 def _hash(key: str) -> str:

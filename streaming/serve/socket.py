@@ -192,7 +192,8 @@ class Connection:
         with suppress(ConnectionError):
             while (item := await self._outbox.next()) is not None:
                 if isinstance(item, Encoded):
-                    await self._socket.send_bytes(pack(MEDIA, item.tick, item.fragment, KEY if item.key else 0))
+                    flags = KEY if item.key else 0
+                    await self._socket.send_bytes(pack(MEDIA, item.tick, item.fragment, flags, item.moment))
                 elif isinstance(item, bytes):
                     await self._socket.send_bytes(item)
                 else:

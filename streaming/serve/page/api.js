@@ -42,6 +42,11 @@ class Session {
     return request("POST", `${this.path}/audio`, this.facts.key, recording);
   }
 
+  /** Goes on with a session that its server has ended, wherever there is room. */
+  async resume() {
+    this.facts = (await request("POST", `${this.path}/resume`, this.facts.key)).answer;
+  }
+
   interrupt() {
     return request("POST", `${this.path}/interrupt`, this.facts.key);
   }

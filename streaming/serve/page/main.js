@@ -7,15 +7,18 @@ import {Voice} from "./voice.js";
 
 const $ = id => document.getElementById(id);
 const body = document.body, video = $("video");
+const PATIENCE = 30000; // ms in which a session moves to another server
 const BEHIND = 3; // s of sound that wait; with more, the microphone pauses until the face has caught up
 const STATES = {idle: "Waiting", listening: "Listening", speaking: "Speaking", interrupted: "Interrupted", closed: "Ended"};
 const ENDS = {
   idle: "The session has ended: nobody has spoken for a while.",
   unattended: "The session has ended: the connection was lost.",
   draining: "The server is shutting down.",
+  lost: "The server of the session has died.",
   failed: "Generation has failed.",
 };
 
+let moving = false;
 let session = null, socket = null, player = null, voice = null, figures = null;
 let segment = 0, talking = false, queued = 0, upload = null;
 
@@ -96,7 +99,7 @@ async function begin() {
   let welcome;
   const ready = new Promise(resolve => { welcome = resolve; });
   socket = await session.socket({audio: {rate: voice.rate}}, {
-    ready: message => { segment = message.next_segment; welcome(); },
+    ready: message => { segment = message.next_segment; show(message.state); welcome(); },
     state: ({state}) => show(state),
     playback_started: message => { segment = Math.max(segment, message.segment + (talking ? 0 : 1)); },
     playback_finished: message => { if (talking && message.segment >= segment) segment = message.segment + 1; },
@@ -104,8 +107,12 @@ async function begin() {
     stats: stats => { queued = stats.queue; figures?.show(stats); socket.tell({type: "ping", t: performance.now()}); },
     pong: ({t}) => figures?.trip(performance.now() - t),
     error: error => complain(error.message),
-    bye: ({reason}) => { if (ENDS[reason]) complain(ENDS[reason]); finish(); },
-    close: () => { if (session) { complain(ENDS.unattended); finish(); } },
+    bye: ({reason}) => {
+      if (reason === "lost" || reason === "draining") return move(reason);
+      if (ENDS[reason]) complain(ENDS[reason]);
+      finish();
+    },
+    close: () => { if (session && !moving) { complain(ENDS.unattended); finish(); } },
     any: note,
   });
   await ready;
@@ -115,8 +122,31 @@ async function begin() {
   figures.path(player.path);
   phase("live");
   body.dataset.shown = "video";
-  show("idle");
+  show(body.dataset.state); // a session that goes on may speak
   hint("Press Talk, or drop a recording onto the portrait.");
+}
+
+/** The server of the session has ended: it may go on at another one, where the last one has left it. */
+async function move(reason) {
+  const moved = session, end = performance.now() + PATIENCE;
+  moving = true;
+  figures?.stop();
+  player?.close();
+  tell("Moving to another server");
+  while (session === moved && performance.now() < end) {
+    try {
+      await moved.resume();
+      moving = false;
+      return await begin();
+    } catch (error) {
+      if (error.code === "not_found") break; // it was not kept
+      await new Promise(resolve => setTimeout(resolve, 2000));
+    }
+  }
+  moving = false;
+  if (session !== moved) return; // it was ended meanwhile
+  complain(ENDS[reason]);
+  finish();
 }
 
 async function finish() {

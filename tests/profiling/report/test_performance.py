@@ -17,6 +17,7 @@ from profiling.analyse.recipe import Recipe, StageWork
 from profiling.analyse.targets import MISSED, Target, TargetResult
 from profiling.report.performance import (
     BEGIN,
+    CLUSTER,
     END,
     PAGE,
     README,
@@ -175,7 +176,7 @@ def test_the_table_replaces_what_stands_between_the_markers() -> None:
         with_table("# Title\n", "| new |")
 
 
-def test_the_command_writes_both_and_tells_what_differs(
+def test_the_command_writes_all_and_tells_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nothing_recorded(*_: object) -> tuple[Recipe, ...]:
@@ -189,10 +190,15 @@ def test_the_command_writes_both_and_tells_what_differs(
     assert call("--check") == 2
     assert "README.md cannot be read" in capsys.readouterr().err
     (tmp_path / README).write_text(f"{BEGIN}\n{END}\n")
+    assert call("--check") == 2
+    assert "cluster.md cannot be read" in capsys.readouterr().err
+    (tmp_path / CLUSTER).parent.mkdir()
+    (tmp_path / CLUSTER).write_text(f"# Cluster\n{BEGIN}\n{END}\n")
     assert call("--check") == 1
-    assert capsys.readouterr().err.count("is not what the results give") == 2
+    assert capsys.readouterr().err.count("is not what the results give") == 3
     assert call() == 0
     assert (tmp_path / PAGE).read_text().startswith("# Performance")
+    assert "Nothing can be projected: recording takes seconds" in (tmp_path / CLUSTER).read_text()
     assert call("--check") == 0
     (tmp_path / PAGE).write_text("a figure typed in")
     assert call("--check") == 1

@@ -241,13 +241,17 @@ def test_an_event_may_interrupt() -> None:
     assert [e for e in events if isinstance(e, PlaybackFinished)] == [PlaybackFinished(0, 0.04, True)]
 
 
-def test_a_snapshot_is_written_after_every_chunk(tmp_path: Path) -> None:
-    path = tmp_path / "session"
+def test_a_snapshot_is_written_for_every_chunk(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "session"
+    with pytest.raises(UserError, match="cannot be written"):
+        session(snapshots=path)
+    path.parent.mkdir()
     with session(snapshots=path) as live:
         taken(live, 60)
-    assert path.stat().st_size > 1000
-    with session(snapshots=tmp_path / "no" / "folder") as live, pytest.raises(UserError, match="cannot be written"):
-        taken(live, 200)
+        assert path.stat().st_size > 1000
+        path.parent.rename(tmp_path / "gone")
+        with pytest.raises(UserError, match="cannot be written"):
+            taken(live, 200)
 
 
 @pytest.fixture(autouse=True)

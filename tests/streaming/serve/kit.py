@@ -23,9 +23,10 @@ from PIL import Image
 from model.config import ChunkConfig
 from streaming.live.director import Director, Options
 from streaming.live.face import FaceState, Finished, Rendered, Unit
-from streaming.live.opening import settings_of
+from streaming.live.journal import replay
+from streaming.live.opening import kept, settings_of
 from streaming.live.session import LiveSession, MonotonicClock
-from streaming.live.snapshot import load, restore
+from streaming.live.snapshot import restore
 from streaming.live.timeline import Event
 from streaming.live.voice import Voice
 from streaming.serve.access import Access
@@ -127,6 +128,7 @@ class NumberedPipeline:
         on_event: Callable[[Event], None] = lambda _: None,
         snapshots: Path | None = None,
         resume: Path | None = None,
+        position: int | None = None,
     ) -> LiveSession:
         face, settings = self._face(), settings_of(CHUNK, kind, lag, wait_frames, max_queued)
         if not self._busy.acquire(blocking=False):
@@ -134,7 +136,9 @@ class NumberedPipeline:
         voice = Voice(settings.kind, CHUNK, settings.limit)
         director = Director(face, voice, Options(settings.lag, settings.wait_frames))
         if resume:
-            restore(director, load(resume, IDENTITY))
+            snapshot, happened = kept(resume, IDENTITY)
+            restore(director, snapshot)
+            replay(director, happened, position, 0.0)
         return LiveSession(
             director, IDENTITY, on_event=on_event, snapshots=snapshots, clock=MonotonicClock(),
             release=self._busy.release,

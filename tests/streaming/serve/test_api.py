@@ -221,7 +221,9 @@ def test_snapshots_are_taken_and_sessions_resumed(tmp_path: Path) -> None:
         async with serving(folder=tmp_path) as serve:
             status, body = await serve.post(facts | {"key": "wrong"}, "resume")
             assert status == 404
-            status, body = await serve.post(facts, "resume")
+            status, body = await serve.post(facts, "resume?position=-1")
+            assert (status, body["error"]["code"]) == (400, "bad_request")
+            status, body = await serve.post(facts, "resume?position=0")
             assert status == 201
             assert (body["id"], body["key"]) == (facts["id"], facts["key"])
 

@@ -71,9 +71,9 @@ def test_options_are_checked(text: str) -> None:
 
 
 def test_binary_messages_have_a_header_of_eight_bytes() -> None:
-    data = pack(3, 2**32 - 1, b"abc", flags=1)
+    data = pack(3, 2**32 - 1, b"abc", flags=1, moment=2**16 + 7)
     assert len(data) == 11
-    assert unpack(data)[:3] == (3, 1, 2**32 - 1)
+    assert unpack(data)[:4] == (3, 1, 7, 2**32 - 1)
     assert bytes(unpack(data).body) == b"abc"
     with pytest.raises(RefusedError):
         unpack(b"1234567")

@@ -252,6 +252,34 @@ def test_a_resumed_session_shows_the_frame_after_the_last_that_was_seen(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path: Path) -> None:
+    """Two servers have the same session: the first one hung for a while. The session is what the second one made."""
+
+    async def test() -> None:
+        hung, next_one = registry(folder=tmp_path), registry(folder=tmp_path)
+        first = await hung.create(PICTURE, SessionOptions())
+        await first.say(speech(8), 16000, None)
+        seen = numbers(await watch(first, 20))
+        second = await next_one.resume(first.id, first.key, position=15)
+        begin = second.live.position
+        assert begin <= 15
+        watching = asyncio.create_task(watch(second, 10_000))
+        await eventually(lambda: second.live.position >= 60)
+        await next_one.drain()
+        seen = seen[:begin] + numbers(await watching)
+        await watch(first, 30)
+        await hung.drain()  # writes what it has, after the other
+        third = await registry(folder=tmp_path).resume(first.id, first.key)
+        last = numbers(await watch(third, 10))
+        assert last[0] > 60
+        seen += last
+        assert seen == list(range(1, len(seen) + 1))
+        await hung.close(third)
+        assert list(tmp_path.iterdir()) == []
+
+    run(test())
+
+
 def test_old_files_of_sessions_are_removed(tmp_path: Path) -> None:
     async def test() -> None:
         old, new, foreign = "A" * 16, "B" * 16, "notes"

@@ -1,0 +1,128 @@
+"""A replica in Ray Serve, which starts it where there is room, restarts it when it dies, and wants more or fewer.
+
+Ray carries no request and no frame: a replica has a port of its own.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.util import get_node_ip_address
+
+from model.errors import UserError
+from streaming.cluster.replica import Replica
+from streaming.cluster.scaling import Size, by_sessions
+from streaming.serve.access import is_loopback
+from streaming.serve.server import Settings, log_to_stderr, warm
+from streaming.serve.sessions import Pipeline
+
+
+class Worker:
+    """What Ray Serve starts on a machine: networks and their server."""
+
+    async def __init__(self, load: Callable[[], Pipeline], sessions: int, settings: Settings, front: str) -> None:
+        """Loads the networks, and serves once they are warm."""
+        log_to_stderr(settings.log_json)
+        pipelines = await asyncio.to_thread(_loaded, load, sessions)
+        host = settings.host if is_loopback(settings.host) else get_node_ip_address()
+        self._replica = Replica(pipelines, replace(settings, host=host, port=0), front)
+        self._stack = AsyncExitStack()
+        await self._stack.enter_async_context(self._replica.running())
+        self._client = await self._stack.enter_async_context(aiohttp.ClientSession())
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica whose server does not answer."""
+        async with self._client.get(self._replica.url + "/healthz"):
+            pass
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scaling.by_sessions` decides by."""
+        report = self._replica.report
+        return {"sessions": float(len(report.sessions)), "places": float(min(report.limit, report.fits))}
+
+    async def __del__(self) -> None:
+        """Ray Serve ends the replica: sessions are kept, and can go on elsewhere."""
+        await self._stack.aclose()
+
+
+def _loaded(load: Callable[[], Pipeline], count: int) -> list[Pipeline]:
+    pipelines = [load() for _ in range(count)]
+    for pipeline in pipelines:
+        warm(pipeline)
+    return pipelines
+
+
+def application(load: Callable[[], Pipeline], size: Size, settings: Settings, front: str) -> serve.Application:
+    """What Ray Serve is to run.
+
+    Args:
+        load: gives a pipeline with its networks, on a replica's machine.
+        size: of the cluster.
+        settings: of the front; replicas take its token, limits, portraits, snapshots and origins.
+        front: its URL, as replicas reach it.
+    """
+    scaling = AutoscalingConfig(
+        min_replicas=size.replicas,
+        max_replicas=size.most,
+        look_back_period_s=20.0,  # of metrics that come every 10 s
+        upscale_delay_s=5.0,
+        downscale_delay_s=size.idle,
+        policy=AutoscalingPolicy(policy_function=by_sessions),
+    )
+    deployment = serve.deployment(
+        name="replica",
+        ray_actor_options={"num_gpus": size.gpus, "num_cpus": size.cpus},
+        autoscaling_config=scaling,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=2 * settings.limits.drain,
+    )
+    return deployment(Worker).bind(load, size.sessions, settings, front)
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """`application` from the `args` of a configuration file of Ray Serve, such as that of a RayService.
+
+    They are `front`, `snapshots`, and as options of the command have them: `replicas`, `max_replicas`, `sessions`,
+    `gpus`, `cpus`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has arguments of
+    `TalkingHeadPipeline.from_pretrained`. The token is $FLASHTALK_TOKEN. Raises `UserError` for any other name.
+    """
+    given = _DEFAULTS | arguments
+    if unknown := [*(given.keys() - _DEFAULTS.keys()), *(name for name in ("front", "snapshots") if not given[name])]:
+        raise UserError(f"args: {unknown[0]} is unknown or missing; there are {', '.join(_DEFAULTS)}")
+    settings = Settings.checked(
+        host="0.0.0.0",
+        port=0,
+        viewers=given["viewers"],
+        idle=given["idle"],
+        portraits=Path(given["portraits"]) if given["portraits"] else None,
+        snapshots=Path(given["snapshots"]),
+        origins=given["origins"],
+        ice_servers=given["ice_servers"],
+        log_json=True,
+        environment=os.environ,
+    )
+    replicas = given["replicas"]
+    size = Size(replicas, given["max_replicas"] or replicas, given["sessions"], given["gpus"], given["cpus"])
+    return application(partial(_from_pretrained, given["pipeline"]), size, settings, given["front"])
+
+
+_DEFAULTS: dict[str, Any] = {
+    "front": None, "snapshots": None, "replicas": 1, "max_replicas": None, "sessions": 1, "gpus": 1.0, "cpus": 1.0,
+    "viewers": 8, "idle": 300.0, "portraits": None, "origins": (), "ice_servers": (), "pipeline": {},
+}  # fmt: skip
+
+
+def _from_pretrained(options: dict[str, Any]) -> Pipeline:
+    from streaming.pipeline import TalkingHeadPipeline
+
+    return TalkingHeadPipeline.from_pretrained(**options)

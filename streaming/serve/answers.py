@@ -1,0 +1,73 @@
+"""What every request goes through: where it comes from, refusals as answers, headers, the log."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from streaming.serve.access import Access
+from streaming.serve.errors import RefusedError
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; media-src 'self' blob: mediastream:;"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_CORS = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "Location, Retry-After",
+    "Access-Control-Max-Age": "600",
+}
+_QUIET = ("/healthz", "/readyz", "/metrics", "/cluster/replicas")  # are asked all the time
+_RETRY = 5  # seconds after which a client may ask again
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger("flashtalk.serve")
+
+
+def answering(access: Access, on_refused: Callable[[str], None]) -> Any:
+    """A middleware that checks where a request comes from, turns refusals into answers, and writes the log.
+
+    `on_refused` is called with the code of each refusal.
+    """
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        begun, other_site = time.monotonic(), None
+        try:
+            other_site = access.check_origin(request.headers)
+            if request.method == "OPTIONS":
+                response: web.StreamResponse = web.Response(status=204)
+            else:
+                response = await handler(request)
+        except RefusedError as error:
+            response = refused(error)
+        except web.HTTPException as error:
+            code = {413: "too_large", 403: "not_found", 404: "not_found", 405: "not_found"}.get(error.status)
+            response = refused(RefusedError(code or "bad_request"))
+        except Exception:
+            log.exception("%s %s", request.method, request.path)
+            response = refused(RefusedError("internal"))
+        if not response.prepared:
+            response.headers.update(HEADERS)
+            if other_site:
+                response.headers.update(_CORS | {"Access-Control-Allow-Origin": other_site, "Vary": "Origin"})
+        if request.path not in _QUIET:
+            took = round(time.monotonic() - begun, 3)
+            extra = {"method": request.method, "path": request.path, "status": response.status, "seconds": took}
+            log.info("%s %s %d", request.method, request.path, response.status, extra=extra)
+        return response
+
+    def refused(error: RefusedError) -> web.Response:
+        on_refused(error.code)
+        body = {"error": {"code": error.code, "message": str(error)}}
+        wait = {"Retry-After": str(_RETRY)} if error.status in (429, 503) else {}
+        return web.json_response(body, status=error.status, headers=wait)
+
+    return answer
