@@ -330,8 +330,13 @@ def serve(
     sessions: Annotated[
         int, typer.Option(min=1, max=64, help="Sessions at once. Each has networks of its own, and needs their memory.")
     ] = 1,
-    viewers: Annotated[int, typer.Option(min=1, help="Viewers of a session at once.")] = 8,
-    idle: Annotated[float, typer.Option(min=1, help="Seconds without sound after which a session ends.")] = 300,
+    viewers: Annotated[int | None, typer.Option(min=1, help="Viewers of a session at once. Default: 8.")] = None,
+    idle: Annotated[
+        float | None, typer.Option(min=1, help="Seconds without sound after which a session ends. Default: 300.")
+    ] = None,
+    limits: Annotated[
+        Path | None, typer.Option(help="TOML file of limits on sizes, counts, rates and times; docs/serve.md has all.")
+    ] = None,
     portraits: Annotated[
         Path | None, typer.Option(help="Folder of JPEG files that the page offers. Default: the examples.")
     ] = None,
@@ -372,6 +377,7 @@ def serve(
     settings = Settings.checked(
         host=host,
         port=port,
+        limits=limits,
         viewers=viewers,
         idle=idle,
         portraits=portraits,
