@@ -36,6 +36,7 @@ class Session {
   constructor(facts) {
     this.facts = facts;
     this.path = `/v1/sessions/${facts.id}`;
+    this.over = new Promise(resolve => { this.isOver = resolve; }); // once this page has ended it
   }
 
   say(recording) {
@@ -47,6 +48,7 @@ class Session {
   }
 
   end() {
+    this.isOver();
     // keepalive: the request goes out though the page is being closed
     return fetch(this.path, {method: "DELETE", keepalive: true, headers: {Authorization: `Bearer ${this.facts.key}`}});
   }

@@ -160,6 +160,57 @@ def test_a_wrong_token_and_a_full_server_are_told(tmp_path: Path) -> None:
     run(test())
 
 
+def test_a_session_that_ends_while_the_page_connects_makes_room_for_another(tmp_path: Path) -> None:
+    """The socket of the video is never answered; the other one says that the session has ended."""
+
+    async def test() -> None:
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4") as page:
+            sockets: list[Any] = []
+
+            def route(socket: Any) -> None:
+                sockets.append(socket)
+                if len(sockets) != 2:
+                    socket.connect_to_server()
+
+            await page.route_web_socket("**/ws?ticket=*", route)
+            await page.click("#start")
+            await eventually(lambda: len(sockets) == 2)
+            (session,) = serve.sessions.open.values()
+            await serve.sessions.close(session, "idle")
+            await page.wait_for_selector("#problem:not([hidden])")
+            assert "nobody has spoken" in await page.inner_text("#problem")
+            await page.click("#start")  # which waits until it is enabled
+            await page.wait_for_selector("body[data-phase=live]")
+
+    run(test())
+
+
+def test_a_microphone_that_is_allowed_after_the_end_is_let_go(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4") as page:
+            await page.evaluate(
+                """() => {
+                    const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+                    navigator.mediaDevices.getUserMedia = async wanted => {
+                        await new Promise(resolve => { window.allow = resolve; });
+                        return window.opened = await open(wanted);
+                    };
+                }"""
+            )
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            await page.click("#talk")
+            await page.wait_for_function("window.allow")
+            await page.click("#end")
+            await page.wait_for_selector("body[data-phase=choose]")
+            await page.evaluate("allow()")
+            await page.wait_for_function("window.opened?.getTracks().every(track => track.readyState === 'ended')")
+            assert await page.is_hidden("#problem")
+            assert await page.inner_text("#talk-text") == "Talk"
+
+    run(test())
+
+
 def test_the_server_outlives_a_page_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_to_loopback(monkeypatch)
 
