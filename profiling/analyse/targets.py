@@ -406,9 +406,9 @@ def _visit_value(target: Target, part: str, run: Run) -> tuple[float, str]:
     """The worst of the visits in that setting."""
     if not (visits := [visit for visit in run.visits if fnmatch.fnmatchcase(visit.setting, target.subject)]):
         raise _AbsentError("no results of profiling visit")
-    found = [getattr(visit, part) for visit in visits]
-    values = [value.p95 if isinstance(value, Spread) else value for value in found]
-    if None in values:
+    found = (getattr(visit, part) for visit in visits)
+    values = [value for each in found if (value := each.p95 if isinstance(each, Spread) else each) is not None]
+    if len(values) < len(visits):
         raise _UnmeasuredError(f"no {part} in that visit")
     return max(values), visits[0].setting
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -35,7 +35,6 @@ AFTER_INTERRUPTION = 2.0  # seconds after one in which a picture may stand still
 PATIENCE = 30_000  # ms until a page that does not answer ends the visit
 SERVER = "from profiling.measure.visit import serve_stamped; serve_stamped()"
 TOKEN = "token-of-a-visit"
-Video = Literal["webrtc", "mp4"]
 WAYS = {"webrtc": "WebRTC", "mp4": "MP4"}
 
 # --- The server ------------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def unwrapped(numbers: Sequence[int]) -> list[int]:
     return counted
 
 
-async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, video: Video, folder: Path) -> dict:
+async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, video: str, folder: Path) -> dict:
     """What `Visit` has, but for its setting."""
     microphone, recording, readings = folder / "microphone.wav", folder / "recording.wav", Readings()
     samples, rate = soundfile.read(VOICE)
@@ -238,7 +237,7 @@ async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, vi
     }
 
 
-def visit(minutes: float, seed: int, size: str | None, steps: int, preset: str, video: Video) -> Visit:
+def visit(minutes: float, seed: int, size: str | None, steps: int, preset: str, video: str) -> Visit:
     """Visits a server of its own for so many minutes."""
     options = ["--preset", preset, "--steps", str(steps), "--device", "cpu", *(["--size", size] if size else [])]
     with tempfile.TemporaryDirectory() as name, served(options, Path(name, "log")) as (server, url):
@@ -248,7 +247,7 @@ def visit(minutes: float, seed: int, size: str | None, steps: int, preset: str, 
 
 
 def visit_command(
-    minutes: float, seed: int, size: str | None, steps: int, preset: str, video: Video, out: Path | None, json: bool
+    minutes: float, seed: int, size: str | None, steps: int, preset: str, video: str, out: Path | None, json: bool
 ) -> int:
     """Implements `python -m profiling visit`; returns 1 if something happened that must not."""
     if minutes <= 0:

@@ -14,7 +14,7 @@ import aioice.ice
 import pytest
 import soundfile
 
-from profiling.measure.viewer import Sight, chromium_path, mark_offsets, viewer_of, watch, with_stamps
+from profiling.measure.viewer import Sight, chromium_path, first_sights, mark_offsets, viewer_of, watch, with_stamps
 from streaming.serve.rtc import stay_on_loopback
 from tests.streaming.serve.kit import BLOCK, TOKEN, NumberedPipeline, Serving, eventually, run, serving, speech
 from tests.streaming.serve.relay import Relay, through_relay, without_candidates
@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 PATIENCE = 90_000  # ms until a page that hangs fails the test
+SMOOTH = 0.8  # share of the frames that come on time where a machine is fast enough
 APART = 0.060  # seconds by which sound and picture may be apart at the viewer
 WEB_AUDIO = 0.035  # seconds by which marks are heard late on their way through Web Audio, known to 0.01
 
@@ -108,12 +109,13 @@ def test_people_talk_hear_interrupt_and_leave(way: str, tmp_path: Path, monkeypa
             await page.wait_for_selector("body[data-phase=choose]")
             await eventually(lambda: not serve.sessions.open)
             await sight.look(page)
-            check(sight, way)
+            check_order(sight, way)
         for relay in relays:
             assert relay.lost > 0.005 * relay.passed
             relay.close()
 
     run(test())
+    check_together(sight, way)
 
 
 async def moves(page: Any, sight: Sight, more: int) -> None:
@@ -130,16 +132,24 @@ async def is_heard(page: Any, sight: Sight) -> None:
         await sight.look(page)
 
 
-def check(sight: Sight, way: str) -> None:
-    """Numbers rise, as far as they could be read; sound and picture are together whenever the machine is not busy."""
+def check_order(sight: Sight, way: str) -> None:
+    """Numbers rise, as far as they could be read."""
     numbers = sight.numbers
     back = sum(later < earlier for earlier, later in pairwise(numbers))
     assert back <= len(numbers) // (20 if way == "bad network" else 100), numbers
+
+
+def check_together(sight: Sight, way: str) -> None:
+    """Sound and picture are together, which no browser can keep up whose processes have to wait for a processor."""
     marks = [offset - WEB_AUDIO for offset in mark_offsets(sight.frames, sight.marks)]
     offsets = marks if way == "mp4" else sight.behind  # what Chromium says of WebRTC has no such error
-    print(f"{way}: {len(set(numbers))} frames, sound {1000 * statistics.median(offsets):.0f} ms behind the picture")
-    best = statistics.quantiles([abs(offset) for offset in offsets], n=5)[0]
-    assert best < APART
+    middle = statistics.median(offsets)
+    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(first_sights(sight.frames))]
+    smooth = sum(gap < 0.07 for gap in gaps) / len(gaps)
+    print(f"{way}: {len(gaps)} frames, {smooth:.0%} on time, sound {1000 * middle:.0f} ms behind the picture")
+    if smooth < SMOOTH:
+        pytest.skip(f"the machine is too busy to show more than {smooth:.0%} of the frames on time")
+    assert abs(middle) < APART
 
 
 def test_a_wrong_token_and_a_full_server_are_told(tmp_path: Path) -> None:
