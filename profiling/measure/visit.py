@@ -51,7 +51,7 @@ def serve_stamped() -> None:
 
 @contextmanager
 def served(options: Sequence[str], log: Path) -> Iterator[tuple[psutil.Process, str]]:
-    """`serve` with these options as a process, and its address. Raises `UserError` if it does not start."""
+    """`serve` with these options as a process, and its address. Raises `UserError` if it does not start, or stays."""
     command = [sys.executable, "-c", SERVER, "serve", "--port", "0", "--quiet", *options]
     environment = os.environ | {"FLASHTALK_TOKEN": TOKEN}
     with log.open("w") as stderr:
@@ -61,11 +61,17 @@ def served(options: Sequence[str], log: Path) -> Iterator[tuple[psutil.Process, 
             found = re.search(r"http://[^/]+", process.stdout.readline())
             if not found:
                 process.wait()
-                raise UserError((log.read_text().strip().splitlines() or ["the server does not start"])[-1])
+                raise UserError(_last_line(log, "the server does not start"))
             yield psutil.Process(process.pid), found[0]
+        except psutil.NoSuchProcess as error:
+            raise UserError(_last_line(log, "the server has ended")) from error
         finally:
             process.terminate()
             process.wait()
+
+
+def _last_line(log: Path, otherwise: str) -> str:
+    return (log.read_text().strip().splitlines() or [otherwise])[-1]
 
 
 async def server_counts(url: str) -> dict[str, float]:
@@ -207,11 +213,13 @@ async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, vi
         await watch(page, BLOCK)
         visitor, began = Visitor(page, seed, recording), time.monotonic()
         staying, goes_on = asyncio.create_task(visitor.stay()), True
-        while goes_on and (passed := time.monotonic() - began) < 60 * minutes:
+        while goes_on and not staying.done() and (passed := time.monotonic() - began) < 60 * minutes:
             goes_on = await readings.read(passed, page, server)
             await asyncio.sleep(1)
         staying.cancel()
-        await asyncio.gather(staying, return_exceptions=True)
+        (gave_up,) = await asyncio.gather(staying, return_exceptions=True)
+        if isinstance(gave_up, Exception):  # not that it was cancelled
+            complaints.append(f"the visitor gave up: {gave_up}")
         counts = await server_counts(url)
     sight, tracks = readings.sight, readings.tracks
     numbers, warm = unwrapped(sight.numbers), min(WARM, 6 * minutes)

@@ -36,7 +36,14 @@ class Session {
   constructor(facts) {
     this.facts = facts;
     this.path = `/v1/sessions/${facts.id}`;
-    this.over = new Promise(resolve => { this.isOver = resolve; }); // once this page has ended it
+    this.ended = false;
+    this.over = new Promise(resolve => { this.settle = resolve; });
+  }
+
+  /** To be called when it has ended, whoever ended it. */
+  markEnded() {
+    this.ended = true;
+    this.settle();
   }
 
   say(recording) {
@@ -47,8 +54,10 @@ class Session {
     return request("POST", `${this.path}/interrupt`, this.facts.key);
   }
 
+  /** Ends it, if it has not ended yet. */
   end() {
-    this.isOver();
+    if (this.ended) return;
+    this.markEnded();
     // keepalive: the request goes out though the page is being closed
     return fetch(this.path, {method: "DELETE", keepalive: true, headers: {Authorization: `Bearer ${this.facts.key}`}});
   }
@@ -89,7 +98,10 @@ class Session {
         message.set(new Uint8Array(samples.buffer), 8);
         if (socket.readyState === WebSocket.OPEN) socket.send(message);
       },
-      close: () => socket.close(),
+      close: () => {
+        socket.onmessage = socket.onclose = null; // what still comes is of a session that is over
+        socket.close();
+      },
     };
   }
 }

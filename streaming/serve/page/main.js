@@ -103,7 +103,7 @@ async function begin(begun) {
     stats: stats => { queued = stats.queue; figures?.show(stats); socket.tell({type: "ping", t: performance.now()}); },
     pong: ({t}) => figures?.trip(performance.now() - t),
     error: error => complain(error.message),
-    bye: ({reason}) => { if (ENDS[reason]) complain(ENDS[reason]); finish(); },
+    bye: ({reason}) => { if (ENDS[reason]) complain(ENDS[reason]); begun.markEnded(); finish(); },
     close: () => { if (session) { complain(ENDS.unattended); finish(); } },
     any: note,
   });
@@ -134,7 +134,7 @@ async function finish() {
   show("idle");
   tell("Ready");
   hint("");
-  await ended?.end().catch(() => {}); // the server may be gone
+  await ended?.end()?.catch(() => {}); // the server may be gone
 }
 
 $("end").onclick = finish;

@@ -132,6 +132,12 @@ async def is_heard(page: Any, sight: Sight) -> None:
         await sight.look(page)
 
 
+async def becomes(page: Any, condition: str) -> None:
+    """Waits until a condition in JavaScript holds."""
+    while not await page.evaluate(condition):
+        await page.wait_for_timeout(50)
+
+
 def check_order(sight: Sight, way: str) -> None:
     """Numbers rise, as far as they could be read."""
     numbers = sight.numbers
@@ -140,14 +146,14 @@ def check_order(sight: Sight, way: str) -> None:
 
 
 def check_together(sight: Sight, way: str) -> None:
-    """Sound and picture are together, which no browser can keep up whose processes have to wait for a processor."""
+    """Sound and picture are together. A browser whose processes wait for a processor keeps that up with MP4 only."""
     marks = [offset - WEB_AUDIO for offset in mark_offsets(sight.frames, sight.marks)]
     offsets = marks if way == "mp4" else sight.behind  # what Chromium says of WebRTC has no such error
     middle = statistics.median(offsets)
     gaps = [later - earlier for (earlier, _), (later, _) in pairwise(first_sights(sight.frames))]
     smooth = sum(gap < 0.07 for gap in gaps) / len(gaps)
     print(f"{way}: {len(gaps)} frames, {smooth:.0%} on time, sound {1000 * middle:.0f} ms behind the picture")
-    if smooth < SMOOTH:
+    if way != "mp4" and smooth < SMOOTH:
         pytest.skip(f"the machine is too busy to show more than {smooth:.0%} of the frames on time")
     assert abs(middle) < APART
 
@@ -210,11 +216,11 @@ def test_a_microphone_that_is_allowed_after_the_end_is_let_go(tmp_path: Path) ->
             await page.click("#start")
             await page.wait_for_selector("body[data-phase=live]")
             await page.click("#talk")
-            await page.wait_for_function("window.allow")
+            await becomes(page, "'allow' in window")
             await page.click("#end")
             await page.wait_for_selector("body[data-phase=choose]")
             await page.evaluate("allow()")
-            await page.wait_for_function("window.opened?.getTracks().every(track => track.readyState === 'ended')")
+            await becomes(page, "window.opened?.getTracks().every(track => track.readyState === 'ended')")
             assert await page.is_hidden("#problem")
             assert await page.inner_text("#talk-text") == "Talk"
 
