@@ -124,9 +124,10 @@ def mark_offsets(frames: Sequence[tuple[float, int]], marks: Sequence[float]) ->
     times = np.array([at for at, _ in seen])
     offsets = []
     for heard in marks:
-        at, number = seen[int(np.abs(times - heard).argmin())]
+        place = int(np.abs(times - heard).argmin())
+        at, number = seen[place]
         marked = round(number / MARKED) * MARKED
-        nearest = min(seen[max(0, np.searchsorted(times, heard) - FPS) :][: 2 * FPS], key=lambda s: abs(s[1] - marked))
+        nearest = min(seen[max(0, place - FPS) : place + FPS], key=lambda sight: abs(sight[1] - marked))
         if abs(at - heard) < 1.0 and abs(nearest[1] - marked) < FPS:
             offsets.append(heard - nearest[0] - (marked - nearest[1]) / FPS)
     return offsets

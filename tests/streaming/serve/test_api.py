@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 from aiohttp import FormData
 from PIL import Image
 
+from streaming.serve import uploads
 from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech
 
 
@@ -236,6 +238,24 @@ def test_a_recording_can_be_interrupted_while_it_waits_for_room() -> None:
             assert status == 200
             assert body["seconds"] < 30
             assert (await serve.post(facts, "interrupt"))[1] == {"interrupted": None}
+
+    run(test())
+
+
+def test_a_recording_that_is_interrupted_between_two_of_its_blocks_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving() as serve:
+            facts = await serve.create()
+            (session,) = serve.sessions.open.values()
+
+            async def blocks(_decoder: object) -> AsyncIterator[np.ndarray]:
+                yield speech(0.5)
+                assert session.interrupt()
+                yield speech(0.5)
+
+            monkeypatch.setattr(uploads, "_blocks", blocks)
+            status, body = await serve.post(facts, "audio", data=wav(1))
+            assert (status, body) == (200, {"segment": 0, "seconds": 0.5})
 
     run(test())
 
