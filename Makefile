@@ -39,6 +39,7 @@ audit: install
 
 soak: install
 	$(BIN)/python -m profiling soak --minutes 30 --out out/soak.json
+	$(BIN)/python -m profiling visit --minutes 30 --out out/visit.json
 
 lint: install
 	$(BIN)/ruff check .

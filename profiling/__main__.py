@@ -325,6 +325,23 @@ def soak(
     raise typer.Exit(soak_command(minutes, seed, parse_size(size), steps, preset, out, json))
 
 
+@app.command()
+def visit(
+    minutes: Annotated[float, typer.Option(help="Length of the visit.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of what the visitor does.")] = 0,
+    preset: Annotated[str, typer.Option(help="A preset with bundled weights.")] = "tiny",
+    size: Annotated[str | None, typer.Option(help="Picture as WIDTHxHEIGHT. Default: the preset's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a chunk.")] = 4,
+    video: Annotated[str, typer.Option(help="How the video comes: webrtc or mp4.")] = "webrtc",
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    json: Json = False,
+) -> None:
+    """Visits the page of a server with a headless Chromium, which talks; exit code 1 if it broke or grew."""
+    from profiling.measure.visit import visit_command
+
+    raise typer.Exit(visit_command(minutes, seed, size, steps, preset, video, out, json))
+
+
 INTERRUPTED = 130  # the exit code
 
 

@@ -5,7 +5,7 @@ counts, clocks. Medians, TFLOP/s, bounds and ratios are computed from these wher
 `CaseResult.bound`), so no two numbers in a file can contradict each other. All times are in seconds, sizes in bytes.
 
 Every section may be empty: `bench` fills `cases`, `audit` fills `audit`, `gpu --phase e2e` fills
-`variants`, `quality` fills `quality`, `soak` fills `soak`.
+`variants`, `quality` fills `quality`, `soak` fills `soak`, `visit` fills `visits`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from model.errors import UserError
 from model.files import check_replaceable, replacing
 from profiling import migrate
-from profiling.soak import Soak
+from profiling.soak import Soak, Visit
 
 SCHEMA = "flashtalk-profile"
 VERSION = 3  # profiling.migrate reads earlier ones
@@ -242,6 +242,7 @@ class Run:
     audit: tuple[AuditResult, ...] = ()
     quality: tuple[Quality, ...] = ()
     soak: tuple[Soak, ...] = ()
+    visits: tuple[Visit, ...] = ()
     nvml: NvmlTrace = field(default_factory=NvmlTrace)
     notes: tuple[str, ...] = ()
 

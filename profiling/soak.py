@@ -1,7 +1,17 @@
-"""What a long live session under random treatment showed: a section of a results file."""
+"""What long live sessions showed, treated at random by a program or a browser: sections of a results file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+SERVER_COUNTS = (
+    "moments",
+    "held_frames",
+    "stalls",
+    "stalled_seconds",
+    "consumer_late_seconds",
+    "viewer_dropped_frames",
+)
+STALL = 0.5  # seconds for which a picture may stand still
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,52 @@ class Soak:
         return tuple(fault for fault, happened in checks.items() if happened)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How large a distance was, each time, regardless of its sign; in seconds."""
+
+    count: int
+    p50: float | None  # None if there was none
+    p95: float | None
+    most: float | None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A long visit to the page of a served session: what a browser showed and played."""
+
+    setting: str  # "tiny, 64 x 64, 2 steps, WebRTC"
+    seconds: float
+    frames: int  # different ones that were seen
+    missed: int  # frames between the first and the last that were never seen
+    back: int  # frames that were seen after a later one
+    offset: Spread  # of sound and picture, by marks in both
+    told_offset: Spread  # the same as the browser's statistics have it, which knows WebRTC only
+    stalls: int  # times that the picture stood still for more than STALL
+    longest_stall: float  # seconds for which the picture stood still, interruptions left out
+    longest_pause: float  # seconds for which it stood still after an interruption
+    concealed: float  # seconds of sound that the browser made up, as it came late or not at all
+    interrupts: int  # by the visitor
+    ended: bool  # whether the session ended before the visitor left
+    complaints: tuple[str, ...]  # of the browser's console
+    server_grown_bytes: float  # memory of the server, after it had settled
+    browser_grown_bytes: float
+    counts: dict[str, float]  # what the server counted, by the names of its metrics
+    tracks: dict[str, tuple[float, ...]]  # over time, all of one length: seconds, offset, shown_fps, server_bytes ...
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What must not happen on any machine, and did. How fast a machine is, goals judge."""
+        checks = {
+            "the session ended by itself": self.ended,
+            f"{len(self.complaints)} complaints in the console: {''.join(self.complaints[:1])}": bool(self.complaints),
+            "no picture moved": self.frames < self.seconds,
+            "no mark was heard": not self.offset.count,
+            f"the server's memory grew by {self.server_grown_bytes / 1e6:.1f} MB": self.server_grown_bytes > 20e6,
+        }
+        return tuple(fault for fault, happened in checks.items() if happened)
+
+
 def soak_lines(result: Soak) -> Iterator[tuple[str, str]]:
     """The session in words, as (name, value)."""
     yield "session", f"{result.setting}, {result.seconds / 60:.1f} minutes"
@@ -84,3 +140,31 @@ def latency_in_words(latency: Latency) -> str:
         return "never"
     values = (("p50", latency.p50), ("p95", latency.p95), ("p99", latency.p99), ("most", latency.longest))
     return f"{', '.join(f'{name} {value:.2f}' for name, value in values)} s of {latency.count}"
+
+
+def visit_lines(result: Visit) -> Iterator[tuple[str, str]]:
+    """The visit in words, as (name, value)."""
+    counts, memory = result.counts, result.tracks["server_bytes"]
+    yield "visit", f"{result.setting}, {result.seconds / 60:.1f} minutes"
+    yield "frames seen", f"{result.frames}, {result.missed} missed, {result.back} out of order"
+    yield "sound and picture apart, by marks in both", spread_in_words(result.offset)
+    yield "sound and picture apart, by the browser's statistics", spread_in_words(result.told_offset)
+    yield f"picture stood still for over {STALL} s", f"{result.stalls} times, {result.longest_stall:.2f} s at most"
+    yield "interruptions by the visitor", f"{result.interrupts}"
+    yield "picture stood still after one", f"{result.longest_pause:.2f} s at most"
+    yield "sound that the browser made up", f"{result.concealed:.2f} s"
+    yield "server's memory grew by", f"{result.server_grown_bytes / 1e6:.1f} MB, to {memory[-1] / 1e6:.0f} MB"
+    yield "browser's memory grew by", f"{result.browser_grown_bytes / 1e6:.1f} MB"
+    for name in SERVER_COUNTS:
+        yield f"server: {name.replace('_', ' ')}", f"{counts[f'flashtalk_{name}_total']:.4g}"
+    load = sorted(result.tracks["load"])
+    yield "load of the machine", f"median {load[len(load) // 2]:.1f}, {load[-1]:.1f} at most"
+    yield "faults", "; ".join(result.faults) or "none"
+
+
+def spread_in_words(spread: Spread) -> str:
+    """Percentiles of a distance: "p50 20, p95 45, most 58 ms of 900"."""
+    if spread.p50 is None:
+        return "not measured"
+    values = (("p50", spread.p50), ("p95", spread.p95), ("most", spread.most))
+    return f"{', '.join(f'{name} {1000 * (value or 0):.0f}' for name, value in values)} ms of {spread.count}"

@@ -27,6 +27,7 @@ try:
         IceServerOption,
         IdleOption,
         ImageOption,
+        LimitsOption,
         LogJsonOption,
         OriginOption,
         OutOption,
@@ -283,8 +284,9 @@ def serve(
     sessions: Annotated[
         int, typer.Option(min=1, max=64, help="Sessions at once. Each has networks of its own, and needs their memory.")
     ] = 1,
-    viewers: ViewersOption = 8,
-    idle: IdleOption = 300,
+    viewers: ViewersOption = None,
+    idle: IdleOption = None,
+    limits: LimitsOption = None,
     portraits: PortraitsOption = None,
     snapshots: Annotated[
         Path | None, typer.Option(help="Keep sessions there, so that they can be resumed after the server has ended.")
@@ -317,6 +319,7 @@ def serve(
     settings = Settings.checked(
         host=host,
         port=port,
+        limits=limits,
         viewers=viewers,
         idle=idle,
         portraits=portraits,
@@ -379,8 +382,9 @@ def cluster(
     ] = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8700,
-    viewers: ViewersOption = 8,
-    idle: IdleOption = 300,
+    viewers: ViewersOption = None,
+    idle: IdleOption = None,
+    limits: LimitsOption = None,
     portraits: PortraitsOption = None,
     origin: OriginOption = None,
     ice_server: IceServerOption = None,
@@ -414,6 +418,7 @@ def cluster(
     settings = Settings.checked(
         host=host,
         port=port,
+        limits=limits,
         viewers=viewers,
         idle=idle,
         portraits=portraits,

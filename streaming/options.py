@@ -85,8 +85,13 @@ HostOption = Annotated[
     str, typer.Option(help="Address to listen at. Other than this machine's own, it needs $FLASHTALK_TOKEN.")
 ]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")]
-ViewersOption = Annotated[int, typer.Option(min=1, help="Viewers of a session at once.")]
-IdleOption = Annotated[float, typer.Option(min=1, help="Seconds without sound after which a session ends.")]
+ViewersOption = Annotated[int | None, typer.Option(min=1, help="Viewers of a session at once. Default: 8.")]
+IdleOption = Annotated[
+    float | None, typer.Option(min=1, help="Seconds without sound after which a session ends. Default: 300.")
+]
+LimitsOption = Annotated[
+    Path | None, typer.Option(help="TOML file of limits on sizes, counts, rates and times; docs/serve.md has all.")
+]
 PortraitsOption = Annotated[
     Path | None, typer.Option(help="Folder of JPEG files that the page offers. Default: the examples.")
 ]

@@ -26,6 +26,12 @@ kernel misses its goal; a goal that no run can answer is unmeasured. Kernels of 
 An entry with `setting` and `quality` is about generated video: a measure of `profiling quality` in one way to run a
 preset, at least or at most so large, or at least `ratio` times what another setting, the `peer`, has.
 
+An entry with `setting` and `visit` is about the page of a server as `profiling visit` saw it, in settings that match a
+shell pattern, and has `at_most`:
+
+    offset, told_offset     seconds by which 95 % of sound and picture were apart at most: by marks, and by the browser
+    longest_stall           seconds for which the picture stood still, interruptions left out
+
 An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
 from all results together, for a stage `fps` or `first_frame`. The verdict is labelled as projected.
 """
@@ -51,6 +57,7 @@ from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling, ceiling_notes
 from profiling.defaults import default_backend
 from profiling.results import ERROR, OK, WRONG, CaseResult, Measurement, Run, as_json_text
+from profiling.soak import Spread
 from profiling.tables import duration, number, percent, stage_value, terminal
 
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
@@ -60,9 +67,11 @@ MISSED_CODE, UNMEASURED_CODE = 1, 3  # exit codes
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 QUALITY_MEASURES = ("ratio", "at_least", "at_most")
+VISIT_MEASURES = ("at_most",)
+VISIT_PARTS = ("offset", "told_offset", "longest_stall")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
 PROJECTED_STAGES = ("fps", "first_frame")
-TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "setting", "quality", "backend", "peer", "link")
+TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "setting", "quality", "visit", "backend", "peer", "link")
 
 # --- Goals ----------------------------------------------------------------------------------------------------------
 
@@ -72,12 +81,13 @@ class Target:
     """One entry of the file, for one case, for variants, for generated video, or for a projection."""
 
     name: str
-    subject: str  # case, shell pattern of variants, or setting; "8 x H800" for a projection
+    subject: str  # case, shell pattern of variants or visits, or setting; "8 x H800" for a projection
     goals: Mapping[str, float]  # by measure; meeting one of them is enough
     device: str = ""  # regular expression, searched in the device's name
     kind: str | None = None
     stage: str | None = None  # of variants
     quality: str | None = None  # of generated video
+    visit: str | None = None  # of the page in a browser
     backend: str | None = None
     peer: str | None = None
     stretch: float | None = None  # of the first goal
@@ -87,7 +97,7 @@ class Target:
     @property
     def part(self) -> str:
         """What of the subject it is about; empty for a case."""
-        return self.stage or self.quality or ""
+        return self.stage or self.quality or self.visit or ""
 
     def applies(self, run: Run) -> bool:
         """Whether the run took place on a machine that the target is for."""
@@ -134,7 +144,9 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
     _require(
         ("stage" in entry) == (not cases and not setting), "a stage goes with a variant or gpus, and these need one"
     )
-    _require(("quality" in entry) == bool(setting), "a quality goes with a setting, and a setting needs one")
+    parts = ("quality" in entry) + ("visit" in entry)
+    _require(parts == bool(setting), "a quality or a visit goes with a setting, and a setting needs one of them")
+    _require(entry.get("visit") in (None, *VISIT_PARTS), f"a visit has {', '.join(VISIT_PARTS)}")
     _require(bool(goals), f"has no goal; there are {', '.join(allowed)}")
     _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
     _require(not ("backend" in entry and not cases), "a backend goes with cases")
@@ -157,7 +169,7 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
 def _measures(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """The goals that an entry may have."""
     if "setting" in entry:
-        return QUALITY_MEASURES
+        return VISIT_MEASURES if "visit" in entry else QUALITY_MEASURES
     return VARIANT_MEASURES if "stage" in entry and "cases" not in entry else CASE_MEASURES
 
 
@@ -225,7 +237,7 @@ class TargetResult:
         return "" if self.value is None else self._with_unit(self.value)
 
     def _with_unit(self, value: float) -> str:
-        if self.measure == "seconds":
+        if self.measure == "seconds" or self.target.visit:
             return duration(value)
         if self.target.stage == "peak_bytes":
             return f"{value / 2**30:.2f} GiB"
@@ -320,6 +332,8 @@ def _why(one: Projection, projection: Projection) -> str:
 
 def _value(target: Target, measure: str, run: Run) -> tuple[float, str]:
     """What a run answers, and which back-end or variant that is of."""
+    if target.visit:
+        return _visit_value(target, target.visit, run)
     kind = _variant_value if target.stage else _quality_value if target.quality else _case_value
     return kind(target, measure, run)
 
@@ -386,6 +400,17 @@ def _quality(run: Run, setting: str, measure: str) -> float:
     if row.value is None:
         raise _BrokenError(f"{measure} of {setting} is not defined")
     return row.value
+
+
+def _visit_value(target: Target, part: str, run: Run) -> tuple[float, str]:
+    """The worst of the visits in that setting."""
+    if not (visits := [visit for visit in run.visits if fnmatch.fnmatchcase(visit.setting, target.subject)]):
+        raise _AbsentError("no results of profiling visit")
+    found = (getattr(visit, part) for visit in visits)
+    values = [value for each in found if (value := each.p95 if isinstance(each, Spread) else each) is not None]
+    if len(values) < len(visits):
+        raise _UnmeasuredError(f"no {part} in that visit")
+    return max(values), visits[0].setting
 
 
 def _best_variant(run: Run, pattern: str, stage: str, *, least: bool) -> tuple[str, float]:

@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -207,19 +207,19 @@ def soak(minutes: float, seed: int, size: Size, steps: int, preset: str) -> Soak
         finished_twice=len(positions) - len({e.segment for e in positions}),
         lost_sound=lost_sound,
         offset=watch.offset,
-        grown_bytes=_growth(watch.tracks, min(WARM, 6 * minutes)),
+        grown_bytes=growth(watch.tracks["seconds"], watch.tracks["resident_bytes"], min(WARM, 6 * minutes)),
         bounds={"queued_frames": int(limit * chunk.tgt_fps) + 1, "made_frames": 2 * chunk.new_frames},
         counts={name: float(value) for name, value in stats.items() if isinstance(value, int | float)},
         latencies=tuple(_latency(name, stats[name]) for name in LATENCIES),
         seams={name: median(values) for name, values in watch.changes.items()},
         largest_seams={name: max(values) for name, values in watch.changes.items()},
-        tracks={name: tuple(_thinned(values)) for name, values in watch.tracks.items()},
+        tracks={name: tuple(thinned(values)) for name, values in watch.tracks.items()},
     )
 
 
-def _growth(tracks: dict[str, list[float]], warm: float) -> float:
-    """By how much the memory grew from a tenth of the run after warming up to its last tenth, by medians."""
-    settled = [value for at, value in zip(tracks["seconds"], tracks["resident_bytes"], strict=True) if at >= warm]
+def growth(seconds: Sequence[float], memory: Sequence[float], warm: float) -> float:
+    """By how much memory grew from a tenth of the run after warming up to its last tenth, by medians."""
+    settled = [value for at, value in zip(seconds, memory, strict=True) if at >= warm]
     part = max(1, len(settled) // 10)
     return median(settled[-part:]) - median(settled[:part]) if settled else 0.0
 
@@ -237,7 +237,7 @@ def _latency(name: str, summary: dict[str, Any]) -> Latency:
     )
 
 
-def _thinned(values: list[float]) -> Iterator[float]:
+def thinned(values: Sequence[float]) -> Iterator[float]:
     """At most `POINTS` of the values, evenly spread, with six digits."""
     for k in range(min(POINTS, len(values))):
         yield float(f"{values[k * len(values) // min(POINTS, len(values))]:.6g}")

@@ -23,7 +23,7 @@ from profiling.defaults import default_backend
 from profiling.formats import of_another_program
 from profiling.report.sizing import sizing_table
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
-from profiling.soak import soak_lines
+from profiling.soak import soak_lines, visit_lines
 from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 TARGETS = Path(__file__).parents[1] / "analyse" / "targets.toml"
@@ -239,16 +239,16 @@ def _quality(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
 
 
 def _soak(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
-    """A table for each live session that was treated at random."""
-    if any(run.soak for _, run in runs):
+    """A table for each live session that was treated at random, and for each visit to a page."""
+    if any(run.soak or run.visits for _, run in runs):
         yield "## Live session\n"
     for file, run in runs:
-        for result in run.soak:
+        for lines in (*map(soak_lines, run.soak), *map(visit_lines, run.visits)):
             link, day, device, commit = _source(file, run)
             yield f"`{run.command}`, threads: {run.machine.units}: {link}, {day}, {device}, {commit}\n"
             yield _row("what", "value")
             yield _row("---", "---")
-            for line in soak_lines(result):
+            for line in lines:
                 yield _row(*line)
             yield ""
 

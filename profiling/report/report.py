@@ -38,7 +38,7 @@ from profiling.report.verdict import (
     tiles,
 )
 from profiling.results import ERROR, OK, WRONG, AuditResult, CaseResult, Run, write
-from profiling.soak import soak_lines
+from profiling.soak import soak_lines, visit_lines
 from profiling.tables import (
     AUDIT_UNITS,
     STEP,
@@ -124,6 +124,7 @@ def draw_figures(found: Evidence) -> Drawn:
         "drift": quality.drift,
         "soak": soak.soak_tracks,
         "latencies": soak.soak_latencies,
+        "visit": soak.visit_tracks,
         "timeline": figures.timeline,
         "roofline": roofline,
         "history": partial(history, others=[run for _, run in found.others]),
@@ -164,6 +165,7 @@ def render_page(found: Evidence, drawn: Drawn) -> str:
         settings=settings,
         quality_lines=lines,
         soak=[list(soak_lines(result)) for result in run.soak],
+        visits=[list(visit_lines(result)) for result in run.visits],
         variants=rows,
         variant_lines=list(variant_lines(rows)),
         audit=[(result, *_modelled(result)) for result in run.audit],
@@ -285,6 +287,7 @@ def report_json(run: Run) -> dict[str, Any]:
         "audit": _plain(run.audit),
         "quality": _plain(run.quality),
         "soak": _plain(run.soak),
+        "visits": _plain(run.visits),
         "notes": list(run.notes),
     }
 
@@ -305,8 +308,8 @@ def show(found: Evidence, console: Console) -> None:
         console.print(measurement_table(measurement_rows(run)))
     if run.quality:
         console.print(quality_table(run.quality))
-    for result in run.soak:
-        for name, value in soak_lines(result):
+    for lines in (*map(soak_lines, run.soak), *map(visit_lines, run.visits)):
+        for name, value in lines:
             console.print(f"{name}: {value}", markup=False, highlight=False)
     if run.audit:
         console.print(audit_table(run.audit))

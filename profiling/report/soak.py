@@ -1,4 +1,6 @@
-"""The figures of a long live session: readings over time, and histograms of its latencies."""
+"""The figures of long live sessions and visits: readings over time, and histograms of latencies."""
+
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,6 +17,15 @@ TRACKS = {  # title, unit's size, colour
     "distance_lab": ("distance to the portrait (Lab)", 1, VERMILLION),
     "load": ("load of the machine", 1, GREY),
 }
+VISIT_TRACKS = {
+    "told_offset": ("sound behind its picture, as the browser says (ms)", 1e-3, VERMILLION),
+    "shown_fps": ("different frames seen a second", 1, GREEN),
+    "server_bytes": ("memory of the server (MB)", 1e6, BLUE),
+    "browser_bytes": ("memory of the browser (MB)", 1e6, SKY),
+    "descriptors": ("file descriptors of the server", 1, ORANGE),
+    "threads": ("threads of the server", 1, PURPLE),
+    "load": ("load of the machine", 1, GREY),
+}
 SHOWN = {  # latencies that are drawn
     "silence_to_speech": "silence to speech",
     "interrupt_to_speech": "interruption to speech",
@@ -29,20 +40,34 @@ def soak_tracks(run: Run, width: float = WIDE) -> Figure | None:
     """A strip for each reading of the first soak, over its time."""
     if not run.soak:
         return None
-    result = run.soak[0]
-    minutes = [seconds / 60 for seconds in result.tracks["seconds"]]
-    names = [name for name in TRACKS if name in result.tracks]
+    return _strips(run.soak[0].tracks, TRACKS, run.soak[0].bounds, width)
+
+
+@styled
+def visit_tracks(run: Run, width: float = WIDE) -> Figure | None:
+    """A strip for each reading of the first visit, over its time."""
+    return _strips(run.visits[0].tracks, VISIT_TRACKS, {}, width) if run.visits else None
+
+
+def _strips(
+    tracks: Mapping[str, Sequence[float]],
+    shown: Mapping[str, tuple[str, float, str]],
+    bounds: Mapping[str, int],
+    width: float,
+) -> Figure:
+    minutes = [seconds / 60 for seconds in tracks["seconds"]]
+    names = [name for name in shown if name in tracks]
     figure = Figure(figsize=(width, 0.5 + 1.05 * len(names)), layout="constrained")
     panels = list(figure.subplots(len(names), 1, sharex=True, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=True):
-        title, unit, colour = TRACKS[name]
-        values = [value / unit for value in result.tracks[name]]
+        title, unit, colour = shown[name]
+        values = [value / unit for value in tracks[name]]
         axes.plot(minutes, values, color=colour, lw=1.3)
         axes.yaxis.set_major_locator(MaxNLocator(3))
         words, top = f"{title}, at most {max(values):.4g}", max(values)
-        if bound := result.bounds.get(name):
+        if bound := bounds.get(name):
             words = f"{words}; bound {bound}"
-        axes.set_ylim(0, 1.15 * top or 1)
+        axes.set_ylim(min(0, 1.15 * min(values)), 1.15 * top if top > 0 else 1)
         axes.set_title(words, loc="left", fontsize=10)
     panels[-1].set_xlabel("time since the session began (minutes)")
     panels[-1].set_xlim(0, max(minutes[-1], 1e-3))

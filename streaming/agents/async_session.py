@@ -31,9 +31,9 @@ class AsyncSession:
     def __init__(self) -> None:
         """Use `open`."""
         self.listeners: list[Callable[[Event], None]] = []
-        self._events: deque[Event] = deque()  # that were not told, from any thread
-        self._number, self._seconds = 0, 0.0  # of the segment that arrives: how much of it was pushed
-        self._dropped = 0  # what is shown of segments below this was interrupted
+        self._events: deque[Event] = deque()  # that are still to be told; any thread adds to it
+        self._number, self._seconds = 0, 0.0  # of the segment that arrives, and how much of it was pushed
+        self._dropped = 0  # segments below this number were interrupted
 
     @classmethod
     async def open(cls, pipeline: TalkingHeadPipeline, image: Picture, **options: Any) -> Self:

@@ -34,7 +34,7 @@ from streaming.sources import SOUND_RATE
 
 logger = logging.getLogger(__name__)
 
-GAP = 0.06  # seconds between two frames from which on the second is taken for late: one and a half frames
+GAP = 0.06  # seconds; a frame that comes later than this after the one before it is late: one and a half frames
 
 
 class FaceGenerator(avatar.VideoGenerator):
@@ -53,7 +53,7 @@ class FaceGenerator(avatar.VideoGenerator):
         """
         self.synchroniser: rtc.AVSynchronizer | None = None
         self._session, self._on_failure = session, on_failure
-        self._ended = 0  # segments that were said to their end and not yet followed by an `AudioSegmentEnd`
+        self._ended = 0  # segments that were heard to their end, and whose `AudioSegmentEnd` is still to come
         session.listeners.append(self._note)
 
     async def push_audio(self, frame: rtc.AudioFrame | avatar.AudioSegmentEnd) -> None:
@@ -102,8 +102,8 @@ class FaceGenerator(avatar.VideoGenerator):
 class FaceOutput(AudioOutput, avatar.AudioReceiver):  # pyright: ignore[reportGeneralTypeIssues]
     """What an agent says, on its way to a session, and what was heard of it, on its way back.
 
-    The agent waits until each segment that it captured was reported as finished, and for ever if one was not. So
-    segments are reported as the session tells it, and those that never reached the session when they are cleared.
+    The agent waits until each segment that it captured is reported as finished, and hangs if one never is. So segments
+    are reported when the session says that they ended, and those that have not reached it when they are cleared.
     """
 
     def __init__(self, session: AsyncSession) -> None:
@@ -111,7 +111,7 @@ class FaceOutput(AudioOutput, avatar.AudioReceiver):  # pyright: ignore[reportGe
         self._session = session
         self._queue: asyncio.Queue[rtc.AudioFrame | avatar.AudioSegmentEnd] = asyncio.Queue()
         self._capturing = False
-        self._silent = False  # whether nothing will be said any more
+        self._silent = False  # whether the face says nothing any more
         session.listeners.append(self._report)
 
     # --- For the agent -----------------------------------------------------------------------------------------------
@@ -162,10 +162,10 @@ class FaceOutput(AudioOutput, avatar.AudioReceiver):  # pyright: ignore[reportGe
             yield await self._queue.get()
 
     def notify_playback_started(self) -> None:
-        """Is not needed: a frame that is on its way while the runner is cleared would start a segment that is none."""
+        """Ignored: the runner also starts a segment for a frame that was on its way when it was cleared."""
 
     def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
-        """Is not needed: the runner counts that frame to the next segment, and forgets one that had not reached it."""
+        """Ignored: the runner adds such a frame to the next segment, and forgets a segment that had not reached it."""
 
     # --- For the session ---------------------------------------------------------------------------------------------
 

@@ -66,13 +66,13 @@ class TalkingHeadService(AIService):
         self._session: AsyncSession | None = None
         self._showing: asyncio.Task[None] | None = None
         self._failed = False
-        self._order = asyncio.Lock()  # held while what belongs together is pushed
+        self._order = asyncio.Lock()  # held while a picture and its sound are pushed, or an interruption
         self._held: deque[tuple[Place, Frame]] = deque()  # frames that wait for the sound before them
-        self._heard: Place = (0, 0.0)  # up to where sound was pushed on
-        self._ended = -1  # segment that was finished last
+        self._heard: Place = (0, 0.0)  # the place up to which sound was pushed on
+        self._ended = -1  # the segment that was finished last
         self._all_heard = asyncio.Event()
         self._all_heard.set()
-        self._lasting = -1  # last segment that may not be interrupted
+        self._lasting = -1  # the last segment that may not be interrupted
 
     def can_generate_metrics(self) -> bool:
         """The time from the first sound after silence to its first frame."""

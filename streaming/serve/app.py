@@ -218,9 +218,13 @@ class Server:
             await response.prepare(request)
             await response.write(session.broadcast.header)
             while item := await viewer.next():
-                await response.write(item.fragment)
+                async with asyncio.timeout(session.limits.stuck):
+                    await response.write(item.fragment)
         except ConnectionError:
             pass  # the player has gone
+        except TimeoutError:  # the player reads nothing; a polite end would wait until it has read what was written
+            if request.transport:
+                request.transport.abort()
         finally:
             session.broadcast.leave(viewer)
             session.leave()

@@ -1,12 +1,22 @@
 """Limits: how much, how many and how long; and how often."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import UserError
+from model.files import read_toml
+
+LARGEST = 2**40  # of a limit: a terabyte, or ages
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server bears from its clients. Sizes are bytes, times seconds."""
+    """What a server bears from its clients. Sizes are bytes, times seconds.
+
+    A test compares these names and values with the table in docs/serve.md.
+    """
 
     viewers: int = 8  # of a session
     message_bytes: int = 64 * 1024  # of a WebSocket, and of an SDP offer
@@ -18,11 +28,26 @@ class Limits:
     creations_per_minute: float = 30.0  # of sessions, in all
     wrong_tokens_per_minute: float = 10.0  # of an address
     connect: float = 20.0  # until a peer connection is there, or `hello` was said
+    heartbeat: float = 20.0  # after which a silent socket is asked whether it lives
     stuck: float = 20.0  # that a viewer may take nothing
     unattended: float = 30.0  # that a session may be without any connection
     idle: float = 300.0  # that a session may be without sound
     ticket: float = 30.0  # that a ticket is good for
     drain: float = 10.0  # that an end may take
+
+    @classmethod
+    def read(cls, file: Path) -> "Limits":
+        """Those of a TOML file; what it does not name stays as it is. Raises `UserError` for what cannot be a limit."""
+        fields, values = {field.name: field.type for field in dataclasses.fields(cls)}, {}
+        for name, value in read_toml(file, f"--limits {file}").items():
+            if name not in fields:
+                raise UserError(f"--limits {file}: {name} is no limit; there are {', '.join(fields)}")
+            number = int if fields[name] is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, number) or not 0 < value <= LARGEST:
+                what = "a whole number" if number is int else "a number"
+                raise UserError(f"--limits {file}: {name} = {value!r:.40}: write {what} above 0")
+            values[name] = value
+        return cls(**values)
 
     def told(self) -> dict[str, float]:
         """Those that a client of a session has to know."""

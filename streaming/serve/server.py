@@ -48,8 +48,9 @@ class Settings:
         *,
         host: str,
         port: int,
-        viewers: int,
-        idle: float,
+        limits: Path | None,
+        viewers: int | None,
+        idle: float | None,
         portraits: Path | None,
         snapshots: Path | None,
         origins: Sequence[str],
@@ -57,7 +58,11 @@ class Settings:
         log_json: bool,
         environment: Mapping[str, str],
     ) -> "Settings":
-        """The settings of a command line. Raises `UserError` for what cannot be, or would not be safe."""
+        """The settings of a command line. Raises `UserError` for what cannot be, or would not be safe.
+
+        `viewers` and `idle`, if they are given, win over those in the file `limits`.
+        """
+        chosen = {name: value for name, value in (("viewers", viewers), ("idle", idle)) if value is not None}
         for origin in origins:
             parts = urlsplit(origin)
             if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
@@ -73,7 +78,7 @@ class Settings:
             host,
             port,
             token_for(host, environment.get("FLASHTALK_TOKEN")),
-            replace(Limits(), viewers=viewers, idle=idle),
+            replace(Limits.read(limits) if limits else Limits(), **chosen),
             portraits or next((folder for folder in _BUNDLED if folder.is_dir()), None),
             snapshots,
             list(origins),

@@ -60,6 +60,7 @@ class Session:
         broadcast: what viewers get.
         listeners: who hear of it.
         ended: why it ended, once it has.
+        interrupts: how often speech was interrupted.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Session:
         self.listeners: set[Listener] = set()
         self.ended: str | None = None
         self._keep = keep
-        self._connections = self._interrupts = 0
+        self.interrupts = self._connections = 0
         self._speaker: object | None = None
         self._now = time.monotonic
         self._attended = self._heard = self._now()
@@ -123,9 +124,9 @@ class Session:
         Returns whether all were taken: what waits when the session is interrupted is discarded. Raises `RefusedError`
         for what cannot be used.
         """
-        self._heard, interrupts, taken = self._now(), self._interrupts, 0
+        self._heard, interrupts, taken = self._now(), self.interrupts, 0
         self.broadcast.wake()
-        while interrupts == self._interrupts:
+        while interrupts == self.interrupts:
             with _refusing():
                 taken += self.live.push_audio(pcm[taken:], rate, segment, timeout=0)
             if taken == len(pcm):
@@ -145,7 +146,7 @@ class Session:
         with _refusing():
             finished = self.live.interrupt()
         if finished:
-            self._interrupts += 1
+            self.interrupts += 1
             self.tell(Clear(self.broadcast.next_tick))
         return finished
 

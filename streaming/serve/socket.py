@@ -36,7 +36,6 @@ from streaming.serve.session import Session
 from streaming.serve.viewer import Viewer
 
 WAITING = 256  # messages that may wait for a reader before it is given up
-HEARTBEAT = 20.0  # seconds between pings to a silent socket
 FAREWELL = 2.0  # seconds in which a client may read what it was told last, and say goodbye
 
 
@@ -95,7 +94,7 @@ class Connection:
         self._session, self._outbox = session, Outbox()
         self._socket = web.WebSocketResponse(
             protocols=(PROTOCOL,),
-            heartbeat=HEARTBEAT,
+            heartbeat=limits.heartbeat,
             timeout=FAREWELL,
             max_msg_size=limits.message_bytes,
             compress=False,

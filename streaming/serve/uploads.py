@@ -58,7 +58,7 @@ async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
 
     Waits while the queue is full. Raises `RefusedError` if it is no sound; what comes before damage is said.
     """
-    segment, seconds = session.live.next_segment, 0.0
+    segment, seconds, interrupts = session.live.next_segment, 0.0, session.interrupts
     with tempfile.NamedTemporaryFile(prefix="recording-") as copy:
         copy.write(data)
         copy.flush()
@@ -68,7 +68,7 @@ async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
             raise RefusedError("bad_audio", "this is no sound in a known format, such as WAV, MP3 or OGG") from error
         try:
             async for block in _blocks(decoder):
-                if not await session.say(block, decoder.rate, segment):
+                if session.interrupts != interrupts or not await session.say(block, decoder.rate, segment):
                     break
                 seconds += len(block) / decoder.rate
         except UserError as error:

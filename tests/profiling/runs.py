@@ -27,7 +27,7 @@ from profiling.results import (
     StageInterval,
     VariantResult,
 )
-from profiling.soak import Latency, Soak
+from profiling.soak import SERVER_COUNTS, Latency, Soak, Spread, Visit
 
 GPU = Machine(
     "cuda",
@@ -355,4 +355,14 @@ def soak() -> Soak:
         "tiny, 64 x 64, 2 steps", 3.0, 75, 0, 0, 0, 0.0, 0.0, 1e6, {"queued_frames": 1501, "made_frames": 56},
         dict.fromkeys(counts, 3.0), latencies, {"whole chunks": 2.0}, {"whole chunks": 3.0},
         {"seconds": (1.0, 2.0, 3.0)} | dict.fromkeys(names, (30.0, 40.0, 35.0)),
+    )  # fmt: skip
+
+
+def visit() -> Visit:
+    """A visit of three readings, without a fault."""
+    names = ("told_offset", "shown_fps", "server_bytes", "browser_bytes", "descriptors", "threads", "load")
+    return Visit(
+        "tiny, 64 x 64, 2 steps, WebRTC", 3.0, 70, 5, 0, Spread(2, 0.03, 0.05, 0.055), Spread(30, 0.02, 0.04, 0.1),
+        0, 0.2, 0.0, 0.1, 1, False, (), 1e6, 2e6, {f"flashtalk_{name}_total": 3.0 for name in SERVER_COUNTS},
+        {"seconds": (1.0, 2.0, 3.0)} | dict.fromkeys(names, (30.0, -20.0, 35.0)),
     )  # fmt: skip

@@ -36,6 +36,14 @@ class Session {
   constructor(facts) {
     this.facts = facts;
     this.path = `/v1/sessions/${facts.id}`;
+    this.ended = false;
+    this.over = new Promise(resolve => { this.settle = resolve; });
+  }
+
+  /** To be called when it has ended, whoever ended it. */
+  markEnded() {
+    this.ended = true;
+    this.settle();
   }
 
   say(recording) {
@@ -51,7 +59,10 @@ class Session {
     return request("POST", `${this.path}/interrupt`, this.facts.key);
   }
 
+  /** Ends it, if it has not ended yet. */
   end() {
+    if (this.ended) return;
+    this.markEnded();
     // keepalive: the request goes out though the page is being closed
     return fetch(this.path, {method: "DELETE", keepalive: true, headers: {Authorization: `Bearer ${this.facts.key}`}});
   }
@@ -92,7 +103,10 @@ class Session {
         message.set(new Uint8Array(samples.buffer), 8);
         if (socket.readyState === WebSocket.OPEN) socket.send(message);
       },
-      close: () => socket.close(),
+      close: () => {
+        socket.onmessage = socket.onclose = null; // what still comes is of a session that is over
+        socket.close();
+      },
     };
   }
 }

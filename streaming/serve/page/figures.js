@@ -27,7 +27,8 @@ export class Figures {
     put("latency", `${seconds(stats.latency_p50)} / ${seconds(stats.latency_p95)}`, "s");
     put("queue", seconds(stats.queue), "s", stats.queue > 5);
     put("made", seconds(stats.made), "s");
-    put("speed", stats.speed == null ? "–" : stats.speed.toFixed(2), "× real time", stats.lagging || stats.speed < 1);
+    if (stats.speed == null) put("speed", "–");
+    else put("speed", stats.speed.toFixed(2), "× real time", stats.lagging || stats.speed < 1);
     put("held", stats.held, stats.dropped ? `and ${stats.dropped} lost` : "");
     this.draw("fps", fps, 30);
     if (stats.latency_p50 != null) this.draw("latency", stats.latency_p50, 4);

@@ -20,7 +20,7 @@ const ENDS = {
 
 let moving = false;
 let session = null, socket = null, player = null, voice = null, figures = null;
-let segment = 0, talking = false, queued = 0, upload = null;
+let segment = 0, talking = false, opening = false, queued = 0, upload = null;
 
 // --- Token, theme, faces ---------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ $("choose").onsubmit = async event => {
   voice = new Voice(hear); // within the click, so that the browser lets it run
   try {
     session = await create(sessionStorage.token ?? "", face, {kind: "segments"});
-    await begin();
+    await Promise.race([begin(session), session.over]); // it may be over before it has begun here
   } catch (error) {
     if (error.code === "unauthorised") needToken();
     complain(error.code === "unauthorised" ? "The token is missing or wrong: see what the server has printed." : error.message);
@@ -93,23 +93,23 @@ $("choose").onsubmit = async event => {
   $("start").disabled = false;
 };
 
-async function begin() {
-  const {width, height} = session.facts;
+async function begin(begun) {
+  const {width, height} = begun.facts;
   $("frame").style.setProperty("--ratio", width / height);
   let welcome;
   const ready = new Promise(resolve => { welcome = resolve; });
-  socket = await session.socket({audio: {rate: voice.rate}}, {
+  socket = await begun.socket({audio: {rate: voice.rate}}, {
     ready: message => { segment = message.next_segment; show(message.state); welcome(); },
     state: ({state}) => show(state),
-    playback_started: message => { segment = Math.max(segment, message.segment + (talking ? 0 : 1)); },
-    playback_finished: message => { if (talking && message.segment >= segment) segment = message.segment + 1; },
-    clear: () => player?.skip(),
+    playback_started: message => { if (!talking) use(message.segment + 1); },
+    playback_finished: message => use(message.segment + 1), // while somebody talks, it was interrupted
     stats: stats => { queued = stats.queue; figures?.show(stats); socket.tell({type: "ping", t: performance.now()}); },
     pong: ({t}) => figures?.trip(performance.now() - t),
     error: error => complain(error.message),
     bye: ({reason}) => {
       if (reason === "lost" || reason === "draining") return move(reason);
       if (ENDS[reason]) complain(ENDS[reason]);
+      begun.markEnded();
       finish();
     },
     close: () => { if (session && !moving) { complain(ENDS.unattended); finish(); } },
@@ -117,7 +117,9 @@ async function begin() {
   });
   await ready;
   tell("Connecting");
-  player = await play(session, video, new URLSearchParams(location.search).get("video"));
+  const connected = await play(begun, video, new URLSearchParams(location.search).get("video"));
+  if (session !== begun) return connected.close();
+  player = connected;
   figures = new Figures(video);
   figures.path(player.path);
   phase("live");
@@ -137,7 +139,7 @@ async function move(reason) {
     try {
       await moved.resume();
       moving = false;
-      return await begin();
+      return await begin(moved);
     } catch (error) {
       if (error.code === "not_found") break; // it was not kept
       await new Promise(resolve => setTimeout(resolve, 2000));
@@ -163,7 +165,7 @@ async function finish() {
   show("idle");
   tell("Ready");
   hint("");
-  await ended?.end().catch(() => {}); // the server may be gone
+  await ended?.end()?.catch(() => {}); // the server may be gone
 }
 
 $("end").onclick = finish;
@@ -171,17 +173,26 @@ addEventListener("pagehide", () => session?.end());
 
 // --- Sound -----------------------------------------------------------------------------------------------------------
 
+/** What is said next is no segment before this one: a number that was finished is not heard any more. */
+function use(next) {
+  segment = Math.max(segment, next);
+}
+
 $("talk").onclick = async () => {
   if (talking) return stopTalking();
+  if (opening) return;
+  const microphone = voice;
+  opening = true;
   try {
     if (body.dataset.state === "speaking") await interrupt();
-    await voice.start();
+    await microphone.start();
     talking = true;
     $("talk").ariaPressed = "true";
     $("talk-text").textContent = "Stop";
   } catch (error) {
-    complain(error.message);
+    if (voice === microphone) complain(error.message); // else the session has ended meanwhile
   }
+  opening = false;
 };
 
 function hear(samples, peak) {
@@ -209,7 +220,7 @@ async function say(file) {
   hint(`Saying ${file.name}`);
   try {
     const {answer} = await session.say(file);
-    segment = Math.max(segment, answer.segment + 1);
+    use(answer.segment + 1);
   } catch (error) {
     hint("");
     complain(error.message);
@@ -249,6 +260,7 @@ function phase(name) {
   body.dataset.phase = name;
   $("choose").hidden = name === "live";
   $("live").hidden = name !== "live";
+  $("dock").inert = name !== "live";
 }
 
 function show(state) {

@@ -36,14 +36,15 @@ async function playRtc(session, video) {
     place = location;
     await peer.setRemoteDescription({type: "answer", sdp});
     await connected;
+    video.srcObject = stream;
+    await video.play();
   } catch (error) {
+    video.srcObject = null;
     peer.close();
     if (place) session.leave(place).catch(() => {}); // it may have ended there first
     throw error;
   }
-  video.srcObject = stream;
-  await video.play();
-  return {path: "WebRTC", peer, skip: () => {}, close: () => { video.srcObject = null; peer.close(); }};
+  return {path: "WebRTC", close: () => { video.srcObject = null; peer.close(); }};
 }
 
 /** Until all candidates are known, but no longer than a second: the first ones are the near ones. */
@@ -76,15 +77,16 @@ async function playMp4(session, video) {
     clear: () => skip(),
   });
   const skip = () => { if (buffered(video)) video.currentTime = buffered(video) - 0.02; };
-  await new Promise(resolve => {
-    const timer = setInterval(() => { if (buffered(video)) { clearInterval(timer); resolve(); } }, 40);
-  });
+  const begins = new Promise(resolve => buffer.addEventListener("updateend", () => buffered(video) && resolve(true)));
+  if (!await Promise.race([begins, session.over])) {
+    socket.close();
+    throw new Error("The session has ended.");
+  }
   video.currentTime = Math.max(video.buffered.start(0), buffered(video) - TARGET);
   await video.play();
   const steering = setInterval(() => steer(video), 100);
   return {
     path: "MP4",
-    skip,
     close: () => { clearInterval(steering); socket.close(); video.removeAttribute("src"); video.load(); },
   };
 }

@@ -22,11 +22,16 @@ export class Voice {
     } catch (error) {
       throw new Error(error.name === "NotAllowedError" ? "The browser does not allow the microphone." : "There is no microphone.");
     }
-    await this.context.resume();
-    await this.context.audioWorklet.addModule("/page/microphone.js");
+    try {
+      await this.context.resume(); // fails if `close` was called while the browser asked for permission
+      await this.context.audioWorklet.addModule("/page/microphone.js");
+      this.source = this.context.createMediaStreamSource(stream);
+      this.node = new AudioWorkletNode(this.context, "microphone", {numberOfOutputs: 0});
+    } catch (error) {
+      release(stream);
+      throw error;
+    }
     this.stream = stream;
-    this.source = this.context.createMediaStreamSource(stream);
-    this.node = new AudioWorkletNode(this.context, "microphone", {numberOfOutputs: 0});
     this.node.port.onmessage = ({data}) => this.on && this.onPiece(data.piece, data.peak);
     this.source.connect(this.node);
   }
@@ -35,7 +40,7 @@ export class Voice {
     if (!this.on) return;
     this.source.disconnect();
     this.node.port.onmessage = null;
-    this.stream.getTracks().forEach(track => track.stop());
+    release(this.stream);
     this.stream = null;
   }
 
@@ -43,4 +48,8 @@ export class Voice {
     this.stop();
     this.context.close();
   }
+}
+
+function release(stream) {
+  stream.getTracks().forEach(track => track.stop());
 }

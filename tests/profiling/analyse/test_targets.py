@@ -36,7 +36,9 @@ from profiling.results import (
     VariantResult,
     save,
 )
+from profiling.soak import Spread
 from profiling.tables import stage_value
+from tests.profiling import runs as made_runs
 from tests.profiling.analyse import made_up
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80)
@@ -306,6 +308,31 @@ def test_quality_that_was_not_measured_is_unmeasured(setting: str, runs: Sequenc
     assert (result.verdict, result.detail) == (UNMEASURED, detail)
 
 
+VISIT = made_runs.visit()
+VISITS = run(visits=(VISIT, dataclasses.replace(VISIT, longest_stall=0.6)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "part", "verdict", "value", "detail"),
+    [
+        ("tiny, *, WebRTC", "told_offset", MET, 0.04, "tiny, 64 x 64, 2 steps, WebRTC"),
+        ("tiny, *", "longest_stall", MISSED, 0.6, "tiny, 64 x 64, 2 steps, WebRTC"),  # of the worse visit
+        ("tiny, *, MP4", "offset", UNMEASURED, None, "no results of profiling visit"),
+    ],
+)
+def test_the_page_in_a_browser_is_held_to_its_goal(
+    setting: str, part: str, verdict: str, value: float | None, detail: str
+) -> None:
+    result = held(Target("a goal", setting, {"at_most": 0.06}, visit=part), VISITS, RUN)
+    assert (result.verdict, result.value, result.detail) == (verdict, value, detail)
+
+
+def test_an_offset_that_the_browser_does_not_tell_is_unmeasured() -> None:
+    silent = run(visits=(dataclasses.replace(VISIT, told_offset=Spread(0, None, None, None)),))
+    result = held(Target("a goal", "tiny*", {"at_most": 0.06}, visit="told_offset"), silent)
+    assert (result.verdict, result.detail) == (UNMEASURED, "no told_offset in that visit")
+
+
 def test_a_projected_goal_is_answered_by_all_runs_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ceilings are in one run, the chunk in another; on 8 GPUs each step of 1 s takes an eighth."""
 
@@ -397,8 +424,16 @@ def toml(**changes: str | None) -> str:
         (toml(link='"H800"'), "a link goes with gpus"),
         (toml(cases=None, gpus='"8"', link='"H800"', stage='"fps"'), "gpus = '8', wanted a number of GPUs"),
         (toml(cases=None, gpus="8", link='"H800"', stage='"decode"'), "have the stages fps, first_frame"),
-        (toml(cases=None, setting='"a"', seconds=None, at_least="1"), "a quality goes with a setting, and a setting"),
-        (toml(quality='"a"'), "a quality goes with a setting, and a setting needs one"),
+        (
+            toml(cases=None, setting='"a"', seconds=None, at_least="1"),
+            "a quality or a visit goes with a setting, and a",
+        ),
+        (toml(quality='"a"'), "a quality or a visit goes with a setting, and a setting needs one of them"),
+        (
+            toml(cases=None, setting='"a"', visit='"speed"', seconds=None, at_most="1"),
+            "a visit has offset, told_offset",
+        ),
+        (toml(cases=None, setting='"a"', visit='"offset"'), "seconds is not a key of it; there are"),
         (toml(cases=None, setting='"a"', quality='"b"', stage='"chunk"'), "seconds is not a key of it"),
         (toml(kind='"gpu"'), "kind = 'gpu', wanted cuda or cpu"),
         (toml(device='"H100("'), "device is no regular expression"),

@@ -1,13 +1,13 @@
-"""What a soak counts, and what it calls a fault."""
+"""What a soak counts, and what it and a visit call a fault."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from profiling.measure.soak import POINTS, Watch, _growth, _thinned
+from profiling.measure.soak import POINTS, Watch, growth, thinned
 from profiling.results import Run, from_own_json, to_json
-from profiling.soak import latency_in_words, soak_lines
+from profiling.soak import Spread, latency_in_words, soak_lines, spread_in_words, visit_lines
 from streaming.live.timeline import Moment
 from tests.profiling import runs
 
@@ -49,17 +49,17 @@ def test_changes_of_the_picture_are_told_apart_by_what_lies_between() -> None:
 def test_memory_that_grows_shows_after_the_warm_up() -> None:
     seconds = [float(k) for k in range(100)]
     memory = [1e6 * k for k in range(50)] + [50e6] * 50
-    assert _growth({"seconds": seconds, "resident_bytes": memory}, 50) == 0
-    assert _growth({"seconds": seconds, "resident_bytes": memory}, 0) == pytest.approx(45.5e6)
-    assert _growth({"seconds": seconds, "resident_bytes": memory}, 1000) == 0
+    assert growth(seconds, memory, 50) == 0
+    assert growth(seconds, memory, 0) == pytest.approx(45.5e6)
+    assert growth(seconds, memory, 1000) == 0
 
 
 def test_tracks_are_thinned() -> None:
-    assert list(_thinned([1.0, 2.0])) == [1.0, 2.0]
-    thinned = list(_thinned([float(k) for k in range(10_000)]))
-    assert len(thinned) == POINTS
-    assert thinned[0] == 0
-    assert thinned == sorted(thinned)
+    assert list(thinned([1.0, 2.0])) == [1.0, 2.0]
+    kept = list(thinned([float(k) for k in range(10_000)]))
+    assert len(kept) == POINTS
+    assert kept[0] == 0
+    assert kept == sorted(kept)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,27 @@ def test_what_must_not_happen_is_a_fault(change: dict, fault: str) -> None:
         assert dict(soak_lines(bad))["faults"] == fault
 
 
-def test_a_soak_survives_its_file() -> None:
-    run = Run("soak", "2026-01-01", runs.CPU, soak=(runs.soak(),))
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"ended": True}, "the session ended by itself"),
+        ({"complaints": ("TypeError",)}, "1 complaints in the console: TypeError"),
+        ({"frames": 2}, "no picture moved"),
+        ({"offset": Spread(0, None, None, None)}, "no mark was heard"),
+        ({"server_grown_bytes": 21e6}, "the server's memory grew by 21.0 MB"),
+    ],
+)
+def test_what_must_not_happen_in_a_visit_is_a_fault(change: dict, fault: str) -> None:
+    assert runs.visit().faults == ()
+    assert dict(visit_lines(replace(runs.visit(), **change)))["faults"] == fault
+
+
+def test_a_distance_in_words() -> None:
+    assert spread_in_words(Spread(2, 0.03, 0.05, 0.055)) == "p50 30, p95 50, most 55 ms of 2"
+    assert spread_in_words(Spread(0, None, None, None)) == "not measured"
+
+
+def test_a_soak_and_a_visit_survive_their_file() -> None:
+    run = Run("soak", "2026-01-01", runs.CPU, soak=(runs.soak(),), visits=(runs.visit(),))
     assert from_own_json(to_json(run), "file") == run
     assert latency_in_words(runs.soak().latencies[1]) == "never"

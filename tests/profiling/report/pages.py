@@ -82,6 +82,7 @@ VARIATIONS: dict[str, Callable[[Run], Run]] = {
     "quality alone": lambda run: Run(run.command, run.started, run.machine, quality=runs.quality()),
     "quality without long streams": lambda run: replace(run, quality=runs.quality()[:4]),
     "a soak alone": lambda run: Run(run.command, run.started, run.machine, soak=(runs.soak(),)),
+    "a visit alone": lambda run: Run(run.command, run.started, run.machine, visits=(runs.visit(),)),
     "cases alone": cases_alone,
     "audit alone": lambda run: replace(run, variants=(), cases=(), nvml=NvmlTrace()),
     "no ceilings": lambda run: replace(cases_alone(run), ceilings=Ceilings()),

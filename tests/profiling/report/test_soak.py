@@ -1,4 +1,4 @@
-"""Figures of a soak: what is drawn is what was read and counted."""
+"""Figures of a soak and of a visit: what is drawn is what was read and counted."""
 
 from typing import cast
 
@@ -35,6 +35,20 @@ def test_latencies_that_happened_have_a_histogram(width: float) -> None:
     assert heights == [3, 0, 1]
 
 
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_every_reading_of_a_visit_has_a_strip_that_shows_all_of_it(width: float) -> None:
+    run = Run("visit", RUN.started, runs.CPU, visits=(runs.visit(),))
+    figure = soak.visit_tracks(run, width)
+    assert figure is not None
+    assert len(figure.axes) == len(soak.VISIT_TRACKS)
+    for axes, (name, (_, unit, _)) in zip(figure.axes, soak.VISIT_TRACKS.items(), strict=True):
+        drawn = np.asarray(axes.lines[0].get_ydata(), float)
+        np.testing.assert_allclose(drawn * unit, run.visits[0].tracks[name])
+        low, high = axes.get_ylim()
+        assert low <= drawn.min()
+        assert drawn.max() <= high
+
+
 def test_without_a_soak_nothing_is_drawn() -> None:
     empty = Run("bench", RUN.started, runs.CPU)
-    assert soak.soak_tracks(empty) is soak.soak_latencies(empty) is None
+    assert soak.soak_tracks(empty) is soak.soak_latencies(empty) is soak.visit_tracks(empty) is None

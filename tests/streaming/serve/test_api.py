@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 from aiohttp import FormData
 from PIL import Image
 
+from streaming.serve import uploads
 from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech
 
 
@@ -20,9 +22,9 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
     return data.getvalue()
 
 
-def wav(seconds: float) -> bytes:
+def wav(seconds: float, rate: int = 16_000) -> bytes:
     data = io.BytesIO()
-    soundfile.write(data, speech(seconds), 16000, format="WAV", subtype="PCM_16")
+    soundfile.write(data, speech(seconds), rate, format="WAV", subtype="PCM_16")
     return data.getvalue()
 
 
@@ -44,6 +46,25 @@ def test_the_page_and_its_parts_are_there_and_nothing_else() -> None:
                 response = await serve.client.get(path)
                 assert response.status in (403, 404), path
                 assert (await response.json())["error"]["code"] in ("not_found", "bad_request")
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/page/../app.py", "/page/%2e%2e/app.py", "/page/../../../pyproject.toml", "//etc/passwd", "/page//etc/passwd"],
+)
+def test_paths_out_of_the_page_lead_nowhere(path: str) -> None:
+    """Sent as they are: a well-behaved client would tidy them up first."""
+
+    async def test() -> None:
+        async with serving() as serve:
+            reader, writer = await asyncio.open_connection(serve.client.host, serve.client.port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {serve.client.host}\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.split()[1] in (b"400", b"404")
+            assert b"error" in body
+            writer.close()
 
     run(test())
 
@@ -173,7 +194,11 @@ def test_a_recording_is_said_and_streamed_as_a_film() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("data", [b"", b"garbage" * 100, picture()], ids=["empty", "garbage", "picture"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"garbage" * 100, picture(), wav(0.1, rate=500), wav(0.1, rate=2_000_000)],
+    ids=["empty", "garbage", "picture", "too few samples a second", "too many"],
+)
 def test_recordings_that_are_none_are_refused(data: bytes) -> None:
     async def test() -> None:
         async with serving() as serve:
@@ -182,6 +207,17 @@ def test_recordings_that_are_none_are_refused(data: bytes) -> None:
             assert (status, body["error"]["code"]) == (400, "bad_audio")
             status, _ = await serve.post(facts, "audio", data=wav(0.1))  # and the session is as good as before
             assert status == 200
+
+    run(test())
+
+
+def test_a_recording_that_is_too_large_is_refused() -> None:
+    async def test() -> None:
+        async with serving(recording_bytes=5000) as serve:
+            facts = await serve.create()
+            status, body = await serve.post(facts, "audio", data=wav(0.3))
+            assert (status, body["error"]["code"]) == (413, "too_large")
+            assert (await serve.post(facts, "audio", data=wav(0.1)))[0] == 200
 
     run(test())
 
@@ -202,6 +238,24 @@ def test_a_recording_can_be_interrupted_while_it_waits_for_room() -> None:
             assert status == 200
             assert body["seconds"] < 30
             assert (await serve.post(facts, "interrupt"))[1] == {"interrupted": None}
+
+    run(test())
+
+
+def test_a_recording_that_is_interrupted_between_two_of_its_blocks_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving() as serve:
+            facts = await serve.create()
+            (session,) = serve.sessions.open.values()
+
+            async def blocks(_decoder: object) -> AsyncIterator[np.ndarray]:
+                yield speech(0.5)
+                assert session.interrupt()
+                yield speech(0.5)
+
+            monkeypatch.setattr(uploads, "_blocks", blocks)
+            status, body = await serve.post(facts, "audio", data=wav(1))
+            assert (status, body) == (200, {"segment": 0, "seconds": 0.5})
 
     run(test())
 

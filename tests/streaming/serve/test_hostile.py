@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError
 
 from streaming.serve.messages import Bye, ErrorMessage, PlaybackFinishedMessage, Ready, pack
@@ -58,7 +59,11 @@ def traces() -> tuple[int, int, int]:
     own = ("Moments.__anext__", "Event.wait")
     tasks = [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") not in own]
     threads = [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
-    return len(tasks), len(os.listdir("/proc/self/fd")), len(threads)  # noqa: PTH208
+    return len(tasks), descriptors(), len(threads)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
 async def refusal(serve: Serving, facts: Facts, *messages: str | bytes, hello: str | None = HELLO) -> ErrorMessage:
@@ -73,7 +78,7 @@ async def refusal(serve: Serving, facts: Facts, *messages: str | bytes, hello: s
         raise AssertionError(f"no error came; the socket was closed with {connection.close_code}")
 
 
-async def raw(serve: Serving, facts: Facts, *frames: bytes) -> socket.socket:
+async def raw(serve: Serving, facts: Facts, *frames: bytes, path: str = "ws") -> socket.socket:
     """A socket that does nothing by itself: after the handshake it sends these frames, and never reads."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -81,7 +86,7 @@ async def raw(serve: Serving, facts: Facts, *frames: bytes) -> socket.socket:
     loop, address = asyncio.get_running_loop(), (serve.client.host, serve.client.port)
     await loop.sock_connect(connection, address)
     request = (
-        f"GET /v1/sessions/{facts['id']}/ws HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\nUpgrade: websocket\r\n"
+        f"GET /v1/sessions/{facts['id']}/{path} HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\nUpgrade: websocket\r\n"
         f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {facts['key']}\r\n"
         f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n\r\n"
     )
@@ -190,6 +195,23 @@ def test_a_reader_that_stops_loses_frames_alone_and_is_given_up() -> None:
             assert good.dropped == 0
             await eventually(lambda: bad.closed)  # by the sweep
             slow.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize("way", ["ws", "stream.mp4"])
+def test_a_reader_that_never_reads_costs_no_descriptor_for_long(way: str) -> None:
+    """It keeps its own end open, answers no ping, and what was written for it stays unread."""
+
+    async def test() -> None:
+        async with undisturbed(face=NoisyFace, stuck=0.3, heartbeat=0.5) as (serve, facts):
+            session, before = serve.sessions.open[facts["id"]], descriptors()
+            hello = [b'{"type":"hello","video":"fmp4"}'] if way == "ws" else []
+            deaf = await raw(serve, facts, *hello, path=way)
+            await eventually(lambda: session._connections == 2)
+            await eventually(lambda: session._connections == 1)
+            await eventually(lambda: descriptors() <= before + 1)  # its own end
+            deaf.close()
 
     run(test())
 

@@ -1,5 +1,6 @@
 """flashtalk.v1: what is understood, what is refused, and that the document lists the same."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from streaming.serve import messages
 from streaming.serve.errors import CODES, RefusedError
+from streaming.serve.limits import Limits
 from streaming.serve.messages import (
     End,
     Hello,
@@ -107,6 +109,12 @@ def test_the_document_lists_all_messages_and_their_fields(heading: str, union: s
     kinds = getattr(messages, union).__args__
     wanted = {kind.__struct_config__.tag: {f.encode_name for f in msgspec.structs.fields(kind)} for kind in kinds}
     assert documented(heading) == wanted
+
+
+def test_the_document_lists_all_limits_with_their_values() -> None:
+    section = DOCUMENT.split("## Limits\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", section, re.MULTILINE)
+    assert {name: float(value) for name, value in rows} == dataclasses.asdict(Limits())
 
 
 def test_the_document_lists_all_codes() -> None:

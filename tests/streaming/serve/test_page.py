@@ -3,7 +3,6 @@
 Bounds are loose, as machines are shared: what moves must move, in order, and what is heard must not be silence.
 """
 
-import shutil
 import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,57 +14,21 @@ import aioice.ice
 import pytest
 import soundfile
 
+from profiling.measure.viewer import Sight, chromium_path, first_sights, mark_offsets, viewer_of, watch, with_stamps
 from streaming.serve.rtc import stay_on_loopback
-from tests.streaming.serve.kit import TOKEN, Serving, eventually, run, serving, speech
+from tests.streaming.serve.kit import BLOCK, TOKEN, NumberedPipeline, Serving, eventually, run, serving, speech
 from tests.streaming.serve.relay import Relay, through_relay, without_candidates
 
-playwright = pytest.importorskip("playwright.async_api", reason="playwright is missing: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip("playwright.async_api", reason="playwright is missing: pip install playwright")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH"),
+    pytest.mark.skipif(chromium_path() is None, reason="no chromium or google-chrome on the PATH"),
 ]
 
 PATIENCE = 90_000  # ms until a page that hangs fails the test
-
-INIT = """
-window.seen = {numbers: [], peak: 0, offsets: [], peers: []};
-const Peer = window.RTCPeerConnection;
-window.RTCPeerConnection = class extends Peer { constructor(...a) { super(...a); window.seen.peers.push(this); } };
-"""
-
-WATCH = """() => {
-  const video = document.getElementById("video"), canvas = document.createElement("canvas");
-  canvas.width = canvas.height = 128;
-  const context = canvas.getContext("2d", {willReadFrequently: true});
-  const read = () => {
-    context.drawImage(video, 0, 0, 128, 128);
-    const {data} = context.getImageData(0, 0, 128, 128);
-    let number = 0;
-    for (let k = 0; k < 16; k++) {
-      const at = (((k >> 2) * 32 + 16) * 128 + (k & 3) * 32 + 16) * 4;
-      if (data[at] > 127) number |= 1 << k;
-    }
-    seen.numbers.push(number);
-    video.requestVideoFrameCallback(read);
-  };
-  video.requestVideoFrameCallback(read);
-  const audio = new AudioContext(), analyser = audio.createAnalyser(), wave = new Float32Array(2048);
-  const stream = video.srcObject;
-  const source = stream ? audio.createMediaStreamSource(stream) : audio.createMediaElementSource(video);
-  source.connect(analyser);
-  setInterval(async () => {
-    analyser.getFloatTimeDomainData(wave);
-    for (const value of wave) seen.peak = Math.max(seen.peak, Math.abs(value));
-    const peer = seen.peers.at(-1);
-    if (!peer) return;
-    const times = {};
-    (await peer.getStats()).forEach(s => {
-      if (s.type === "inbound-rtp" && s.estimatedPlayoutTimestamp) times[s.kind] = s.estimatedPlayoutTimestamp;
-    });
-    if (times.audio && times.video) seen.offsets.push(times.audio - times.video);
-  }, 100);
-}"""
+SMOOTH = 0.8  # share of the frames that come on time where a machine is fast enough
+APART = 0.060  # seconds by which sound and picture may be apart at the viewer
+WEB_AUDIO = 0.035  # seconds by which marks are heard late on their way through Web Audio, known to 0.01
 
 
 def keep_to_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,24 +45,11 @@ async def page_of(serve: Serving, folder: Path, query: str, refusals: tuple[str,
     """
     microphone = folder / "microphone.wav"
     soundfile.write(microphone, speech(30, 48_000), 48_000, subtype="PCM_16")
-    flags = [
-        "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-        f"--use-file-for-fake-audio-capture={microphone}", "--autoplay-policy=no-user-gesture-required",
-        "--allow-loopback-in-peer-connection", "--disable-features=WebRtcHideLocalIpsWithMdns",
-    ]  # fmt: skip
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=flags)
-        page = await browser.new_page(viewport={"width": 1180, "height": 800})
+    url = f"{serve.client.make_url('/')}{query}#token={TOKEN}"
+    async with viewer_of(url, microphone) as (page, complaints):
         page.set_default_timeout(PATIENCE)
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        await page.add_init_script(INIT)
-        await page.goto(f"{serve.client.make_url('/')}{query}#token={TOKEN}")
-        await page.wait_for_selector(".faces img")
         yield page
-        await browser.close()
-        assert [fault for fault in faults if not any(status in fault for status in refusals)] == []
+    assert [text for text in complaints if not any(status in text for status in refusals)] == []
 
 
 async def with_bad_network(page: Any, relays: list[Relay]) -> None:
@@ -114,16 +64,14 @@ async def with_bad_network(page: Any, relays: list[Relay]) -> None:
     await page.route("**/whep", offer)
 
 
-async def seen(page: Any) -> dict[str, Any]:
-    return await page.evaluate("({numbers: seen.numbers, peak: seen.peak, offsets: seen.offsets})")
-
-
 @pytest.mark.parametrize("way", ["webrtc", "bad network", "mp4"])
 def test_people_talk_hear_interrupt_and_leave(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_to_loopback(monkeypatch)
+    monkeypatch.setattr(NumberedPipeline, "live", with_stamps(NumberedPipeline.live, BLOCK))
     recording = tmp_path / "recording.wav"
     soundfile.write(recording, speech(0.6), 16_000, subtype="PCM_16")
     relays: list[Relay] = []
+    sight = Sight()
 
     async def test() -> None:
         async with serving() as serve, page_of(serve, tmp_path, "?video=mp4" if way == "mp4" else "") as page:
@@ -133,13 +81,13 @@ def test_people_talk_hear_interrupt_and_leave(way: str, tmp_path: Path, monkeypa
             await page.wait_for_selector("body[data-phase=live]")
             assert await page.inner_text("#path") == ("MP4" if way == "mp4" else "WebRTC")
             (session,) = serve.sessions.open.values()
-            await page.evaluate(WATCH)
-            await moves(page, 40)
+            await watch(page, BLOCK)
+            await moves(page, sight, 40)
 
             await page.click("#talk")
             await page.wait_for_selector("body[data-state=speaking]")
-            await is_heard(page)
-            await moves(page, 20)
+            await is_heard(page, sight)
+            await moves(page, sight, 20)
             assert await page.inner_text("#talk-text") == "Stop"
             await page.click("#interrupt")
             await eventually(lambda: session.live.stats()["interrupts"] == 1)
@@ -149,7 +97,7 @@ def test_people_talk_hear_interrupt_and_leave(way: str, tmp_path: Path, monkeypa
             await page.set_input_files("#file", recording)
             await page.wait_for_selector("body[data-state=speaking]")
             await page.wait_for_selector("body[data-state=idle]")
-            await moves(page, 20)
+            await moves(page, sight, 20)
             events = await page.evaluate("document.getElementById('events').textContent")
             assert "playback_finished segment 0" in events
             assert "interrupted true" in events
@@ -160,36 +108,54 @@ def test_people_talk_hear_interrupt_and_leave(way: str, tmp_path: Path, monkeypa
             await page.click("#end")
             await page.wait_for_selector("body[data-phase=choose]")
             await eventually(lambda: not serve.sessions.open)
-            check(await seen(page), way)
+            await sight.look(page)
+            check_order(sight, way)
         for relay in relays:
             assert relay.lost > 0.005 * relay.passed
             relay.close()
 
     run(test())
+    check_together(sight, way)
 
 
-async def moves(page: Any, more: int) -> None:
+async def moves(page: Any, sight: Sight, more: int) -> None:
     """Waits until so many other numbers were seen."""
-    count = len(set((await seen(page))["numbers"])) + more
-    while len(set((await seen(page))["numbers"])) < count:
+    count = len(set(sight.numbers)) + more
+    while len(set(sight.numbers)) < count:
         await page.wait_for_timeout(100)
+        await sight.look(page)
 
 
-async def is_heard(page: Any) -> None:
-    while (await seen(page))["peak"] < 0.1:
+async def is_heard(page: Any, sight: Sight) -> None:
+    while sight.peak < 0.1:
         await page.wait_for_timeout(100)
+        await sight.look(page)
 
 
-def check(found: dict[str, Any], way: str) -> None:
-    """Numbers rise, as far as they could be read; sound and picture are together."""
-    numbers = found["numbers"]
+async def becomes(page: Any, condition: str) -> None:
+    """Waits until a condition in JavaScript holds."""
+    while not await page.evaluate(condition):
+        await page.wait_for_timeout(50)
+
+
+def check_order(sight: Sight, way: str) -> None:
+    """Numbers rise, as far as they could be read."""
+    numbers = sight.numbers
     back = sum(later < earlier for earlier, later in pairwise(numbers))
     assert back <= len(numbers) // (20 if way == "bad network" else 100), numbers
-    if way != "mp4":
-        behind = [-offset for offset in found["offsets"]]
-        print(f"{way}: {len(set(numbers))} frames, sound {statistics.median(behind):.0f} ms behind the picture")
-        best = statistics.quantiles([abs(offset) for offset in behind], n=5)[0]  # a busy machine shows pictures late
-        assert best < 100
+
+
+def check_together(sight: Sight, way: str) -> None:
+    """Sound and picture are together. A browser whose processes wait for a processor keeps that up with MP4 only."""
+    marks = [offset - WEB_AUDIO for offset in mark_offsets(sight.frames, sight.marks)]
+    offsets = marks if way == "mp4" else sight.behind  # what Chromium says of WebRTC has no such error
+    middle = statistics.median(offsets)
+    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(first_sights(sight.frames))]
+    smooth = sum(gap < 0.07 for gap in gaps) / len(gaps)
+    print(f"{way}: {len(gaps)} frames, {smooth:.0%} on time, sound {1000 * middle:.0f} ms behind the picture")
+    if way != "mp4" and smooth < SMOOTH:
+        pytest.skip(f"the machine is too busy to show more than {smooth:.0%} of the frames on time")
+    assert abs(middle) < APART
 
 
 def test_a_wrong_token_and_a_full_server_are_told(tmp_path: Path) -> None:
@@ -206,6 +172,57 @@ def test_a_wrong_token_and_a_full_server_are_told(tmp_path: Path) -> None:
                 await page.click("#start")
                 while "sessions" not in await page.inner_text("#problem"):
                     await page.wait_for_timeout(50)
+
+    run(test())
+
+
+def test_a_session_that_ends_while_the_page_connects_makes_room_for_another(tmp_path: Path) -> None:
+    """The socket of the video is never answered; the other one says that the session has ended."""
+
+    async def test() -> None:
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4") as page:
+            sockets: list[Any] = []
+
+            def route(socket: Any) -> None:
+                sockets.append(socket)
+                if len(sockets) != 2:
+                    socket.connect_to_server()
+
+            await page.route_web_socket("**/ws?ticket=*", route)
+            await page.click("#start")
+            await eventually(lambda: len(sockets) == 2)
+            (session,) = serve.sessions.open.values()
+            await serve.sessions.close(session, "idle")
+            await page.wait_for_selector("#problem:not([hidden])")
+            assert "nobody has spoken" in await page.inner_text("#problem")
+            await page.click("#start")  # which waits until it is enabled
+            await page.wait_for_selector("body[data-phase=live]")
+
+    run(test())
+
+
+def test_a_microphone_that_is_allowed_after_the_end_is_let_go(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4") as page:
+            await page.evaluate(
+                """() => {
+                    const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+                    navigator.mediaDevices.getUserMedia = async wanted => {
+                        await new Promise(resolve => { window.allow = resolve; });
+                        return window.opened = await open(wanted);
+                    };
+                }"""
+            )
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            await page.click("#talk")
+            await becomes(page, "'allow' in window")
+            await page.click("#end")
+            await page.wait_for_selector("body[data-phase=choose]")
+            await page.evaluate("allow()")
+            await becomes(page, "window.opened?.getTracks().every(track => track.readyState === 'ended')")
+            assert await page.is_hidden("#problem")
+            assert await page.inner_text("#talk-text") == "Talk"
 
     run(test())
 

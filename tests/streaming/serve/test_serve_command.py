@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from streaming.__main__ import main
+from streaming.serve.limits import Limits
 from streaming.serve.server import JsonLines, Settings
 from tests.streaming.live.stage import LETTERS
 from tests.streaming.serve.kit import bearing, form, run
@@ -24,8 +26,8 @@ ROOT = Path(__file__).parents[3]
 
 def checked(**options: Any) -> Settings:
     defaults: dict[str, Any] = {
-        "host": "127.0.0.1", "port": 0, "viewers": 8, "idle": 300, "portraits": None, "snapshots": None, "origins": [],
-        "ice_servers": [], "log_json": False, "environment": {},
+        "host": "127.0.0.1", "port": 0, "limits": None, "viewers": None, "idle": None, "portraits": None,
+        "snapshots": None, "origins": [], "ice_servers": [], "log_json": False, "environment": {},
     }  # fmt: skip
     return Settings.checked(**defaults | options)
 
@@ -41,6 +43,40 @@ def test_settings_have_a_token_the_examples_and_servers_for_ice(tmp_path: Path) 
     ]  # fmt: skip
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
     assert len(settings.token) >= 32
+
+
+def test_limits_come_from_a_file_and_options_win(tmp_path: Path) -> None:
+    (tmp_path / "limits.toml").write_text("viewers = 3\nidle = 60\nqueue = 12.5\n")
+    limits = checked(limits=tmp_path / "limits.toml", idle=90.0).limits
+    assert limits == replace(Limits(), viewers=3, idle=90.0, queue=12.5)
+    assert checked().limits == Limits()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("speed = 3", "speed is no limit; there are viewers, message_bytes, "),
+        ("viewers = 0", "viewers = 0: write a whole number above 0"),
+        ("viewers = 2.5", "viewers = 2.5: write a whole number above 0"),
+        ("idle = -1", "idle = -1: write a number above 0"),
+        ("idle = nan", "idle = nan: write a number above 0"),
+        ("idle = inf", "idle = inf: write a number above 0"),
+        ("idle = true", "idle = True: write a number above 0"),
+        ("queue = '60'", "queue = '60': write a number above 0"),
+        ("[viewers]\nof = 1", "viewers = {'of': 1}: write a whole number above 0"),
+        ("viewers =", "is not TOML"),
+        (None, "cannot be read"),
+    ],
+)
+def test_limits_that_are_none_are_refused_in_a_line(text: str | None, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as error:
+        checked(limits=file)
+    assert str(error.value).startswith(f"--limits {file}")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
