@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ import torch
 from hypothesis import settings
 
 from model.machine import CACHE_ENV
+from tests.processes import Interpreter, interpreter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads that wait for each other only burn time
-    os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(2)
+    os.environ["OMP_NUM_THREADS"] = "1"  # also in what tests start
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
 settings.register_profile("tests-of-seed-0", settings.get_profile("tests"), derandomize=True)
 
@@ -66,6 +66,21 @@ def pytest_report_header(config: pytest.Config) -> str:
 def _seed(request: pytest.FixtureRequest) -> None:
     """A test's random tensors follow from its name and the seed, whatever ran before it in the same process."""
     torch.manual_seed(zlib.crc32(f"{request.config.getoption('seed')} {request.node.nodeid}".encode()))
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Interpreter]:
+    """Starts Python processes with the command lines' packages imported."""
+    with interpreter("streaming.pipeline", "model.distill.stages", "profiling.measure.campaign") as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def interpreting_python() -> Iterator[Interpreter]:
+    """The same, but Triton, which chooses at its import, interprets kernels instead of compiling them."""
+    modules = "hypothesis.extra.pytestplugin", "model.dit", "model.vae", "profiling.measure.tune"
+    with interpreter(*modules, "pytest_benchmark.plugin", TRITON_INTERPRET="1") as python:
+        yield python
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

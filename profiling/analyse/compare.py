@@ -19,7 +19,6 @@ from rich.table import Table
 from model.errors import UserError
 from profiling.analyse.accepted import accept, read_accepted
 from profiling.analyse.samples import FASTER, SAME, UNSURE
-from profiling.analyse.targets import UNMEASURED_CODE
 from profiling.analyse.trees import Source, find_tree
 from profiling.analyse.verdicts import (
     FIXED,
@@ -28,6 +27,7 @@ from profiling.analyse.verdicts import (
     REGRESSIONS,
     SMALLER,
     UNMEASURED,
+    UNMEASURED_CODE,
     Comparison,
     Join,
     compare_trees,

@@ -53,6 +53,7 @@ from rich.table import Table
 from model.errors import UserError
 from model.files import read_toml
 from profiling.analyse.project import Projection, Projector, parse_links
+from profiling.analyse.verdicts import UNMEASURED_CODE
 from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling, ceiling_notes
 from profiling.defaults import default_backend
@@ -63,7 +64,7 @@ from profiling.tables import duration, number, percent, stage_value, terminal
 MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 COLOURS = {MET: "green", MISSED: "red", UNMEASURED: "yellow"}
 BEST = "best"  # the fastest right peer
-MISSED_CODE, UNMEASURED_CODE = 1, 3  # exit codes
+MISSED_CODE = 1  # exit code
 CASE_MEASURES = ("ratio", "percent_of_ceiling", "tflops", "seconds")
 VARIANT_MEASURES = ("ratio", "seconds", "at_least", "at_most")
 QUALITY_MEASURES = ("ratio", "at_least", "at_most")

@@ -18,6 +18,7 @@ OWN_PACKAGE = "flashtalk-triton"  # whose version may differ, as it is what is c
 BROKEN, MISSING, LARGER = "broken", "missing", "larger"
 REGRESSIONS = (BROKEN, MISSING, SLOWER, LARGER)
 STILL_BROKEN, SMALLER, FIXED, NEW, UNMEASURED = "still broken", "smaller", "fixed", "new", "not measured in between"
+UNMEASURED_CODE = 3  # exit code of commands that need a measurement which is missing
 ORDER = (*REGRESSIONS, UNSURE, STILL_BROKEN, FASTER, SMALLER, FIXED, NEW, SAME, UNMEASURED)
 
 

@@ -1,10 +1,10 @@
 """The registry under pytest-benchmark: which benchmarks run, and what its file says about the machine."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -14,23 +14,22 @@ from profiling.__main__ import main
 from profiling.formats import from_json, load
 from profiling.machine import describe_machine
 from profiling.results import Machine
+from tests.processes import ROOT, Interpreter
 
-ROOT = Path(__file__).parents[2]
 MEASURE = ROOT / "tests" / "profiling" / "measure"
 
 
-def benchmarks(folder: Path, cases: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only", f"--cases={cases}"]
-    command += [f"--benchmark-json={folder / 'out.json'}", "-k", "small"]
-    command += [str(MEASURE / "test_benchmarks.py"), str(MEASURE / "test_timing.py")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def benchmarks(python: Interpreter, folder: Path, cases: Path) -> CompletedProcess[str]:
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only", f"--cases={cases}"]
+    options = [f"--benchmark-json={folder / 'out.json'}", "-k", "small"]
+    return python.run(*command, *options, MEASURE / "test_benchmarks.py", MEASURE / "test_timing.py")
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(python: Interpreter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The benchmarks of a file of cases. Other tests are deselected rather than skipped one by one."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    done = benchmarks(folder, ROOT / "examples" / "my_kernel.py")
+    done = benchmarks(python, folder, ROOT / "examples" / "my_kernel.py")
     assert done.returncode == 0, done.stdout
     assert "SKIPPED" not in done.stdout
     return folder / "out.json"
@@ -45,9 +44,9 @@ def test_a_file_of_cases_joins_and_the_machine_is_named(file: Path) -> None:
     assert "torch" in {m.backend for m in case.measurements}
 
 
-def test_a_file_without_cases_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_file_without_cases_ends_in_one_line(python: Interpreter, tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
-    done = benchmarks(tmp_path, tmp_path / "empty.py")
+    done = benchmarks(python, tmp_path, tmp_path / "empty.py")
     assert done.returncode != 0
     assert "gives no CASES" in done.stdout + done.stderr
 

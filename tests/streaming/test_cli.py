@@ -23,11 +23,13 @@ import streaming.__main__ as command_line
 from model import quantize
 from model.config import PRESETS
 from streaming.session import Session
+from tests.processes import Interpreter, Process
 from tests.small import SMALL, write_checkpoint
 from tests.streaming import command
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMAND = [sys.executable, "-m", "streaming", "run", "--device", "cpu"]
+QUICK = ("--steps", 1, "--size", "64x64")
 
 
 def tone(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
@@ -95,7 +97,7 @@ def test_sound_of_any_form(
 ) -> None:
     soundfile.write(tmp_path / "v.wav", tone(0.2, rate, channels), rate)
     out = tmp_path / "out.mp4"
-    assert call(monkeypatch, "--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, "--steps", 1) == 0
+    assert call(monkeypatch, "--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, *QUICK) == 0
     assert len(decode(out)[0]) == 5
 
 
@@ -112,14 +114,14 @@ def test_pictures_of_any_form(
 ) -> None:
     path, out = tmp_path / f"p.{suffix}", tmp_path / "frames"
     picture(mode).save(path)
-    assert call(monkeypatch, "--image", path, "--audio", voice, "--out", out, "--steps", 1) == 0
+    assert call(monkeypatch, "--image", path, "--audio", voice, "--out", out, *QUICK) == 0
     assert len(list(out.glob("*.png"))) == 5
 
 
 def test_audio_heard_in_one_go(portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "v.wav", tone(1.25), 16000)
     out = tmp_path / "out.mp4"
-    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, "--steps", 1)
+    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", out, *QUICK)
     assert call(monkeypatch, *arguments, "--audio-mode", "once") == 0
     assert len(decode(out)[0]) == 32
 
@@ -313,15 +315,14 @@ def test_missing_options_and_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert all(option in text for option in ("--image", "--audio", "--out", "--checkpoint", "--report", "--seed"))
 
 
-def start(portrait: Path, out: Path, seconds: float) -> subprocess.Popen[str]:
+def start(python: Interpreter, portrait: Path, out: Path, seconds: float) -> Process:
     soundfile.write(out.with_suffix(".wav"), tone(seconds), 16000)
     arguments = ["--image", portrait, "--audio", out.with_suffix(".wav"), "--out", out, "--steps", 1]
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    return python.start(*COMMAND[1:], *arguments)
 
 
-def wait_for_chunk(process: subprocess.Popen[str], chunk: int) -> int:
+def wait_for_chunk(process: Process, chunk: int) -> int:
     """Frames that the progress line says are out once `chunk` chunks are done."""
-    assert process.stderr
     for text in process.stderr:
         if text.startswith(f"chunk {chunk} "):
             return int(text.split()[2])
@@ -392,8 +393,8 @@ def test_compiled_frames_are_the_same(
     assert all((a == b).all() for a, b in zip(one, two, strict=True))
 
 
-def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: Path) -> None:
-    process = start(portrait, tmp_path / "out.mp4", 60)
+def test_a_killed_run_leaves_every_frame_it_reported(python: Interpreter, portrait: Path, tmp_path: Path) -> None:
+    process = start(python, portrait, tmp_path / "out.mp4", 60)
     emitted = wait_for_chunk(process, 2)
     process.kill()
     process.wait()
@@ -405,8 +406,10 @@ def test_a_killed_run_leaves_every_frame_it_reported(portrait: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_finishes_its_file(number: signal.Signals, portrait: Path, tmp_path: Path) -> None:
-    process = start(portrait, tmp_path / "out.mp4", 60)
+def test_an_interrupted_run_finishes_its_file(
+    number: signal.Signals, python: Interpreter, portrait: Path, tmp_path: Path
+) -> None:
+    process = start(python, portrait, tmp_path / "out.mp4", 60)
     emitted = wait_for_chunk(process, 1)
     process.send_signal(number)
     assert process.wait() == 130
@@ -427,7 +430,7 @@ def test_a_wav_file_on_standard_input(portrait: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "v.wav").open() as file:
         monkeypatch.setattr(sys, "stdin", file)
-        arguments = ("--image", portrait, "--audio", "-", "--out", "2026-11-28T17:30:00.mp4", "--steps", 1)
+        arguments = ("--image", portrait, "--audio", "-", "--out", "2026-11-28T17:30:00.mp4", *QUICK)
         assert call(monkeypatch, *arguments) == 0
     (tmp_path / "2026-11-28T17:30:00.mp4").rename("film.mp4")
     frames, _ = decode(tmp_path / "film.mp4")
@@ -439,7 +442,7 @@ def test_an_inverted_channel_costs_one_line(
     portrait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "v.wav", tone(0.2, 48000, 2) * [1, -1], 48000)
-    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", tmp_path / "v.mp4", "--steps", 1)
+    arguments = ("--image", portrait, "--audio", tmp_path / "v.wav", "--out", tmp_path / "v.mp4", *QUICK)
     assert call(monkeypatch, *arguments) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert "cancel each other out" in line

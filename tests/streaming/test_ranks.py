@@ -17,6 +17,7 @@ from PIL import Image
 from model.parallel.ranks import ulysses_degree
 from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, noticing_losses
 from tests.model.parallel.jobs import CONFIGS
+from tests.processes import Interpreter, Process
 from tests.ranks import MAX_WORLD, RankPool, rank_pool
 from tests.streaming import rank_jobs as jobs
 from tests.tensors import error
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pool():
-    with rank_pool() as pool:
+def pool(python: Interpreter):
+    with rank_pool(python) as pool:
         yield pool
 
 
@@ -125,24 +126,20 @@ def test_only_losses_are_told_as_such() -> None:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def start(world: int, out: str, sound: Path, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+def start(python: Interpreter, world: int, out: str, sound: Path, *options: tuple[str, ...]) -> list[Process]:
     """The ranks of a run, as torchrun starts them; options[i] are of rank i."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "streaming", "run", "--image", "examples/portraits/amara.jpg", "--audio"]
+    command = ["-m", "streaming", "run", "--image", "examples/portraits/amara.jpg", "--audio", sound, "--out", out]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [*command, str(sound), "--out", out, "--size", "64x64", *(options[rank] if options else ())],
-            cwd=ROOT,
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-            | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
+        python.start(
+            *command, "--size", "64x64", *(options[rank] if options else ()),
+            environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)
-    ]
+    ]  # fmt: skip
 
 
 def sound_of(path: Path, seconds: float) -> Path:
@@ -155,14 +152,14 @@ def frames_of(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(file)).astype(int) for file in sorted(folder.rglob("*.png"))]
 
 
-def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_makes_the_video_of_one_process(python: Interpreter, tmp_path: Path) -> None:
     sound = sound_of(tmp_path / "voice.wav", 1.5)
     arguments = ["--image", "examples/portraits/amara.jpg", "--audio", str(sound), "--size", "64x64"]
     run = ["-m", "streaming", "run", *arguments, "--out"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *run, f"{tmp_path}/two/"]
+    python.run(*run, f"{tmp_path}/one/").check_returncode()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *run, f"{tmp_path}/two/"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for command in ([*run, f"{tmp_path}/one/"], launcher):
-        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stderr=subprocess.PIPE)
+    subprocess.run(launcher, cwd=ROOT, env=environment, check=True, stderr=subprocess.PIPE)
     one, two = frames_of(tmp_path / "one"), frames_of(tmp_path / "two")
     assert len(one) == len(two) == 38
     assert all(np.abs(x - y).max() <= 1 for x, y in zip(one, two, strict=True))
@@ -176,8 +173,10 @@ def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
         ([("--noise", "torch")] * 2, "error: noise torch: each GPU would draw its own; use counter"),
     ],
 )
-def test_what_cannot_be_is_one_line_on_rank_0(tmp_path: Path, options: list[tuple[str, ...]], line: str) -> None:
-    ranks = start(2, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 1.0), *options)
+def test_what_cannot_be_is_one_line_on_rank_0(
+    python: Interpreter, tmp_path: Path, options: list[tuple[str, ...]], line: str
+) -> None:
+    ranks = start(python, 2, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 1.0), *options)
     said = [rank.communicate()[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert said == [line + "\n", ""]
@@ -185,10 +184,11 @@ def test_what_cannot_be_is_one_line_on_rank_0(tmp_path: Path, options: list[tupl
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_others_and_keeps_their_frames(tmp_path: Path, how: signal.Signals) -> None:
-    ranks = start(3, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 300.0))
+def test_a_lost_rank_ends_the_others_and_keeps_their_frames(
+    python: Interpreter, tmp_path: Path, how: signal.Signals
+) -> None:
+    ranks = start(python, 3, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 300.0))
     try:
-        assert ranks[0].stderr is not None
         shown = iter(ranks[0].stderr.readline, "")
         assert any(line.startswith("chunk 2") for line in shown)
         ranks[1].send_signal(how)

@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with rank_pool() as processes:
+def pool(python) -> Iterator[RankPool]:
+    with rank_pool(python) as processes:
         yield processes
 
 

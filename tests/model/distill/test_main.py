@@ -1,9 +1,6 @@
 """The command line: clips with their truth, every stage end to end, and mistakes in one line."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +10,15 @@ from model.command import run_app
 from model.distill.__main__ import app
 from model.distill.face import MOTION
 from tests.model.distill.conditions import needs_espeak
-
-
-def run(*arguments: str | int | Path) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "model.distill", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    return done.returncode, done.stdout, done.stderr
+from tests.processes import Interpreter
 
 
 @needs_espeak
-def test_data_writes_clips_with_their_truth(tmp_path):
-    code, _, errors = run("data", "--clips", 2, "--frames", 10, "--size", 64, "--out", tmp_path, "--seed", 3)
-    assert (code, errors) == (0, "")
+def test_data_writes_clips_with_their_truth(python: Interpreter, tmp_path):
+    done = python.run(
+        "-m", "model.distill", "data", "--clips", 2, "--frames", 10, "--size", 64, "--out", tmp_path, "--seed", 3
+    )
+    assert (done.returncode, done.stderr) == (0, "")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["0003-00000", "0003-00001"]
     folder = tmp_path / "0003-00000"
     assert sorted(p.name for p in folder.iterdir()) == ["portrait.png", "truth.npz", "video.mp4", "voice.wav"]
@@ -33,16 +27,16 @@ def test_data_writes_clips_with_their_truth(tmp_path):
 
 
 @needs_espeak
-def test_smoke_runs_every_stage(tmp_path):
-    code, out, errors = run("smoke", "--out", tmp_path)
-    assert code == 0, errors
+def test_smoke_runs_every_stage(python: Interpreter, tmp_path):
+    done = python.run("-m", "model.distill", "smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("audio", "clip", "codec", "dmd", "lips", "reader", "student", "takes", "teacher")
     ]
     for folder in ("audio", "codec", "dmd", "lips", "reader", "student", "teacher"):
         name = {"dmd": "student", "lips": "teacher"}.get(folder, folder)
         assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / folder).iterdir()}
-        assert f"{name} step" in out
+        assert f"{name} step" in done.stdout
 
 
 @pytest.mark.parametrize(

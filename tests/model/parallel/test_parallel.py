@@ -11,6 +11,7 @@ from model.parallel.ranks import Ranks, even_borders, sizes
 from model.parallel.rows import RowSplit
 from model.parallel.tokens import TokenSplit
 from tests.model.parallel import jobs
+from tests.processes import Interpreter
 from tests.ranks import LAYOUTS, RankPool, rank_pool
 from tests.tensors import error
 
@@ -19,8 +20,8 @@ WORLDS = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def pool():
-    with rank_pool() as pool:
+def pool(python: Interpreter):
+    with rank_pool(python) as pool:
         yield pool
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from profiling.results import ERROR, NOT_INSTALLED, SKIPPED, WRONG, Ceilings, Measurement, NvmlTrace
+from tests.processes import ROOT
 from tests.profiling.analyse.compared import (
     MACHINE,
     VERSIONS,
@@ -22,6 +25,12 @@ from tests.profiling.analyse.compared import (
     verdicts,
 )
 from tests.profiling.runs import compare_runs
+
+
+def test_comparing_needs_no_torch() -> None:
+    """A bisection compares at each of its steps; importing torch would take several times as long."""
+    code = "import sys, profiling.analyse.bisection; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_each_change_of_status_has_its_verdict_and_regressions_come_first() -> None:

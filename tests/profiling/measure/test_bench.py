@@ -1,8 +1,6 @@
 """Back-ends that are wrong get no time, correct ones are timed beside their peers; the command line of bench."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +33,7 @@ from profiling.measure.bench import (
 from profiling.measure.check import check_case, compare_outputs, poisoned_memory
 from profiling.measure.timing import CallTimer
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult
+from tests.processes import Interpreter
 from tests.profiling import toy
 
 CPU = torch.device("cpu")
@@ -232,18 +231,13 @@ CASES = [replace(CASES[0], operation=replace(OPERATION, backends={"fp32": (TRITO
 """
 
 
-def test_a_triton_kernel_is_right_and_one_with_an_unwritten_tail_is_caught(tmp_path: Path) -> None:
-    """Under Triton's interpreter, which must be chosen before Triton is imported: in a process of its own."""
+def test_a_triton_kernel_is_right_and_one_with_an_unwritten_tail_is_caught(
+    interpreting_python: Interpreter, tmp_path: Path
+) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     out = tmp_path / "run.json"
-    command = [sys.executable, "-m", "profiling", "bench", "test_attention", "--device", "cpu", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, "--cases", str(tmp_path / "broken.py"), "--out", str(out)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-    )
+    command = ["-m", "profiling", "bench", "test_attention", "--device", "cpu", "--rounds", "1"]
+    done = interpreting_python.run(*command, "--cases", tmp_path / "broken.py", "--out", out)
     assert done.returncode == 1, done.stderr
     good, bad = load(out).cases[0].measurements
     assert (good.status, len(good.samples)) == (OK, 1)

@@ -17,10 +17,12 @@ from profiling.measure import campaign
 from profiling.measure.campaign import CampaignProgress, plan_tasks
 from profiling.measure.e2e import VARIANTS
 from profiling.results import ERROR, OK, WRONG, Run, save
+from tests.processes import ROOT, Interpreter
 from tests.profiling import toy
 
 CPU = torch.device("cpu")
 TOY = Path(toy.__file__)
+RUN_CHILD = campaign._run_child
 
 # Children measure little, and know the smallest system there is. No task takes too long, however busy the machine is,
 # but the one that hangs: it ends as the watchdog would end it, if the watchdog was set.
@@ -43,18 +45,29 @@ sys.exit(main())
 
 
 @pytest.fixture(autouse=True)
-def children(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def children(monkeypatch: pytest.MonkeyPatch, python: Interpreter) -> list[float]:
     """Starts such children in place of the real ones; gives the list of the seconds that they may take."""
     started: list[float] = []
-    real = campaign._run_child
 
-    def child(command_line: Sequence[str], seconds: float) -> int | None:
+    def child(command_line: Sequence[str], seconds: float) -> int:
         started.append(seconds)
-        return real([sys.executable, "-c", CHILD, *command_line[3:]], seconds)
+        return python.start("-c", CHILD, *command_line[3:], capture=False).wait()
 
     monkeypatch.setattr(campaign, "_run_child", child)
-    monkeypatch.chdir(Path(__file__).parents[3])
+    monkeypatch.chdir(ROOT)
     return started
+
+
+@pytest.fixture
+def timed_children(monkeypatch: pytest.MonkeyPatch, children: list[float]) -> list[float]:
+    """The same, but they import everything, and are killed when their time is up."""
+
+    def child(command_line: Sequence[str], seconds: float) -> int | None:
+        children.append(seconds)
+        return RUN_CHILD([sys.executable, "-c", CHILD, *command_line[3:]], seconds)
+
+    monkeypatch.setattr(campaign, "_run_child", child)
+    return children
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -98,14 +111,14 @@ def test_what_hangs_crashes_or_is_wrong_costs_itself_only(
 
 
 def test_the_budget_holds_and_a_later_call_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, children: list[float], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, timed_children: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No child can begin a task in so short a time."""
     monkeypatch.setattr(campaign, "CHILD_START_SECONDS", 0.0)
     budget = 0.1
     arguments = ("--phase", "bench", "--out", tmp_path, "--only", "toy_good", "--cases", TOY)
     assert call(monkeypatch, *arguments, "--budget", budget) == 0
-    assert all(seconds <= budget for seconds in children)
+    assert all(seconds <= budget for seconds in timed_children)
     assert "bench: 0 done, 1 not reached" in capsys.readouterr().out
     assert CampaignProgress.load(tmp_path).task == "", "what the end of the budget cut off is not to blame"
     assert call(monkeypatch, *arguments, "--budget", 600, "--json") == 0

@@ -4,7 +4,6 @@ Triton chooses between compiler and interpreter when a kernel is defined, so the
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,9 @@ from profiling.cases import load_cases, registry
 from profiling.measure.interpret import interpreted_case
 from profiling.measure.tune import candidates
 from profiling.results import ERROR, OK, UNSUPPORTED, WRONG
+from tests.processes import ROOT, Interpreter
 from tests.profiling import attention_kernel, toy
 
-ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "my_kernel.py"
 
 KERNELS = """
@@ -51,15 +50,12 @@ CASES = [Case(replace(OPERATION, backends={"bf16": backends}), TINY, "bf16", 5e-
 """
 
 
-def interpret(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "profiling", "bench", "--interpret", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+BENCH = ("-m", "profiling", "bench", "--interpret")
 
 
-def test_every_kernel_is_checked_and_nothing_is_timed(tmp_path: Path) -> None:
+def test_every_kernel_is_checked_and_nothing_is_timed(interpreting_python: Interpreter, tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(KERNELS)
-    done = interpret("--cases", tmp_path / "kernels.py", "--json")
+    done = interpreting_python.run(*BENCH, "--cases", tmp_path / "kernels.py", "--json")
     assert done.returncode == 1, done.stderr
     (case,) = json.loads(done.stdout)["cases"]
     assert case["case"] == "test_attention/tiny/fp32", "the interpreter's products of bfloat16 are wrong"
@@ -78,7 +74,9 @@ def test_every_kernel_is_checked_and_nothing_is_timed(tmp_path: Path) -> None:
 
 
 def test_the_example_is_right() -> None:
-    done = interpret("small", "--cases", EXAMPLE, "--sweep", "columns=255:257:+1")
+    """The command lets Triton interpret, as nothing has done so before it."""
+    command = [sys.executable, *BENCH, "small", "--cases", str(EXAMPLE), "--sweep", "columns=255:257:+1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if "triton" in line] == ["right"] * 3
 
@@ -122,8 +120,8 @@ def test_a_case_keeps_its_kernels_alone() -> None:
         (["--csv"], "measures nothing"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments: list[str], said: str) -> None:
-    done = interpret(*arguments)
+def test_mistakes_end_in_one_line(interpreting_python: Interpreter, arguments: list[str], said: str) -> None:
+    done = interpreting_python.run(*BENCH, *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert said in line

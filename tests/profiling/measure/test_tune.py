@@ -5,8 +5,6 @@ Also a file for `--cases`.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from profiling.machine import describe_machine
 from profiling.measure import bench, timing, tune
 from profiling.measure.tune import TuningResult, candidates, tune_case, write_table
 from profiling.results import Ceilings
+from tests.processes import Interpreter
 from tests.profiling import attention_kernel
 from tests.profiling.clock import CLOCK
 
@@ -387,14 +386,10 @@ def test_a_damaged_table_is_not_written_over(
     assert path.read_text() == "{"
 
 
-def test_a_triton_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
+def test_a_triton_kernel_is_tuned_in_the_interpreter(interpreting_python: Interpreter, tmp_path: Path) -> None:
     """The whole way: every set of parameters is right, and the best is found again for a shape nearby."""
-    command = [sys.executable, "-m", "profiling", "tune", "tune_attention", "--cases", __file__, "--device", "cpu"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path), "--budget", "3600", "--json"],
-        env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["-m", "profiling", "tune", "tune_attention", "--cases", __file__, "--device", "cpu"]
+    done = interpreting_python.run(*command, "--out", tmp_path, "--budget", "3600", "--json")
     assert done.returncode == 0, done.stderr
     (outcome,) = json.loads(done.stdout)["cases"]
     assert (outcome["tried"], outcome["untried"], outcome["failed"]) == (4, 0, [])

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +16,9 @@ from model.errors import UserError
 from streaming.__main__ import main
 from streaming.serve.limits import Limits
 from streaming.serve.server import JsonLines, Settings
+from tests.processes import Interpreter, Process
 from tests.streaming.live.stage import LETTERS
 from tests.streaming.serve.kit import bearing, form, run
-
-ROOT = Path(__file__).parents[3]
 
 
 def checked(**options: Any) -> Settings:
@@ -120,25 +117,23 @@ def test_a_log_line_is_json() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_serves_until_sigterm_and_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_serves_until_sigterm_and_another_goes_on(
+    python: Interpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(PRESETS, LETTERS.name, LETTERS)
     program = (
         "import sys; from model.config import PRESETS; from tests.streaming.live.stage import LETTERS;"
         "PRESETS[LETTERS.name] = LETTERS; from streaming.__main__ import console; console()"
     )
     command = [
-        sys.executable, "-c", program, "serve", "--preset", "letters", "--random-weights", "--device", "cpu", "--steps",
+        "-c", program, "serve", "--preset", "letters", "--random-weights", "--device", "cpu", "--steps",
         "1", "--port", "0", "--snapshots", str(tmp_path), "--log-json", "--quiet",
     ]  # fmt: skip
-    environment = os.environ | {"FLASHTALK_TOKEN": "secret", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def started() -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
+    def started() -> tuple[Process, str]:
+        process = python.start(*command, environment={"FLASHTALK_TOKEN": "secret"})
         line = process.stdout.readline()
-        assert "#token=secret" in line, process.stderr.read() if process.stderr else ""
+        assert "#token=secret" in line, process.stderr.read()
         return process, line.split()[-1].split("/#")[0]
 
     async def begin(url: str) -> dict[str, Any]:
@@ -159,7 +154,7 @@ def test_a_process_serves_until_sigterm_and_another_goes_on(tmp_path: Path, monk
     process, url = started()
     facts = run(begin(url))
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
+    _, log = process.communicate()
     assert process.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert any(line["message"].endswith("ends: draining") for line in lines), log
@@ -167,5 +162,5 @@ def test_a_process_serves_until_sigterm_and_another_goes_on(tmp_path: Path, monk
     try:
         assert run(resume(url, facts))["position"] > 0
     finally:
-        process.terminate()
-        process.communicate(timeout=120)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
