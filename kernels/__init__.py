@@ -10,8 +10,17 @@ from kernels.chunk_attention import chunk_attention, chunk_attention_with_lse, m
 from kernels.chunk_attention_fp8 import chunk_attention_fp8, chunk_attention_fp8_with_lse
 from kernels.frame_attention import frame_attention
 from kernels.lab_transfer import lab_statistics, lab_transfer
-from kernels.layer_norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8, quantize_rows
-from kernels.linear import linear, linear_fp8, linear_fp8_quantized
+from kernels.layer_norm import (
+    layer_norm,
+    layer_norm_fp8,
+    layer_norm_int8,
+    layer_norm_modulate,
+    layer_norm_modulate_fp8,
+    layer_norm_modulate_int8,
+    quantize_rows,
+    quantize_rows_int8,
+)
+from kernels.linear import linear, linear_fp8, linear_fp8_quantized, linear_int8
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
 from kernels.rms_norm_rope import kv_statistics, rms_norm_rope, rms_norm_rope_fp8
 from kernels.rms_norm_silu import rms_norm_silu
@@ -35,14 +44,18 @@ __all__ = [
     "lab_transfer",
     "layer_norm",
     "layer_norm_fp8",
+    "layer_norm_int8",
     "layer_norm_modulate",
     "layer_norm_modulate_fp8",
+    "layer_norm_modulate_int8",
     "linear",
     "linear_fp8",
     "linear_fp8_quantized",
+    "linear_int8",
     "merge_attention",
     "quantize_conv_weight",
     "quantize_rows",
+    "quantize_rows_int8",
     "rms_norm_rope",
     "rms_norm_rope_fp8",
     "rms_norm_silu",

@@ -16,8 +16,10 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest finite e4m3 value
+INT8_MAX = 127.0  # of symmetric int8, which leaves -128 out
 MIN_SCALE = 1e-12  # the smallest quantisation scale, so that rows of zeros can be divided by theirs
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as in cases and tuned tables
+QUANTIZED_NAMES = {FP8: "fp8", torch.int8: "int8"}  # of operands with scales
 
 Layout = Literal["rows", "tokens", "contiguous", "channels_last"]
 

@@ -1,12 +1,14 @@
-"""Linear layers in FP8 and in 16 bits with a fused epilogue: y = epilogue(x w^T).
+"""Linear layers in FP8, INT8 and 16 bits with a fused epilogue: y = epilogue(x w^T).
 
     linear         y = x w^T                                       x [m, k], w [n, k], as in nn.Linear
     linear_fp8     y = (x8 w8^T) * x_scale * w_scale               e4m3, with a scale for each row of x and of w
+    linear_int8    the same of int8 operands                       both rotated, which leaves y as it is
     epilogue       + bias, then tanh-GELU or * gate [n], then + residual [m, n]; every part is optional
 
-Products are accumulated and the epilogue is computed in float32, and the result is rounded once. FP8 operands come from
-`kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`, `quantize_rows`): the scale of a row is its largest
-magnitude / 448. A row of w is an output channel.
+Products are accumulated in float32, those of int8 exactly in int32. The epilogue is computed in float32, and the result
+is rounded once. FP8 and INT8 operands come from `kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`,
+`quantize_rows`, and the same of int8): the scale of a row is its largest magnitude / 448 or / 127. A row of w is an
+output channel. kernels/rotation.py says what the rotation of int8 operands is good for.
 
 `linear_fp8_quantized` rounds its output to e4m3 for the next layer. The largest value of an output row is known only
 when all its columns are done, so the scale comes from an upper bound instead, and nothing ever saturates:
@@ -18,14 +20,16 @@ GELU makes no magnitude larger. The unused range costs no precision: e4m3 keeps 
 bound is 2^6 to 2^11 above the largest magnitude of a row.
 
 Back-ends: on a CPU `reference`; on a GPU the Triton kernel of this file, the Hopper kernel of kernels/linear_sm90.py,
-or the library (cuBLAS), whichever kernels/tuned/ names for the shape.
+or the library (cuBLAS, not for INT8), whichever kernels/tuned/ names for the shape. The Triton kernel reads its
+operands by tensor descriptors or by pointers. Triton does not overlap descriptor loads with products on GPUs without a
+tensor memory accelerator, that is before Hopper.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +39,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import linear_sm90
-from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, MIN_SCALE, check, define_op, to_e4m3
-from kernels.layer_norm import quantize_rows
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, INT8_MAX, MIN_SCALE, QUANTIZED_NAMES, check, define_op
+from kernels.layer_norm import quantize_rows, quantize_rows_int8
+from kernels.linear_epilogue import (
+    Epilogue,
+    Scales,
+    apply_epilogue,
+    check_epilogue,
+    epilogue_arguments,
+    store_tile,
+)
 from kernels.linear_sm90 import supports
 from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
@@ -47,24 +59,22 @@ FP8_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num
 FP8_ACC32_CONFIG: LaunchConfig = {
     "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "FP32_ACCUM": 1, "num_warps": 8, "num_stages": 4
 }  # fmt: skip
+INT8_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 FP32_ACCUM_MIN_K = 8192  # untuned FP8 products of this many terms or more are accumulated outside of the tensor cores
+MAX_INT8_TERMS = int((2**31 - 1) // INT8_MAX**2)  # of a sum that int32 holds whatever the operands
 COMBINE_ROWS = 16  # rows of a tile that a program of `combine_linear_partials` adds up
 
-
-class Epilogue(NamedTuple):
-    """What is applied to x w^T, in this order; None or False leaves a part out."""
-
-    bias: Tensor | None = None  # [n]
-    gelu: bool = False
-    gate: Tensor | None = None  # float32 [n]
-    residual: Tensor | None = None  # [m, n], in the output's dtype
-    bound: Tensor | None = None  # float32 [2]: makes the output e4m3
-
-
-Scales = tuple[Tensor, Tensor]  # of x [m] and of w [n], float32
-
-
-__all__ = ["Epilogue", "dequantize", "linear", "linear_fp8", "linear_fp8_quantized", "output_bound", "quantize_rows"]
+__all__ = [
+    "Epilogue",
+    "dequantize",
+    "linear",
+    "linear_fp8",
+    "linear_fp8_quantized",
+    "linear_int8",
+    "output_bound",
+    "quantize_rows",
+    "quantize_rows_int8",
+]
 
 # --- Reference ------------------------------------------------------------------------------------------------------
 
@@ -78,18 +88,7 @@ def reference(x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, d
     y = x.to(wide) @ w.to(wide).T
     if scales:
         y = y * scales[0][:, None] * scales[1]
-    return _apply_epilogue(y, epilogue).to(dtype)
-
-
-def _apply_epilogue(y: Tensor, epilogue: Epilogue) -> Tensor:
-    """Bias, GELU, gate and residual, in y's precision."""
-    if epilogue.bias is not None:
-        y = y + epilogue.bias
-    if epilogue.gelu:
-        y = F.gelu(y, approximate="tanh")
-    elif epilogue.gate is not None:
-        y = y * epilogue.gate
-    return y if epilogue.residual is None else y + epilogue.residual
+    return apply_epilogue(y, epilogue).to(dtype)
 
 
 def _quantize_output(y: Tensor, x_scale: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +117,10 @@ def output_bound(w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """values * scale of e4m3 values [rows, columns] and the scales [rows] of their rows, in the scales' dtype."""
+    """values * scale of e4m3 or int8 values [rows, columns] and the scales [rows] of their rows, in the scales' dtype.
+
+    Int8 values that were rotated stay so.
+    """
     return values.to(scale.dtype) * scale[:, None]
 
 
@@ -126,40 +128,26 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
 
 
 @triton.jit
-def store_tile(acc, offs_m, offs_n, m, n, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, y_row,
-               residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-               GATED: tl.constexpr, QUANTIZE: tl.constexpr):  # fmt: skip
-    """Applies the epilogue to the sums acc [offs_m, offs_n] and stores the result in y."""
-    mask_m, mask_n = offs_m < m, offs_n < n
-    mask = mask_m[:, None] & mask_n[None, :]
-    offs_m = offs_m.to(tl.int64)
-    if SCALED:
-        row_scale = tl.load(x_scale + offs_m, mask=mask_m, other=0.0)
-        acc *= row_scale[:, None] * tl.load(w_scale + offs_n, mask=mask_n, other=0.0)[None, :]
-    if BIAS:
-        acc += tl.load(bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if GELU:  # 1/2 (1 + tanh(u)) = sigmoid(2 u)
-        acc *= tl.sigmoid(1.5957691216057308 * acc * (1.0 + 0.044715 * acc * acc))
-    if GATED:
-        acc *= tl.load(gate + offs_n, mask=mask_n, other=0.0)[None, :]
-    if RESIDUAL:
-        residual_ptrs = residual + offs_m[:, None] * residual_row + offs_n[None, :]
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    y_ptrs = y + offs_m[:, None] * y_row + offs_n[None, :]
-    if QUANTIZE:
-        scale = row_scale * tl.load(bound) + tl.load(bound + 1)
-        tl.store(y_scale + offs_m, scale, mask=mask_m)  # every tile of the row stores the same value
-        tl.store(y_ptrs, to_e4m3(acc * (1.0 / scale)[:, None], y), mask=mask)
-    else:
-        tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=mask)
+def load_tile(x, row, column, rows, columns, x_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              POINTERS: tl.constexpr):  # fmt: skip
+    """The tile at (row, column) of x [rows, columns], a descriptor or a pointer; zeros follow the last column.
+
+    What is read in place of rows beyond the last one does not matter: nothing of it is stored.
+    """
+    if POINTERS:
+        offs_m = tl.minimum(row + tl.arange(0, ROWS), rows - 1).to(tl.int64)
+        offs_k = column + tl.arange(0, COLUMNS)
+        return tl.load(x + offs_m[:, None] * x_row + offs_k[None, :], mask=(offs_k < columns)[None, :], other=0)
+    return x.load([row, column])
 
 
 @triton.jit(do_not_specialize=["m", "n"])
-def linear_fwd(x_desc, w_desc, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, y_row,
-               residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-               GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr):  # fmt: skip
-    """Computes one output tile. The tensor descriptors read zeros beyond the ends of x and w.
+def linear_fwd(x, w, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, m, n, k, x_row,
+               w_row, y_row, residual_row, SCALED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+               RESIDUAL: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr, FP32_ACCUM: tl.constexpr,
+               INT8: tl.constexpr, POINTERS: tl.constexpr):  # fmt: skip
+    """Computes one output tile. x and w are tensor descriptors, or pointers if POINTERS.
 
     Tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time
     share tiles of w in the L2 cache.
@@ -170,13 +158,15 @@ def linear_fwd(x_desc, w_desc, y, residual, x_scale, w_scale, bound, y_scale, bi
     group_n = tl.minimum(tiles_n - first_n, GROUP_N)
     tile %= GROUP_N * tiles_m
     start_m, start_n = tile // group_n * BLOCK_M, (first_n + tile % group_n) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
+    acc = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     for start_k in tl.range(0, k, BLOCK_K):
-        a, b = x_desc.load([start_m, start_k]), w_desc.load([start_n, start_k])
+        a = load_tile(x, start_m, start_k, m, k, x_row, BLOCK_M, BLOCK_K, POINTERS)
+        b = load_tile(w, start_n, start_k, n, k, w_row, BLOCK_N, BLOCK_K, POINTERS)
         if FP32_ACCUM:
             acc += tl.dot(a, b.T)
         else:
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+            acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=SUM)
     # The epilogue runs on one half of the tile after the other; on the whole tile it would run out of registers.
     left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N // 2)
@@ -222,21 +212,27 @@ def launch_triton(
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
     parameters: dict[str, Any] = {"GROUP_N": 8, "FP32_ACCUM": 0, **(config or _default_config(x.dtype, k))}
+    parameters.setdefault("POINTERS", int(x.is_cuda and float(gpu_of(x.device).capability) < 9.0))
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _empty_output(x, n, epilogue, dtype)
-    x_desc, w_desc = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [block, block_k])
-        for t, block in ((x, block_m), (w, block_n))
-    )
-    pointers, strides, flags = _epilogue_arguments(y, y_scale, scales, epilogue)
+    operands = (x, w)
+    if not parameters["POINTERS"]:
+        operands = (
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [block, block_k])
+            for t, block in ((x, block_m), (w, block_n))
+        )
+    pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
     linear_fwd[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        x_desc, w_desc, *pointers, m, n, k, *strides, **flags, **parameters
-    )
+        *operands, *pointers, m, n, k, x.stride(0), w.stride(0), *strides, **flags, INT8=x.dtype == torch.int8,
+        **parameters,
+    )  # fmt: skip
     return y, y_scale
 
 
 def _default_config(dtype: torch.dtype, k: int) -> LaunchConfig:
     """Launch parameters of the Triton kernel where nothing was tuned, for operands of a dtype and k terms."""
+    if dtype == torch.int8:
+        return INT8_CONFIG
     if dtype == FP8:
         return FP8_ACC32_CONFIG if k >= FP32_ACCUM_MIN_K else FP8_CONFIG
     return FP32_CONFIG if dtype == torch.float32 else BF16_CONFIG
@@ -254,7 +250,7 @@ def launch_sm90(
     config = config or {"FP32_ACCUM": int(x.dtype == FP8 and x.shape[1] >= FP32_ACCUM_MIN_K)}
     y, y_scale, schedule, partials = linear_sm90.launch(x, w, scales, *epilogue, dtype=dtype, config=config)
     if len(schedule.combines):
-        pointers, strides, flags = _epilogue_arguments(y, y_scale, scales, epilogue)
+        pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
         tile, block_n = len(partials) // schedule.num_partials, partials.shape[1]
         combine_linear_partials[(len(schedule.combines), tile // COMBINE_ROWS)](
             partials, schedule.combines, *pointers, *y.shape, *strides, **flags, TILE=tile, BLOCK_M=COMBINE_ROWS,
@@ -282,7 +278,7 @@ def launch_library(
         y = scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=wide, use_fast_accum=fast)
     else:
         y = F.linear(x, w, bias if bias is None else bias.to(x.dtype))
-    y = _apply_epilogue(y, epilogue._replace(bias=None))
+    y = apply_epilogue(y, epilogue._replace(bias=None))
     if epilogue.bound is None:
         return y.to(dtype), y.new_empty(0, dtype=torch.float32)
     assert scales is not None
@@ -294,19 +290,6 @@ def _empty_output(x: Tensor, n: int, epilogue: Epilogue, dtype: torch.dtype) -> 
     quantize = epilogue.bound is not None
     y = x.new_empty(len(x), n, dtype=(FP8 if x.is_cuda else torch.float32) if quantize else dtype)
     return y, x.new_empty(len(x) if quantize else 0, dtype=torch.float32)
-
-
-def _epilogue_arguments(
-    y: Tensor, y_scale: Tensor, scales: Scales | None, epilogue: Epilogue
-) -> tuple[list[Tensor], list[int], dict[str, bool]]:
-    """Pointers, strides and flags of `store_tile`; y stands in for pointers that no flag reads."""
-    bias, gelu, gate, residual, bound = epilogue
-    x_scale, w_scale = scales or (None, None)
-    pointers = [y if p is None else p for p in (residual, x_scale, w_scale, bound)]
-    pointers = [y, *pointers, y_scale, *(y if p is None else p for p in (bias, gate))]
-    strides = [y.stride(0), y.stride(0) if residual is None else residual.stride(0)]
-    flags = {"SCALED": scales is not None, "BIAS": bias is not None, "GELU": gelu, "RESIDUAL": residual is not None}
-    return pointers, strides, flags | {"GATED": gate is not None, "QUANTIZE": bound is not None}
 
 
 BACKENDS: Mapping[str, Callable[..., Output]] = {
@@ -326,15 +309,15 @@ def dispatch(
 ) -> Output:
     """epilogue(x w^T) by the back-end `tuned`, or else by the one that kernels/tuned/ names for the shape.
 
-    Untuned shapes use the library in 16 bits and the Triton kernel in FP8. Tuning measures products with a bias only;
-    other epilogues cost the library further passes over the output, so it is not considered for them.
+    Untuned shapes use the library in 16 bits and the Triton kernel in FP8 and INT8. Tuning measures products with a
+    bias only; other epilogues cost the library further passes over the output, so it is not considered for them.
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
     only_bias = not epilogue.gelu and epilogue.gate is epilogue.residual is epilogue.bound is None
-    backends = [name for name in BACKENDS if only_bias or name != "library"]
-    tuned = tuned or tuned_config(
-        "linear", dims, "fp8" if scales else DTYPE_NAMES[x.dtype], x.device, backends=backends
-    )
+    by_library = only_bias and x.dtype != torch.int8
+    backends = [name for name in BACKENDS if by_library or name != "library"]
+    name = QUANTIZED_NAMES[x.dtype] if scales else DTYPE_NAMES[x.dtype]
+    tuned = tuned or tuned_config("linear", dims, name, x.device, backends=backends)
     backend = tuned.backend if tuned is not None else "triton" if scales else "library"
     if backend == "gluon" and not (gpu_of(x.device).capability == "9.0" and supports(x, w, dtype, epilogue.residual)):
         backend = "triton"
@@ -357,14 +340,14 @@ def _linear_cuda(
     return dispatch(x, w, None, Epilogue(bias, gelu, gate, residual), x.dtype)[0]
 
 
-def _linear_fp8_cpu(
+def _linear_scaled_cpu(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, gate: Tensor | None,
     residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return reference(x, w, (x_scale, w_scale), Epilogue(bias, gelu, gate, residual), dtype)
 
 
-def _linear_fp8_cuda(
+def _linear_scaled_cuda(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, gate: Tensor | None,
     residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -385,7 +368,8 @@ def _linear_fp8_quantized_cuda(
 
 
 linear_op = define_op("linear", cpu=_linear_cpu, cuda=_linear_cuda)
-linear_fp8_op = define_op("linear_fp8", cpu=_linear_fp8_cpu, cuda=_linear_fp8_cuda)
+linear_fp8_op = define_op("linear_fp8", cpu=_linear_scaled_cpu, cuda=_linear_scaled_cuda)
+linear_int8_op = define_op("linear_int8", cpu=_linear_scaled_cpu, cuda=_linear_scaled_cuda)
 linear_fp8_quantized_op = define_op(
     "linear_fp8_quantized", cpu=_linear_fp8_quantized_cpu, cuda=_linear_fp8_quantized_cuda
 )
@@ -422,7 +406,7 @@ def linear(
     gelu = _is_gelu(activation)
     _check_operand("x", x, ("rows", "columns"), DTYPE_NAMES, x.device)
     _check_operand("w", w, ("outputs", x.shape[1]), (x.dtype,), x.device)
-    _check_epilogue(x, w, Epilogue(bias, gelu, gate, residual), x.dtype)
+    check_epilogue(x, w, Epilogue(bias, gelu, gate, residual), x.dtype)
     return linear_op(x, w, bias, gelu, gate, residual)
 
 
@@ -459,12 +443,52 @@ def linear_fp8(
     Raises:
         ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
     """
-    if dtype not in DTYPE_NAMES:
-        raise ValueError(f"dtype: {dtype}, wanted {' or '.join(map(str, DTYPE_NAMES))}")
     gelu = _is_gelu(activation)
-    _check_fp8(x, x_scale, w, w_scale)
-    _check_epilogue(x, w, Epilogue(bias, gelu, gate, residual), dtype)
+    _check_quantized(x, x_scale, w, w_scale, FP8)
+    check_epilogue(x, w, Epilogue(bias, gelu, gate, residual), dtype)
     return linear_fp8_op(x, x_scale, w, w_scale, bias, gelu, gate, residual, dtype)
+
+
+def linear_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """A linear layer of int8 operands: residual + gate * activation((x w^T) * x_scale * w_scale + bias).
+
+    Every part but the scaled product is optional. The product is exact, the epilogue is computed in float32, and the
+    result is rounded once. `kernels.layer_norm.quantize_rows_int8` makes rotated int8 operands and their scales; either
+    both operands are rotated, or neither.
+
+    Args:
+        x: int8 [m, k], k at most 133,144. The values of a row are adjacent, rows a multiple of 16 bytes apart.
+        x_scale: float32 [m], the scale of each row of x, contiguous.
+        w: int8 [n, k], laid out like x.
+        w_scale: float32 [n], the scale of each row of w, contiguous.
+        bias: [n], float32, float16 or bfloat16.
+        activation: "gelu_tanh", the tanh approximation of GELU, or None.
+        gate: float32 [n]; not together with an activation.
+        residual: [m, n] in `dtype`. The values of a row are adjacent.
+        dtype: of the result: float32, float16 or bfloat16.
+
+    Returns:
+        [m, n] in `dtype`, contiguous.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
+    """
+    gelu = _is_gelu(activation)
+    _check_quantized(x, x_scale, w, w_scale, torch.int8)
+    if x.shape[1] > MAX_INT8_TERMS:
+        raise ValueError(f"x: {x.shape[1]} columns, wanted at most {MAX_INT8_TERMS}, of which int32 holds the sum")
+    check_epilogue(x, w, Epilogue(bias, gelu, gate, residual), dtype)
+    return linear_int8_op(x, x_scale, w, w_scale, bias, gelu, gate, residual, dtype)
 
 
 def linear_fp8_quantized(
@@ -498,8 +522,8 @@ def linear_fp8_quantized(
         ValueError: an argument has another shape, dtype, device or stride, or requires a gradient.
     """
     gelu = _is_gelu(activation)
-    _check_fp8(x, x_scale, w, w_scale)
-    _check_epilogue(x, w, Epilogue(bias, gelu, bound=bound), FP8)
+    _check_quantized(x, x_scale, w, w_scale, FP8)
+    check_epilogue(x, w, Epilogue(bias, gelu, bound=bound), FP8)
     return linear_fp8_quantized_op(x, x_scale, w, w_scale, bound, bias, gelu)
 
 
@@ -518,25 +542,9 @@ def _check_operand(
         raise ValueError(f"{name}: strides {x.stride()}, wanted contiguous rows, a multiple of 16 bytes apart")
 
 
-def _check_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> None:
-    """Raises ValueError unless x and w are e4m3 operands that go together, with a scale for each row."""
-    _check_operand("x", x, ("rows", "columns"), (FP8,), x.device)
-    _check_operand("w", w, ("outputs", x.shape[1]), (FP8,), x.device)
+def _check_quantized(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError unless x and w are operands in `dtype` that go together, with a scale for each row."""
+    _check_operand("x", x, ("rows", "columns"), (dtype,), x.device)
+    _check_operand("w", w, ("outputs", x.shape[1]), (dtype,), x.device)
     for name, scale, rows in (("x_scale", x_scale, len(x)), ("w_scale", w_scale, len(w))):
         check(name, scale, shape=(rows,), dtype=torch.float32, device=x.device, layout="contiguous")
-
-
-def _check_epilogue(x: Tensor, w: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> None:
-    """Raises ValueError unless the epilogue fits the product of x and w, with a result in `dtype`."""
-    if epilogue.gelu and epilogue.gate is not None:
-        raise ValueError("gate: not together with an activation")
-    m, n = len(x), len(w)
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...], Collection[torch.dtype]]] = {
-        "bias": (epilogue.bias, (n,), DTYPE_NAMES),
-        "gate": (epilogue.gate, (n,), (torch.float32,)),
-        "residual": (epilogue.residual, (m, n), (dtype,)),
-        "bound": (epilogue.bound, (2,), (torch.float32,)),
-    }
-    for name, (y, shape, dtypes) in wanted.items():
-        if y is not None:
-            check(name, y, shape=shape, dtype=dtypes, device=x.device, layout="rows")

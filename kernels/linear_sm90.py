@@ -12,7 +12,7 @@ which the warps of a program communicate:
 The tensor cores sum FP8 products with 13 fraction bits relative to the largest term, and truncate rather than round, so
 that sums of many terms come out too small. FP32_ACCUM instead adds the products of every 128 terms to a float32
 accumulator in registers (DeepSeek's "promotion"). This needs registers for both, so a consumer multiplies the halves of
-its columns one after the other.
+its columns one after the other. Products of int8 are summed exactly in int32, and become float32 in the epilogue.
 
 Work tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time
 share data in the L2 cache. With SPLIT_K, the tiles of a last wave that would not fill the GPU are split along the
@@ -46,6 +46,7 @@ from kernels.sm90 import (
     WGMMA_M,
     alloc_barriers,
     next_stage,
+    previous_stage,
     read_work_tile,
     smem_layout,
     split_columns,
@@ -223,6 +224,22 @@ def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vecto
                 mbarrier.arrive(empty.index(slot))
                 right += y
                 slot, phase = next_stage(slot, phase, STAGES)
+        elif x_smem.dtype == gl.int8:  # by halves, because Triton has no int8 instruction of 256 columns
+            left = gl.zeros([WGMMA_M, HALF_N], gl.int32, half_layout)
+            right = gl.zeros([WGMMA_M, HALF_N], gl.int32, half_layout)
+            for block in range(blocks):
+                mbarrier.wait(full.index(slot), phase)
+                x = x_smem.index(slot * CONSUMERS + CONSUMER_ID)
+                w = w_smem.index(slot)
+                left = warpgroup_mma(x, w.slice(0, HALF_N).permute((1, 0)), left, is_async=True)
+                right = warpgroup_mma(x, w.slice(HALF_N, HALF_N).permute((1, 0)), right, is_async=True)
+                left, right = warpgroup_mma_wait(2, deps=[left, right])
+                mbarrier.arrive(empty.index(previous_stage(slot, STAGES)), pred=block > 0)
+                slot, phase = next_stage(slot, phase, STAGES)
+            left, right = warpgroup_mma_wait(0, deps=[left, right])
+            mbarrier.arrive(empty.index(previous_stage(slot, STAGES)))
+            left = left.to(gl.float32)
+            right = right.to(gl.float32)
         else:
             mbarrier.wait(full.index(slot), phase)
             y = warpgroup_mma(

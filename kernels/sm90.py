@@ -21,7 +21,7 @@ from triton.language.core import _aggregate  # as Gluon's own library imports it
 
 from kernels.common import FP8
 
-GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
+GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv, torch.int8: gl.int8}
 WGMMA_M = gl.constexpr(64)  # rows of a wgmma instruction, and so of a consumer's tile
 thread_barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 shortened its name
 WORK_TILE_FIELDS = gl.constexpr(6)  # of a row of `StreamKSchedule.work_tiles`

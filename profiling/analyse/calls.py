@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.common import DTYPE_NAMES, FP8
+from kernels.common import DTYPE_NAMES, QUANTIZED_NAMES
 from profiling.cases.attention import FRAME_ATTENTION, SELF_ATTENTION, TEXT_IMAGE_ATTENTION
 from profiling.cases.case import ITEM_BYTES, Operation
 from profiling.cases.convolution import DOWNSAMPLE_CONV2D, UPSAMPLE_CONV2D
@@ -105,7 +105,7 @@ def calls_of(operation: str, arguments: Mapping[str, Any]) -> list[Call] | None:
 
 def dtype_of(x: Tensor) -> str:
     """The dtype of a tensor as cases spell it."""
-    return "fp8" if x.dtype == FP8 else DTYPE_NAMES.get(x.dtype, "fp32")
+    return (DTYPE_NAMES | QUANTIZED_NAMES).get(x.dtype, "fp32")
 
 
 def _linear(a: Mapping[str, Any]) -> Iterator[Call]:
@@ -165,8 +165,8 @@ def _rms_norm_rope(a: Mapping[str, Any], operation: str, dtype: str | None = Non
     yield call(operation, dtype or dtype_of(a["q"]), tokens=tokens, heads=heads, head_dim=head_dim)
 
 
-def _quantize_rows(a: Mapping[str, Any]) -> Iterator[Call]:
-    yield call("quantize_rows", "fp8", rows=len(a["x"]), columns=a["x"].shape[1])
+def _quantize_rows(a: Mapping[str, Any], dtype: str) -> Iterator[Call]:
+    yield call("quantize_rows", dtype, rows=len(a["x"]), columns=a["x"].shape[1])
 
 
 def _pixels(x: Tensor) -> dict[str, int]:
@@ -221,6 +221,7 @@ DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
     "linear": _linear,
     "linear_fp8": _linear,
     "linear_fp8_quantized": _linear,
+    "linear_int8": _linear,
     "chunk_attention": _attention,
     "chunk_attention_with_lse": _attention,
     "chunk_attention_fp8_with_lse": _attention_fp8,
@@ -230,7 +231,9 @@ DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
     "absorbed_audio_attention": _absorbed_audio,
     "layer_norm": _layer_norm,
     "layer_norm_fp8": lambda a: _layer_norm(a, "fp8"),
-    "quantize_rows": _quantize_rows,
+    "layer_norm_int8": lambda a: _layer_norm(a, "int8"),
+    "quantize_rows": lambda a: _quantize_rows(a, "fp8"),
+    "quantize_rows_int8": lambda a: _quantize_rows(a, "int8"),
     "rms_norm_rope": lambda a: _rms_norm_rope(a, "rms_norm_rope"),
     "rms_norm_rope_fp8": lambda a: _rms_norm_rope(a, "rms_norm_rope_fp8", "fp8"),
     "rms_norm_silu": _rms_norm_silu,

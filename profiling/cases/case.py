@@ -13,9 +13,9 @@ from kernels.tuning import LaunchConfig, TunedConfig, tuned_config
 from model.config import PRECISIONS
 from profiling.results import CaseResult, Measurement
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of a case's inputs
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of an element of its matrix operands
-TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2}  # default bounds of an operation's relative Frobenius error
+TORCH_DTYPES = {"fp32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8"), torch.bfloat16)}  # of a case's inputs
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}  # of an element of its matrix operands
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 4e-2, "int8": 2e-2}  # default bounds of the relative Frobenius error
 PROMPT_TOKENS = 20  # text tokens before the padding; the published example prompt has about as many
 FP8_LEVELS = PRECISIONS["fp8-vae"].fp8_vae
 

@@ -1,7 +1,7 @@
 """Cases of memory-bound operations: quantisation, norms, rotary embedding, colour transfer."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,14 @@ from kernels.lab_transfer import reference as lab_transfer_reference
 from kernels.layer_norm import (
     launch_layer_norm,
     launch_layer_norm_fp8,
+    launch_layer_norm_int8,
     launch_quantize_rows,
+    launch_quantize_rows_int8,
     layer_norm_modulate,
     layer_norm_modulate_fp8,
+    layer_norm_modulate_int8,
     quantize_rows,
+    quantize_rows_int8,
 )
 from kernels.rms_norm_rope import (
     key_scale,
@@ -51,12 +55,26 @@ from profiling.cases.case import (
     kernel_backend,
     no_setup,
 )
-from profiling.cases.linear import EPS, dequantized, norm_modulate, quantize_library
+from profiling.cases.linear import (
+    EPS,
+    dequantized,
+    norm_modulate,
+    quantize_int8_library,
+    quantize_library,
+    rotate_library,
+)
+
+
+def restored(output: Any) -> Tensor:
+    """What an output stands for: itself, or the values that 8 bits and scales represent, rotated back from int8."""
+    if not isinstance(output, tuple):
+        return output
+    return rotate_library(dequantized(output)) if output[0].dtype == torch.int8 else dequantized(output)
 
 
 def rows_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters: rows per program, warps."""
-    for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
+    for rows, warps in itertools.product((1, 2, 4), (4, 8, 16, 32)):
         yield {"ROWS": rows, "num_warps": warps}
 
 
@@ -72,21 +90,34 @@ QUANTIZE_ROWS = Operation(
             kernel_backend("triton", launch_quantize_rows, rows_configs),
             Backend("torch", no_setup(quantize_library)),
             Backend("torch-compiled", compiled(quantize_library), devices=CUDA),
-        )
+        ),
+        "int8": (
+            Backend("ours", no_setup(quantize_rows_int8), ours=True, devices=("cpu",)),
+            kernel_backend("triton", launch_quantize_rows_int8, rows_configs),
+            Backend("torch", no_setup(quantize_int8_library)),
+            Backend("torch-compiled", compiled(quantize_int8_library), devices=CUDA),
+        ),
     },
-    result=dequantized,
+    result=restored,
     is_matmul=False,
 )
 
 
-def launch_modulate(fp8: bool, x: Tensor, shift: Tensor, scale: Tensor, config: LaunchConfig | None = None) -> Output:
-    """LayerNorm and modulation by this repository's kernel, quantised if `fp8`."""
-    return (launch_layer_norm_fp8 if fp8 else launch_layer_norm)(x, scale, shift, EPS, 1.0, config)
+def launch_modulate(
+    launch: Callable[..., Output], x: Tensor, shift: Tensor, scale: Tensor, config: LaunchConfig | None = None
+) -> Output:
+    """LayerNorm and modulation by one of this repository's launchers of the kernel."""
+    return launch(x, scale, shift, EPS, 1.0, config)
 
 
 def norm_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
     """LayerNorm, modulation and quantisation by PyTorch."""
     return quantize_library(norm_modulate(x, shift, scale))
+
+
+def norm_quantize_int8(x: Tensor, shift: Tensor, scale: Tensor) -> Output:
+    """LayerNorm, modulation, rotation and quantisation by PyTorch."""
+    return quantize_int8_library(norm_modulate(x, shift, scale))
 
 
 LAYER_NORM_MODULATE = Operation(
@@ -99,14 +130,21 @@ LAYER_NORM_MODULATE = Operation(
     flops=lambda d: 8.0 * d["rows"] * d["columns"],
     bytes=lambda d, item: (item + max(item, 2.0)) * d["rows"] * d["columns"],
     backends={
-        **kernel_and_library(layer_norm_modulate, partial(launch_modulate, False), rows_configs, norm_modulate),
+        **kernel_and_library(
+            layer_norm_modulate, partial(launch_modulate, launch_layer_norm), rows_configs, norm_modulate
+        ),
         "fp8": (
             Backend("ours", no_setup(layer_norm_modulate_fp8), ours=True, devices=("cpu",)),
-            kernel_backend("triton", partial(launch_modulate, True), rows_configs),
+            kernel_backend("triton", partial(launch_modulate, launch_layer_norm_fp8), rows_configs),
             Backend("torch-compiled", compiled(norm_quantize), devices=CUDA),
         ),
+        "int8": (
+            Backend("ours", no_setup(layer_norm_modulate_int8), ours=True, devices=("cpu",)),
+            kernel_backend("triton", partial(launch_modulate, launch_layer_norm_int8), rows_configs),
+            Backend("torch-compiled", compiled(norm_quantize_int8), devices=CUDA),
+        ),
     },
-    result=lambda output: dequantized(output) if isinstance(output, tuple) else output,
+    result=restored,
     is_matmul=False,
 )
 

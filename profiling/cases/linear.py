@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, INT8_MAX
 from kernels.layer_norm import (
     launch_layer_norm_fp8,
+    launch_layer_norm_int8,
     launch_quantize_rows,
+    launch_quantize_rows_int8,
     layer_norm_modulate,
     layer_norm_modulate_fp8,
+    layer_norm_modulate_int8,
     quantize_rows,
+    quantize_rows_int8,
 )
 from kernels.linear import (
     BACKENDS,
@@ -25,8 +29,10 @@ from kernels.linear import (
     linear,
     linear_fp8,
     linear_fp8_quantized,
+    linear_int8,
     output_bound,
 )
+from kernels.rotation import MAX_BLOCK
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling import official_baseline
 from profiling.cases.case import (
@@ -71,41 +77,73 @@ def prepare_scaled_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
     return lambda: scaled_mm(xq, wq, bias, x.dtype)
 
 
-def linear_backend(name: str, fp8: bool) -> Backend:
-    """One back-end of kernels/linear.py; in FP8, activations and weights are quantised beforehand."""
+def rotate_library(x: Tensor) -> Tensor:
+    """x [rows, columns] with blocks of 128 columns multiplied by a Hadamard matrix, by PyTorch."""
+    hadamard = torch.ones(1, 1, device=x.device)
+    while len(hadamard) < MAX_BLOCK:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device), hadamard)
+    return (x.float().unflatten(1, (-1, MAX_BLOCK)) @ hadamard * MAX_BLOCK**-0.5).flatten(1)
+
+
+def quantize_int8_library(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, columns], rotated, as int8 and the float32 scale of each row [rows, 1]."""
+    rotated = rotate_library(x)
+    scale = rotated.abs().amax(-1, keepdim=True).clamp(min=1e-12) / INT8_MAX
+    return (rotated / scale).round().to(torch.int8), scale
+
+
+def int_mm(x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """x w^T + bias of row-quantised int8 x [M, K] and w [N, K], in `dtype`."""
+    (xq, xs), (wq, ws) = x, w
+    product: Any = torch._int_mm  # pyright: ignore  (private, and there is no other)
+    return (product(xq, wq.t()).float() * xs * ws.t() + bias).to(dtype)
+
+
+def prepare_int_mm(x: Tensor, w: Tensor, bias: Tensor) -> Call:
+    """cuBLAS's product in int8, with scales and bias in a compiled pass; operands are quantised beforehand."""
+    return compiled(int_mm)(quantize_int8_library(x), quantize_int8_library(w), bias, x.dtype)
+
+
+QUANTIZE = {"fp8": quantize_rows, "int8": quantize_rows_int8}
+
+
+def empty_operand(dtype: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors like the results of `QUANTIZE[dtype](x)`: the audit has no values to quantise."""
+    values = torch.empty_like(x, dtype=FP8 if dtype == "fp8" else torch.int8)
+    return values, x.new_empty(len(x), dtype=torch.float32)
+
+
+def linear_backend(name: str, dtype: str) -> Backend:
+    """One back-end of kernels/linear.py; in 8 bits, activations and weights are quantised beforehand."""
+    eight = dtype in QUANTIZE
 
     def tuned_linear(x: Tensor, w: Tensor, config: LaunchConfig | None) -> TunedConfig:
         dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-        return resolve_config("linear", name, dims, "fp8" if fp8 else DTYPE_NAMES[x.dtype], x, config)
+        return resolve_config("linear", name, dims, dtype if eight else DTYPE_NAMES[x.dtype], x, config)
 
     def launch(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Tensor:
         tuned, epilogue = tuned_linear(x, w, config), Epilogue(bias)
-        if not fp8:
+        if not eight:
             return dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
-        (x8, x_scale), (w8, w_scale) = operand(x), operand(w)
+        (x8, x_scale), (w8, w_scale) = empty_operand(dtype, x), empty_operand(dtype, w)
         return dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     def prepare(x: Tensor, w: Tensor, bias: Tensor, config: LaunchConfig | None = None) -> Call:
         tuned, epilogue = tuned_linear(x, w, config), Epilogue(bias)
-        if not fp8:
+        if not eight:
             return lambda: dispatch(x, w, None, epilogue, x.dtype, tuned)[0]
-        (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
+        (x8, x_scale), (w8, w_scale) = QUANTIZE[dtype](x), QUANTIZE[dtype](w)
         return lambda: dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
-    configs = {"gluon": partial(linear_configs, fp8), "triton": partial(linear_configs_triton, fp8)}.get(name)
+    configs = {"gluon": partial(linear_configs, dtype), "triton": partial(linear_configs_triton, dtype)}.get(name)
     launcher = launch if configs else None
     return Backend(name, prepare, ours=True, devices=CUDA, launcher=launcher, configs=configs, gluon=name == "gluon")
 
 
-def operand(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors like the results of `quantize_rows(x)`: the audit has no values to quantise."""
-    return torch.empty_like(x, dtype=FP8), x.new_empty(len(x), dtype=torch.float32)
-
-
-def linear_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+def linear_configs(dtype: str, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Hopper kernel; SPLIT_K is tried where the last wave of programs matters."""
     few_tiles = dims["rows"] * dims["outputs"] < 512 * 128 * 256
-    fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)  # chosen for accuracy, not for speed
+    fp32_accum = int(dtype == "fp8" and dims["inputs"] >= FP32_ACCUM_MIN_K)  # chosen for accuracy, not for speed
     for (consumers, block_n, stages), width in itertools.product(((2, 256, 3), (2, 128, 5), (3, 128, 4)), (4, 8, 16)):
         for split in (0, 1) if few_tiles else (0,):
             yield {
@@ -114,12 +152,12 @@ def linear_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def linear_configs_triton(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
+def linear_configs_triton(dtype: str, dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Triton kernel; a row of a stage has 128 bytes in 8 bits and in 16."""
-    fp32_accum = int(fp8 and dims["inputs"] >= FP32_ACCUM_MIN_K)
-    for block_n, width in itertools.product((128,) if fp32_accum or not fp8 else (128, 256), (4, 8, 16)):
+    eight, fp32_accum = dtype in QUANTIZE, int(dtype == "fp8" and dims["inputs"] >= FP32_ACCUM_MIN_K)
+    for block_n, width in itertools.product((128,) if fp32_accum or not eight else (128, 256), (4, 8, 16)):
         yield {
-            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if fp8 else 64, "GROUP_N": width,
+            "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if eight else 64, "GROUP_N": width,
             "FP32_ACCUM": fp32_accum, "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
         }  # fmt: skip
 
@@ -137,12 +175,16 @@ LINEAR = Operation(
     backends={
         "fp32": (Backend("eager", no_setup(F.linear), ours=True),),
         "bf16": (
-            *(linear_backend(name, fp8=False) for name in BACKENDS),
+            *(linear_backend(name, "bf16") for name in BACKENDS),
             Backend("eager", no_setup(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            *(linear_backend(name, fp8=True) for name in BACKENDS),
+            *(linear_backend(name, "fp8") for name in BACKENDS),
             Backend("scaled-mm-row", prepare_scaled_mm),
+        ),
+        "int8": (
+            *(linear_backend(name, "int8") for name in BACKENDS if name != "library"),
+            Backend("int-mm", prepare_int_mm, devices=CUDA),
         ),
     },
 )
@@ -223,10 +265,28 @@ def prepare_norm_linear_fp8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, 
     return run
 
 
+def prepare_norm_linear_int8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Call:
+    """This repository's two kernels. As in the model, the output of GELU is in the residual stream's dtype."""
+    w8, w_scale = quantize_rows_int8(w)
+
+    def run() -> Tensor:
+        x8, x_scale = layer_norm_modulate_int8(x, shift, scale, EPS)
+        return linear_int8(x8, x_scale, w8, w_scale, bias, "gelu_tanh" if gelu else None, dtype=x.dtype)
+
+    return run
+
+
+def launch_norm_linear_int8(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Output:
+    """The launches of `prepare_norm_linear_int8` on Hopper."""
+    x8, x_scale = launch_layer_norm_int8(x, scale, shift, EPS, 1.0)
+    w8, w_scale = empty_operand("int8", w)
+    return dispatch(x8, w8, (x_scale, w_scale), Epilogue(bias, gelu), x.dtype, TunedConfig("gluon", {}))
+
+
 def launch_norm_linear(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, bias: Tensor, gelu: bool) -> Output:
     """The launches of `prepare_norm_linear_fp8` on Hopper."""
     x8, x_scale = launch_layer_norm_fp8(x, scale, shift, EPS, 1.0)
-    w8, w_scale = operand(w)
+    w8, w_scale = empty_operand("fp8", w)
     bound = x_scale.new_empty(2) if gelu else None
     epilogue, dtype = Epilogue(bias, gelu, bound=bound), FP8 if gelu else x.dtype
     return dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig("gluon", {}))
@@ -251,9 +311,22 @@ def prepare_residual_fp8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Te
 def launch_residual(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Output:
     """The launches of `prepare_residual_fp8` on Hopper."""
     y8, y_scale = launch_quantize_rows(y)
-    w8, w_scale = operand(w)
+    w8, w_scale = empty_operand("fp8", w)
     epilogue = Epilogue(bias, False, gate, x)
     return dispatch(y8, w8, (y_scale, w_scale), epilogue, x.dtype, TunedConfig("gluon", {}))
+
+
+def prepare_residual_int8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Call:
+    """This repository's two kernels; no layer writes int8, so that y is always quantised in a pass of its own."""
+    w8, w_scale = quantize_rows_int8(w)
+    return lambda: linear_int8(*quantize_rows_int8(y), w8, w_scale, bias, None, gate, x, x.dtype)
+
+
+def launch_residual_int8(y: Tensor, w: Tensor, bias: Tensor, x: Tensor, gate: Tensor, _quantised: bool) -> Output:
+    """The launches of `prepare_residual_int8` on Hopper."""
+    y8, y_scale = launch_quantize_rows_int8(y)
+    w8, w_scale = empty_operand("int8", w)
+    return dispatch(y8, w8, (y_scale, w_scale), Epilogue(bias, False, gate, x), x.dtype, TunedConfig("gluon", {}))
 
 
 def residual_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
@@ -308,6 +381,10 @@ NORM_LINEAR = Operation(
             Backend("torchao", prepare_norm_torchao, devices=("cuda",), needs="torchao"),
             Backend("bf16-compiled", compiled(norm_linear), devices=("cuda",)),
         ),
+        "int8": (
+            Backend("ours", prepare_norm_linear_int8, ours=True, devices=ANYWHERE, launcher=launch_norm_linear_int8),
+            Backend("bf16-compiled", compiled(norm_linear), devices=("cuda",)),
+        ),
     },
     result=lambda output: dequantized(output) if isinstance(output, tuple) else output,
 )
@@ -330,6 +407,10 @@ LINEAR_RESIDUAL = Operation(
         "fp8": (
             Backend("ours", prepare_residual_fp8, ours=True, devices=ANYWHERE, launcher=launch_residual),
             Backend("scaled-mm-row", prepare_residual_scaled_mm, devices=("cuda",)),
+            Backend("bf16-compiled", compiled(linear_residual), devices=("cuda",)),
+        ),
+        "int8": (
+            Backend("ours", prepare_residual_int8, ours=True, devices=ANYWHERE, launcher=launch_residual_int8),
             Backend("bf16-compiled", compiled(linear_residual), devices=("cuda",)),
         ),
     },

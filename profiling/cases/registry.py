@@ -30,7 +30,7 @@ DEFAULTS = {"cuda": ["*/14b-*"], "cpu": ["*/tiny-w1*"]}  # patterns of the cases
 
 FAMILIES = {
     "tiny-random": Family("tiny", (1, 2), ("fp32",)),
-    "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8")),
+    "flashtalk-14b": Family("14b", (1, 2, 4, 8), ("bf16", "fp8", "int8")),
 }
 
 

@@ -200,7 +200,7 @@ def kv_statistics_arguments() -> tuple[Tensor, ...]:
 
 def row_norm_samples(function: Callable[..., Any]) -> list[Call]:
     x, vectors = rand(7, 96), (ones(64), ones(64))
-    if function is layer_norm.quantize_rows:
+    if function in (layer_norm.quantize_rows, layer_norm.quantize_rows_int8):
         return [(function, (x,)), (function, (x[:, :64],)), (function, (x[:1].float(),))]
     return [(function, (x[:, :64], *vectors)), (function, (x[:, :64].contiguous().float(), *vectors))]
 
@@ -215,13 +215,13 @@ def linear_samples() -> list[Call]:
     ]
 
 
-def linear_fp8_samples() -> list[Call]:
-    x, w, scales = rand(40, 128, dtype=FP8), rand(96, 128, dtype=FP8), (ones(40), ones(96))
+def linear_quantized_samples(function: Callable[..., Any], dtype: torch.dtype) -> list[Call]:
+    x, w, scales = rand(40, 128, dtype=dtype), rand(96, 128, dtype=dtype), (ones(40), ones(96))
     operands = x, scales[0], w, scales[1]
     return [
-        (linear.linear_fp8, operands),
-        (linear.linear_fp8, (*operands, ones(96), "gelu_tanh", None, None, torch.float32)),
-        (linear.linear_fp8, (*operands, ones(96), None, ones(96), rand(40, 96))),
+        (function, operands),
+        (function, (*operands, ones(96), "gelu_tanh", None, None, torch.float32)),
+        (function, (*operands, ones(96), None, ones(96), rand(40, 96))),
     ]
 
 
@@ -353,12 +353,17 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "layer_norm_fp8": lambda: (
         row_norm_samples(layer_norm.layer_norm_fp8) + row_norm_samples(layer_norm.layer_norm_modulate_fp8)
     ),
+    "layer_norm_int8": lambda: (
+        row_norm_samples(layer_norm.layer_norm_int8) + row_norm_samples(layer_norm.layer_norm_modulate_int8)
+    ),
+    "quantize_rows_int8": lambda: row_norm_samples(layer_norm.quantize_rows_int8),
     "quantize_rows": lambda: row_norm_samples(layer_norm.quantize_rows),
     "rms_norm_rope": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope),
     "rms_norm_rope_fp8": lambda: norm_rope_samples(rms_norm_rope.rms_norm_rope_fp8),
     "kv_statistics": lambda: [(rms_norm_rope.kv_statistics, kv_statistics_arguments())],
     "linear": linear_samples,
-    "linear_fp8": linear_fp8_samples,
+    "linear_fp8": lambda: linear_quantized_samples(linear.linear_fp8, FP8),
+    "linear_int8": lambda: linear_quantized_samples(linear.linear_int8, torch.int8),
     "linear_fp8_quantized": linear_fp8_quantized_samples,
     "rms_norm_silu": rms_norm_silu_samples,
     "lab_transfer": lab_transfer_samples,

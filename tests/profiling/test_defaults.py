@@ -79,8 +79,9 @@ def dispatch(case: Case) -> None:
             chunk_attention._attention_cuda(x[None], k[None], v[None], None, 0, 1.0)
     elif name == "linear":
         w, bias = rest
-        operands: tuple[Tensor, ...] = (x.to(FP8), w.to(FP8)) if fp8 else (x, w)
-        scales = (bias, bias) if fp8 else None
+        eight = {"fp8": FP8, "int8": torch.int8}.get(case.dtype)
+        operands: tuple[Tensor, ...] = (x, w) if eight is None else (x.to(eight), w.to(eight))
+        scales = None if eight is None else (bias, bias)
         linear.dispatch(*operands, scales, linear.Epilogue(bias), torch.bfloat16)
     elif name == "causal_conv3d":
         w, bias, past = rest

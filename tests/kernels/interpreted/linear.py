@@ -12,12 +12,12 @@ from kernels.common import FP8_MAX
 from kernels.layer_norm import launch_quantize_rows
 from kernels.linear import (
     Epilogue,
-    _epilogue_arguments,
     combine_linear_partials,
     launch_triton,
     output_bound,
     reference,
 )
+from kernels.linear_epilogue import epilogue_arguments
 from tests.tensors import error
 
 EXAMPLES = settings(max_examples=25)
@@ -38,9 +38,10 @@ def exact(x: Tensor, w: Tensor, scales: tuple[Tensor, Tensor] | None, epilogue: 
 @EXAMPLES
 @given(
     st.integers(1, 40), st.integers(1, 12), st.integers(1, 70), st.booleans(), st.booleans(),
-    st.sampled_from(["", "gelu", "gate", "residual", "gate residual"]), st.booleans(), st.integers(0, 99),
+    st.sampled_from(["", "gelu", "gate", "residual", "gate residual"]), st.booleans(), st.booleans(),
+    st.integers(0, 99),
 )  # fmt: skip
-def test_products_and_epilogues(m, groups, n, scaled, biased, what, fp32_accum, seed):
+def test_products_and_epilogues(m, groups, n, scaled, biased, what, fp32_accum, pointers, seed):
     """Any number of rows and columns, and a reduction axis that is no multiple of BLOCK_K."""
     torch.manual_seed(seed)
     k = 4 * groups
@@ -52,9 +53,39 @@ def test_products_and_epilogues(m, groups, n, scaled, biased, what, fp32_accum, 
         torch.randn(n) if "gate" in what else None,
         torch.randn(m, n) if "residual" in what else None,
     )
-    y, scale = launch_triton(x, w, scales, epilogue, torch.float32, SMALL | {"FP32_ACCUM": int(fp32_accum)})
+    config = SMALL | {"FP32_ACCUM": int(fp32_accum), "POINTERS": int(pointers)}
+    y, scale = launch_triton(x, w, scales, epilogue, torch.float32, config)
     assert error(y, exact(x, w, scales, epilogue)) < 1e-5
     assert len(scale) == 0
+
+
+@EXAMPLES
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(1, 70), st.booleans(),
+    st.sampled_from(["", "gelu", "gate", "residual", "gate residual", "round"]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_int8_products_and_epilogues(m, groups, n, biased, what, pointers, seed):
+    """Sums are exact, so that only the epilogue rounds."""
+    torch.manual_seed(seed)
+    x, w = (torch.randint(-127, 128, (rows, 16 * groups), dtype=torch.int8) for rows in (m, n))
+    scales = (torch.rand(m) + 0.1, torch.rand(n) + 0.1)
+    epilogue = Epilogue(
+        torch.randn(n) if biased else None,
+        "gelu" in what,
+        torch.randn(n) if "gate" in what else None,
+        torch.randn(m, n) if "residual" in what else None,
+        torch.tensor([127.0 * 16 * groups, 1.0]) if what == "round" else None,
+    )
+    y, y_scale = launch_triton(x, w, scales, epilogue, torch.float32, SMALL | {"POINTERS": int(pointers)})
+    if what == "round":
+        y = y * y_scale[:, None]
+    assert error(y, exact(x, w, scales, epilogue)) < 1e-6
+
+
+def test_the_largest_int8_sums_are_exact():
+    x = torch.full((3, 512), 127, dtype=torch.int8)
+    y, _ = launch_triton(x, -x, (torch.ones(3), torch.ones(3)), Epilogue(), torch.float32, SMALL)
+    assert (y == -512.0 * 127**2).all()
 
 
 @pytest.mark.parametrize("rows", [1, 17])
@@ -126,7 +157,7 @@ def test_values_beyond_a_wrong_bound_are_clamped(kernel):
         y, y_scale = launch_triton(x, w, scales, epilogue, torch.float8_e4m3fn, SMALL)
     else:
         y, y_scale = torch.empty(16, 32), torch.empty(16)
-        pointers, strides, flags = _epilogue_arguments(y, y_scale, scales, epilogue)
+        pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
         combines = torch.tensor([[0, 0, 16, 0, 1]], dtype=torch.int32)
         combine_linear_partials[(1, 1)](
             x @ w.T, combines, *pointers, 16, 32, *strides, **flags, TILE=16, BLOCK_N=32, BLOCK_M=16, num_warps=4
@@ -158,7 +189,7 @@ def test_partials_are_combined(what):
     partials = torch.randn(5 * tile, block_n)
     combines = torch.tensor([[0, 32, 40, 0, 3], [1, 0, 32, 3, 2]], dtype=torch.int32)
     y, y_scale = torch.full((m, n), 7.0), torch.full((m if bound is not None else 0,), 7.0)
-    pointers, strides, flags = _epilogue_arguments(y, y_scale, scales, epilogue)
+    pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
     combine_linear_partials[(2, 2)](
         partials, combines, *pointers, m, n, *strides, **flags, TILE=tile, BLOCK_N=block_n, BLOCK_M=16, num_warps=4
     )
