@@ -209,7 +209,7 @@ class Front:
         session, replica = request.match_info["id"], self._replica_of(request)
         keep_short(request)
         try:
-            relay = await Relay.open(request, self._client, replica.url, self._access.token, self._limits.message_bytes)
+            relay = await Relay.open(request, self._client, replica.url, self._access.token, self._limits)
         except UNREACHABLE as error:
             await self._lives(replica)
             raise RefusedError("lost") from error

@@ -10,8 +10,9 @@ from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 
 from streaming.serve.app import SEND_BUFFER
 from streaming.serve.errors import CODES, RefusedError
+from streaming.serve.limits import Limits
 from streaming.serve.messages import MEDIA, MOMENTS, PROTOCOL, Bye, Ready, decode_from_server, encode, unpack
-from streaming.serve.socket import FAREWELL, HEARTBEAT
+from streaming.serve.socket import FAREWELL
 
 FOR = "X-Forwarded-For"
 FRONT = "X-Flashtalk-Front"  # has the token, so that only the front is believed about where a request comes from
@@ -83,19 +84,23 @@ class Relay:
         ended: whether the replica has said that the session has ended.
     """
 
-    def __init__(self, upstream: ClientWebSocketResponse, message_bytes: int) -> None:
-        """Takes over a connection to a replica. Messages of a client have at most so many bytes."""
+    def __init__(self, upstream: ClientWebSocketResponse, limits: Limits) -> None:
+        """Takes over a connection to a replica. `limits` are those of the client."""
         self.seen: int | None = None
         self.ended = False
         self._upstream = upstream
         self._socket = web.WebSocketResponse(
-            protocols=(PROTOCOL,), heartbeat=HEARTBEAT, timeout=FAREWELL, max_msg_size=message_bytes, compress=False
+            protocols=(PROTOCOL,),
+            heartbeat=limits.heartbeat,
+            timeout=FAREWELL,
+            max_msg_size=limits.message_bytes,
+            compress=False,
         )
         self._dead = asyncio.Event()
 
     @classmethod
     async def open(
-        cls, request: web.Request, asks: aiohttp.ClientSession, url: str, token: str, message_bytes: int
+        cls, request: web.Request, asks: aiohttp.ClientSession, url: str, token: str, limits: Limits
     ) -> "Relay":
         """Connects to a replica. Raises `RefusedError` as that refuses, and what aiohttp raises if it is not there."""
         protocols = [part.strip() for part in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if part]
@@ -110,7 +115,7 @@ class Relay:
         except aiohttp.WSServerHandshakeError as error:
             codes = (code for code, (status, _) in CODES.items() if status == error.status)
             raise RefusedError(next(codes, "internal")) from error
-        return cls(upstream, message_bytes)
+        return cls(upstream, limits)
 
     async def serve(self, request: web.Request) -> bool:
         """Carries messages until either side has ended. Returns whether the replica broke off."""
