@@ -172,7 +172,7 @@ def test_the_short_table_has_both_sides_and_lacks_none() -> None:
 def test_the_table_replaces_what_stands_between_the_markers() -> None:
     text = with_table(f"# Title\n{BEGIN}\nold\n{END}\nmore\n", "| new |")
     assert text == f"# Title\n{BEGIN}\n\n| new |\n\n{END}\nmore\n"
-    with pytest.raises(UserError, match="README has no lines"):
+    with pytest.raises(UserError, match=r"README\.md has no lines"):
         with_table("# Title\n", "| new |")
 
 
