@@ -93,7 +93,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """`application` from the `args` of a configuration file of Ray Serve, such as that of a RayService.
 
     They are `front`, `snapshots`, and as options of the command have them: `replicas`, `max_replicas`, `sessions`,
-    `gpus`, `cpus`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has arguments of
+    `gpus`, `cpus`, `limits`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has arguments of
     `TalkingHeadPipeline.from_pretrained`. The token is $FLASHTALK_TOKEN. Raises `UserError` for any other name.
     """
     given = _DEFAULTS | arguments
@@ -102,6 +102,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     settings = Settings.checked(
         host="0.0.0.0",
         port=0,
+        limits=Path(given["limits"]) if given["limits"] else None,
         viewers=given["viewers"],
         idle=given["idle"],
         portraits=Path(given["portraits"]) if given["portraits"] else None,
@@ -118,7 +119,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 _DEFAULTS: dict[str, Any] = {
     "front": None, "snapshots": None, "replicas": 1, "max_replicas": None, "sessions": 1, "gpus": 1.0, "cpus": 1.0,
-    "viewers": 8, "idle": 300.0, "portraits": None, "origins": (), "ice_servers": (), "pipeline": {},
+    "limits": None, "viewers": None, "idle": None, "portraits": None, "origins": (), "ice_servers": (), "pipeline": {},
 }  # fmt: skip
 
 
