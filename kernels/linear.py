@@ -21,8 +21,7 @@ bound is 2^6 to 2^11 above the largest magnitude of a row.
 
 Back-ends: on a CPU `reference`; on a GPU the Triton kernel of this file, the Hopper kernel of kernels/linear_sm90.py,
 or the library (cuBLAS, not for INT8), whichever kernels/tuned/ names for the shape. The Triton kernel reads its
-operands by tensor descriptors or by pointers. Triton does not overlap descriptor loads with products on GPUs without a
-tensor memory accelerator, that is before Hopper.
+operands by tensor descriptors where Triton overlaps such loads with products, and by pointers elsewhere.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -50,7 +49,7 @@ from kernels.linear_epilogue import (
     store_tile,
 )
 from kernels.linear_sm90 import supports
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
+from kernels.tuning import GPU, LaunchConfig, TunedConfig, gpu_of, tuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -59,7 +58,7 @@ FP8_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num
 FP8_ACC32_CONFIG: LaunchConfig = {
     "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "FP32_ACCUM": 1, "num_warps": 8, "num_stages": 4
 }  # fmt: skip
-INT8_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+SMALL_8BIT_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 FP32_ACCUM_MIN_K = 8192  # untuned FP8 products of this many terms or more are accumulated outside of the tensor cores
 MAX_INT8_TERMS = int((2**31 - 1) // INT8_MAX**2)  # of a sum that int32 holds whatever the operands
 COMBINE_ROWS = 16  # rows of a tile that a program of `combine_linear_partials` adds up
@@ -137,8 +136,10 @@ def load_tile(x, row, column, rows, columns, x_row, ROWS: tl.constexpr, COLUMNS:
     if POINTERS:
         offs_m = tl.minimum(row + tl.arange(0, ROWS), rows - 1).to(tl.int64)
         offs_k = column + tl.arange(0, COLUMNS)
-        return tl.load(x + offs_m[:, None] * x_row + offs_k[None, :], mask=(offs_k < columns)[None, :], other=0)
-    return x.load([row, column])
+        tile = tl.load(x + offs_m[:, None] * x_row + offs_k[None, :], mask=(offs_k < columns)[None, :], other=0.0)
+    else:
+        tile = x.load([row, column])
+    return tile
 
 
 @triton.jit(do_not_specialize=["m", "n"])
@@ -211,8 +212,10 @@ def launch_triton(
 ) -> Output:
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
-    parameters: dict[str, Any] = {"GROUP_N": 8, "FP32_ACCUM": 0, **(config or _default_config(x.dtype, k))}
-    parameters.setdefault("POINTERS", int(x.is_cuda and float(gpu_of(x.device).capability) < 9.0))
+    pointers = x.is_cuda and not _pipelines_descriptors(gpu_of(x.device))
+    parameters: dict[str, Any] = {
+        "GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers), **(config or _default_config(x.dtype, k, pointers))
+    }  # fmt: skip
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _empty_output(x, n, epilogue, dtype)
     operands = (x, w)
@@ -229,10 +232,15 @@ def launch_triton(
     return y, y_scale
 
 
-def _default_config(dtype: torch.dtype, k: int) -> LaunchConfig:
+def _pipelines_descriptors(gpu: GPU) -> bool:
+    """Whether Triton overlaps loads by descriptors with products: on Hopper and on Blackwell for data centres."""
+    return gpu.capability.split(".")[0] in ("9", "10")
+
+
+def _default_config(dtype: torch.dtype, k: int, pointers: bool) -> LaunchConfig:
     """Launch parameters of the Triton kernel where nothing was tuned, for operands of a dtype and k terms."""
-    if dtype == torch.int8:
-        return INT8_CONFIG
+    if dtype == torch.int8 or (dtype == FP8 and pointers and k < FP32_ACCUM_MIN_K):
+        return SMALL_8BIT_CONFIG
     if dtype == FP8:
         return FP8_ACC32_CONFIG if k >= FP32_ACCUM_MIN_K else FP8_CONFIG
     return FP32_CONFIG if dtype == torch.float32 else BF16_CONFIG

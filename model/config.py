@@ -7,7 +7,7 @@ Fields have the official names, from the checkpoint's `config.json` and the cons
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -296,11 +296,15 @@ BUNDLED = (TINY.name,)  # presets whose weights are part of the package
 class FP8Policy:
     """Which linear layers of the student multiply in FP8 (e4m3).
 
+    A layer whose error is above `max_error` is not quantised: the relative error of its output for random inputs, which
+    `model.weights.quantize.layer_error` measures.
+
     Embeddings and modulation stay in the student's dtype, and so do the keys and values of text, image and audio: they
     are computed once per session or per chunk, so FP8 would cost accuracy and save hardly any time. The head stays in
     float32.
     """
 
+    format: ClassVar[str] = "fp8"
     layers: tuple[str, ...] = (  # shell patterns
         "blocks.*.self_attn.qkv",
         "blocks.*.self_attn.o",
@@ -311,15 +315,35 @@ class FP8Policy:
         "blocks.*.ffn.up",
         "blocks.*.ffn.down",
     )
-    max_error: float = 0.05  # of a layer's output, relative; above it the layer is not quantised. Rounding alone: 0.037
+    max_error: float = 0.05  # rounding alone: 0.037
+
+
+@dataclass(frozen=True)
+class INT8Policy:
+    """Which linear layers of the student multiply in INT8, with rotated operands; other layers as in `FP8Policy`.
+
+    The audio layers stay in the student's dtype: their projections are absorbed into keys and values, which a rotation
+    of their weights would have to be taken back for.
+    """
+
+    format: ClassVar[str] = "int8"
+    layers: tuple[str, ...] = (
+        "blocks.*.self_attn.qkv",
+        "blocks.*.self_attn.o",
+        "blocks.*.cross_attn.q",
+        "blocks.*.cross_attn.o",
+        "blocks.*.ffn.up",
+        "blocks.*.ffn.down",
+    )
+    max_error: float = 0.03  # rounding alone: 0.014
 
 
 @dataclass(frozen=True)
 class Precision:
     """Dtype of each network's parameters and matrix products. Norms, modulation and colour are always float32.
 
-    `fp8` names the student's layers that are e4m3 instead. `fp8_attention` makes its self-attention e4m3 as well.
-    `fp8_vae` names the levels of the VAE's decoder whose residual blocks are e4m3; level 0 is that of the latents.
+    `eight_bits` names the student's layers that are e4m3 or int8 instead. `fp8_attention` makes its self-attention
+    e4m3. `fp8_vae` names the levels of the VAE's decoder whose residual blocks are e4m3; level 0 is that of latents.
     """
 
     dit: torch.dtype
@@ -327,7 +351,7 @@ class Precision:
     text: torch.dtype
     image: torch.dtype
     audio: torch.dtype
-    fp8: FP8Policy | None = None
+    eight_bits: FP8Policy | INT8Policy | None = None
     fp8_attention: bool = False
     fp8_vae: tuple[int, ...] = ()
 
@@ -337,13 +361,22 @@ _BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16,
 PRECISIONS = {
     "fp32": Precision(torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
     "bf16": _BF16,
-    "fp8": dataclasses.replace(_BF16, fp8=FP8Policy()),
-    "fp8-attn": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True),
+    "fp8": dataclasses.replace(_BF16, eight_bits=FP8Policy()),
+    "fp8-attn": dataclasses.replace(_BF16, eight_bits=FP8Policy(), fp8_attention=True),
     # The limit is a PSNR of 38 dB. With one level in FP8 it is 39 to 41 dB (random weights of full width, three seeds);
     # with two it is 38 to 39 dB, and 36.5 dB on a whole frame (tests/model/test_vae.py). Level 2, with 192 channels,
     # gains most: it has a third of all products, and FP8 halves their time.
-    "fp8-vae": dataclasses.replace(_BF16, fp8=FP8Policy(), fp8_attention=True, fp8_vae=(2,)),
+    "fp8-vae": dataclasses.replace(_BF16, eight_bits=FP8Policy(), fp8_attention=True, fp8_vae=(2,)),
+    "int8": dataclasses.replace(_BF16, eight_bits=INT8Policy()),
+    "int8-vae": dataclasses.replace(_BF16, eight_bits=INT8Policy(), fp8_attention=True, fp8_vae=(2,)),
 }
+FORMATS = {policy.format: policy for policy in (FP8Policy(), INT8Policy())}  # of quantised students
+
+
+def precisions_of(held: str) -> tuple[str, ...]:
+    """The precisions whose student is quantised in the format `held`, of `FORMATS`."""
+    return tuple(name for name, x in PRECISIONS.items() if x.eight_bits is not None and x.eight_bits.format == held)
+
 
 # Official settings that are no fields here. Of those in `_FIXED` only one value is implemented, and `from_official`
 # refuses the others. Those in `_UNUSED` have no effect.

@@ -12,7 +12,7 @@ Inputs that do not change between steps are computed beforehand, by these method
     once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
 
 Parameters have the names and shapes of the official checkpoint, except that projections of the same input are
-concatenated (`DiT.param_map`). Matrix products are in the parameters' dtype or in FP8 (`DiT.quantize`,
+concatenated (`DiT.param_map`). Matrix products are in the parameters' dtype or in 8 bits (`DiT.quantize`,
 `DiT.use_fp8_attention`); norms, rotation, modulation, gated residuals and the head are in float32. Attention, linear
 layers and the operations around them come from kernels/, which runs PyTorch on a CPU and its own kernels on a GPU.
 
@@ -37,8 +37,8 @@ from kernels.frame_attention import frame_attention
 from kernels.layer_norm import layer_norm, layer_norm_modulate
 from kernels.rms_norm_rope import key_scale, rms_norm_rope, rms_norm_rope_fp8
 from kernels.text_image_attention import text_image_attention
-from model.config import DiTConfig, FP8Policy
-from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
+from model.config import DiTConfig, FP8Policy, INT8Policy
+from model.linear import DTYPES, Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
 from model.offload import on_device
 from model.parallel.tokens import FP8Operands, TokenSplit
 from model.param_map import ParamMapping, joined_map
@@ -301,7 +301,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor | QuantizedRows, x: Tensor, gate: Tensor) -> Tensor:
         """h and x [S, D] -> x + gate * output [S, D]."""
-        if isinstance(h, QuantizedRows) and self.down.fp8:
+        if isinstance(h, QuantizedRows) and self.up.fp8 and self.down.fp8:
             hidden = self.up.forward_quantized(h, gelu=True)
         else:
             hidden = self.up(h, gelu=True)
@@ -465,12 +465,12 @@ class DiT(nn.Module):
         """The map of the official checkpoint's tensors to the parameters of this module."""
         return joined_map(self, LAYER_TO_OFFICIAL)
 
-    def quantize(self, policy: FP8Policy) -> None:
-        """Converts the `Linear` layers that `policy` names to FP8 and makes the others use the fused kernel."""
+    def quantize(self, policy: FP8Policy | INT8Policy) -> None:
+        """Converts the `Linear` layers that `policy` names to 8 bits and makes the others use the fused kernel."""
         for name, layer in self.named_modules():
             if isinstance(layer, Linear):
                 if any(fnmatch.fnmatch(name, pattern) for pattern in policy.layers):
-                    layer.quantize()
+                    layer.quantize(DTYPES[policy.format])
                 else:
                     layer.fuse()
 

@@ -3,33 +3,69 @@
   plain     weights in the parameters' dtype, computed by PyTorch, so that torch.compile sees every operation
   fused     the same weights, computed by the kernel `kernels.linear.linear`
   FP8       e4m3 weights with one float32 scale per output channel; inputs are e4m3 with one scale per row
+  INT8      the same with int8, of which both weights and inputs are rotated (kernels/rotation.py)
 
 A layer is plain until `Linear.quantize` or `Linear.fuse` is called. A quantised student fuses the layers that it does
-not quantise. An FP8 layer quantises a plain input itself, or takes `QuantizedRows` from a norm or from an FP8 layer
-before it.
+not quantise. A quantised layer quantises a plain input itself, or takes `QuantizedRows` from a norm or, in FP8, from
+the layer before it.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.common import FP8
-from kernels.layer_norm import layer_norm, layer_norm_fp8, layer_norm_modulate, layer_norm_modulate_fp8
-from kernels.linear import linear, linear_fp8, linear_fp8_quantized, output_bound, quantize_rows
+from kernels.common import FP8, QUANTIZED_NAMES
+from kernels.layer_norm import (
+    layer_norm,
+    layer_norm_fp8,
+    layer_norm_int8,
+    layer_norm_modulate,
+    layer_norm_modulate_fp8,
+    layer_norm_modulate_int8,
+)
+from kernels.linear import (
+    linear,
+    linear_fp8,
+    linear_fp8_quantized,
+    linear_int8,
+    output_bound,
+    quantize_rows,
+    quantize_rows_int8,
+)
 
 
 class QuantizedRows(NamedTuple):
-    """A matrix in e4m3: values float8_e4m3fn [rows, columns] and a scale float32 [rows] per row."""
+    """A matrix in 8 bits: e4m3 or rotated int8 values [rows, columns], and a scale float32 [rows] per row."""
 
     values: Tensor
     scale: Tensor
 
 
-class Linear(nn.Module):
-    """Linear layer y = x W^T + b with W [outputs, inputs]: plain, fused or FP8."""
+class Format(NamedTuple):
+    """The operations that a quantised layer consists of, by the dtype of its weight."""
 
-    weight_scale: nn.Parameter  # only in FP8
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+    layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    layer_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
+    linear: Callable[..., Tensor]
+
+
+FORMATS: Mapping[torch.dtype, Format] = {
+    FP8: Format(quantize_rows, layer_norm_fp8, layer_norm_modulate_fp8, linear_fp8),
+    torch.int8: Format(quantize_rows_int8, layer_norm_int8, layer_norm_modulate_int8, linear_int8),
+}
+
+
+DTYPES = {name: dtype for dtype, name in QUANTIZED_NAMES.items()}  # of weights, by the format of a policy
+
+
+class Linear(nn.Module):
+    """Linear layer y = x W^T + b with W [outputs, inputs]: plain, fused, FP8 or INT8."""
+
+    weight_scale: nn.Parameter  # only in FP8 and INT8
     bound: nn.Parameter  # only in FP8
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -43,15 +79,22 @@ class Linear(nn.Module):
         """Whether the layer multiplies in FP8."""
         return self.weight.dtype == FP8
 
-    def quantize(self) -> None:
-        """Converts the layer to FP8 in place.
+    @property
+    def format(self) -> Format | None:
+        """The operations of a quantised layer; None for a plain or fused one."""
+        return FORMATS.get(self.weight.dtype)
 
-        `weight` becomes e4m3, and two float32 parameters are added: `weight_scale` [outputs], and `bound` [2], from
-        which `forward_quantized` derives the scales of e4m3 outputs (see `kernels.linear.output_bound`).
+    def quantize(self, dtype: torch.dtype = FP8) -> None:
+        """Converts the layer to FP8, or to INT8 if `dtype` is int8, in place.
+
+        `weight` becomes `dtype`, rotated in INT8, and the float32 parameter `weight_scale` [outputs] is added. In FP8
+        so is `bound` [2], from which `forward_quantized` derives the scales of e4m3 outputs (see
+        `kernels.linear.output_bound`).
         """
-        weight, scale = quantize_rows(self.weight.detach())
-        bound = output_bound(weight, scale, self.bias.detach())
-        for name, tensor in (("weight", weight), ("weight_scale", scale), ("bound", bound)):
+        tensors = quantized_parameters(
+            QuantizedRows(*FORMATS[dtype].quantize(self.weight.detach())), self.bias.detach()
+        )
+        for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def fuse(self) -> None:
@@ -66,13 +109,13 @@ class Linear(nn.Module):
         The result has the residual's dtype; without a residual it has the dtype of x, or of b if x is quantised.
         """
         activation = "gelu_tanh" if gelu else None
-        if self.fp8:
+        if self.format is not None:
             dtype = residual.dtype if residual is not None else x.dtype if isinstance(x, Tensor) else self.bias.dtype
-            values, scale = quantize_rows(x) if isinstance(x, Tensor) else x
-            return linear_fp8(
+            values, scale = self.format.quantize(x) if isinstance(x, Tensor) else x
+            return self.format.linear(
                 values, scale, self.weight, self.weight_scale, self.bias, activation, gate, residual, dtype
             )
-        assert isinstance(x, Tensor)  # only FP8 layers are given quantised inputs
+        assert isinstance(x, Tensor)  # only quantised layers are given quantised inputs
         if self.fused:
             return linear(x, self.weight, self.bias, activation, gate, residual)
         y = F.linear(x, self.weight, self.bias)
@@ -89,22 +132,28 @@ class Linear(nn.Module):
         )
 
 
+def quantized_parameters(weight: QuantizedRows, bias: Tensor) -> dict[str, Tensor]:
+    """The parameters of a quantised layer, by name and without its bias."""
+    tensors = {"weight": weight.values, "weight_scale": weight.scale}
+    return tensors | {"bound": output_bound(*weight, bias)} if weight.values.dtype == FP8 else tensors
+
+
 def add_gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + branch * gate, computed in float32 and rounded once to x's dtype."""
     return (x.float() + branch.float() * gate).to(x.dtype)
 
 
 def norm_for_linear(x: Tensor, norm: nn.LayerNorm, layer: Linear) -> Tensor | QuantizedRows:
-    """LayerNorm(x) with the affine parameters of `norm`, quantised to e4m3 rows if `layer` is FP8."""
-    if layer.fp8:
-        return QuantizedRows(*layer_norm_fp8(x, norm.weight, norm.bias, norm.eps))
+    """LayerNorm(x) with the affine parameters of `norm`, quantised by row if `layer` is."""
+    if layer.format is not None:
+        return QuantizedRows(*layer.format.layer_norm(x, norm.weight, norm.bias, norm.eps))
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def norm_modulate_for_linear(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, layer: Linear
 ) -> Tensor | QuantizedRows:
-    """LayerNorm(x) * (1 + scale) + shift, quantised to e4m3 rows if `layer` is FP8."""
-    if layer.fp8:
-        return QuantizedRows(*layer_norm_modulate_fp8(x, shift, scale, eps))
+    """LayerNorm(x) * (1 + scale) + shift, quantised by row if `layer` is."""
+    if layer.format is not None:
+        return QuantizedRows(*layer.format.layer_norm_modulate(x, shift, scale, eps))
     return layer_norm_modulate(x, shift, scale, eps)

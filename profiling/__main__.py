@@ -103,7 +103,9 @@ def bench(
 @app.command()
 def audit(
     patterns: Patterns = None,
-    target: Annotated[list[str] | None, typer.Option(help="sm_90 (default), sm_89, sm_100; repeatable.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90 (default), sm_100, sm_120; repeatable.")
+    ] = None,
     budget: Annotated[
         Path | None, typer.Option(help="Budget file that kernels must keep to. Default: that of this repository.")
     ] = None,

@@ -14,7 +14,7 @@ from model.errors import UserError
 from model.parallel.ranks import Ranks
 from model.sampler import NUM_TIMESTEPS
 from model.weights.checkpoint import Models, load_models, preset_models
-from model.weights.quantize import is_fp8_checkpoint
+from model.weights.quantize import format_of
 
 MAX_SIDE = 4096  # pixels
 MAX_SHIFT = 100.0
@@ -61,8 +61,8 @@ def choose(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch sees no NVIDIA GPU here; use cpu")
     if precision == "auto":
-        eight = folder is not None and is_fp8_checkpoint(folder)
-        precision = "fp8" if eight else "bf16" if device == "cuda" else "fp32"
+        held = None if folder is None else format_of(folder)
+        precision = held or ("bf16" if device == "cuda" else "fp32")
     check_choice("precision", precision, PRECISIONS)
     check_choice("noise", noise, ("counter", "torch"))
     compiled = device == "cuda" if compiled is None else compiled

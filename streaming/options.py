@@ -57,7 +57,8 @@ PrecisionOption = Annotated[
     str,
     typer.Option(
         help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), fp8-vae (and a"
-        " level of the decoder), or auto: what the checkpoint is made for, bf16 on a GPU, fp32 on a CPU."
+        " level of the decoder), int8 and int8-vae (linear layers in int8 instead), or auto: what the checkpoint is"
+        " made for, bf16 on a GPU, fp32 on a CPU."
     ),
 ]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")]

@@ -120,8 +120,8 @@ class TalkingHeadPipeline:
                 package; the others need `random_weights`, and draw noise.
             preset: The dimensions of the checkpoint. Default: "flashtalk-14b".
             device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
-            precision: "fp32", "bf16", "fp8", "fp8-attn", "fp8-vae", or "auto": what the checkpoint is made for, bf16 on
-                a GPU, fp32 on a CPU.
+            precision: "fp32", "bf16", "fp8", "fp8-attn", "fp8-vae", "int8", "int8-vae", or "auto": what the checkpoint
+                is made for, bf16 on a GPU, fp32 on a CPU.
             size: Width and height of the video in pixels, multiples of 16. Default: those of the preset, which the
                 student was trained for. "auto" loads the networks, times chunks of some sizes of the preset's format,
                 and takes the largest that this machine plays in real time; `settings["measured"]` says what it took.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from model.audio import SpeechEncoder, official_name
-from model.config import BUNDLED, AudioConfig, Config, DiTConfig, Precision, from_official, is_known
+from model.config import BUNDLED, AudioConfig, Config, DiTConfig, Precision, from_official, is_known, precisions_of
 from model.dit import DiT
 from model.errors import UserError
 from model.files import unreadable
@@ -98,8 +98,8 @@ def random_models(
 
     def student() -> DiT:
         dit = filled("student", DiT(config.dit))
-        if precision.fp8 is not None:
-            dit.quantize(precision.fp8)
+        if precision.eight_bits is not None:
+            dit.quantize(precision.eight_bits)
         if precision.fp8_attention:
             dit.use_fp8_attention()
         return dit
@@ -143,10 +143,10 @@ def load_models(
     """
     places = (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if wav2vec is None else (wav2vec,)
     audio_folder = next((place for place in places if place.is_dir()), None)
-    quantised = quantize.is_fp8_checkpoint(folder)
-    if quantised and precision.fp8 is None:
-        raise UserError(f"{folder} holds an FP8 student: use --precision fp8 or fp8-attn")
-    shards = [] if quantised else find_student_shards(folder)
+    held = quantize.format_of(folder)
+    if held is not None and (precision.eight_bits is None or precision.eight_bits.format != held):
+        raise UserError(f"{folder} holds an {held.upper()} student: use --precision {' or '.join(precisions_of(held))}")
+    shards = [] if held else find_student_shards(folder)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not a complete checkpoint: {file} is missing")
@@ -191,17 +191,18 @@ def load_models(
 def load_student(
     config: DiTConfig, folder: Path, shards: Sequence[Path], device: torch.device, precision: Precision
 ) -> DiT:
-    """The student in these official shards or, without any, in the FP8 checkpoint `folder`; raises like `load_models`.
+    """The student in these official shards or, without any, in the quantised checkpoint `folder`.
 
-    The submodules that are needed only at the beginning of a session stay in host memory.
+    The submodules that are needed only at the beginning of a session stay in host memory. Raises like `load_models`.
     """
     with torch.device("meta"):
         dit = DiT(config)
     offloadable = dit.offloadable_modules()
-    if not shards:
-        quantize.load_fp8_checkpoint(dit, folder, device, offloadable)
-    elif precision.fp8 is not None:
-        quantize.load_and_quantize(dit, shards, precision.fp8, precision.dit, device, offloadable)
+    policy = precision.eight_bits
+    if policy is not None and not shards:
+        quantize.load_quantized_checkpoint(dit, folder, policy.format, device, offloadable)
+    elif policy is not None:
+        quantize.load_and_quantize(dit, shards, policy, precision.dit, device, offloadable)
     else:
         reader = ShardReader(shards, dit.param_map())
         load_parameters(dit, dit.param_map(), reader.tensors(device), folder, device, precision.dit, offloadable)

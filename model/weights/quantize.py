@@ -1,17 +1,17 @@
-"""FP8 checkpoints of the student: how `python -m model.quantize` writes them, and how they are loaded.
+"""Quantised checkpoints of the student: how `python -m model.quantize` writes them, and how they are loaded.
 
-    OUT/fp8.json                    the manifest: source hashes, policy, error of each layer, hash of each shard
+    OUT/fp8.json or int8.json       the manifest: source hashes, policy, error of each layer, hash of each shard
     OUT/student-*.safetensors       one shard per block and one for the rest, with our parameter names
     OUT/...                         the other files of the official checkpoint, as hard links where possible
 
-The layers that `FP8Policy` names become e4m3 with a float32 scale per output channel, concatenated as in `DiT`. A layer
-whose measured error exceeds the policy's limit stays as it is. The error of a layer is ||y8 - y|| / ||y|| of its
-outputs for random inputs like those that norms make: normally distributed, with every hundredth channel 30 times as
-large.
+The layers that the policy names become e4m3, or rotated int8, with a float32 scale per output channel, concatenated as
+in `DiT`. A layer whose measured error exceeds the policy's limit stays as it is. The error of a layer is
+||y8 - y|| / ||y|| of its outputs for random inputs like those that norms make: normally distributed, with every
+hundredth channel 30 times as large.
 
 Layers pass through memory one at a time. Each shard and the manifest are written atomically, so an interrupted
 conversion can be resumed. The source may be an official checkpoint in any floating-point dtype, or one that torchao or
-ComfyUI has quantised (one scale per row or one for all); its e4m3 values are taken unchanged.
+ComfyUI has quantised (one scale per row or one for all); FP8 takes its e4m3 values unchanged.
 """
 
 import fnmatch
@@ -32,17 +32,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernels.linear import dequantize, linear_fp8, output_bound, quantize_rows
-from model.config import PRECISIONS, DiTConfig, FP8Policy
+from kernels.common import FP8
+from kernels.linear import dequantize
+from model.config import FORMATS, PRECISIONS, DiTConfig, FP8Policy, INT8Policy
 from model.dit import DiT
 from model.errors import UserError
 from model.files import replacing, unreadable
-from model.linear import Linear, QuantizedRows
+from model.linear import DTYPES, Linear, QuantizedRows, quantized_parameters
+from model.linear import FORMATS as OPERATIONS
 from model.param_map import identity_map, is_finite, load_parameters, require_finite, set_parameter
 from model.weights.shards import ShardReader, iter_safetensors, read_json
 
-MANIFEST = "fp8.json"
-SCHEMA, VERSION = "flashtalk-fp8", 1
+VERSION = 1
+Policy = FP8Policy | INT8Policy
 ERROR_SAMPLE_ROWS = 64  # rows that a layer's error is measured on
 OUTLIER_SCALE = 30.0  # factor on every hundredth channel of these rows
 
@@ -61,7 +63,7 @@ class QuantizedModule(NamedTuple):
 def quantize_modules(
     source: ShardReader,
     dit: DiT,
-    policy: FP8Policy,
+    policy: Policy,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     prefix: str | None = None,
@@ -100,42 +102,43 @@ def _quantize_layer(
     module: str,
     weight: Tensor | QuantizedRows,
     bias: Tensor,
-    policy: FP8Policy,
+    policy: Policy,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> QuantizedModule:
-    """The layer in FP8 or, if its error is above the policy's limit, in `dtype`."""
-    quantized = (
-        QuantizedRows(*(x.to(device) for x in weight))
-        if isinstance(weight, QuantizedRows)
-        else quantize_weight(weight.to(device))
-    )
+    """The layer in 8 bits or, if its error is above the policy's limit, in `dtype`."""
+    eight = DTYPES[policy.format]
+    if isinstance(weight, QuantizedRows) and weight.values.dtype == eight:
+        quantized = QuantizedRows(*(x.to(device) for x in weight))
+    else:
+        quantized = quantize_weight(_dequantized(weight).to(device), eight)
     error = layer_error(weight, quantized)
     if not error <= policy.max_error:
         tensors = {"weight": _dequantized(weight).to(dtype), "bias": bias.to(dtype)}
     else:
-        bound = output_bound(*quantized, bias.to(device))
-        tensors = {"weight": quantized.values, "weight_scale": quantized.scale, "bound": bound, "bias": bias.to(dtype)}
+        tensors = quantized_parameters(quantized, bias.to(device)) | {"bias": bias.to(dtype)}
     return QuantizedModule(module, {f"{module}.{leaf}": x.cpu().contiguous() for leaf, x in tensors.items()}, error)
 
 
-def quantize_weight(weight: Tensor) -> QuantizedRows:
-    """Quantises a weight to e4m3 with one float32 scale per row."""
-    return QuantizedRows(*quantize_rows(weight.to(torch.promote_types(weight.dtype, torch.bfloat16))))
+def quantize_weight(weight: Tensor, dtype: torch.dtype = FP8) -> QuantizedRows:
+    """Quantises a weight to e4m3, or to rotated int8 if `dtype` is int8, with one float32 scale per row."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.bfloat16))
+    return QuantizedRows(*OPERATIONS[dtype].quantize(weight))
 
 
 def layer_error(weight: Tensor | QuantizedRows, quantized: QuantizedRows) -> float:
-    """Relative error ||y8 - y|| / ||y|| of an FP8 layer for random inputs with outlier channels.
+    """Relative error ||y8 - y|| / ||y|| of a quantised layer for random inputs with outlier channels.
 
-    `weight` [outputs, inputs] is the exact weight and `quantized` its FP8 form. The inputs are `ERROR_SAMPLE_ROWS`
-    rows of standard normal numbers, with every hundredth channel multiplied by `OUTLIER_SCALE`; they are quantised by
-    row.
+    `weight` [outputs, inputs] is the exact weight and `quantized` its form in 8 bits. The inputs are
+    `ERROR_SAMPLE_ROWS` rows of standard normal numbers, with every hundredth channel multiplied by `OUTLIER_SCALE`;
+    they are quantised by row.
     """
     device, k = quantized.values.device, quantized.values.shape[1]
     x = torch.randn(ERROR_SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(k)).to(device)
     x[:, ::100] *= OUTLIER_SCALE
     exact = x @ (dequantize(*weight) if isinstance(weight, QuantizedRows) else weight).to(device, torch.float32).T
-    got = linear_fp8(*quantize_rows(x), *quantized, dtype=torch.float32)
+    operations = OPERATIONS[quantized.values.dtype]
+    got = operations.linear(*operations.quantize(x), *quantized, dtype=torch.float32)
     return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
@@ -154,31 +157,35 @@ def _dequantized(x: Tensor | QuantizedRows) -> Tensor:
 # --- Checkpoints on disk --------------------------------------------------------------------------------------------
 
 
-def write_fp8_checkpoint(
-    shards: Sequence[Path], out: Path, config: DiTConfig, policy: FP8Policy, device: torch.device | str = "cpu"
+def write_quantized_checkpoint(
+    shards: Sequence[Path], out: Path, config: DiTConfig, policy: Policy, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Writes the student in these shards, quantised, to `out`; returns the manifest.
 
     What is in `out` already is not written again.
 
-    Raises `UserError` if `out` holds a conversion of another source or policy, or cannot be written.
+    Raises `UserError` if `out` holds a conversion of another source, policy or format, or cannot be written.
     """
-    dtype = PRECISIONS["fp8"].dit
+    dtype, form = PRECISIONS["bf16"].dit, policy.format
+    if (held := format_of(out)) not in (None, form):
+        raise UserError(f"{out} holds a conversion to {held}: choose a new --out")
     with torch.device("meta"):
         dit = DiT(config)
     source = ShardReader(shards, dit.param_map())
     header = {
-        "schema": SCHEMA,
+        "schema": f"flashtalk-{form}",
         "version": VERSION,
         "source": {path.name: digest for path, digest in zip(source.shards, _hashes(source.shards), strict=True)},
         "policy": json.loads(json.dumps(asdict(policy))),
         "dtype": str(dtype).removeprefix("torch."),
     }
     manifest: dict[str, Any] = header | {"layers": {}, "shards": {}, "complete": False}
-    if (out / MANIFEST).is_file():
-        previous = _manifest(out)
+    if held is not None:
+        previous = _manifest(out, form)
         if {key: previous[key] for key in header} != header:
-            raise UserError(f"{out / MANIFEST} was made from another source or with another policy: choose a new --out")
+            raise UserError(
+                f"{out / manifest_file(form)} was made from another source or with another policy: choose a new --out"
+            )
         manifest = previous
     groups = {"rest": "", **{f"block-{i:02d}": f"blocks.{i}." for i in range(config.num_layers)}}
     for shard, prefix in groups.items():
@@ -190,42 +197,49 @@ def write_fp8_checkpoint(
         for part in quantize_modules(source, dit, policy, dtype, device, prefix):
             tensors |= part.tensors
             if part.error is not None:
-                manifest["layers"][part.module] = {"error": part.error, "fp8": part.error <= policy.max_error}
+                manifest["layers"][part.module] = {"error": part.error, form: part.error <= policy.max_error}
         _replace(out / file, partial(save_file, tensors))
         manifest["shards"][file] = _hash(out / file)
-        _save(out, manifest)
+        _save(out, form, manifest)
     manifest["complete"] = True
-    _save(out, manifest)
+    _save(out, form, manifest)
     return manifest
 
 
-def is_fp8_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds an FP8 student, complete or not."""
-    return (folder / MANIFEST).is_file()
+def manifest_file(form: str) -> str:
+    """The name of the manifest of a conversion to the format `form`."""
+    return f"{form}.json"
 
 
-def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded: Collection[str] = ()) -> None:
-    """Loads the FP8 student in `folder` into `dit`, which may be on the meta device.
+def format_of(folder: Path) -> str | None:
+    """The format of the quantised student in the folder, complete or not; None if there is none."""
+    return next((form for form in FORMATS if (folder / manifest_file(form)).is_file()), None)
+
+
+def load_quantized_checkpoint(
+    dit: DiT, folder: Path, form: str, device: torch.device, offloaded: Collection[str] = ()
+) -> None:
+    """Loads the student in `folder`, quantised in the format `form`, into `dit`, which may be on the meta device.
 
     Parameters go to `device`; those of the submodules named in `offloaded` go to host memory. Raises `UserError`, which
     names the file, if the conversion is incomplete or a shard is missing, damaged or not the one in the manifest.
     """
-    manifest = _manifest(folder)
+    manifest, file = _manifest(folder, form), manifest_file(form)
     if not manifest["complete"]:
-        raise UserError(f"{folder / MANIFEST} is not complete: resume with python -m model.quantize --out {folder}")
+        raise UserError(f"{folder / file} is not complete: resume with python -m model.quantize --out {folder}")
     paths = [folder / name for name in manifest["shards"]]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}, which {MANIFEST} names, is missing")
+            raise UserError(f"{path}, which {file} names, is missing")
     for path, digest in zip(paths, _hashes(paths), strict=True):
         if digest != manifest["shards"][path.name]:
-            raise unreadable(path, f"its SHA-256 differs from the one in {MANIFEST}")
+            raise unreadable(path, f"its SHA-256 differs from the one in {file}")
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
     for name, entry in manifest["layers"].items():
         if name not in layers:
-            raise UserError(f"{folder / MANIFEST}: layer {name} is not part of this model")
-        if entry["fp8"]:
-            layers.pop(name).quantize()
+            raise UserError(f"{folder / file}: layer {name} is not part of this model")
+        if entry[form]:
+            layers.pop(name).quantize(DTYPES[form])
     for layer in layers.values():
         layer.fuse()
     load_parameters(dit, identity_map(dit), iter_safetensors(paths, device), folder, device, None, offloaded)
@@ -234,7 +248,7 @@ def load_fp8_checkpoint(dit: DiT, folder: Path, device: torch.device, offloaded:
 def load_and_quantize(
     dit: DiT,
     paths: Sequence[Path],
-    policy: FP8Policy,
+    policy: Policy,
     dtype: torch.dtype,
     device: torch.device,
     offloaded: Collection[str] = (),
@@ -247,7 +261,7 @@ def load_and_quantize(
         layer = dit.get_submodule(part.module)
         for name, tensor in part.tensors.items():
             set_parameter(dit, name, tensor if part.module.startswith(tuple(offloaded)) else tensor.to(device))
-        if isinstance(layer, Linear) and not layer.fp8:
+        if isinstance(layer, Linear) and layer.format is None:
             layer.fuse()
 
 
@@ -257,22 +271,23 @@ _FIELDS = {"schema": str, "version": int, "source": dict, "policy": dict, "dtype
            "complete": bool}  # fmt: skip
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+def _manifest(folder: Path, form: str) -> dict[str, Any]:
+    path = folder / manifest_file(form)
     values = read_json(path)
-    if (values.get("schema"), values.get("version")) != (SCHEMA, VERSION):
-        raise UserError(f"{path} is not a {SCHEMA} file of version {VERSION}")
+    schema = f"flashtalk-{form}"
+    if (values.get("schema"), values.get("version")) != (schema, VERSION):
+        raise UserError(f"{path} is not a {schema} file of version {VERSION}")
     for name, kind in _FIELDS.items():
         if not isinstance(values.get(name), kind):
             raise UserError(f"{path}: {name} is {values.get(name)!r:.40}, wanted {kind.__name__}")
-    if not all(isinstance(x, dict) and isinstance(x.get("fp8"), bool) for x in values["layers"].values()):
-        raise UserError(f"{path}: every layer must say whether it is fp8")
+    if not all(isinstance(x, dict) and isinstance(x.get(form), bool) for x in values["layers"].values()):
+        raise UserError(f"{path}: every layer must say whether it is {form}")
     return values
 
 
-def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _save(folder: Path, form: str, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=1) + "\n"
-    _replace(folder / MANIFEST, lambda path: path.write_text(text))
+    _replace(folder / manifest_file(form), lambda path: path.write_text(text))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -304,7 +319,8 @@ def copy_other_files(checkpoint: Path, out: Path, shards: Collection[Path]) -> N
     Of links, such as a hub's cache consists of, the files that they lead to are copied. Hidden files are left out: they
     are those of tools for downloading. Raises `UserError` for a link that leads nowhere.
     """
-    skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json", MANIFEST}
+    skipped = {path.name for path in shards} | {"diffusion_pytorch_model.safetensors.index.json"}
+    skipped |= {manifest_file(form) for form in FORMATS}
     for path in _files_below(checkpoint, checkpoint.resolve(), out.resolve()):
         target = out / path.relative_to(checkpoint)
         if (path.parent == checkpoint and path.name in skipped) or target.exists():

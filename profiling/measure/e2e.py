@@ -2,10 +2,10 @@
 
 A *variant* is a precision, a mode, a number of steps, and whose operations student and VAE run. `bf16-eager` is PyTorch
 alone, and `bf16-compiled` is the same under torch.compile, as in the published code (official_baseline.py). The others
-are ours: `bf16-ours`, `fp8`, `fp8-attn` (FP8 attention too) and `fp8-vae` (an FP8 VAE as well). Their student is
-compiled, and every stage is recorded as a CUDA graph, except in `fp8-vae-launched`. `two-steps` is `fp8-vae` with half
-of the steps. `rank-4-of-8` is the work that rank 4 of 8 would do of `fp8-vae` (emulated_ranks.py); a rank in the middle
-has most to exchange, and rank 0 puts the frames together.
+are ours: `bf16-ours`, `fp8`, `fp8-attn` (FP8 attention too), `fp8-vae` (an FP8 VAE as well) and `int8-vae` (that with
+INT8 linear layers). Their student is compiled, and every stage is recorded as a CUDA graph, except in
+`fp8-vae-launched`. `two-steps` is `fp8-vae` with half of the steps. `rank-4-of-8` is the work that rank 4 of 8 would do
+of `fp8-vae` (emulated_ranks.py); a rank in the middle has most to exchange, and rank 0 puts the frames together.
 
 A chunk is what `ChunkGenerator.chunk` does from the audio window on: audio K/V, all denoising steps, decoding, colour,
 re-encoding of the motion frames. Student and VAE are created directly on the device. The encoders, which run before a
@@ -67,6 +67,7 @@ VARIANTS = {
         Variant("two-steps", "fp8-vae", "graphs", True, 60, steps=2),
         Variant("fp8-attn", "fp8-attn", "graphs", True, 60),
         Variant("fp8", "fp8", "graphs", True, 60),
+        Variant("int8-vae", "int8-vae", "graphs", True, 60),
         Variant("bf16-ours", "bf16", "graphs", True, 60),
         Variant("fp8-vae-launched", "fp8-vae", "student", True, 60),
         *(Variant(f"rank-{i}-of-{n}", "fp8-vae", "graphs", True, 60, rank=(i, n)) for i, n in RANKS),

@@ -17,12 +17,17 @@ from torch import Tensor
 from kernels.layer_norm import (
     layer_norm,
     layer_norm_fp8,
+    layer_norm_int8,
     layer_norm_modulate,
     layer_norm_modulate_fp8,
+    layer_norm_modulate_int8,
     layer_norm_reference,
+    quantize_int8_reference,
     quantize_reference,
     quantize_rows,
+    quantize_rows_int8,
 )
+from kernels.rotation import rotate
 from profiling.measure.check import poisoned_memory
 from tests.tensors import error
 
@@ -56,6 +61,24 @@ def test_quantised_layer_norm(function):
     assert (values.float().abs().amax(1) == 448).all()
 
 
+@pytest.mark.parametrize("function", [layer_norm_int8, layer_norm_modulate_int8])
+def test_layer_norm_rotated_to_int8(function):
+    x = torch.randn(40, 96).bfloat16()
+    x[:, 5] *= 50
+    first, second = torch.randn(2, 96)
+    values, scale = function(x, first, second, EPS)
+    weight, bias, offset = (first, second, 0.0) if function is layer_norm_int8 else (second, first, 1.0)
+    exact = layer_norm_reference(x.double(), weight.double(), bias.double(), EPS, offset)
+    assert error(rotate(values.double() * scale[:, None]), exact) < 1.5e-2
+    assert (values.abs().amax(1) == 127).all()
+
+
+def test_rows_of_zeros_stay_zero_in_int8():
+    values, scale = quantize_rows_int8(torch.zeros(3, 64))
+    assert (values == 0).all()
+    torch.testing.assert_close(scale, torch.full((3,), 1e-12))
+
+
 # --- As torch ops ---------------------------------------------------------------------------------------------------
 
 
@@ -63,14 +86,17 @@ def test_opcheck():
     x, weight, bias = torch.randn(3, 16), *torch.randn(2, 16)
     torch.library.opcheck(module.layer_norm_op.library_op, (x, weight, bias, EPS, 1.0))
     torch.library.opcheck(module.layer_norm_fp8_op.library_op, (x, weight, bias, EPS, 0.0))
+    torch.library.opcheck(module.layer_norm_int8_op.library_op, (x, weight, bias, EPS, 0.0))
     torch.library.opcheck(module.quantize_rows_op.library_op, (x,))
+    torch.library.opcheck(module.quantize_rows_int8_op.library_op, (x,))
 
 
 def test_compiles_without_graph_breaks():
     x, weight, bias = torch.randn(3, 16), *torch.randn(2, 16)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
-        return (*layer_norm_fp8(x, weight, bias), *quantize_rows(layer_norm_modulate(x, bias, weight)))
+        y = layer_norm_modulate(x, bias, weight)
+        return (*layer_norm_fp8(x, weight, bias), *quantize_rows(y), *quantize_rows_int8(y))
 
     for y, expected in zip(torch.compile(run, fullgraph=True)(x), run(x), strict=True):
         torch.testing.assert_close(y.float(), expected.float())
@@ -114,3 +140,11 @@ def test_gpu(rows, columns, dtype):
     expected, expected_scale = quantize_reference(x)
     torch.testing.assert_close(own_scale, expected_scale)
     assert (own.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
+    with poisoned_memory():
+        values, scale = layer_norm_int8(x, weight, bias, EPS)
+        own, own_scale = quantize_rows_int8(x)
+    rotated = rotate(layer_norm_reference(wide_x, wide_weight, wide_bias, EPS))
+    assert error(values.double() * scale[:, None], rotated) < 2e-2
+    expected, expected_scale = quantize_int8_reference(x)
+    torch.testing.assert_close(own_scale, expected_scale)
+    assert (own.int() - expected.int()).abs().amax() <= 1

@@ -1,4 +1,4 @@
-"""Linear layers in FP8 and in 16 bits: on the CPU, as torch ops, and on a GPU.
+"""Linear layers in FP8, INT8 and in 16 bits: on the CPU, as torch ops, and on a GPU.
 
 The Triton kernels also run in Triton's interpreter: `interpreted/linear.py`.
 """
@@ -25,8 +25,10 @@ from kernels.linear import (
     linear,
     linear_fp8,
     linear_fp8_quantized,
+    linear_int8,
     output_bound,
     quantize_rows,
+    quantize_rows_int8,
     reference,
 )
 from kernels.linear_sm90 import supports
@@ -68,6 +70,23 @@ def test_equals_the_formula(m, groups, n, what, seed):
     same = linear_fp8(x8, x_scale, w8, w_scale, bias, activation, gate, residual, torch.float32)
     exact = linear(dequantize(x8, x_scale), dequantize(w8, w_scale), bias, activation, gate, residual)
     torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-4)
+    (x8, x_scale), (w8, w_scale) = quantize_rows_int8(x), quantize_rows_int8(w)
+    same = linear_int8(x8, x_scale, w8, w_scale, bias, activation, gate, residual, torch.float32)
+    exact = linear(dequantize(x8, x_scale), dequantize(w8, w_scale), bias, activation, gate, residual)
+    torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outliers", [1.0, 10.0, 30.0, 80.0])
+def test_rotated_int8_has_a_third_of_the_error_of_e4m3(outliers):
+    """However large the outlier channels are; without the rotation it would be larger than that of e4m3."""
+    torch.manual_seed(0)
+    x, w, _ = operands(64, 1024, 128)
+    x[:, ::100] *= outliers
+    exact = x.double() @ w.double().T
+    int8 = linear_int8(*quantize_rows_int8(x), *quantize_rows_int8(w), dtype=torch.float32)
+    fp8 = linear_fp8(*quantize_rows(x), *quantize_rows(w), dtype=torch.float32)
+    assert error(int8, exact) < 1.5e-2
+    assert error(int8, exact) < 0.4 * error(fp8, exact)
 
 
 @pytest.mark.parametrize("outliers", [1.0, 10.0, 100.0])
@@ -141,6 +160,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             module.linear_fp8_op.library_op,
             (x8, x_scale, w8, w_scale, bias, False, gate, residual, torch.float32),
         ),
+        "linear_int8": (
+            module.linear_int8_op.library_op,
+            (*quantize_rows_int8(x), *quantize_rows_int8(w), bias, False, gate, residual, torch.float32),
+        ),
         "linear_fp8_quantized": (
             module.linear_fp8_quantized_op.library_op,
             (x8, x_scale, w8, w_scale, bound, bias, True),
@@ -148,11 +171,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_fp8", "linear_fp8_quantized"])
+@pytest.mark.parametrize("name", ["linear", "linear_fp8", "linear_fp8_quantized", "linear_int8"])
 def test_opcheck(name):
     operation, arguments = calls()[name]
     # `test_schema` multiplies the inputs, which PyTorch cannot do in FP8.
-    skipped = "" if name == "linear" else "test_schema"
+    skipped = "test_schema" if "fp8" in name else ""
     tests = [test for test in torch.library._OPCHECK_DEFAULT_UTILS if test != skipped]
     torch.library.opcheck(operation, arguments, test_utils=tests)
 
@@ -176,6 +199,7 @@ EIGHT = {
     "x": torch.zeros(4, 16).to(FP8), "x_scale": torch.ones(4), "w": torch.zeros(8, 16).to(FP8),
     "w_scale": torch.ones(8),
 }  # fmt: skip
+INT8 = EIGHT | {name: EIGHT[name].to(torch.int8) for name in ("x", "w")}
 
 
 @pytest.mark.parametrize(
@@ -201,11 +225,20 @@ EIGHT = {
         (linear_fp8, {"w_scale": torch.ones(8).half()}, "w_scale: torch.float16, wanted torch.float32"),
         (linear_fp8, {"dtype": FP8}, "dtype: torch.float8_e4m3fn, wanted torch.float32 or torch.float16 or"),
         (linear_fp8, {"residual": torch.zeros(4, 8)}, "residual: torch.float32, wanted torch.bfloat16"),
+        (linear_int8, {"x": torch.zeros(4, 16)}, "x: torch.float32, wanted torch.int8"),
+        (linear_int8, {"w": torch.zeros(8, 16).to(FP8)}, "w: torch.float8_e4m3fn, wanted torch.int8"),
+        (linear_int8, {"w_scale": torch.ones(4)}, "w_scale: shape [4], wanted [8]"),
+        (linear_int8, {"dtype": torch.int8}, "dtype: torch.int8, wanted torch.float32 or torch.float16 or"),
+        (
+            linear_int8,
+            {name: torch.zeros(rows, 133_152, dtype=torch.int8) for name, rows in (("x", 4), ("w", 8))},
+            "x: 133152 columns, wanted at most 133144",
+        ),
         (linear_fp8_quantized, {"bound": torch.zeros(3)}, "bound: shape [3], wanted [2]"),
     ],
 )
 def test_bad_arguments(function, change, words):
-    given: dict[str, Any] = dict(FLOAT if function is linear else EIGHT)
+    given: dict[str, Any] = dict({linear: FLOAT, linear_int8: INT8}.get(function, EIGHT))
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
         function(**given | change)
     assert words in str(raised.value)
@@ -244,6 +277,10 @@ def test_dispatch_follows_the_tuned_table(monkeypatch):
         with assume_gpu(GPU("any", capability, 132)):
             dispatch(x8, w8, scales, Epilogue(), torch.bfloat16)
         assert taken.pop() == expected
+    tables["int8"] = None
+    with assume_gpu(GPU("any", "9.0", 132)):
+        dispatch(x8.to(torch.int8), w8.to(torch.int8), scales, Epilogue(), torch.bfloat16)
+    assert taken.pop() == ("triton", None)
     with assume_gpu(GPU("any", "9.0", 132)):
         dispatch(x.bfloat16(), w.bfloat16(), None, Epilogue(), torch.bfloat16)
     assert taken.pop() == ("library", None)
@@ -295,6 +332,36 @@ def test_gpu_fp8(shape, backend, parameters, what):
     assert error(got, expected) < (4e-2 if what == "round" else 1e-2)
     again = dispatch(x8, w8, (x_scale, w_scale), epilogue, dtype, TunedConfig(backend, parameters))[0]
     assert torch.equal(y.view(torch.uint8), again.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("backend", "parameters"),
+    [
+        ("gluon", {}), ("gluon", {"SPLIT_K": 1}), ("gluon", {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4}),
+        ("triton", {**module.SMALL_8BIT_CONFIG, "POINTERS": 0}),
+        ("triton", {**module.SMALL_8BIT_CONFIG, "POINTERS": 1}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["plain", "gelu", "residual"])
+def test_gpu_int8(shape, backend, parameters, what):
+    skip_unless_hopper(backend)
+    m, k, n = shape
+    x, w, bias = operands(m, k, n, 10.0, "cuda")
+    (x8, x_scale), (w8, w_scale) = quantize_rows_int8(x), quantize_rows_int8(w)
+    gate, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda").bfloat16()
+    epilogue = {
+        "plain": Epilogue(bias.bfloat16()),
+        "gelu": Epilogue(bias, True),
+        "residual": Epilogue(bias, False, gate, residual),
+    }[what]
+    tuned = TunedConfig(backend, parameters)
+    with poisoned_memory():
+        y, _ = dispatch(x8, w8, (x_scale, w_scale), epilogue, torch.bfloat16, tuned)
+    wide = Epilogue(*(t.double() if isinstance(t, Tensor) else t for t in epilogue))
+    assert error(y, reference(x8, w8, (x_scale.double(), w_scale.double()), wide, torch.float64)) < 1e-2
+    assert torch.equal(y, dispatch(x8, w8, (x_scale, w_scale), epilogue, torch.bfloat16, tuned)[0])
 
 
 @pytest.mark.gpu

@@ -77,8 +77,8 @@ def counted() -> dict[str, int]:
             found["speech"] = parameters(SpeechEncoder(CONFIG.audio))
             torch.set_default_dtype(PRECISION.dit)
             student, vae = DiT(dit), VAE(CONFIG.vae)
-            assert PRECISION.fp8 is not None
-            student.quantize(PRECISION.fp8)
+            assert PRECISION.eight_bits is not None
+            student.quantize(PRECISION.eight_bits)
             student.use_fp8_attention()
             found["offloaded"] = parameters(*student.offloadable_modules().values())
             found["student"] = parameters(student) - found["offloaded"]
@@ -149,6 +149,23 @@ def test_where_the_memory_is(counted: dict[str, int]) -> None:
         "decode": 2.6,  # at most 3 GiB beyond the weights are asked for
         "motion": 1.8,
     }
+
+
+def test_int8_takes_two_gib_more_than_fp8_for_its_audio_layers(counted: dict[str, int]) -> None:
+    policy = PRECISIONS["int8"].eight_bits
+    assert policy is not None
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(PRECISIONS["int8"].dit)
+    try:
+        with torch.device("meta"):
+            student = DiT(CONFIG.dit)
+            student.quantize(policy)
+    finally:
+        torch.set_default_dtype(default)
+    size = parameters(student) - parameters(*student.offloadable_modules().values())
+    assert round(size / GIB, 1) == 15.8
+    projections = 2 * CONFIG.dit.num_layers * CONFIG.dit.dim**2  # one byte more for each weight
+    assert math.isclose(size - counted["student"], projections, rel_tol=1e-2)
 
 
 def test_e4m3_weights_are_nearly_all_of_the_student(counted: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: content, errors by layer, resuming, refusals; and checkpoints that torchao quantised."""
+"""FP8 and INT8 checkpoints: content, errors by layer, resuming, refusals; and checkpoints that torchao quantised."""
 
 import json
 import os
@@ -15,18 +15,19 @@ from torch import Tensor
 import model.quantize
 import model.weights.quantize
 from kernels.linear import dequantize, quantize_rows
-from model.config import PRECISIONS, FP8Policy
+from model.config import FORMATS, PRECISIONS, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
 from model.quantize import error_table, main
 from model.weights.checkpoint import AUDIO_FOLDER, load_models
-from model.weights.quantize import MANIFEST, layer_error, load_fp8_checkpoint, quantize_weight, write_fp8_checkpoint
+from model.weights.quantize import layer_error, load_quantized_checkpoint, quantize_weight, write_quantized_checkpoint
 from model.weights.shards import find_student_shards
 from tests.small import SMALL, weights, write_checkpoint
 
 CPU = torch.device("cpu")
 POLICY = FP8Policy()
+MANIFEST = "fp8.json"
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def run(*arguments: str) -> int:
 def student(folder: Path) -> DiT:
     with torch.device("meta"):
         dit = DiT(SMALL.dit)
-    load_fp8_checkpoint(dit, folder, CPU)
+    load_quantized_checkpoint(dit, folder, "fp8", CPU)
     return dit
 
 
@@ -90,12 +91,39 @@ def test_the_manifest(folder: Path, out: Path, capsys: pytest.CaptureFixture[str
     assert values["shards"].keys() == {path.name for path in out.glob("student-*.safetensors")}
     assert len(values["layers"]) == 8 * SMALL.dit.num_layers
     assert all(0.02 < layer["error"] < 0.045 and layer["fp8"] for layer in values["layers"].values())
-    text = error_table(values)
+    text = error_table(values, "fp8")
     assert [line.split()[:3] for line in text.splitlines()[1:]] == [
         [name, str(SMALL.dit.num_layers), str(SMALL.dit.num_layers)]
         for name in ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "audio_cross_attn.q_linear",
                      "audio_cross_attn.proj", "ffn.up", "ffn.down")
     ]  # fmt: skip
+
+
+def test_an_int8_checkpoint(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written by the command line, loaded, and equal to what an official checkpoint becomes as it is loaded."""
+    out = tmp_path / "int8"
+    assert run("--checkpoint", str(folder), "--out", str(out), "--precision", "int8") == 0
+    assert "in int8" in capsys.readouterr().out
+    values = json.loads((out / "int8.json").read_text())
+    assert len(values["layers"]) == 6 * SMALL.dit.num_layers
+    assert all(0.005 < layer["error"] < 0.02 and layer["int8"] for layer in values["layers"].values())
+    written = load_models(SMALL, out, CPU, PRECISIONS["int8"]).dit
+    qkv, audio = (
+        written.get_submodule("blocks.0.self_attn.qkv"),
+        written.get_submodule("blocks.0.audio_cross_attn.proj"),
+    )
+    assert isinstance(qkv, Linear)
+    assert isinstance(audio, Linear)
+    assert (qkv.weight.dtype, audio.weight.dtype, audio.fused) == (torch.int8, torch.bfloat16, True)
+    assert not hasattr(qkv, "bound")
+    loaded = load_models(SMALL, folder, CPU, PRECISIONS["int8"]).dit.state_dict()
+    assert loaded.keys() == written.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in written.state_dict().items())
+    for precision in ("bf16", "fp8"):
+        with pytest.raises(UserError, match="holds an INT8 student: use --precision int8 or int8-vae"):
+            load_models(SMALL, out, CPU, PRECISIONS[precision])
+    assert run("--checkpoint", str(folder), "--out", str(out)) == 2
+    assert f"{out} holds a conversion to int8: choose a new --out" in capsys.readouterr().err
 
 
 def test_other_files_are_copied_and_it_loads_as_a_checkpoint(out: Path) -> None:
@@ -287,7 +315,7 @@ def test_errors_take_one_line(
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
-    monkeypatch.setattr(model.quantize, "FP8Policy", lambda: FP8Policy(max_error=0.1))
+    monkeypatch.setitem(FORMATS, "fp8", FP8Policy(max_error=0.1))
     assert run("--checkpoint", str(folder), "--out", str(out)) == 2
     assert "was made from another source or with another policy: choose a new --out" in capsys.readouterr().err
 
@@ -295,7 +323,7 @@ def test_errors_take_one_line(
 def test_a_layer_with_too_large_an_error_is_not_quantised(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     policy = FP8Policy(("blocks.*.ffn.*",), max_error=0.03)
-    values = write_fp8_checkpoint(find_student_shards(folder), tmp_path / "out", SMALL.dit, policy)
+    values = write_quantized_checkpoint(find_student_shards(folder), tmp_path / "out", SMALL.dit, policy)
     assert not any(layer["fp8"] for layer in values["layers"].values())
     dit = student(tmp_path / "out")
     assert all(layer.fused and not layer.fp8 for layer in dit.modules() if isinstance(layer, Linear))
@@ -315,6 +343,7 @@ def test_errors_of_layers_with_outliers(kind: str) -> None:
     elif kind == "a row of zeros":
         weight[3] = 0
     assert 0.01 < layer_error(weight, quantize_weight(weight)) < 0.042
+    assert 1e-3 < layer_error(weight, quantize_weight(weight, torch.int8)) < 0.025
 
 
 # --- torchao --------------------------------------------------------------------------------------------------------

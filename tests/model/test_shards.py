@@ -13,7 +13,7 @@ from model.dit import DiT
 from model.errors import UserError
 from model.linear import Linear
 from model.weights.checkpoint import load_student
-from model.weights.quantize import write_fp8_checkpoint
+from model.weights.quantize import write_quantized_checkpoint
 from model.weights.shards import find_student_shards
 from tests.small import SMALL, edit_student, weights, write_checkpoint
 
@@ -38,7 +38,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     """What `model.quantize` makes of the student."""
     out = folder / "out"
     out.mkdir()
-    manifest = write_fp8_checkpoint(find_student_shards(folder), out, SMALL.dit, FP8Policy())
+    manifest = write_quantized_checkpoint(find_student_shards(folder), out, SMALL.dit, FP8Policy())
     return {name: x for file in manifest["shards"] for name, x in load_file(out / file).items()}
 
 

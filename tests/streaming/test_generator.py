@@ -336,7 +336,7 @@ def test_gpu_draws_what_the_cpu_draws(
     for name, dtype in vars(PRECISIONS[precision]).items():
         if isinstance(dtype, torch.dtype):
             getattr(models, name).to(cuda, dtype)
-    if (policy := PRECISIONS[precision].fp8) is not None:
+    if (policy := PRECISIONS[precision].eight_bits) is not None:
         models.dit.quantize(policy)
     if PRECISIONS[precision].fp8_attention:
         models.dit.use_fp8_attention()

@@ -312,9 +312,15 @@ def test_instructions_are_counted_by_name() -> None:
 
 
 def test_devices_have_a_first_of_each_capability_and_the_data_sheets_rates() -> None:
-    assert [of_target(f"sm_{n}").name for n in (90, 89, 100)] == ["H100", "L40S", "B200"]
+    targets = {80: "A100", 86: "RTX3090", 89: "L40S", 90: "H100", 100: "B200", 120: "RTX5090"}
+    assert {n: of_target(f"sm_{n}").name for n in targets} == targets
     sheet = {"H100": 989.4, "H800": 989.4, "H200": 989.4, "L40S": 362.05, "B200": 2250}
+    sheet |= {"A100": 312, "RTX3090": 71, "RTX5090": 209.5}
     for name, device in devices().items():
         rate = device.flop_cycle["bf16"] * device.multiprocessors * device.clock / 1e12
         assert rate == pytest.approx(sheet[name], rel=0.015)
-        assert device.flop_cycle["fp8"] == 2 * device.flop_cycle["bf16"] == 4 * device.flop_cycle["tf32"]
+        assert device.flop_cycle["bf16"] == 2 * device.flop_cycle["tf32"]
+        if float(device.capability) >= 8.9:
+            assert device.flop_cycle["fp8"] == 2 * device.flop_cycle["bf16"]
+        else:
+            assert "fp8" not in device.flop_cycle
