@@ -343,7 +343,6 @@ def train(
         batch=lambda rng: draw(training, settings, rng),
         loss=lambda batch: flow_loss(dit, batch, numbers, settings),
         evaluate=lambda _: evaluate(),
+        write=lambda _: save_network(dit, folder / WEIGHTS),
     )
-    counters = run_training(task, folder, budget, seed, resume, evaluate_every=1000, report=report)
-    save_network(dit, folder / WEIGHTS)
-    return counters
+    return run_training(task, folder, budget, seed, resume, evaluate_every=1000, report=report)
