@@ -42,7 +42,7 @@ DARK_SCHEME = {  # instead of these, on a dark page
     GREEN: "#1fb88d",
     VERMILLION: "#f0803c",
 }
-DTYPE_COLOURS = {"fp32": GREEN, "fp16": PURPLE, "bf16": BLUE, "fp8": VERMILLION}
+DTYPE_COLOURS = {"fp32": GREEN, "fp16": PURPLE, "bf16": BLUE, "fp8": VERMILLION, "int8": ORANGE}
 STAGE_COLOURS = {"audio": PURPLE, STEP: BLUE, "decode": ORANGE, "color": YELLOW, "motion": GREEN, "emit": SKY}
 WHOLE = "whole chunk"  # of a variant whose stages overlap, but nobody traced how
 PAPER: Any = {"fc": WHITE, "ec": "none", "pad": 1}  # background of words that a line would cross

@@ -88,7 +88,7 @@ def roofline(run: Run, width: float = WIDE) -> Figure | None:
 def _add_axes(figure: Figure, above: float, below: float) -> Axes:
     """Axes with so many inches above and below them, and a column for labels to their right."""
     width, height = figure.get_size_inches()
-    left, right = 0.55, 3.55 if width == WIDE else 0.5
+    left, right = 0.6, 3.55 if width == WIDE else 0.5
     inside = (left / width, (0.6 + below) / height, 1 - (left + right) / width, 1 - (0.6 + below + above) / height)
     return figure.add_axes(inside)
 

@@ -77,7 +77,7 @@ def test_the_page_says_what_matters(whole: Run, earlier: list[Run]) -> None:
     assert page.text.count(runs.GPU.device) == 2  # in the title of the window, and in that of the page
     for words in (
         "The GPU was throttled: power cap in 17% of the readings. The times below are those of a throttled GPU.",
-        "fp8-kernels, 1.94 times as fast as bf16-eager",
+        "fp8-kernels, 1.95 times as fast as bf16-eager",
         "torch-compiled on rms_norm_rope/14b-w1/bf16",
         "No module named 'flash_attn'",
         "spills 312 bytes, budget 0",
