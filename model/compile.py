@@ -21,13 +21,15 @@ import torch._dynamo
 from torch import Tensor
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
+from model.block import ContextKV
 from model.config import TINY, Config, Precision
-from model.dit import ContextKV, DiT, Modulation, rope_table
+from model.dit import DiT, Modulation
 from model.errors import UserError
 from model.machine import writable_cache_dir
 from model.parallel.ranks import Ranks
 from model.parallel.rows import RowSplit
 from model.parallel.tokens import TokenSplit
+from model.rope import rope_table
 from model.vae import VAE, decode_schedule
 from model.weights.checkpoint import Models, load_models, preset_models, random_models
 

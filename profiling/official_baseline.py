@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import dit, linear, vae
-from model.dit import rotate
+from model import block, dit, linear, vae
+from model.rope import rotate
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _double(self: vae.Upsample, x: Tensor) -> Tensor:
 
 
 _REPLACED = {
-    dit: (
+    block: (
         rms_norm_rope,
         chunk_attention,
         text_image_attention,
@@ -155,8 +155,8 @@ _REPLACED = {
         absorb_audio_projections,
         absorbed_audio_attention,
         layer_norm,
-        layer_norm_modulate,
     ),
+    dit: (layer_norm_modulate,),
     linear: (layer_norm, layer_norm_modulate),
     vae: (rms_norm_silu, conv3d, causal_conv3d, causal_conv3d_norm, downsample_conv2d, chunk_attention),
     vae.Upsample: (_double,),

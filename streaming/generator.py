@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
-from model.dit import AudioKV, ContextKV, rope_table
+from model.block import AudioKV, ContextKV
 from model.image import to_pixels
 from model.offload import on_device
 from model.parallel.ranks import Ranks, sizes
 from model.parallel.rows import RowSplit
 from model.parallel.tokens import TokenSplit
+from model.rope import rope_table
 from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
 from model.vae import decode_schedule

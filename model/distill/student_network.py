@@ -16,8 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.block import Block
 from model.config import DiTConfig, from_official
-from model.dit import Block, DiT, group_audio, rope_table, rotate
+from model.dit import DiT, group_audio
+from model.rope import rope_table, rotate
 from model.weights.trained import fill, in_8_bits, load_trained, save_trained
 
 UNUSED = ("text_embedding.", "img_emb.", ".cross_attn.", ".norm3.")  # parts of names of parameters

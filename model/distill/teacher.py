@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.block import AudioKV, ContextKV
 from model.config import PRECISIONS, TINY, Config, DiTConfig
 from model.distill.codec import CODEC, MOUTH_BOX, SIZE, as_bytes, latent_deviation, load_codec
 from model.distill.codec_network import decode_clips, encode_clips
@@ -36,7 +37,7 @@ from model.distill.student_network import load_network, new_student, save_networ
 from model.distill.takes import STARTS, STRIDE, Batch, Take, join, load_takes
 from model.distill.training import Budget, Counters, Task
 from model.distill.training import train as run_training
-from model.dit import AudioKV, ContextKV, DiT, Modulation
+from model.dit import DiT, Modulation
 from model.parallel.tokens import TokenSplit
 from model.sampler import NUM_TIMESTEPS, shifted, timesteps
 from model.vae import VAE

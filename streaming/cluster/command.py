@@ -48,7 +48,7 @@ def _connect(address: str | None, size: Size) -> Size:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it would tell its makers of this cluster
     os.environ.setdefault("RAY_worker_niceness", "0")  # it is 15, which on a busy machine starves what is real time
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]: it is an extra, here and below
     except ModuleNotFoundError as error:
         raise UserError("cluster needs the package ray: pip install 'flashtalk-triton[cluster]'") from error
     options: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def _connect(address: str | None, size: Size) -> Size:
 
 
 def _own_address() -> str:
-    from ray.util import get_node_ip_address
+    from ray.util import get_node_ip_address  # pyright: ignore[reportMissingImports]
 
     return get_node_ip_address()
 
@@ -90,7 +90,7 @@ async def _replicas(
     if not size.replicas:
         yield
         return
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     from streaming.cluster.deployment import application
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-from ray.util import get_node_ip_address
+from ray import serve  # pyright: ignore[reportMissingImports]: it is an extra, here and below
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy  # pyright: ignore[reportMissingImports]
+from ray.util import get_node_ip_address  # pyright: ignore[reportMissingImports]
 
 from model.errors import UserError
 from streaming.cluster.replica import Replica

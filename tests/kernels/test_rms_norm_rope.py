@@ -27,7 +27,7 @@ from kernels.rms_norm_rope import (
     rms_norm_rope_fp8,
     sample_tokens,
 )
-from model.dit import rope_table, rotate
+from model.rope import rope_table, rotate
 from profiling.measure.check import poisoned_memory
 from tests.tensors import error
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.config import PRECISIONS, TINY, TINY_RANDOM
-from model.dit import rope_table
 from model.errors import UserError
+from model.rope import rope_table
 from model.weights.checkpoint import (
     AUDIO_FOLDER,
     IMAGE_FILE,

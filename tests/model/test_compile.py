@@ -15,9 +15,10 @@ import model.compile
 import model.warm
 from model.compile import compile_student, load_compiled, stand_in_models, use_compile_cache, warm_up
 from model.config import PRECISIONS
-from model.dit import DiT, rope_table
+from model.dit import DiT
 from model.errors import UserError
 from model.machine import CACHE_ENV, cache_key
+from model.rope import rope_table
 from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
 

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.layer_norm import layer_norm_modulate
+from model.block import AudioKV
 from model.config import DiTConfig, FP8Policy
-from model.dit import AudioKV, DiT, group_audio, rope_table, rotate
+from model.dit import DiT, group_audio
+from model.rope import rope_table, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = DiTConfig(

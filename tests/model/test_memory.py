@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
+from model.block import AudioKV, ContextKV
 from model.config import FLASHTALK_14B, PRECISIONS
-from model.dit import AudioKV, ContextKV, DiT, Modulation, rope_table
+from model.dit import DiT, Modulation
 from model.offload import on_device
+from model.rope import rope_table
 from model.vae import VAE, State, decode_schedule
 
 conv = importlib.import_module("kernels.causal_conv3d")  # the module; `kernels.causal_conv3d` is its function

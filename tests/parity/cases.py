@@ -27,9 +27,10 @@ from model.config import (
     VAEConfig,
     from_official,
 )
-from model.dit import AudioProjector, DiT, resize_masks, rope_table
+from model.dit import AudioProjector, DiT, resize_masks
 from model.image import ImageEncoder, is_unused_key, resize_center_crop, to_pixels
 from model.param_map import identity_map, load_parameters
+from model.rope import rope_table
 from model.sampler import NUM_TIMESTEPS, denoise_step, first_latents, shifted, timesteps
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder

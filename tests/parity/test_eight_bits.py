@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from model.block import Block
 from model.config import PRECISIONS, FP8Policy, INT8Policy
-from model.dit import Block, DiT, resize_masks, rope_table
+from model.dit import DiT, resize_masks
+from model.rope import rope_table
 from tests.parity.cases import Case, frames_first
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,7 +16,7 @@ from kernels.layer_norm import launch_layer_norm
 from kernels.rms_norm_rope import launch_rms_norm_rope
 from kernels.scheduler import kv_ranges
 from kernels.text_image_attention import launch_text_image
-from model import dit, linear
+from model import block, dit, linear, rope
 from model.config import DiTConfig
 from tests.parity import cases, test_golden
 
@@ -59,8 +59,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "absorbed_audio_attention": launch_absorbed,
     }
     for name, launcher in launchers.items():
-        monkeypatch.setattr(dit, name, launcher)
-    monkeypatch.setattr(dit, "layer_norm", norm)
+        monkeypatch.setattr(block, name, launcher)
+    monkeypatch.setattr(block, "layer_norm", norm)
     monkeypatch.setattr(linear, "layer_norm", norm)
     monkeypatch.setattr(linear, "layer_norm_modulate", lambda x, shift, scale, eps: norm(x, scale, shift, eps, 1.0))
 
@@ -69,9 +69,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["dit_forward", "dit_forward_two_people"])
 def test_golden_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        dit, "absorb_audio_projections", absorb_nothing
+        block, "absorb_audio_projections", absorb_nothing
     )  # the golden student has 6 audio tokens a frame
-    monkeypatch.setattr(dit, "absorbed_audio_attention", audio_layer)
+    monkeypatch.setattr(block, "absorbed_audio_attention", audio_layer)
     assert name in cases.RUN
     test_golden.test_case(GOLDEN / f"{name}.json")
 
@@ -89,8 +89,8 @@ def test_absorbed_audio_and_known_frames(request: pytest.FixtureRequest) -> None
 
     def velocity(known: int) -> Tensor:
         context, heard = student.embed_context(text, image), student.embed_audio(audio)
-        rope = dit.rope_table((3, 2, 3), config.head_dim)
-        return student(latent, condition, student.modulate(500.0), rope, context, heard, num_motion_latents=known)
+        table = rope.rope_table((3, 2, 3), config.head_dim)
+        return student(latent, condition, student.modulate(500.0), table, context, heard, num_motion_latents=known)
 
     whole, expected = velocity(0), velocity(2)
     torch.testing.assert_close(expected[2:], whole[2:], rtol=1e-5, atol=1e-5)

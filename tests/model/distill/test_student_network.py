@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.config import DiTConfig
 from model.distill.student_network import UNUSED, Context, new_student, velocities
-from model.dit import DiT, rope_table
+from model.dit import DiT
+from model.rope import rope_table
 
 CONFIG = DiTConfig(
     in_dim=20, out_dim=8, dim=48, ffn_dim=64, num_layers=2, num_heads=2, text_dim=16, text_len=8, img_dim=16,

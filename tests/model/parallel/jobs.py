@@ -12,10 +12,11 @@ from kernels.chunk_attention import chunk_attention
 from kernels.chunk_attention_fp8 import chunk_attention_fp8
 from kernels.rms_norm_rope import key_scale, kv_statistics, rms_norm_rope_fp8, sample_tokens
 from model.config import PRECISIONS, TINY_RANDOM, Config
-from model.dit import resize_masks, rope_table
+from model.dit import resize_masks
 from model.parallel.ranks import Group, Ranks, Transport, ulysses_degree
 from model.parallel.rows import RowSplit
 from model.parallel.tokens import FP8Operands, TokenSplit
+from model.rope import rope_table
 from model.vae import decode_schedule
 from model.weights.checkpoint import Models, random_models
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import dit, linear, vae
+from model import block, linear, vae
 from model.compile import compile_student, compile_vae
 from model.config import VAEConfig
 from profiling.cases.vae import coded, vae_of, vae_size
@@ -121,11 +121,11 @@ def test_the_published_form_is_the_same_model() -> None:
         states.append(runner._state.motion)
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
     with official_baseline():
-        assert dit.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.official_baseline"
+        assert block.chunk_attention.__module__ == linear.layer_norm.__module__ == "profiling.official_baseline"
         assert vae.conv3d.__module__ == vae.rms_norm_silu.__module__ == "profiling.official_baseline"
         assert vae.Upsample._double.__module__ == "profiling.official_baseline"
     assert vae.Upsample._double.__module__ == "model.vae"
-    assert dit.chunk_attention.__module__ == "kernels.chunk_attention"
+    assert block.chunk_attention.__module__ == "kernels.chunk_attention"
 
 
 @torch.inference_mode()

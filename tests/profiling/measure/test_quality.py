@@ -17,7 +17,8 @@ from model.distill.face import draw_identity, render
 from model.distill.reader import load_reader
 from model.distill.takes import LIVELINESS
 from model.distill.teacher import GUIDANCE, teacher_models
-from model.dit import DiT, rope_table
+from model.dit import DiT
+from model.rope import rope_table
 from profiling.__main__ import main
 from profiling.formats import load
 from profiling.measure import quality

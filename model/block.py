@@ -1,0 +1,266 @@
+"""One block of the student: self-attention, attention to text and image, attention to audio, and the feed-forward.
+
+Matrix products are in the parameters' dtype or in 8 bits (model/linear.py); norms, rotation, modulation and gated
+residuals are in float32. There is no batch axis: x [S, D] are the tokens of one chunk.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
+from kernels.chunk_attention import chunk_attention
+from kernels.chunk_attention_fp8 import chunk_attention_fp8
+from kernels.frame_attention import frame_attention
+from kernels.layer_norm import layer_norm
+from kernels.rms_norm_rope import rms_norm_rope, rms_norm_rope_fp8
+from kernels.text_image_attention import text_image_attention
+from model.config import DiTConfig
+from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
+from model.parallel.tokens import FP8Operands, TokenSplit
+from model.rope import audio_rope, rotate
+
+
+class ContextKV(NamedTuple):
+    """Keys and values of the text and image attention of all blocks, each [block, key, head, head_dim].
+
+    `num_text_tokens` int32 [1]: the text keys from this one on are padding. They are all equal, and are computed as one
+    key with a weight.
+    """
+
+    text_k: Tensor
+    text_v: Tensor
+    image_k: Tensor
+    image_v: Tensor
+    num_text_tokens: Tensor
+
+
+class AudioKV(NamedTuple):
+    """Keys and values of the audio attention of all blocks, each [block, latent frame, key, head, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+
+def speaker_positions(
+    q: Tensor, k: Tensor, masks: Tensor, config: DiTConfig, split: TokenSplit | None = None
+) -> Tensor:
+    """Position of each token on the audio position axis, float32 [S]: near speaker 1, near speaker 2, or in the middle.
+
+    q and k [S, head, head_dim] are the rotated queries and keys of self-attention; masks [3, n] are over the n tokens
+    of latent frame 0. A token's affinity to a region is the softmax weight that it gives to the region's keys in frame
+    0, averaged over heads and divided by the number of the region's tokens. The region with the largest affinity is
+    chosen. A speaker's affinity, rescaled to 0..1 by its range over all tokens, becomes a position in the interval at
+    that speaker's end of the axis. The background is at the middle of the axis. With `split`, q, k and the result are
+    of this rank's tokens.
+    """
+    first = k[: masks.shape[1]] if split is None else split.gather_first(k, masks.shape[1])
+    # The official code averages over two halves of floor(heads / 2) heads, so an odd number leaves out the last head.
+    heads = 2 * (q.shape[1] // 2)
+    affinity = torch.zeros(q.shape[0], 3, device=q.device)
+    for h in range(heads):
+        weights = (q[:, h].float() @ first[:, h].float().T / math.sqrt(q.shape[2])).softmax(-1)
+        affinity += weights @ masks.T / heads
+    affinity = affinity / masks.sum(1)
+    speakers = affinity[:, :2]
+    low, high = (speakers.amin(0), speakers.amax(0)) if split is None else split.extremes(speakers)
+    offsets = torch.tensor([0.0, config.class_range - config.class_interval], device=q.device)
+    positions = (speakers - low) / (high - low + 1e-8) * config.class_interval + offsets
+    background = torch.full_like(positions[:, :1], config.class_range / 2)
+    return torch.cat((positions, background), 1).gather(1, affinity.argmax(1, keepdim=True))[:, 0]
+
+
+class SelfAttention(nn.Module):
+    """Full self-attention among the tokens of a chunk. q and k are RMS-normalised over all channels, then rotated."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        self.qkv, self.o = Linear(config.dim, 3 * config.dim), Linear(config.dim, config.dim)
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+        self.k_scale: Tensor | None = None  # scale of FP8 keys; None: attention in the parameters' dtype
+
+    def forward(
+        self,
+        h: Tensor | QuantizedRows,
+        x: Tensor,
+        gate: Tensor,
+        rope: Tensor,
+        two_speakers: bool,
+        split: TokenSplit | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Self-attention with gated residual; returns x + gate * output [n, D], rotated q and k [S, head, head_dim].
+
+        h [S, D] are the normalised tokens; x [n, D] is the residual stream of the last n tokens, the only ones with
+        queries. In FP8, q and k are dequantised only for two speakers, who need them for `speaker_positions`. With
+        `split`, the tokens are this rank's, n = S, and they attend to those of all ranks.
+        """
+        q, k, v = self.qkv(h).unflatten(1, (3, self.heads, -1)).unbind(1)
+        kv_only = len(q) - len(x)
+        q_weight, k_weight = self.norm_q.weight, self.norm_k.weight
+        if self.k_scale is None:
+            q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
+            attended = chunk_attention(q[kv_only:], k, v) if split is None else split.attend(q, k, v)
+        else:
+            statistics = None if split is None else split.kv_statistics(k, v, k_weight, rope, self.eps)
+            operands = rms_norm_rope_fp8(q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps, statistics)
+            q, q_scale, k, k_scale, v, v_scale = operands
+            if split is None:
+                attended = chunk_attention_fp8(q[kv_only:], q_scale[kv_only:], k, k_scale, v, v_scale, dtype=x.dtype)
+            else:
+                attended = split.attend_fp8(FP8Operands(*operands), x.dtype)
+            if two_speakers:
+                q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
+        return self.o(attended.flatten(1), gate=gate, residual=x), q, k
+
+
+class CrossAttention(nn.Module):
+    """Attention to text and to image: one query, two separate softmaxes, their results added before the projection."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.o = (Linear(config.dim, config.dim) for _ in range(2))
+        self.kv, self.kv_img = (Linear(config.dim, 2 * config.dim) for _ in range(2))
+        self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
+
+    def context_modules(self) -> dict[str, nn.Module]:
+        """The modules that only `embed` uses."""
+        return {name: getattr(self, name) for name in ("kv", "kv_img", "norm_k", "norm_k_img")}
+
+    def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of text and image in this block, each [key, head, head_dim].
+
+        text [text_len, D] and image [img_tokens, D] are embedded features.
+        """
+        (text_k, text_v), (image_k, image_v) = self.kv(text).chunk(2, 1), self.kv_img(image).chunk(2, 1)
+        kv = (self.norm_k(text_k), text_v, self.norm_k_img(image_k), image_v)
+        text_k, text_v, image_k, image_v = (x.unflatten(-1, (self.heads, -1)) for x in kv)
+        return text_k, text_v, image_k, image_v
+
+    def forward(self, h: Tensor | QuantizedRows, x: Tensor, context: ContextKV) -> Tensor:
+        """h and x [S, D] -> x + output [S, D]. The text's padding is attended to as well, as in training."""
+        q = self.norm_q(self.q(h)).unflatten(-1, (self.heads, -1))
+        return self.o(text_image_attention(q, *context).flatten(1), residual=x)
+
+
+class AudioAttention(nn.Module):
+    """Attention of each latent frame's tokens to its audio tokens; no norm, and rotation only for two speakers."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.q_linear, self.proj = Linear(config.dim, config.dim), Linear(config.dim, config.dim)
+        self.kv_linear = nn.Linear(config.output_dim, 2 * config.dim)
+
+    def embed(self, tokens: Tensor) -> AudioKV:
+        """Keys and values [frame, speaker x context_tokens, head, head_dim] of audio tokens.
+
+        tokens [speaker, frame, context_tokens, output_dim]. The keys of two speakers are rotated to the middle of the
+        speaker's interval on the audio position axis.
+        """
+        config, speakers, per_speaker = self.config, tokens.shape[0], tokens.shape[2]
+        tokens = rearrange(tokens, "p f n c -> f (p n) c")
+        k, v = self.kv_linear(tokens).unflatten(-1, (2, config.num_heads, -1)).unbind(-3)
+        if speakers == 2:
+            center = config.class_interval / 2
+            centers = torch.tensor([center, config.class_range - center], device=k.device)
+            k = rotate(k, audio_rope(centers.repeat_interleave(per_speaker), config.head_dim))
+        return AudioKV(k, v)
+
+    def forward(
+        self, h: Tensor, x: Tensor, audio: AudioKV, tokens_per_frame: int, first_token: int, positions: Tensor | None
+    ) -> Tensor:
+        """h and x [n, D] -> x + output [n, D].
+
+        Args:
+            h: normalised tokens, never quantised.
+            x: the residual stream.
+            audio: keys and values of this block.
+            tokens_per_frame: tokens of one latent frame.
+            first_token: index of the first of the n tokens in the chunk.
+            positions: with two speakers, the tokens' positions [n] on the audio position axis; None with one speaker.
+
+        With one speaker, the query and output projections are absorbed into keys and values (the weight absorption of
+        DeepSeek's MLA). This takes a third of the operations and is exact but for rounding. The projections' weights
+        may be e4m3.
+        """
+        k, v = audio
+        before, after = self.q_linear, self.proj
+        if positions is None:
+            scales = (layer.weight_scale if layer.fp8 else None for layer in (before, after))
+            keys, bias, values = absorb_audio_projections(k, v, before.weight, before.bias, after.weight, *scales)
+            # One expression, which frees the attention's output before the last addition.
+            return x + (
+                absorbed_audio_attention(h, keys, bias, values, k.shape[1], tokens_per_frame, first_token) + after.bias
+            )
+        q = before(h).unflatten(-1, (self.config.num_heads, -1))
+        q = rotate(q, audio_rope(positions, self.config.head_dim))
+        return after(frame_attention(q, k, v, tokens_per_frame, first_token).flatten(1), residual=x)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-GELU between them. In FP8, the hidden activations are e4m3 as well."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.up, self.down = Linear(config.dim, config.ffn_dim), Linear(config.ffn_dim, config.dim)
+
+    def forward(self, h: Tensor | QuantizedRows, x: Tensor, gate: Tensor) -> Tensor:
+        """h and x [S, D] -> x + gate * output [S, D]."""
+        if isinstance(h, QuantizedRows) and self.up.fp8 and self.down.fp8:
+            hidden = self.up.forward_quantized(h, gelu=True)
+        else:
+            hidden = self.up(h, gelu=True)
+        return self.down(hidden, gate=gate, residual=x)
+
+
+class Block(nn.Module):
+    """Self-attention, text and image attention, audio attention, feed-forward.
+
+    Self-attention and feed-forward are modulated and gated.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm_x = nn.LayerNorm(config.dim, config.eps)
+        self.audio_cross_attn = AudioAttention(config)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        context: ContextKV,
+        audio: AudioKV,
+        masks: Tensor | None,
+        kv_only_tokens: int = 0,
+        split: TokenSplit | None = None,
+    ) -> Tensor:
+        """x [S, D] -> [S - kv_only_tokens, D].
+
+        `modulation` [6, D], `context` and `audio` are those of this block. The first `kv_only_tokens` tokens serve only
+        as keys and values of self-attention and are left out of the output. With `split`, the tokens are this rank's
+        and the audio is that of the frames that they belong to.
+        """
+        eps, first_token, tokens_per_frame = self.config.eps, kv_only_tokens, len(x) // len(audio.k)
+        if split is not None:
+            tokens_per_frame = split.tokens_per_frame
+            first_token = split.start - split.frames.start * tokens_per_frame
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        h = norm_modulate_for_linear(x, shift1, scale1, eps, self.self_attn.qkv)
+        x, q, k = self.self_attn(h, x[kv_only_tokens:], gate1, rope, masks is not None, split)
+        x = self.cross_attn(norm_for_linear(x, self.norm3, self.cross_attn.q), x, context)
+        positions = None if masks is None else speaker_positions(q, k, masks, self.config, split)[kv_only_tokens:]
+        h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
+        x = self.audio_cross_attn(h, x, audio, tokens_per_frame, first_token, positions)
+        return self.ffn(norm_modulate_for_linear(x, shift2, scale2, eps, self.ffn.up), x, gate2)
