@@ -306,16 +306,20 @@ def serve(
     quiet: QuietOption = False,
     config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
 ) -> None:
-    """Serves live sessions: a page to talk to, an HTTP and WebSocket API, WebRTC. Ends at Ctrl-C or SIGTERM."""
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("serve does not run under torchrun yet; start it alone, on one GPU")
+    """Serves live sessions: a page to talk to, an HTTP and WebSocket API, WebRTC. Ends at Ctrl-C or SIGTERM.
+
+    Started by torchrun, several GPUs generate one session together, which rank 0 serves.
+    """
     _keep_memory()
+    quiet = quiet or not _leads()
     with stage("starting", quiet):
         try:
             from streaming.serve.server import Settings, run, warm
         except ModuleNotFoundError as error:
             raise UserError(f"serve needs the package {error.name}: pip install 'flashtalk-triton[live]'") from error
         from streaming.pipeline import TalkingHeadPipeline
+        from streaming.ranks import check_sessions
+    check_sessions(sessions, int(os.environ.get("WORLD_SIZE", 1)))
     settings = Settings.checked(
         host=host,
         port=port,
@@ -344,12 +348,19 @@ def serve(
             )
             for _ in range(sessions)
         ]
-    with stage("generating a first chunk", quiet):
-        for pipeline in pipelines:
-            warm(pipeline)
-    if checkpoint is None:
-        print(_limits_of(str(pipelines[0].settings["preset"])), file=sys.stderr)
-    run(pipelines, settings)
+    first = pipelines[0]
+    if first.follows:
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all; rank 0 decides when it is over
+            signal.signal(number, signal.SIG_IGN)
+        first.follow()
+        return
+    with first.leading():
+        with stage("generating a first chunk", quiet):
+            for pipeline in pipelines:
+                warm(pipeline)
+        if checkpoint is None:
+            print(_limits_of(str(first.settings["preset"])), file=sys.stderr)
+        run(pipelines, settings)
 
 
 @app.command(epilog="Example: python -m streaming cluster --replicas 2 --snapshots /shared/sessions")
@@ -369,8 +380,12 @@ def cluster(
             min=1, max=64, help="Sessions of a replica at once. Each has networks of its own, and needs their memory."
         ),
     ] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes of a replica that generate its one session together, each with a GPU.")
+    ] = 1,
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of a replica, such as 0.5. Default: 1 where there are any.")
+        float | None,
+        typer.Option(min=0, help="GPUs of a replica, such as 0.5. Default: one for each rank where there are any."),
     ] = None,
     cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray counts for a replica.")] = 1,
     ray: Annotated[
@@ -412,6 +427,8 @@ def cluster(
             ) from error
         from streaming.cluster.scaling import Size
         from streaming.pipeline import TalkingHeadPipeline
+        from streaming.ranks import check_sessions
+    check_sessions(sessions, ranks)
     most = max_replicas or replicas
     if most < replicas:
         raise UserError(f"--max-replicas {most} is less than --replicas {replicas}")
@@ -442,7 +459,7 @@ def cluster(
     )
     if replicas and ray is None:
         load(lazy=True)  # a mistake is found here, before many processes find it
-    run(load, Size(replicas, most, sessions, gpus, cpus), settings, ray, overcommit)
+    run(load, Size(replicas, most, sessions, ranks, gpus, cpus), settings, ray, overcommit)
 
 
 def _in_words(event: Any) -> str:

@@ -16,6 +16,7 @@ seconds: where all ranks stand still together, as on a machine that is busy or w
 import atexit
 import os
 import platform
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
@@ -164,6 +165,15 @@ def join(device_type: str) -> RankGroup | None:
     return group
 
 
+def environments(world: int) -> list[dict[str, str]]:
+    """The variables that torchrun would set for each of so many ranks on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
 _joined: dict[int, RankGroup] = {}  # by process: torch.distributed has one default group in each
 
 
@@ -181,6 +191,12 @@ def noticing_losses() -> Iterator[None]:
 
 
 _SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "gloo/transport", "NCCL error", "Broken pipe")
+
+
+def check_sessions(sessions: int, ranks: int) -> None:
+    """Raises `UserError` if so many ranks cannot have so many sessions at once: one, if there are several ranks."""
+    if ranks > 1 and sessions > 1:
+        raise UserError(f"--sessions {sessions}: {ranks} ranks generate one session together; name 1")
 
 
 def facts_of_machine() -> dict[str, str]:

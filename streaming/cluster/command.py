@@ -59,8 +59,9 @@ def _connect(address: str | None, size: Size) -> Size:
         ray.init(address or "local", logging_level=logging.WARNING, **options)
     except ConnectionError as error:
         raise UserError(f"--ray {address}: no Ray cluster answers there") from error
-    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if size.gpus is None else size.gpus
-    return replace(size, gpus=gpus)
+    if size.gpus is None:
+        size = replace(size, gpus=float(size.ranks) if ray.cluster_resources().get("GPU") else 0.0)
+    return size
 
 
 def _own_address() -> str:

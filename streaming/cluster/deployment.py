@@ -5,8 +5,8 @@ Ray carries no request and no frame: a replica has a port of its own.
 
 import asyncio
 import os
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,23 +18,27 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy  # pyright: ig
 from ray.util import get_node_ip_address  # pyright: ignore[reportMissingImports]
 
 from model.errors import UserError
+from streaming.cluster.group import leading
 from streaming.cluster.replica import Replica
 from streaming.cluster.scaling import Size, by_sessions
+from streaming.pipeline import TalkingHeadPipeline
+from streaming.ranks import check_sessions
 from streaming.serve.access import is_loopback
 from streaming.serve.server import Settings, log_to_stderr, warm
-from streaming.serve.sessions import Pipeline
+
+Load = Callable[[], TalkingHeadPipeline]  # with networks, on a machine of a replica
 
 
 class Worker:
     """What Ray Serve starts on a machine: networks and their server."""
 
-    async def __init__(self, load: Callable[[], Pipeline], sessions: int, settings: Settings, front: str) -> None:
+    async def __init__(self, load: Load, size: Size, settings: Settings, front: str) -> None:
         """Loads the networks, and serves once they are warm."""
         log_to_stderr(settings.log_json)
-        pipelines = await asyncio.to_thread(_loaded, load, sessions)
+        self._stack = AsyncExitStack()
+        pipelines = await asyncio.to_thread(self._stack.enter_context, _loaded(load, size))
         host = settings.host if is_loopback(settings.host) else get_node_ip_address()
         self._replica = Replica(pipelines, replace(settings, host=host, port=0), front)
-        self._stack = AsyncExitStack()
         await self._stack.enter_async_context(self._replica.running())
         self._client = await self._stack.enter_async_context(aiohttp.ClientSession())
 
@@ -53,14 +57,20 @@ class Worker:
         await self._stack.aclose()
 
 
-def _loaded(load: Callable[[], Pipeline], count: int) -> list[Pipeline]:
-    pipelines = [load() for _ in range(count)]
-    for pipeline in pipelines:
-        warm(pipeline)
-    return pipelines
+@contextmanager
+def _loaded(load: Load, size: Size) -> Iterator[list[TalkingHeadPipeline]]:
+    """A pipeline for each session, warm; with several ranks, those follow while the body runs."""
+    with ExitStack() as stack:
+        if size.ranks > 1:
+            pipelines = [stack.enter_context(leading(load, size.ranks))]
+        else:
+            pipelines = [load() for _ in range(size.sessions)]
+        for pipeline in pipelines:
+            warm(pipeline)
+        yield pipelines
 
 
-def application(load: Callable[[], Pipeline], size: Size, settings: Settings, front: str) -> serve.Application:
+def application(load: Load, size: Size, settings: Settings, front: str) -> serve.Application:
     """What Ray Serve is to run.
 
     Args:
@@ -86,15 +96,16 @@ def application(load: Callable[[], Pipeline], size: Size, settings: Settings, fr
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=2 * settings.limits.drain,
     )
-    return deployment(Worker).bind(load, size.sessions, settings, front)
+    return deployment(Worker).bind(load, size, settings, front)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """`application` from the `args` of a configuration file of Ray Serve, such as that of a RayService.
 
     They are `front`, `snapshots`, and as options of the command have them: `replicas`, `max_replicas`, `sessions`,
-    `gpus`, `cpus`, `limits`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has arguments of
-    `TalkingHeadPipeline.from_pretrained`. The token is $FLASHTALK_TOKEN. Raises `UserError` for any other name.
+    `ranks`, `gpus`, `cpus`, `limits`, `viewers`, `idle`, `portraits`, `origins`, `ice_servers`. `pipeline` has
+    arguments of `TalkingHeadPipeline.from_pretrained`. The token is $FLASHTALK_TOKEN. Raises `UserError` for any other
+    name.
     """
     given = _DEFAULTS | arguments
     if unknown := [*(given.keys() - _DEFAULTS.keys()), *(name for name in ("front", "snapshots") if not given[name])]:
@@ -112,18 +123,16 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         log_json=True,
         environment=os.environ,
     )
-    replicas = given["replicas"]
-    size = Size(replicas, given["max_replicas"] or replicas, given["sessions"], given["gpus"], given["cpus"])
-    return application(partial(_from_pretrained, given["pipeline"]), size, settings, given["front"])
+    replicas, ranks = given["replicas"], given["ranks"]
+    check_sessions(given["sessions"], ranks)
+    gpus = float(ranks) if given["gpus"] is None else given["gpus"]
+    size = Size(replicas, given["max_replicas"] or replicas, given["sessions"], ranks, gpus, given["cpus"])
+    load = partial(TalkingHeadPipeline.from_pretrained, **given["pipeline"])
+    return application(load, size, settings, given["front"])
 
 
 _DEFAULTS: dict[str, Any] = {
-    "front": None, "snapshots": None, "replicas": 1, "max_replicas": None, "sessions": 1, "gpus": 1.0, "cpus": 1.0,
-    "limits": None, "viewers": None, "idle": None, "portraits": None, "origins": (), "ice_servers": (), "pipeline": {},
+    "front": None, "snapshots": None, "replicas": 1, "max_replicas": None, "sessions": 1, "ranks": 1,
+    "gpus": None, "cpus": 1.0, "limits": None, "viewers": None, "idle": None, "portraits": None, "origins": (),
+    "ice_servers": (), "pipeline": {},
 }  # fmt: skip
-
-
-def _from_pretrained(options: dict[str, Any]) -> Pipeline:
-    from streaming.pipeline import TalkingHeadPipeline
-
-    return TalkingHeadPipeline.from_pretrained(**options)

@@ -18,13 +18,15 @@ class Size:
     Attributes:
         replicas, most: replicas at least and at most.
         sessions: of each, which has as many copies of the networks.
-        gpus, cpus: of each, in Ray's count; gpus None: 1 where there are any.
+        ranks: processes of each that generate its one session together, each with a GPU.
+        gpus, cpus: of each, in Ray's count; gpus None: one for each rank where there are any.
         idle: seconds for which fewer replicas would do before one ends.
     """
 
     replicas: int
     most: int
     sessions: int
+    ranks: int
     gpus: float | None
     cpus: float
     idle: float = 600.0

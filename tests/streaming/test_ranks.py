@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from model.parallel.ranks import ulysses_degree
-from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, noticing_losses
+from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, environments, noticing_losses
 from tests.model.parallel.jobs import CONFIGS
 from tests.processes import Interpreter, Process
 from tests.ranks import MAX_WORLD, RankPool, rank_pool
@@ -128,18 +127,11 @@ def test_only_losses_are_told_as_such() -> None:
 
 def start(python: Interpreter, world: int, out: str, sound: Path, *options: tuple[str, ...]) -> list[Process]:
     """The ranks of a run, as torchrun starts them; options[i] are of rank i."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = ["-m", "streaming", "run", "--image", "examples/portraits/amara.jpg", "--audio", sound, "--out", out]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        python.start(
-            *command, "--size", "64x64", *(options[rank] if options else ()),
-            environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+        python.start(*command, "--size", "64x64", *(options[rank] if options else ()), environment=environment)
+        for rank, environment in enumerate(environments(world))
+    ]
 
 
 def sound_of(path: Path, seconds: float) -> Path:

@@ -3,7 +3,6 @@
 import json
 import logging
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import pytest
 
 from model.config import PRESETS
 from model.errors import UserError
-from streaming.__main__ import main
+from streaming.ranks import environments
 from streaming.serve.limits import Limits
 from streaming.serve.server import JsonLines, Settings
 from tests.processes import Interpreter, Process
+from tests.streaming import command
 from tests.streaming.live.stage import LETTERS
 from tests.streaming.serve.kit import bearing, form, run
 
@@ -98,15 +98,15 @@ def test_an_open_server_without_a_token_does_not_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("FLASHTALK_TOKEN", raising=False)
-    monkeypatch.setattr(sys, "argv", ["streaming", "serve", "--host", "0.0.0.0"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        assert main() == 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert command.call(monkeypatch, "serve", "--host", "0.0.0.0") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "set $FLASHTALK_TOKEN" in line
+
+
+def test_ranks_serve_one_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command.call(monkeypatch, "serve", "--sessions", "3", "--quiet") == 2
+    assert capsys.readouterr().err == "error: --sessions 3: 2 ranks generate one session together; name 1\n"
 
 
 def test_a_log_line_is_json() -> None:
@@ -117,24 +117,35 @@ def test_a_log_line_is_json() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_process_serves_until_sigterm_and_another_goes_on(
-    python: Interpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    python: Interpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
+    """With two ranks, they are started as torchrun does it, which sends a signal to both."""
     monkeypatch.setitem(PRESETS, LETTERS.name, LETTERS)
     program = (
         "import sys; from model.config import PRESETS; from tests.streaming.live.stage import LETTERS;"
         "PRESETS[LETTERS.name] = LETTERS; from streaming.__main__ import console; console()"
     )
-    command = [
+    arguments = [
         "-c", program, "serve", "--preset", "letters", "--random-weights", "--device", "cpu", "--steps",
         "1", "--port", "0", "--snapshots", str(tmp_path), "--log-json", "--quiet",
     ]  # fmt: skip
 
-    def started() -> tuple[Process, str]:
-        process = python.start(*command, environment={"FLASHTALK_TOKEN": "secret"})
-        line = process.stdout.readline()
-        assert "#token=secret" in line, process.stderr.read()
-        return process, line.split()[-1].split("/#")[0]
+    def started() -> tuple[list[Process], str]:
+        common = {"FLASHTALK_TOKEN": "secret"}
+        ranks = [python.start(*arguments, environment=common | one) for one in environments(world)]
+        line = ranks[0].stdout.readline()
+        assert "#token=secret" in line, ranks[0].stderr.read()
+        return ranks, line.split()[-1].split("/#")[0]
+
+    def end(ranks: list[Process]) -> str:
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        outputs = [process.communicate() for process in ranks]
+        assert [process.returncode for process in ranks] == [0] * world, outputs
+        assert all(output == ("", "") for output in outputs[1:])
+        return outputs[0][1]
 
     async def begin(url: str) -> dict[str, Any]:
         async with aiohttp.ClientSession(url) as client:
@@ -151,16 +162,13 @@ def test_a_process_serves_until_sigterm_and_another_goes_on(
             assert response.status == 201, await response.text()
             return await response.json()
 
-    process, url = started()
+    ranks, url = started()
     facts = run(begin(url))
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate()
-    assert process.returncode == 0, log
+    log = end(ranks)
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert any(line["message"].endswith("ends: draining") for line in lines), log
-    process, url = started()
+    ranks, url = started()
     try:
         assert run(resume(url, facts))["position"] > 0
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
+        end(ranks)
