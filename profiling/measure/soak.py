@@ -35,7 +35,7 @@ SPEEDS = (3.0, 10.0, 100.0)  # times faster than real time, as voice agents send
 POINTS = 150  # of each track in the results
 WARM = 60.0  # seconds that memory may take to settle, or a tenth of a short run
 Size = tuple[int, int] | Literal["auto"] | None
-LATENCIES = ("sound_to_frame", "silence_to_speech", "interrupt_to_speech", "begun_to_decoded", "chunk")
+LATENCIES = ("latency", "sound_to_frame", "silence_to_speech", "interrupt_to_speech", "begun_to_decoded", "chunk")
 
 
 class Speaker:

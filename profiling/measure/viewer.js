@@ -6,6 +6,7 @@
   const WINDOW = 96, HOP = 48; // samples over which the mark's tone is measured, and from one to the next
   const PERIOD = 4; // samples of a period of the mark, at 48 kHz
   const LOUD = 0.015, LEAST = 12; // amplitude of a mark, and windows that it lasts at least
+  const RENEW = 50; // looks after which a stream is taken anew
 
   const peers = [];
   window.RTCPeerConnection = class extends window.RTCPeerConnection {
@@ -41,13 +42,19 @@
   function watchSound(video) {
     const audio = new AudioContext({sampleRate: 48000}), analyser = audio.createAnalyser();
     const stream = video.srcObject;
-    const source = stream ? audio.createMediaStreamSource(stream) : audio.createMediaElementSource(video);
+    let source = stream ? audio.createMediaStreamSource(stream) : audio.createMediaElementSource(video);
     source.connect(analyser);
     if (!stream) analyser.connect(audio.destination); // the element itself is silent then
     analyser.fftSize = 16384;
     const wave = new Float32Array(analyser.fftSize);
     let heard = 0, lasts = 0; // context time up to which the sound was looked at; windows of the mark so far
+    let looks = 0;
     setInterval(() => {
+      if (stream && ++looks % RENEW === 0) { // what waits between a stream and Web Audio grows and never shrinks
+        source.disconnect();
+        source = audio.createMediaStreamSource(stream);
+        source.connect(analyser);
+      }
       analyser.getFloatTimeDomainData(wave);
       const {contextTime, performanceTime} = audio.getOutputTimestamp(), now = audio.currentTime;
       const begin = now - wave.length / 48000;

@@ -31,7 +31,7 @@ from profiling.results import Run, as_json_text, now, save, to_json
 from profiling.soak import STALL, Spread, Visit, visit_lines
 
 BLOCK = 8  # pixels of the numbers' blocks: 32 x 32 of the picture
-AFTER_INTERRUPTION = 2.0  # seconds after one in which a picture may stand still
+ARRIVES = 0.5  # seconds from a click until the last picture before the interruption is shown, at most
 PATIENCE = 30_000  # ms until a page that does not answer ends the visit
 SERVER = "from profiling.measure.visit import serve_stamped; serve_stamped()"
 TOKEN = "token-of-a-visit"
@@ -180,10 +180,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def standstills(frames: Sequence[tuple[float, int]], interrupts: Sequence[float]) -> tuple[list[float], list[float]]:
-    """For how long each picture stood still until another came: of its own, and after an interruption."""
+    """For how long each picture stood still until another came: of its own, and because of an interruption."""
     alone, after = [0.0], [0.0]
     for (begin, _), (end, _) in pairwise(first_sights(frames)):
-        interrupted = any(begin - 0.2 < at < end for at in interrupts)
+        interrupted = any(begin - ARRIVES < at < end for at in interrupts)
         (after if interrupted else alone).append(end - begin)
     return alone, after
 

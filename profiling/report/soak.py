@@ -29,6 +29,7 @@ VISIT_TRACKS = {
 SHOWN = {  # latencies that are drawn
     "silence_to_speech": "silence to speech",
     "interrupt_to_speech": "interruption to speech",
+    "latency": "sound that could be heard to its frame",
     "sound_to_frame": "sound in to frame out",
     "begun_to_decoded": "chunk begun to first frame",
     "chunk": "a whole chunk",

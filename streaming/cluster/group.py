@@ -72,5 +72,6 @@ def follow() -> None:
 
 
 def _end_with_rank_0() -> None:
-    sys.stdin.buffer.read()  # until rank 0 closes it, which the system does for one that was killed
+    while os.read(0, 1):  # returns nothing once rank 0 has closed it, which the system does for one that was killed
+        pass
     os._exit(EXIT_LOST)

@@ -1,5 +1,7 @@
 """What is told of a session's playback: its state, the beginning and end of each segment, latencies."""
 
+import math
+
 from model.config import ChunkConfig
 from streaming.live.states import Cause, State, next_state
 from streaming.live.stats import Stats
@@ -20,6 +22,7 @@ class Playback:
         self.events: list[Event] = []
         self._voice, self._chunk, self._stats = voice, chunk, stats
         self._interrupted_at: float | None = None  # until speech is shown again
+        self._earliest = -math.inf  # when the last frame of sound could have been heard at the earliest
         self._sent_in_silence: int | None = None  # the segment that had nothing before it to be heard
 
     def change(self, cause: Cause) -> None:
@@ -46,6 +49,9 @@ class Playback:
             self._note_first_frame(sound, now)
         if sound.received is not None:
             self._stats.sound_to_frame.add(now - sound.received)
+            # Sound that came faster than it is heard waits for that before it, which no machine could change.
+            self._earliest = max(sound.received, self._earliest + 1 / self._chunk.tgt_fps)
+            self._stats.latency.add(now - self._earliest)
         segment.shown += 1
         segment.samples += sound.samples
         self.change(Cause.SPEECH_FRAME)

@@ -66,14 +66,15 @@ class Stats:
     """Counts, latencies, and the distance of each chunk to the portrait."""
 
     counts: Counts = field(default_factory=Counts)
-    sound_to_frame: Latency = field(default_factory=Latency)  # of every frame of sound
+    sound_to_frame: Latency = field(default_factory=Latency)  # of every frame of sound, with its time in the queue
+    latency: Latency = field(default_factory=Latency)  # the same from when the sound could be heard at the earliest
     silence_to_speech: Latency = field(default_factory=Latency)  # of a segment's first frame, sent in silence
     interrupt_to_speech: Latency = field(default_factory=Latency)  # the same after an interruption, from the later one
     begun_to_decoded: Latency = field(default_factory=Latency)  # of each chunk's first frame
     chunk: Latency = field(default_factory=Latency)  # generation of a whole chunk
     distance: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # to the portrait in Lab, each chunk
 
-    LATENCIES = ("sound_to_frame", "silence_to_speech", "interrupt_to_speech", "begun_to_decoded", "chunk")
+    LATENCIES = ("latency", "sound_to_frame", "silence_to_speech", "interrupt_to_speech", "begun_to_decoded", "chunk")
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON values."""

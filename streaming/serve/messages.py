@@ -132,7 +132,7 @@ class StatsMessage(Struct, tag="stats"):
     state: str
     position: int  # index of the next moment
     fps: float  # moments a second, of the last seconds
-    latency_p50: float | None  # seconds from sound in to frame out
+    latency_p50: float | None  # seconds from when sound could be heard at the earliest to its frame
     latency_p95: float | None
     queue: float  # seconds of sound that wait
     made: float  # seconds of video that wait

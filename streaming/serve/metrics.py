@@ -26,6 +26,7 @@ COUNTED = {  # of `LiveSession.stats`: metric, what it counts
 }
 MEASURED = {  # histograms
     "sound_to_frame": ("flashtalk_sound_to_frame_seconds", "From sound in to its frame out"),
+    "latency": ("flashtalk_latency_seconds", "The same, without the time in which sound before it is heard"),
     "silence_to_speech": ("flashtalk_silence_to_speech_seconds", "From a segment's first sound to its first frame"),
     "interrupt_to_speech": ("flashtalk_interrupt_to_speech_seconds", "The same after an interruption"),
     "begun_to_decoded": ("flashtalk_first_frame_seconds", "From a chunk's beginning to its first frame"),

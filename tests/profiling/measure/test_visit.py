@@ -10,7 +10,8 @@ import pytest
 from model.errors import UserError
 from profiling.formats import load
 from profiling.measure import visit
-from profiling.measure.viewer import chromium_path
+from profiling.measure.viewer import NUMBERS, chromium_path
+from profiling.soak import Spread
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,25 @@ def test_a_server_that_ends_in_between_says_why(monkeypatch: pytest.MonkeyPatch,
 
     with pytest.raises(UserError, match="--port 1"):
         look()
+
+
+def test_standstills_of_their_own_and_those_of_interruptions() -> None:
+    frames = [(10.0, 1), (10.04, 2), (10.7, 3), (10.74, 3), (10.78, 4), (19.7, 5), (20.04, 6), (20.9, 7)]
+    alone, after = visit.standstills(frames, [9.8, 19.8])
+    assert max(alone) == pytest.approx(8.92), "a number that is shown twice is one picture"
+    assert sorted(after)[-3:] == pytest.approx([0.34, 0.66, 0.86]), "the last picture before it was on its way"
+    assert visit.standstills([], []) == ([0.0], [0.0])
+
+
+def test_numbers_that_begin_anew_count_on() -> None:
+    last = NUMBERS - 1
+    assert visit.unwrapped([last - 1, last, 0, last, 1]) == [last - 1, last, last + 1, last, last + 2]
+    assert visit.unwrapped([]) == []
+
+
+def test_a_spread_regards_no_sign() -> None:
+    assert visit.spread([-0.03, 0.01, 0.02]) == Spread(3, 0.02, pytest.approx(0.029), 0.03)
+    assert visit.spread([]) == Spread(0, None, None, None)
 
 
 @pytest.mark.slow

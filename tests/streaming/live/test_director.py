@@ -68,6 +68,8 @@ def test_speech_cuts_the_silence_that_was_made() -> None:
     latency = stage.director.stats.silence_to_speech.summary()["max_s"]
     first = 3 * stage.step + stage.group
     assert latency < 1.12 / 10 + first + stage.step + 0.08 + 2 * FRAME, "a chunk's time, the sending and the margin"
+    assert stage.director.stats.sound_to_frame.longest > 50 * FRAME * 0.9, "the last sound waits for that before it"
+    assert stage.director.stats.latency.longest == pytest.approx(latency), "which no latency is"
     assert stage.director.stats.counts.stalls == 0
     assert stage.director.playback.state == State.IDLE
 
