@@ -212,7 +212,7 @@ def launch_triton(
 ) -> Output:
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
-    pointers = x.is_cuda and not _pipelines_descriptors(gpu_of(x.device))
+    pointers = x.is_cuda and not pipelines_descriptors(gpu_of(x.device))
     parameters: dict[str, Any] = {
         "GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers), **(config or _default_config(x.dtype, k, pointers))
     }  # fmt: skip
@@ -232,7 +232,7 @@ def launch_triton(
     return y, y_scale
 
 
-def _pipelines_descriptors(gpu: GPU) -> bool:
+def pipelines_descriptors(gpu: GPU) -> bool:
     """Whether Triton overlaps loads by descriptors with products: on Hopper and on Blackwell for data centres."""
     return gpu.capability.split(".")[0] in ("9", "10")
 
