@@ -97,6 +97,15 @@ def test_what_keys_and_values_have_in_common_costs_nothing():
     assert 0 < errors[1] < 1.1 * errors[0]
 
 
+@pytest.mark.parametrize(("common", "low", "high"), [(0.0, 4e-2, 6e-2), (3.0, 1e-3, 1e-2)])
+def test_the_error_is_that_of_what_keys_and_values_do_not_share(common: float, low: float, high: float):
+    """5 % of the output if they share nothing."""
+    x = layer(200, 200, 0, 128, 32, common=common)
+    for name in ("residual", "out_bias"):
+        x[name].zero_()
+    assert low < error(in_e4m3(x, 200), exact(x, 200)) < high
+
+
 def test_absorbed_values_are_rounded_once():
     """By rows, to e4m3, after the mean over the keys of a head was taken out."""
     x = layer(1, 1, 0, 40, 16)
