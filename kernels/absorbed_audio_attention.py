@@ -28,10 +28,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.common import DTYPE_NAMES, FP8_MAX, check, define_op, to_e4m3
 from kernels.frame_attention import check_frames, frame_kv_ranges
-from kernels.linear import load_tile, pipelines_descriptors
+from kernels.linear import load_tile
 from kernels.linear_epilogue import Epilogue, check_epilogue, store_tile
 from kernels.scheduler import query_tiles_on
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, pipelines_descriptors, tuned_config
 
 # Launch parameters where nothing was tuned. Both products have tiles of BLOCK_M tokens; those of the first one have
 # BLOCK_N columns, which are whole heads, those of the second one OUT_BLOCK_N.
@@ -207,7 +207,7 @@ def dims_of(tokens: int, width: int, heads: int, sizes: Sizes) -> dict[str, int]
 def _by_pointers(z: Tensor, keys: Tensor) -> bool:
     """Whether operands are read by pointers: their rows are not aligned for TMA, or Triton does not pipeline it."""
     aligned = all(length * z.itemsize % 16 == 0 for length in (z.shape[1], keys.shape[1]))
-    return not aligned or (z.is_cuda and not pipelines_descriptors(gpu_of(z.device)))
+    return not aligned or (z.is_cuda and not pipelines_descriptors(z.device))
 
 
 def launch_weights(
