@@ -4,7 +4,10 @@ A function is named after its file, so `kernels.linear` is the function. `import
 the module.
 """
 
-from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
+from kernels.absorb_audio_projections import absorb_audio_projections
+from kernels.absorb_audio_projections_fp8 import absorb_audio_projections_fp8
+from kernels.absorbed_audio_attention import absorbed_audio_attention
+from kernels.absorbed_audio_attention_fp8 import absorbed_audio_attention_fp8
 from kernels.causal_conv3d import causal_conv3d, causal_conv3d_norm, conv3d, quantize_conv_weight
 from kernels.chunk_attention import chunk_attention, chunk_attention_with_lse, merge_attention
 from kernels.chunk_attention_fp8 import chunk_attention_fp8, chunk_attention_fp8_with_lse
@@ -28,7 +31,9 @@ from kernels.text_image_attention import text_image_attention
 
 __all__ = [
     "absorb_audio_projections",
+    "absorb_audio_projections_fp8",
     "absorbed_audio_attention",
+    "absorbed_audio_attention_fp8",
     "causal_conv3d",
     "causal_conv3d_norm",
     "chunk_attention",

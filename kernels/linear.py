@@ -49,7 +49,7 @@ from kernels.linear_epilogue import (
     store_tile,
 )
 from kernels.linear_sm90 import supports
-from kernels.tuning import GPU, LaunchConfig, TunedConfig, gpu_of, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -212,7 +212,7 @@ def launch_triton(
 ) -> Output:
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
-    pointers = x.is_cuda and not _pipelines_descriptors(gpu_of(x.device))
+    pointers = x.is_cuda and not pipelines_descriptors(x.device)
     parameters: dict[str, Any] = {
         "GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers), **(config or _default_config(x.dtype, k, pointers))
     }  # fmt: skip
@@ -230,11 +230,6 @@ def launch_triton(
         **parameters,
     )  # fmt: skip
     return y, y_scale
-
-
-def _pipelines_descriptors(gpu: GPU) -> bool:
-    """Whether Triton overlaps loads by descriptors with products: on Hopper and on Blackwell for data centres."""
-    return gpu.capability.split(".")[0] in ("9", "10")
 
 
 def _default_config(dtype: torch.dtype, k: int, pointers: bool) -> LaunchConfig:

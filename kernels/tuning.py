@@ -97,6 +97,11 @@ def gpu_of(device: torch.device) -> GPU:
     return _assumed.get() or _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def pipelines_descriptors(device: torch.device) -> bool:
+    """Whether Triton overlaps loads by descriptors with products: on Hopper and on Blackwell for data centres."""
+    return gpu_of(device).capability.split(".")[0] in ("9", "10")
+
+
 @cache
 def _gpu(index: int) -> GPU:
     properties = torch.cuda.get_device_properties(index)

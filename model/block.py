@@ -11,11 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.absorbed_audio_attention import absorb_audio_projections, absorbed_audio_attention
+from kernels.absorb_audio_projections import absorb_audio_projections
+from kernels.absorb_audio_projections_fp8 import absorb_audio_projections_fp8
+from kernels.absorbed_audio_attention import Sizes, absorbed_audio_attention
+from kernels.absorbed_audio_attention_fp8 import absorbed_audio_attention_fp8, is_tuned
 from kernels.chunk_attention import chunk_attention
 from kernels.chunk_attention_fp8 import chunk_attention_fp8
 from kernels.frame_attention import frame_attention
-from kernels.layer_norm import layer_norm
+from kernels.layer_norm import layer_norm, layer_norm_fp8
 from kernels.rms_norm_rope import rms_norm_rope, rms_norm_rope_fp8
 from kernels.text_image_attention import text_image_attention
 from model.config import DiTConfig
@@ -43,6 +46,32 @@ class AudioKV(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+class AbsorbedAudio(NamedTuple):
+    """One block's audio keys and values with the layer's projections absorbed into them.
+
+    The results of `kernels.absorb_audio_projections`: G [frame, key of a head, D], g and U^T [frame, D, key of a head].
+    """
+
+    keys: Tensor
+    key_bias: Tensor
+    values: Tensor
+
+
+class AbsorbedAudioFP8(NamedTuple):
+    """`AbsorbedAudio` in e4m3: the results of `kernels.absorb_audio_projections_fp8`."""
+
+    keys: Tensor
+    keys_scale: Tensor
+    key_bias: Tensor
+    values: Tensor
+    values_scale: Tensor
+    value_bias: Tensor
+
+
+Absorbed = AbsorbedAudio | AbsorbedAudioFP8
+Audio = AudioKV | tuple[Absorbed, ...]  # of a chunk and all blocks
 
 
 def speaker_positions(
@@ -171,35 +200,65 @@ class AudioAttention(nn.Module):
             k = rotate(k, audio_rope(centers.repeat_interleave(per_speaker), config.head_dim))
         return AudioKV(k, v)
 
+    def absorb(self, audio: AudioKV, tokens_per_frame: int) -> Absorbed:
+        """The query and output projections absorbed into one speaker's keys and values of this block.
+
+        This is the weight absorption of DeepSeek's MLA. It takes a third of the operations and is exact but for
+        rounding. The projections' weights may be e4m3. If both are, the results are e4m3 where that was measured to be
+        faster.
+        """
+        before, after = self.q_linear, self.proj
+        weights = before.weight, before.bias, after.weight
+        scales = [layer.weight_scale if layer.fp8 else None for layer in (before, after)]
+        if self._absorbs_in_e4m3(len(audio.k), tokens_per_frame):
+            return AbsorbedAudioFP8(*absorb_audio_projections_fp8(*audio, *weights, after.bias, *scales))
+        return AbsorbedAudio(*absorb_audio_projections(*audio, *weights, *scales))
+
+    def absorbed_bytes(self, frames: int, tokens_per_frame: int) -> int:
+        """Bytes of the result of `absorb` for `frames` latent frames."""
+        config, float32 = self.config, 4
+        keys = config.num_heads * config.context_tokens
+        if self._absorbs_in_e4m3(frames, tokens_per_frame):
+            return frames * 2 * (keys * config.dim + float32 * (keys + config.dim))
+        return frames * keys * (2 * config.dim * self.proj.bias.itemsize + float32)
+
+    def _absorbs_in_e4m3(self, frames: int, tokens_per_frame: int) -> bool:
+        config, device = self.config, self.proj.weight.device
+        sizes = Sizes(config.context_tokens, tokens_per_frame)
+        quantised = self.q_linear.fp8 and self.proj.fp8
+        return quantised and is_tuned(frames * tokens_per_frame, config.dim, config.num_heads, sizes, device)
+
     def forward(
-        self, h: Tensor, x: Tensor, audio: AudioKV, tokens_per_frame: int, first_token: int, positions: Tensor | None
+        self,
+        h: Tensor | QuantizedRows,
+        x: Tensor,
+        audio: AudioKV | Absorbed,
+        tokens_per_frame: int,
+        first_token: int,
+        positions: Tensor | None,
     ) -> Tensor:
         """h and x [n, D] -> x + output [n, D].
 
         Args:
-            h: normalised tokens, never quantised.
+            h: normalised tokens, with `AbsorbedAudioFP8` in e4m3.
             x: the residual stream.
-            audio: keys and values of this block.
+            audio: keys and values of this block, absorbed or not.
             tokens_per_frame: tokens of one latent frame.
             first_token: index of the first of the n tokens in the chunk.
             positions: with two speakers, the tokens' positions [n] on the audio position axis; None with one speaker.
-
-        With one speaker, the query and output projections are absorbed into keys and values (the weight absorption of
-        DeepSeek's MLA). This takes a third of the operations and is exact but for rounding. The projections' weights
-        may be e4m3.
+                Queries are rotated by them, so that the projections of two speakers' layers cannot be absorbed.
         """
-        k, v = audio
-        before, after = self.q_linear, self.proj
-        if positions is None:
-            scales = (layer.weight_scale if layer.fp8 else None for layer in (before, after))
-            keys, bias, values = absorb_audio_projections(k, v, before.weight, before.bias, after.weight, *scales)
-            # One expression, which frees the attention's output before the last addition.
-            return x + (
-                absorbed_audio_attention(h, keys, bias, values, k.shape[1], tokens_per_frame, first_token) + after.bias
-            )
-        q = before(h).unflatten(-1, (self.config.num_heads, -1))
-        q = rotate(q, audio_rope(positions, self.config.head_dim))
-        return after(frame_attention(q, k, v, tokens_per_frame, first_token).flatten(1), residual=x)
+        sizes = self.config.context_tokens, tokens_per_frame, first_token
+        if isinstance(audio, AbsorbedAudioFP8):
+            return absorbed_audio_attention_fp8(*h, *audio, *sizes, residual=x, dtype=x.dtype)
+        assert isinstance(h, Tensor)
+        if isinstance(audio, AbsorbedAudio):
+            return absorbed_audio_attention(h, *audio, *sizes, bias=self.proj.bias, residual=x)
+        q = self.q_linear(h).unflatten(-1, (self.config.num_heads, -1))
+        if positions is not None:
+            q = rotate(q, audio_rope(positions, self.config.head_dim))
+        attended = frame_attention(q, *audio, tokens_per_frame, first_token)
+        return self.proj(attended.flatten(1), residual=x)
 
 
 class FeedForward(nn.Module):
@@ -241,7 +300,7 @@ class Block(nn.Module):
         modulation: Tensor,
         rope: Tensor,
         context: ContextKV,
-        audio: AudioKV,
+        audio: AudioKV | Absorbed,
         masks: Tensor | None,
         kv_only_tokens: int = 0,
         split: TokenSplit | None = None,
@@ -252,7 +311,7 @@ class Block(nn.Module):
         as keys and values of self-attention and are left out of the output. With `split`, the tokens are this rank's
         and the audio is that of the frames that they belong to.
         """
-        eps, first_token, tokens_per_frame = self.config.eps, kv_only_tokens, len(x) // len(audio.k)
+        eps, first_token, tokens_per_frame = self.config.eps, kv_only_tokens, len(x) // len(audio[0])
         if split is not None:
             tokens_per_frame = split.tokens_per_frame
             first_token = split.start - split.frames.start * tokens_per_frame
@@ -261,6 +320,8 @@ class Block(nn.Module):
         x, q, k = self.self_attn(h, x[kv_only_tokens:], gate1, rope, masks is not None, split)
         x = self.cross_attn(norm_for_linear(x, self.norm3, self.cross_attn.q), x, context)
         positions = None if masks is None else speaker_positions(q, k, masks, self.config, split)[kv_only_tokens:]
-        h = layer_norm(x, self.norm_x.weight, self.norm_x.bias, eps)
+        norm = x, self.norm_x.weight, self.norm_x.bias, eps
+        e4m3 = isinstance(audio, AbsorbedAudioFP8)
+        h = QuantizedRows(*layer_norm_fp8(*norm)) if e4m3 else layer_norm(*norm)
         x = self.audio_cross_attn(h, x, audio, tokens_per_frame, first_token, positions)
         return self.ffn(norm_modulate_for_linear(x, shift2, scale2, eps, self.ffn.up), x, gate2)

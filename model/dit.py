@@ -8,6 +8,7 @@ Inputs that do not change between steps are computed beforehand, by these method
 
     once per prompt and portrait   ContextKV    `embed_context`   keys and values of text and image, all blocks
     once per chunk                 AudioKV      `embed_audio`     keys and values of the audio tokens, all blocks
+                                   Audio        `absorb_audio`    if there is memory: projections absorbed into these
     once per timestep              Modulation   `modulate`        shift, scale and gate of all blocks and the head
     once per geometry              Tensor       `rope_table`      cosines and sines of the 3-D rotary embedding
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from kernels.layer_norm import layer_norm_modulate
 from kernels.rms_norm_rope import key_scale
-from model.block import AudioKV, Block, ContextKV
+from model.block import Absorbed, Audio, AudioKV, Block, ContextKV
 from model.config import DiTConfig, FP8Policy, INT8Policy
 from model.linear import DTYPES, Linear
 from model.offload import on_device
@@ -243,6 +244,34 @@ class DiT(nn.Module):
         blocks = [block.audio_cross_attn.embed(tokens) for block in self._blocks]
         return AudioKV(*(torch.stack(x) for x in zip(*blocks, strict=True)))
 
+    def absorb_audio(self, audio: AudioKV, tokens_per_frame: int) -> Audio:
+        """Keys and values with the projections of their layers absorbed into them, for every block.
+
+        `forward` does this itself, block by block, if it is given keys and values. Done beforehand, it is done once a
+        chunk instead of once a step, and what it makes for all blocks is in memory together. The keys and values of two
+        speakers are returned as they are.
+        """
+        if self._speakers(audio) == 2:
+            return audio
+        return tuple(
+            block.audio_cross_attn.absorb(AudioKV(k, v), tokens_per_frame)
+            for block, k, v in zip(self._blocks, *audio, strict=True)
+        )
+
+    def absorbed_bytes(self, frames: int, tokens_per_frame: int) -> int:
+        """Bytes of the result of `absorb_audio` for one speaker and `frames` latent frames."""
+        return sum(block.audio_cross_attn.absorbed_bytes(frames, tokens_per_frame) for block in self._blocks)
+
+    def _speakers(self, audio: Audio) -> int:
+        return audio.k.shape[2] // self.config.context_tokens if isinstance(audio, AudioKV) else 1
+
+    def _audio_of_block(self, audio: Audio, i: int, tokens_per_frame: int) -> AudioKV | Absorbed:
+        """What block i is given: the same operands for one speaker, whoever absorbed them, so that it compiles once."""
+        if not isinstance(audio, AudioKV):
+            return audio[i]
+        own = AudioKV(audio.k[i], audio.v[i])
+        return own if self._speakers(audio) == 2 else self._blocks[i].audio_cross_attn.absorb(own, tokens_per_frame)
+
     def modulate(self, t: float) -> Modulation:
         """The modulation at timestep t in 0..1000.
 
@@ -266,7 +295,7 @@ class DiT(nn.Module):
         modulation: Modulation,
         rope: Tensor,
         context: ContextKV,
-        audio: AudioKV,
+        audio: Audio,
         masks: Tensor | None = None,
         num_motion_latents: int = 0,
         split: TokenSplit | None = None,
@@ -279,7 +308,7 @@ class DiT(nn.Module):
             modulation: of the timestep, from `modulate`.
             rope: `rope_table` of the token grid (F, h / 2, w / 2).
             context: from `embed_context`.
-            audio: of the chunk, from `embed_audio`.
+            audio: of the chunk, from `embed_audio`, or from `absorb_audio` of that.
             masks: with two speakers, `resize_masks` of their regions, float32 [3, tokens per latent frame].
             num_motion_latents: number of motion latents at the beginning. Their velocity is not needed and
                 returned as 0, so the last block computes only keys and values for their tokens.
@@ -293,9 +322,10 @@ class DiT(nn.Module):
         frames, _, rows, columns = latent.shape
         if rope.shape[0] != frames * (rows // p) * (columns // q):
             raise ValueError(f"rope: got {rope.shape[0]} tokens, want the patches of a latent {list(latent.shape)}")
-        if (masks is None) != (audio.k.shape[2] == self.config.context_tokens):
+        if (masks is None) != (self._speakers(audio) == 1):
             raise ValueError("masks: wanted if and only if there are two speakers")
-        motion_tokens = num_motion_latents * len(rope) // frames
+        tokens_per_frame = len(rope) // frames
+        motion_tokens = num_motion_latents * tokens_per_frame
         x = torch.cat((latent.to(self.dtype), condition.to(self.dtype)), dim=1)
         x = rearrange(x, "f c (h p) (w q) -> (f h w) (c p q)", p=p, q=q)
         if split is not None:
@@ -304,10 +334,11 @@ class DiT(nn.Module):
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
             block_context = ContextKV(*keys_values, num_text_tokens=context.num_text_tokens)
-            block_audio = AudioKV(audio.k[i], audio.v[i])
             # Among several ranks, motion tokens are those of the first ones, and the others would not be done earlier.
             kv_only_tokens = motion_tokens if split is None and i == len(self._blocks) - 1 else 0
+            block_audio = self._audio_of_block(audio, i, tokens_per_frame)
             x = block(x, modulation.blocks[i], rope, block_context, block_audio, masks, kv_only_tokens, split)
+            del block_audio  # before the next block's are made
         x = self.head(x, modulation.head)
         x = x if split is None else split.gather(x)[motion_tokens:]
         x = F.pad(x, (0, 0, motion_tokens, 0))

@@ -32,6 +32,9 @@ CHOICES = {
     "upsample_conv2d": _RESAMPLE,
     "downsample_conv2d": _RESAMPLE,
     "frame_attention": Choice(("triton", "sdpa", "sdpa-compiled"), {"bf16": "triton"}, "triton"),
+    "absorbed_audio_attention": Choice(
+        ("gluon", "triton", "library", "bf16"), {"bf16": "triton", "fp8": "bf16"}, "triton"
+    ),
 }
 FIXED = {"audio_layer": "absorbed"}  # what the model calls for one speaker, without a choice by shape
 SAME = {"sdpa-compiled": "sdpa"}  # PyTorch's attention is one call, which a compiler leaves as it is

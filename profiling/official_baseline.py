@@ -7,7 +7,6 @@ on clips that are concatenated, padded and channels first; up-sampled images are
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -59,20 +58,9 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int, first: int 
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[first:]
 
 
-def absorb_audio_projections(
-    k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, weight: Tensor, *_no_scales: None
-) -> tuple[Any, Any, Any]:
-    """Folds nothing: what `absorbed_audio_attention` needs."""
-    return (k, v), (q_weight, q_bias), weight
-
-
-def absorbed_audio_attention(
-    z: Tensor, keys: Any, before: Any, after: Tensor, _group: int, per_frame: int, first: int = 0
-) -> Tensor:
-    """Projection, attention, projection."""
-    k, v = keys
-    q = F.linear(z, *before).unflatten(1, k.shape[2:])
-    return F.linear(frame_attention(q, k, v, per_frame, first).flatten(1), after)
+def absorb(_: block.AudioAttention, audio: block.AudioKV, _tokens_per_frame: int) -> block.AudioKV:
+    """In place of `model.block.AudioAttention.absorb`: nothing is absorbed, and the layer computes its projections."""
+    return audio
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -152,10 +140,9 @@ _REPLACED = {
         chunk_attention,
         text_image_attention,
         frame_attention,
-        absorb_audio_projections,
-        absorbed_audio_attention,
         layer_norm,
     ),
+    block.AudioAttention: (absorb,),
     dit: (layer_norm_modulate,),
     linear: (layer_norm, layer_norm_modulate),
     vae: (rms_norm_silu, conv3d, causal_conv3d, causal_conv3d_norm, downsample_conv2d, chunk_attention),

@@ -1,6 +1,7 @@
 """The chunk loop: a state and a window of audio features in, frames out as they are decoded, the next state at the end.
 
-    window -> audio keys and values, computed beside the decoding of the last chunk
+    window -> audio keys and values, computed beside the decoding of the last chunk, and the absorption of the audio
+              layers' projections into them, where there is memory for that (streaming/absorption.py)
            -> 4 denoising steps; the motion latents are written back after each
               beside them, on a second stream: VAE decode of the motion latents, whose frames nobody sees
            -> VAE decode of the other latents -> colour correction -> frames
@@ -17,9 +18,9 @@ split among them, and so are the rows that the VAE and the colour correction wor
 whole frames, as bytes, on rank 0 only.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kernels.lab_transfer import lab_statistics, lab_transfer
-from model.block import AudioKV, ContextKV
+from model.block import Audio, ContextKV
 from model.image import to_pixels
 from model.offload import on_device
 from model.parallel.ranks import Ranks, sizes
@@ -38,6 +39,7 @@ from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
 from model.vae import decode_schedule
 from model.weights.checkpoint import Models
+from streaming.absorption import absorbs_once
 from streaming.cuda_graphs import Capture, GraphPool, StaticInput
 from streaming.streams import SideStream
 from streaming.timers import StageTimer
@@ -79,7 +81,7 @@ class StepInputs(NamedTuple):
     chunk: int | Tensor
     motion: Tensor
     conditions: Conditions
-    audio: AudioKV
+    audio: Audio
 
 
 def first_frame_mask(latents: Tensor, channels: int) -> Tensor:
@@ -127,7 +129,8 @@ class ChunkGenerator:
         self._decode_steps = tuple(decode_schedule(latents, config.chunk.warmup_frames, stride))
 
         student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
-        self._encode_audio = student.graphed(partial(models.dit.embed_audio, split=self._tokens), timer="audio")
+        self._absorbs_once = absorbs_once(models, latents if self._tokens is None else self._tokens.num_frames)
+        self._encode_audio = student.graphed(self._embed_audio, timer="audio")
         self._denoise_step = student.graphed(self._denoise, timer="denoise/step")
         self._decode_step = vae.graphed(self._decode, timer="decode")
         self._correct_color = vae.graphed(self._correct, timer="color")
@@ -228,6 +231,12 @@ class ChunkGenerator:
 
     # --- Stages, as functions of their arguments ---------------------------------------------------------------------
 
+    def _embed_audio(self, window: Tensor) -> Audio:
+        """What the steps need of a window of one speaker [1, frame, window, layer, channel]."""
+        dit = self.models.dit
+        audio = dit.embed_audio(window, self._tokens)
+        return dit.absorb_audio(audio, math.prod(self.config.grid[1:])) if self._absorbs_once else audio
+
     def _denoise(self, i: int, latents: Tensor | None, inputs: StepInputs) -> Tensor:
         """The latents after denoising step i. Step 0 takes None, and begins with motion latents followed by noise."""
         seed, chunk, motion, (context, condition, *_), audio = inputs
@@ -297,7 +306,7 @@ class ChunkGenerator:
 
     # --- What runs beside the current stream -------------------------------------------------------------------------
 
-    def _encode_audio_early(self, window: Tensor) -> AudioKV:
+    def _encode_audio_early(self, window: Tensor) -> Audio:
         """The chunk's audio keys and values, as soon as the last chunk's steps have read theirs.
 
         If the last chunk was abandoned before its steps were launched, after everything that the current stream has.

@@ -96,6 +96,11 @@ class TokenSplit:
         """The latent frames that own tokens belong to."""
         return slice(self.start // self.tokens_per_frame, -(-self.end // self.tokens_per_frame))
 
+    @property
+    def num_frames(self) -> int:
+        """How many latent frames own tokens belong to."""
+        return self.frames.stop - self.frames.start
+
     def gather(self, x: Tensor) -> Tensor:
         """Rows of all tokens, from those of the own ones [n, ...]."""
         return self.ranks.gather(x, sizes(self.borders))

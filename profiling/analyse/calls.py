@@ -228,7 +228,9 @@ DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
     "text_image_attention": _text_image,
     "frame_attention": _frame_attention,
     "absorb_audio_projections": _nothing,  # counted with the attention that it is for
+    "absorb_audio_projections_fp8": _nothing,
     "absorbed_audio_attention": _absorbed_audio,
+    "absorbed_audio_attention_fp8": _absorbed_audio,
     "layer_norm": _layer_norm,
     "layer_norm_fp8": lambda a: _layer_norm(a, "fp8"),
     "layer_norm_int8": lambda a: _layer_norm(a, "int8"),

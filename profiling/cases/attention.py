@@ -11,12 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.absorbed_audio_attention import (
-    absorb_audio_projections,
-    absorbed_audio_attention,
-    launch_absorb,
-    launch_absorbed,
-)
 from kernels.chunk_attention import chunk_attention, dispatch
 from kernels.chunk_attention_fp8 import interleave
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
@@ -25,7 +19,6 @@ from kernels.scheduler import kv_ranges
 from kernels.text_image_attention import launch_text_image, text_image_attention, text_image_reference
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import (
-    ANYWHERE,
     CUDA,
     PROMPT_TOKENS,
     Backend,
@@ -292,77 +285,4 @@ FRAME_ATTENTION = Operation(
     flops=lambda d: 4.0 * d["queries"] * d["keys"] * d["heads"] * d["head_dim"],
     bytes=lambda d, item: 2.0 * (d["queries"] + num_frames(d) * d["keys"]) * d["heads"] * d["head_dim"] * item,
     backends=kernel_and_library(frame_attention, launch_frame, frame_configs, frame_sdpa, "sdpa", CUDA),
-)
-
-
-def audio_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
-    """z, keys and values of the frames, weight and bias of the query projection, weight of the output projection."""
-    width = d["heads"] * d["head_dim"]
-    return (
-        randn(d["queries"], width),
-        *(randn(num_frames(d), d["keys"], d["heads"], d["head_dim"]) for _ in range(2)),
-        randn(width, width, scale=width**-0.5),
-        randn(width),
-        randn(width, width, scale=width**-0.5),
-        d["tokens_per_frame"],
-    )
-
-
-def audio_layer(
-    attend: Callable[..., Tensor],
-    z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    out_weight: Tensor,
-    tokens_per_frame: int,
-) -> Tensor:
-    """The audio layer with `attend` between its projections."""
-    q = F.linear(z, q_weight, q_bias).unflatten(1, k.shape[2:])
-    return F.linear(attend(q, k, v, tokens_per_frame).flatten(1), out_weight)
-
-
-def absorbed_audio_layer(
-    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor, tokens_per_frame: int
-) -> Tensor:
-    """The audio layer with its projections absorbed into keys and values at each call."""
-    absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
-    return absorbed_audio_attention(z, *absorbed, k.shape[1], tokens_per_frame)
-
-
-def launch_absorbed_audio_layer(
-    z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor, tokens_per_frame: int
-) -> Tensor:
-    """The launches of `absorbed_audio_layer`, for the audit."""
-    absorbed = launch_absorb(k, v, q_weight, q_bias, out_weight)
-    return launch_absorbed(z, *absorbed, k.shape[1], tokens_per_frame)
-
-
-AUDIO_ATTENTION = Operation(
-    name="audio_layer",
-    inputs=audio_inputs,
-    reference=partial(audio_layer, frame_reference),
-    flops=lambda d: 4.0 * d["queries"] * (d["heads"] * d["head_dim"]) ** 2 + FRAME_ATTENTION.flops(d),
-    bytes=lambda d, item: (
-        2.0
-        * item
-        * (d["queries"] + d["heads"] * d["head_dim"] + num_frames(d) * d["keys"])
-        * d["heads"]
-        * d["head_dim"]
-    ),
-    backends={
-        dtype: (
-            Backend("direct", no_setup(partial(audio_layer, frame_attention)), ours=True),
-            Backend(
-                "absorbed",
-                no_setup(absorbed_audio_layer),
-                ours=True,
-                devices=ANYWHERE,
-                launcher=launch_absorbed_audio_layer if dtype == "bf16" else None,
-            ),
-            Backend("sdpa", no_setup(partial(audio_layer, frame_sdpa))),
-        )
-        for dtype in ("fp32", "bf16")
-    },
 )

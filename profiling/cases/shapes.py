@@ -7,12 +7,12 @@ from kernels.conv_sm90 import MAX_FUSED_CHANNELS
 from model.config import Config
 from model.vae import LATENTS_PER_STEP, decode_schedule
 from profiling.cases.attention import (
-    AUDIO_ATTENTION,
     FRAME_ATTENTION,
     SELF_ATTENTION,
     TEXT_IMAGE_ATTENTION,
     VAE_ATTENTION,
 )
+from profiling.cases.audio import ABSORB, ABSORB_FP8, ABSORBED_AUDIO_ATTENTION, AUDIO_ATTENTION
 from profiling.cases.case import Operation, Shape
 from profiling.cases.convolution import CAUSAL_CONV3D, CAUSAL_CONV3D_NORM, DOWNSAMPLE_CONV2D, TIME_CONV, UPSAMPLE_CONV2D
 from profiling.cases.elementwise import (
@@ -57,6 +57,11 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
     audio = {"queries": rows, "tokens_per_frame": per_frame, "keys": dit.context_tokens, **heads}
     yield FRAME_ATTENTION, shape(0, **audio)  # of two speakers; for one, the whole layer is a sequence of its own
     yield AUDIO_ATTENTION, shape(1, **audio)
+    absorbed = {"tokens_per_frame": per_frame, "keys": dit.context_tokens, "heads": dit.num_heads}
+    yield ABSORBED_AUDIO_ATTENTION, shape(0, tokens=rows, width=dit.dim, **absorbed)
+    if world == 1:
+        for absorb in (ABSORB, ABSORB_FP8):
+            yield absorb, shape(0, frames=config.grid[0], keys=dit.context_tokens, **heads)
     wide, narrow = dit.ffn_dim, dit.dim
     # Output projections and queries of two attentions: o; cross q, o.
     for name, calls, inputs, outputs in (

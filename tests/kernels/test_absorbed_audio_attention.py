@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.absorb_audio_projections import absorb_audio_projections, absorb_audio_projections_op, launch_absorb
 from kernels.absorbed_audio_attention import (
-    absorb_audio_projections,
-    absorb_audio_projections_op,
+    Sizes,
     absorbed_audio_attention,
     absorbed_audio_attention_op,
-    launch_absorb,
+    absorbed_reference,
+    dispatch,
 )
 from kernels.frame_attention import frame_attention, frame_reference
 from kernels.linear import dequantize, quantize_rows
+from kernels.tuning import TunedConfig
 from profiling.measure.check import poisoned_memory
 from tests.tensors import draw, error
 
@@ -42,6 +44,20 @@ def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys
     absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
     y = absorbed_audio_attention(z, *absorbed, keys, tokens_per_frame, first_token)
     assert error(y, expected) < 1e-5
+    bias, residual = draw((width,), (tokens, width))
+    y = absorbed_audio_attention(z, *absorbed, keys, tokens_per_frame, first_token, bias, residual)
+    assert error(y, residual + (expected + bias)) < 1e-5
+
+
+def test_the_epilogue_is_rounded_once():
+    """In 16 bits the sum of a small output and a large residual is that of float32, rounded."""
+    z, keys, values, residual = (x.bfloat16() for x in draw((6, 24), (2, 32, 24), (2, 8, 32), (6, 8)))
+    key_bias, bias = draw((2, 32), (8,))
+    residual *= 1000
+    y = absorbed_audio_attention(z, keys, key_bias, values, 16, 3, bias=bias, residual=residual)
+    sizes = Sizes(16, 3)
+    exact = absorbed_reference(*(x.double() for x in (z, keys, key_bias, values)), sizes, bias, residual.double())
+    assert torch.equal(y, exact.bfloat16())
 
 
 def test_absorbs_quantised_weights():
@@ -68,7 +84,9 @@ def test_opcheck():
     arguments = [layer[name] for name in ("k", "v", "q_weight", "q_bias", "out_weight")]
     torch.library.opcheck(absorb_audio_projections_op.library_op, (*arguments, None, None))
     absorbed = absorb_audio_projections(*arguments)
-    torch.library.opcheck(absorbed_audio_attention_op.library_op, (layer["z"], *absorbed, 16, 4, 0))
+    torch.library.opcheck(absorbed_audio_attention_op.library_op, (layer["z"], *absorbed, 16, 4, 0, None, None))
+    epilogue = draw((24,), (12, 24))
+    torch.library.opcheck(absorbed_audio_attention_op.library_op, (layer["z"], *absorbed, 16, 4, 0, *epilogue))
 
 
 def test_compiles_without_a_graph_break():
@@ -86,6 +104,7 @@ def test_compiles_without_a_graph_break():
 Q, Z = torch.zeros(6, 2, 16), torch.zeros(6, 5)
 K, WEIGHT, BIAS = torch.zeros(3, 16, 2, 16), torch.zeros(32, 5), torch.zeros(32)
 KEYS, KEY_BIAS = torch.zeros(3, 32, 5), torch.zeros(3, 32)
+ABSORBED = Z, KEYS, KEY_BIAS, KEYS.mT.contiguous()
 
 
 @pytest.mark.parametrize(
@@ -101,9 +120,20 @@ KEYS, KEY_BIAS = torch.zeros(3, 32, 5), torch.zeros(3, 32)
         ),
         (absorbed_audio_attention, (Z, KEYS[..., :4], Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
         (absorbed_audio_attention, (Z, KEYS[:, :30], Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
-        (absorbed_audio_attention, (Z, KEYS, KEY_BIAS, KEYS.mT, 16, 2), "values: shape [3, 5, 32], wanted [3, 32, out"),
+        (
+            absorbed_audio_attention,
+            (Z, KEYS, KEY_BIAS, KEYS, 16, 2),
+            "values: shape [3, 32, 5], wanted [3, out width",
+        ),
         (absorbed_audio_attention, (Z, KEYS.mT.contiguous().mT, KEY_BIAS, KEYS, 16, 2), "keys: strides (160, 1, 32)"),
-        (absorbed_audio_attention, (Z, KEYS, KEY_BIAS, KEYS, 16, 1), "keys: 3 frames, tokens up to 6 need 6"),
+        (absorbed_audio_attention, (*ABSORBED, 16, 1), "keys: 3 frames, tokens up to 6 need 6"),
+        (absorbed_audio_attention, (*ABSORBED, 16, 2, 0, BIAS), "bias: shape [32], wanted [5]"),
+        (
+            absorbed_audio_attention,
+            (*ABSORBED, 16, 2, 0, None, Z.half()),
+            "residual: torch.float16, wanted",
+        ),
+        (absorbed_audio_attention, (*ABSORBED, 16, 2, 0, None, Z[:3]), "residual: shape [3, 5], wanted [6, 5]"),
     ],
 )
 def test_bad_arguments(function: Any, arguments: Any, words: str):
@@ -120,7 +150,8 @@ def test_bad_arguments(function: Any, arguments: Any, words: str):
     ("tokens", "tokens_per_frame", "first_token"), [(1, 1, 0), (700, 336, 100), (1512, 1344, 3024)]
 )
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 5e-3)])
-def test_gpu_absorbed_layer(tokens, tokens_per_frame, first_token, dtype, bound):
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_gpu_absorbed_layer(backend, tokens, tokens_per_frame, first_token, dtype, bound):
     heads, head_dim, keys, width = 3, 128, 32, 384
     frames = -(-(first_token + tokens) // tokens_per_frame)
     options: Any = {"dtype": dtype, "device": "cuda"}
@@ -129,9 +160,11 @@ def test_gpu_absorbed_layer(tokens, tokens_per_frame, first_token, dtype, bound)
     shapes = (heads * head_dim, width), (heads * head_dim,), (width, heads * head_dim)
     q_weight, q_bias, out_weight = draw(*shapes, **options)
     q_weight, out_weight = q_weight / width**0.5, out_weight / (heads * head_dim) ** 0.5
+    bias, residual = draw((width,), (tokens, width), **options)
+    sizes = Sizes(keys, tokens_per_frame, first_token)
     with poisoned_memory():
         absorbed = absorb_audio_projections(k, v, q_weight, q_bias, out_weight)
-        y = absorbed_audio_attention(z, *absorbed, keys, tokens_per_frame, first_token)
+        y = dispatch(z, *absorbed, sizes, bias, residual, tuned=TunedConfig(backend, {}))
     q = (z.double() @ q_weight.double().T + q_bias.double()).unflatten(1, (heads, head_dim))
     attended = frame_reference(q, k.double(), v.double(), tokens_per_frame, first_token)
-    assert error(y, attended.flatten(1) @ out_weight.double().T) < 2 * bound
+    assert error(y, residual.double() + (attended.flatten(1) @ out_weight.double().T + bias.double())) < 2 * bound

@@ -17,7 +17,10 @@ from kernels.tuning import GPU, assume_gpu
 from profiling.cases import registry
 from profiling.fake_gpu import FakeCudaMode
 
+absorb_audio_projections = importlib.import_module("kernels.absorb_audio_projections")
+absorb_audio_projections_fp8 = importlib.import_module("kernels.absorb_audio_projections_fp8")
 absorbed_audio_attention = importlib.import_module("kernels.absorbed_audio_attention")
+absorbed_audio_attention_fp8 = importlib.import_module("kernels.absorbed_audio_attention_fp8")
 causal_conv3d = importlib.import_module("kernels.causal_conv3d")
 chunk_attention = importlib.import_module("kernels.chunk_attention")
 chunk_attention_fp8 = importlib.import_module("kernels.chunk_attention_fp8")
@@ -306,16 +309,34 @@ def absorb_samples() -> list[Call]:
         (rand(128, 96, dtype=FP8), rand(128), rand(80, 128, dtype=FP8)),
     )
     return [
-        (absorbed_audio_attention.absorb_audio_projections, (k, v, *weights)),
-        (absorbed_audio_attention.absorb_audio_projections, (k, v, *weights8, ones(128), ones(80))),
+        (absorb_audio_projections.absorb_audio_projections, (k, v, *weights)),
+        (absorb_audio_projections.absorb_audio_projections, (k, v, *weights8, ones(128), ones(80))),
     ]
 
 
 def absorbed_samples() -> list[Call]:
-    keys, key_bias, values = rand(3, 32, 96), ones(3, 32), rand(3, 32, 80)
+    keys, key_bias, values = rand(3, 32, 96), ones(3, 32), rand(3, 80, 32)
+    function, operands = absorbed_audio_attention.absorbed_audio_attention, (keys, key_bias, values, 16, 20)
     return [
-        (absorbed_audio_attention.absorbed_audio_attention, (rand(60, 96), keys, key_bias, values, 16, 20)),
-        (absorbed_audio_attention.absorbed_audio_attention, (rand(30, 96), keys, key_bias, values, 16, 20, 10)),
+        (function, (rand(60, 96), *operands)),
+        (function, (rand(30, 96), *operands, 10)),
+        (function, (rand(30, 96), *operands, 10, ones(80), rand(30, 160)[:, :80])),
+    ]
+
+
+def absorb_fp8_samples() -> list[Call]:
+    function, kv = absorb_audio_projections_fp8.absorb_audio_projections_fp8, (rand(3, 16, 2, 64), rand(3, 16, 2, 64))
+    weights8 = rand(128, 96, dtype=FP8), rand(128), rand(80, 128, dtype=FP8), ones(80), ones(128), ones(80)
+    return [(function, (*kv, rand(128, 96), rand(128), rand(80, 128), ones(80))), (function, (*kv, *weights8))]
+
+
+def absorbed_fp8_samples() -> list[Call]:
+    keys, values = (rand(3, 32, 96, dtype=FP8), ones(3, 32)), (rand(3, 80, 32, dtype=FP8), ones(3, 80), ones(3, 80))
+    function, absorbed = absorbed_audio_attention_fp8.absorbed_audio_attention_fp8, (*keys, ones(3, 32), *values)
+    return [
+        (function, (rand(60, 96, dtype=FP8), ones(60), *absorbed, 16, 20)),
+        (function, (rand(30, 96, dtype=FP8), ones(30), *absorbed, 16, 20, 10, rand(30, 160)[:, :80])),
+        (function, (rand(30, 96, dtype=FP8), ones(30), *absorbed, 16, 20, 10, ones(30, 80), torch.float32)),
     ]
 
 
@@ -373,7 +394,9 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "text_image_attention": text_image_attention_samples,
     "frame_attention": frame_attention_samples,
     "absorb_audio_projections": absorb_samples,
+    "absorb_audio_projections_fp8": absorb_fp8_samples,
     "absorbed_audio_attention": absorbed_samples,
+    "absorbed_audio_attention_fp8": absorbed_fp8_samples,
     "causal_conv3d": causal_conv3d_samples,
     "causal_conv3d_norm": causal_conv3d_norm_samples,
     "upsample_conv2d": lambda: [

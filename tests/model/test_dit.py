@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.layer_norm import layer_norm_modulate
-from model.block import AudioKV
+from model.block import AbsorbedAudio, AbsorbedAudioFP8, AudioKV
 from model.config import DiTConfig, FP8Policy
 from model.dit import DiT, group_audio
 from model.rope import rope_table, rotate
@@ -168,6 +168,29 @@ def test_errors_name_the_argument() -> None:
     two = AudioKV(*(torch.cat((y, y), dim=2) for y in audio))
     with pytest.raises(ValueError, match=r"^masks: wanted"):
         dit(x["latent"], x["condition"], modulation, rope, context, two)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_audio_absorbed_beforehand_gives_the_same_bits(e4m3: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with tokens of known frames that the last block leaves out."""
+    monkeypatch.setattr("model.block.is_tuned", lambda *_: e4m3)
+    torch.manual_seed(0)
+    dit, x = DiT(SMALL), inputs(SMALL, (3, 4, 5), 9)
+    dit.quantize(FP8Policy())
+    context, audio = dit.embed_context(x["text"], x["image"]), dit.embed_audio(x["audio"])
+    absorbed = dit.absorb_audio(audio, 20)
+    assert all(isinstance(own, AbsorbedAudioFP8 if e4m3 else AbsorbedAudio) for own in absorbed)
+    assert sum(y.nbytes for own in absorbed for y in own) == dit.absorbed_bytes(3, 20)
+    rope, modulation = rope_table((3, 4, 5), SMALL.head_dim), dit.modulate(1.0)
+    for known in (0, 2):
+        want, got = (
+            dit(x["latent"], x["condition"], modulation, rope, context, y, num_motion_latents=known)
+            for y in (audio, absorbed)
+        )
+        assert torch.equal(got, want)
+    two = AudioKV(*(torch.cat((y, y), dim=2) for y in audio))
+    assert dit.absorb_audio(two, 20) is two
 
 
 @torch.inference_mode()

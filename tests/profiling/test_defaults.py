@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
+from kernels.absorbed_audio_attention_fp8 import IN_16_BITS, is_tuned
 from kernels.common import FP8
 from kernels.tuning import GPU, assume_gpu
 from model.errors import UserError
@@ -20,9 +21,14 @@ from profiling.fake_gpu import FakeCudaMode
 from profiling.results import OK, Machine, Measurement
 
 # The package exports functions under the names of their modules.
-CHOOSERS = ("chunk_attention", "linear", "causal_conv3d", "upsample_conv2d", "downsample_conv2d", "frame_attention")
-MODULES = ("chunk_attention", "linear", "causal_conv3d", "frame_attention", "resample_conv2d")
-chunk_attention, linear, causal_conv3d, frame_attention, resample_conv2d = (
+CHOOSERS = (
+    "chunk_attention", "linear", "causal_conv3d", "upsample_conv2d", "downsample_conv2d", "frame_attention",
+    "absorbed_audio_attention",
+)  # fmt: skip
+MODULES = (
+    "chunk_attention", "linear", "causal_conv3d", "frame_attention", "resample_conv2d", "absorbed_audio_attention"
+)  # fmt: skip
+chunk_attention, linear, causal_conv3d, frame_attention, resample_conv2d, absorbed_audio_attention = (
     import_module(f"kernels.{name}") for name in MODULES
 )
 MACHINES = {
@@ -47,10 +53,11 @@ def chooses(name: str) -> Any:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every launcher raises its name instead of launching."""
-    for module in (chunk_attention, linear):
+    for module in (chunk_attention, linear, absorbed_audio_attention):
         for name in module.BACKENDS:
             monkeypatch.setitem(module.BACKENDS, name, chooses(name))
     monkeypatch.setattr(chunk_attention, "_sdpa_ranges", chooses("sdpa"))
+    monkeypatch.setattr(absorbed_audio_attention, "launch_weights", lambda *_: None)
     monkeypatch.setattr(causal_conv3d, "launch_sm90", chooses("gluon"))
     monkeypatch.setattr(causal_conv3d, "launch_library", chooses("library"))
     monkeypatch.setattr(frame_attention, "launch_frame", chooses("triton"))
@@ -87,6 +94,13 @@ def dispatch(case: Case) -> None:
         w, bias, past = rest
         x8, w8, past8, _ = conv_shapes(x, w, past, fp8)
         causal_conv3d.dispatch(x8, w8, bias, past8, None, None)
+    elif name == "absorbed_audio_attention":
+        keys, key_bias, values, bias, residual, tokens_per_frame, keys_per_frame = rest
+        sizes = absorbed_audio_attention.Sizes(keys_per_frame, tokens_per_frame)
+        heads = keys.shape[1] // keys_per_frame
+        if fp8 and not is_tuned(*x.shape, heads, sizes, x.device):
+            raise Chosen(IN_16_BITS)
+        absorbed_audio_attention.dispatch(x, keys, key_bias, values, sizes, bias, residual)
     elif name == "frame_attention":
         frame_attention._frame_cuda(x, *rest, 0)
     else:

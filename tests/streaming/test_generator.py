@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.lab_transfer import to_bytes
+from model.block import AudioAttention
 from model.compile import compile_models, warm_up
 from model.config import PRECISIONS, TINY_RANDOM, ChunkConfig, Config
 from model.weights.checkpoint import Models, random_models
@@ -100,6 +101,29 @@ def test_recorded_chunks_are_those_that_are_not(models: Models, conditions: Cond
         next(recorded.chunk(conditions, states[c], window(c)))
         want, _ = collect(eager.chunk(conditions, states[c], window(c)))
         assert torch.equal(collect(recorded.chunk(conditions, states[c], window(c)))[0], want)
+
+
+def test_audio_is_absorbed_once_a_chunk_or_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same frames, bit for bit, launched and recorded, here in e4m3."""
+    monkeypatch.setattr("model.block.is_tuned", lambda *_: True)
+    models, absorb, drawn = random_models(CONFIG, CPU, PRECISIONS["fp8"]), Mock(side_effect=AudioAttention.absorb), []
+    monkeypatch.setattr(AudioAttention, "absorb", lambda *args: absorb(*args))
+    layers, steps = CONFIG.dit.num_layers, CHUNK.sample_steps
+    for once, capture, counts in (
+        (False, None, [layers * steps] * 3),
+        (True, None, [layers]),
+        (True, FakeGraphs, [layers, layers, 0]),  # the third time what was recorded is repeated
+    ):
+        monkeypatch.setattr("streaming.generator.absorbs_once", lambda *_, once=once: once)
+        generator = ChunkGenerator(models, StageTimer(CPU), new_capture=capture)
+        conditions = generator.prepare(IMAGE, IDS)
+        state = generator.start(conditions, 1)
+        for c, count in enumerate(counts):
+            absorb.reset_mock()
+            frames, state = collect(generator.chunk(conditions, state, window(c)))
+            drawn.append(frames)
+            assert absorb.call_count == count
+            assert torch.equal(frames, drawn[c])
 
 
 def drawn_in(chunk: Generator[Frames, None, State]) -> tuple[list[Tensor], State]:

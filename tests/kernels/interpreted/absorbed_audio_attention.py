@@ -5,8 +5,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kernels.absorbed_audio_attention import absorb_reference, absorbed_reference, launch_absorb, launch_absorbed
+from kernels.absorb_audio_projections import absorb_reference, launch_absorb
+from kernels.absorbed_audio_attention import Sizes, absorbed_reference, dispatch
+from kernels.tuning import TunedConfig
 from tests.tensors import draw, error
 
 EXAMPLES = settings(max_examples=20)
@@ -37,12 +40,32 @@ def test_absorb_weights_with_scales():
         assert error(x, y) < 1e-5
 
 
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "OUT_BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.double() for x in tensors]
+
+
 @EXAMPLES
-@given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.integers(1, 5), st.integers(0, 99))
-def test_absorbed_attention(tokens, tokens_per_frame, first_token, heads, seed):
-    keys_per_frame, width, out_width = 32, 40, 24
+@given(
+    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(16, 3), (32, 1), (32, 5)]),
+    st.integers(1, 30), st.integers(1, 45), st.sampled_from(["", "bias", "residual", "bias residual"]),
+    st.sampled_from(["triton", "pointers", "library"]), st.integers(0, 99),
+)  # fmt: skip
+def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, out_width, what, backend, seed):
+    """Tokens that begin and end inside frames; widths that blocks do not divide, read by pointers where TMA cannot."""
+    keys_per_frame, heads = keys
     frames = -(-(first_token + tokens) // tokens_per_frame)
     columns = frames, heads * keys_per_frame
-    operands = draw((tokens, width), (*columns, width), columns, (*columns, out_width), seed=seed)
-    sizes = keys_per_frame, tokens_per_frame, first_token
-    assert error(launch_absorbed(*operands, *sizes), absorbed_reference(*(x.double() for x in operands), *sizes)) < 1e-5
+    z, keys, key_bias, values, bias, residual = draw(
+        (tokens, width), (*columns, width), columns, (frames, out_width, columns[1]), (out_width,),
+        (tokens, out_width + 3), seed=seed,
+    )  # fmt: skip
+    bias, residual = bias if "bias" in what else None, residual[:, 3:] if "residual" in what else None
+    operands, sizes = (z, keys, key_bias, values), Sizes(keys_per_frame, tokens_per_frame, first_token)
+    config = SMALL | ({"POINTERS": 1} if backend == "pointers" else {})
+    tuned = TunedConfig("library" if backend == "library" else "triton", config)
+    y = dispatch(*operands, sizes, bias, residual, tuned=tuned)
+    doubles, epilogue = wide(*operands), wide(bias, residual)
+    assert error(y, absorbed_reference(*doubles, sizes, *epilogue)) < 1e-5

@@ -3,13 +3,13 @@
 # pyright: reportCallIssue=false
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.absorbed_audio_attention import launch_absorb, launch_absorbed
+from kernels.absorb_audio_projections import launch_absorb
+from kernels.absorbed_audio_attention import launch_absorbed
 from kernels.chunk_attention import launch_triton
 from kernels.frame_attention import launch_frame
 from kernels.layer_norm import launch_layer_norm
@@ -27,20 +27,6 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ranges = kv_ranges(len(q), len(k))
     return launch_triton(q[None], k[None], v[None], None, ranges, q.shape[2] ** -0.5, q.dtype, SMALL)[0][0]
-
-
-def absorb_nothing(k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Any, ...]:
-    """The arguments of `audio_layer`, for frames with too few keys to absorb the projections."""
-    return (k, v), weights[:3], None  # not quantised
-
-
-def audio_layer(
-    z: Tensor, kv: Any, weights: Any, _: None, _keys_per_frame: int, tokens_per_frame: int, first_token: int
-) -> Tensor:
-    q_weight, q_bias, out_weight = weights
-    q = torch.nn.functional.linear(z, q_weight, q_bias).unflatten(1, kv[0].shape[2:])
-    k, v = kv
-    return launch_frame(q, k, v, tokens_per_frame, first_token).flatten(1) @ out_weight.T
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, one: float = 0.0) -> Tensor:
@@ -68,10 +54,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["dit_forward", "dit_forward_two_people"])
 def test_golden_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        block, "absorb_audio_projections", absorb_nothing
-    )  # the golden student has 6 audio tokens a frame
-    monkeypatch.setattr(block, "absorbed_audio_attention", audio_layer)
+    # The golden student has 6 audio tokens a frame, too few to absorb the projections.
+    monkeypatch.setattr(block.AudioAttention, "absorb", lambda _self, audio, _tokens_per_frame: audio)
     assert name in cases.RUN
     test_golden.test_case(GOLDEN / f"{name}.json")
 
