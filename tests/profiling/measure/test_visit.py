@@ -76,7 +76,8 @@ def test_numbers_that_begin_anew_count_on() -> None:
 
 
 def test_a_spread_regards_no_sign() -> None:
-    assert visit.spread([-0.03, 0.01, 0.02]) == Spread(3, 0.02, pytest.approx(0.029), 0.03)
+    found = visit.spread([-0.03, 0.01, 0.02])
+    assert vars(found) == {"count": 3, "p50": 0.02, "p95": pytest.approx(0.029), "most": 0.03}
     assert visit.spread([]) == Spread(0, None, None, None)
 
 

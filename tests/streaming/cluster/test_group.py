@@ -2,8 +2,9 @@
 
 import signal
 from functools import partial
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -45,7 +46,7 @@ def fail_on_another_rank() -> TalkingHeadPipeline:
     return load()
 
 
-def replica(python: Interpreter, folder: Path) -> tuple[Process, Connection]:
+def replica(python: Interpreter, folder: Path) -> tuple[Process, Any]:
     with Listener(str(folder / "test")) as listener:
         program = f"from tests.streaming.cluster.test_group import be_replica; be_replica({listener.address!r})"
         process = python.start("-c", program)
