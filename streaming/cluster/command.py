@@ -4,15 +4,15 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from model.errors import UserError
 from streaming.cluster.front import Front
+from streaming.cluster.group import Load
 from streaming.cluster.scaling import Size
-from streaming.pipeline import TalkingHeadPipeline
 from streaming.serve.access import Access, is_loopback
 from streaming.serve.server import Settings, listening, log_to_stderr, on_signals
 
@@ -22,9 +22,7 @@ STORE = 100 * 2**20  # bytes of Ray's object store, which carries nothing here
 log = logging.getLogger("flashtalk.serve")
 
 
-def run(
-    load: Callable[[], TalkingHeadPipeline], size: Size, settings: Settings, address: str | None, overcommit: bool
-) -> None:
+def run(load: Load, size: Size, settings: Settings, address: str | None, overcommit: bool) -> None:
     """Serves until SIGINT or SIGTERM. Raises `UserError` if the port, Ray or the replicas cannot be had.
 
     Args:
@@ -72,9 +70,7 @@ def _own_address() -> str:
     return get_node_ip_address()
 
 
-async def _serve(
-    load: Callable[[], TalkingHeadPipeline], size: Size, settings: Settings, host: str, overcommit: bool
-) -> None:
+async def _serve(load: Load, size: Size, settings: Settings, host: str, overcommit: bool) -> None:
     front = Front(Access(settings.token, settings.origins, settings.limits), settings.limits, overcommit)
     ended = on_signals()
     async with listening(front.app, settings) as url:
@@ -89,7 +85,7 @@ async def _serve(
 
 @asynccontextmanager
 async def _replicas(
-    load: Callable[[], TalkingHeadPipeline], size: Size, settings: Settings, front: str, ended: asyncio.Event
+    load: Load, size: Size, settings: Settings, front: str, ended: asyncio.Event
 ) -> AsyncIterator[None]:
     """Replicas in Ray, from when they are ready, or the end has come, until all have kept their sessions."""
     if not size.replicas:

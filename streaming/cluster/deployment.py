@@ -5,7 +5,7 @@ Ray carries no request and no frame: a replica has a port of its own.
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,13 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy  # pyright: ig
 from ray.util import get_node_ip_address  # pyright: ignore[reportMissingImports]
 
 from model.errors import UserError
-from streaming.cluster.group import leading
+from streaming.cluster.group import Load, leading
 from streaming.cluster.replica import Replica
 from streaming.cluster.scaling import Size, by_sessions
 from streaming.pipeline import TalkingHeadPipeline
 from streaming.ranks import check_sessions
 from streaming.serve.access import is_loopback
 from streaming.serve.server import Settings, log_to_stderr, warm
-
-Load = Callable[[], TalkingHeadPipeline]  # with networks, on a machine of a replica
 
 
 class Worker:

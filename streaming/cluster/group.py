@@ -16,12 +16,14 @@ from model.errors import UserError
 from streaming.pipeline import TalkingHeadPipeline
 from streaming.ranks import EXIT_LOST, environments
 
+Load = Callable[[], TalkingHeadPipeline]  # with networks, on a machine of a replica
+
 FOLLOWER = "from streaming.cluster.group import follow; follow()"
 GRACE = 2.0  # seconds in which rank 0 may end by itself, for the same reason as another rank
 
 
 @contextmanager
-def leading(load: Callable[[], TalkingHeadPipeline], ranks: int) -> Iterator[TalkingHeadPipeline]:
+def leading(load: Load, ranks: int) -> Iterator[TalkingHeadPipeline]:
     """The pipeline of rank 0, which this process is from now on; the other ranks follow it while the body runs.
 
     A rank that ends before it should ends this process as well: nothing can be generated without it.
@@ -44,7 +46,7 @@ def leading(load: Callable[[], TalkingHeadPipeline], ranks: int) -> Iterator[Tal
 
 
 @contextmanager
-def _started(load: Callable[[], TalkingHeadPipeline], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(load: Load, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """Another rank, which has ended when the body has."""
     command = [sys.executable, "-c", FOLLOWER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | environment) as process:
