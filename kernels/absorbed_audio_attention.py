@@ -188,7 +188,7 @@ def dispatch(
     Shapes that were not tuned use the Triton kernel. bias is [out width] or [frames, out width].
     """
     name = DTYPE_NAMES[z.dtype] if scales is None else "fp8"
-    dims = dims_of(*z.shape, keys.shape[1] // sizes.keys_per_frame, sizes)
+    dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
     backends = BACKENDS if scales is None else ("triton",)
     tuned = tuned or tuned_config("absorbed_audio_attention", dims, name, z.device, backends=backends)
     parameters = {"POINTERS": int(_by_pointers(z, keys)), **DEFAULT_CONFIG[name], **(tuned.config if tuned else {})}

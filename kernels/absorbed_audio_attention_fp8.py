@@ -48,7 +48,7 @@ def dispatch(
     tuned: TunedConfig | None = None,
 ) -> Tensor:
     """y in `dtype`, by the back-end `tuned`, or else the one that kernels/tuned/ names. Untuned shapes use Triton."""
-    dims = dims_of(*z.shape, keys.shape[1] // sizes.keys_per_frame, sizes)
+    dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
     tuned = tuned or tuned_config("absorbed_audio_attention", dims, "fp8", z.device, backends=BACKENDS)
     tuned = tuned or TunedConfig("triton", {})
     if tuned.backend == "gluon" and not _runs_on_hopper(z, values, sizes, residual, dtype):

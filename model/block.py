@@ -250,6 +250,7 @@ class AudioAttention(nn.Module):
         """
         sizes = self.config.context_tokens, tokens_per_frame, first_token
         if isinstance(audio, AbsorbedAudioFP8):
+            assert isinstance(h, QuantizedRows)
             return absorbed_audio_attention_fp8(*h, *audio, *sizes, residual=x, dtype=x.dtype)
         assert isinstance(h, Tensor)
         if isinstance(audio, AbsorbedAudio):

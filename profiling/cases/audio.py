@@ -1,5 +1,8 @@
 """Cases of the audio layer with absorbed projections: the absorption, the attention after it, and both in turn."""
 
+# A case's inputs are unpacked into arguments.
+# pyright: reportCallIssue=false
+
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -98,7 +98,7 @@ def dispatch(case: Case) -> None:
         keys, key_bias, values, bias, residual, tokens_per_frame, keys_per_frame = rest
         sizes = absorbed_audio_attention.Sizes(keys_per_frame, tokens_per_frame)
         heads = keys.shape[1] // keys_per_frame
-        if fp8 and not is_tuned(*x.shape, heads, sizes, x.device):
+        if fp8 and not is_tuned(len(x), x.shape[1], heads, sizes, x.device):
             raise Chosen(IN_16_BITS)
         absorbed_audio_attention.dispatch(x, keys, key_bias, values, sizes, bias, residual)
     elif name == "frame_attention":

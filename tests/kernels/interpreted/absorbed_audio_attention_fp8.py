@@ -31,7 +31,7 @@ def test_absorb(frames, keys, heads, width, out_width, scaled, rows, seed):
     k, v = draw((frames, keys, 2, heads, head_dim), seed=seed)[0].unbind(2)
     shapes = (heads * head_dim, width), (heads * head_dim,), (out_width, heads * head_dim), (out_width,)
     weights = draw(*shapes, seed=seed + 1)
-    scales = draw(shapes[1], shapes[3], seed=seed + 2) if scaled else (None, None)
+    scales = draw(shapes[1], shapes[3], seed=seed + 2) if scaled else []
     config = {"ROWS": rows, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     g8, g_scale, key_bias, u8, u_scale, value_bias = launch_absorb_fp8(k, v, *weights, *scales, config=config)
 
