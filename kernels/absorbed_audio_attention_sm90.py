@@ -167,6 +167,7 @@ def store_tile(acc, tile, y_desc, vectors, y, n, y_smem, residual_full, residual
     else:
         for i in gl.static_range(4):
             store_rows(y_smem.index(4 * CONSUMER_ID + i), first_row, column * BLOCK_N + i * QUARTER, end, y, n, layout)
+        thread_barrier()  # all threads have read the buffer, before the load partition fills it again
 
 
 @gluon.jit
