@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+FORMS := '[!c]*/14b-w1*' 'chunk_attention/14b-w1/*'
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: install demo test bench audit soak lint clean
@@ -34,8 +35,11 @@ demo: install
 bench: install
 	$(BIN)/python -m profiling bench --out out/bench.json
 
+# What runs on an H100 as it is tuned, at every number of GPUs; what runs by default on one GPU of any other kind. There
+# the library computes the VAE's convolutions and its attention.
 audit: install
 	$(BIN)/python -m profiling audit
+	$(BIN)/python -m profiling audit $(FORMS) $(foreach target,80 86 89 100 120,--target sm_$(target))
 
 soak: install
 	$(BIN)/python -m profiling soak --minutes 30 --out out/soak.json

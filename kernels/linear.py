@@ -52,14 +52,7 @@ from kernels.linear_epilogue import (
 )
 from kernels.linear_library import TORCHAO, launch_library, launch_torchao, libraries
 from kernels.linear_sm90 import supports
-from kernels.tuning import (
-    LaunchConfig,
-    TunedConfig,
-    gpu_of,
-    pipelines_descriptors,
-    tuned_config,
-    untuned_config,
-)
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config, untuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}

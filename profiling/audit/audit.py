@@ -299,6 +299,8 @@ def audit_command(
             for case in selected:
                 status.update(f"compiling {case.name} for {device.target}")
                 run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
+                if out is not None:
+                    save(run, out)  # so that an interruption loses nothing
     all_chosen = not patterns and (extra is None or budget is not None)
     run = replace(run, notes=tuple(_notes(selected, all_chosen, budgets)), seconds=time.monotonic() - begin)
     if out is not None:
