@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.tuning import FOLDER, GPU, LaunchConfig, TunedEntry, TunedTable, device_slug, read_table, to_json
+from kernels.tuning import FOLDER, GPU, LaunchConfig, TunedEntry, TunedTable, _untuned, device_slug, read_table, to_json
 from profiling.cases import Backend, Case, registry
 from profiling.cases.case import Shape
-from profiling.devices import Device, named
+from profiling.devices import Device, devices, named
 from profiling.fake_gpu import compiling_for
 
 TABLES = sorted(FOLDER.glob("*.json"))
 MAX_WARPS = 32  # of a block, on every GPU: 1,024 threads
 LEAST_VERSIONS = {"torch", "triton", "cuda", "cudnn"}
 
-pytestmark = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+each_table = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 
 
 def device_of(table: TunedTable) -> Device:
@@ -48,6 +48,7 @@ def configs(table: TunedTable) -> Iterator[tuple[Case, Backend, LaunchConfig]]:
                 yield case, backend, entry.configs[backend.name]
 
 
+@each_table
 def test_a_table_is_what_the_tuner_writes(path: Path) -> None:
     table = read_table(path)
     assert path.read_text() == to_json(table), "edited by hand?"
@@ -59,6 +60,7 @@ def test_a_table_is_what_the_tuner_writes(path: Path) -> None:
         assert all(0 < seconds < 60 for seconds in entry.seconds.values()), entry.key
 
 
+@each_table
 def test_parameters_are_those_that_the_tuner_tries(path: Path) -> None:
     """So launchers take them: the same names, and no value that is not among those tried for the operation."""
     for case, backend, config in configs(read_table(path)):
@@ -72,6 +74,7 @@ def test_parameters_are_those_that_the_tuner_tries(path: Path) -> None:
             )
 
 
+@each_table
 def test_warps_are_within_the_limits_of_the_card(path: Path) -> None:
     table = read_table(path)
     limit = min(MAX_WARPS, device_of(table).warps)
@@ -83,6 +86,7 @@ def test_warps_are_within_the_limits_of_the_card(path: Path) -> None:
 
 
 @pytest.mark.slow
+@each_table
 def test_kernels_compile_within_the_shared_memory_of_the_card(path: Path) -> None:
     table = read_table(path)
     device = device_of(table)
@@ -95,3 +99,16 @@ def test_kernels_compile_within_the_shared_memory_of_the_card(path: Path) -> Non
         assert recorder.launches, (case.operation.name, backend.name)
         for launch in recorder.launches:
             assert launch.compiled.metadata.shared <= device.shared_bytes_block, (case.operation.name, config)
+
+
+def test_untuned_parameters_are_of_known_operations_and_cards() -> None:
+    """Each names an operation, a dtype, capabilities of devices.toml, and parameters that its kernel has."""
+    cards = {device.capability for device in devices().values()}
+    for (operation, dtype, capability), config in _untuned().items():
+        assert capability in cards
+        cases = [case for case in registry().values() if (case.operation.name, case.dtype) == (operation, dtype)]
+        spaces = [
+            b.configs(case.shape.dims) for case in cases for b in case.backends if b.name == "triton" and b.configs
+        ]
+        assert spaces, operation
+        assert set(config) <= {name for space in spaces for tried in space for name in tried}, operation
