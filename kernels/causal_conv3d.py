@@ -152,7 +152,7 @@ def dispatch(
     """
     tuned = tuned or tuned_conv_config("causal_conv3d", x, weight, BACKENDS, ("kt", "k"))
     backend = tuned.backend if tuned is not None else "gluon" if x.dtype == FP8 else "library"
-    if backend == "gluon" and gpu_of(x.device).capability == "9.0" and supports(x, past, weight):
+    if backend == "gluon" and _on_hopper(x, past, weight, _result_dtype(x, bias)):
         return launch_sm90(x, weight, bias, past, residual, scale, tuned.config if tuned is not None else None)
     return launch_library(x, weight, bias, past, residual, scale)
 
@@ -169,10 +169,15 @@ def dispatch_norm(
 ) -> Tensor:
     """`causal_conv3d_norm` on a GPU: "fused" where measurements or `tuned` say so, else the two operations."""
     tuned = tuned or tuned_conv_config("causal_conv3d_norm", x, weight, NORM_BACKENDS, ("kt", "k"))
-    fused = tuned is not None and tuned.backend == "fused"
-    if tuned is None or not (fused and gpu_of(x.device).capability == "9.0" and supports(x, past, weight)):
+    dtype = FP8 if out_scale is not None else _result_dtype(x, bias)
+    if tuned is None or tuned.backend != "fused" or not _on_hopper(x, past, weight, dtype):
         return launch_rms_norm_silu(dispatch(x, weight, bias, past, None, scale), gamma, True, out_scale)
     return launch_sm90(x, weight, bias, past, None, scale, tuned.config, gamma, out_scale)
+
+
+def _on_hopper(x: Tensor, past: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the GPU is a Hopper whose kernel takes these operands and gives a result in `dtype`."""
+    return gpu_of(x.device).capability == "9.0" and dtype != torch.float32 and supports(x, past, weight)
 
 
 def tuned_conv_config(

@@ -11,16 +11,16 @@ Public functions: `chunk_attention`, `chunk_attention_with_lse`, and `merge_atte
 parts of the keys as ring attention does. The model calls them without `chunks` and without lse so far; both are for
 causal students and for ring attention. kernels/chunk_attention_fp8.py has the same for FP8 operands, on these kernels.
 
-Back-ends: "gluon" for Hopper (kernels/chunk_attention_sm90.py) and "triton" for any GPU (below). kernels/tuned/ selects
-one for a shape. For head_dim above 128 PyTorch's attention is used unless the Triton kernel was measured to be faster.
-CPUs run PyTorch's attention, chunk by chunk.
+Back-ends: "gluon" for Hopper (kernels/chunk_attention_sm90.py), "triton" for any GPU (below), "flash-attn" where that
+package is installed; kernels/tuned/ selects one for a shape. For head_dim above 128 PyTorch's attention is used unless
+the Triton kernel was measured to be faster. CPUs run PyTorch's attention, chunk by chunk.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,10 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chunk_attention_library import FLASH_ATTN, flash_attn_lacks, launch_flash_attn
 from kernels.chunk_attention_sm90 import launch_sm90, supports
 from kernels.common import DTYPE_NAMES, FP8, check, define_op
 from kernels.scheduler import KVRanges, kv_ranges, query_tiles_on
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config, untuned_config
 
 LOG2_E = math.log2(math.e)
 
@@ -230,9 +231,8 @@ def launch_triton(
     batch, queries, heads, head_dim = q.shape
     split = split_head_dim(head_dim)
     assert split is not None
-    default = DEFAULT_CONFIGS[q.dtype] if head_dim <= LARGE_HEAD_DIM else LARGE_HEAD_CONFIG
     parameters: dict[str, Any] = {
-        "SCALED": scales is not None, "D": split[0], "D_TAIL": split[1], **default, **(config or {})
+        "SCALED": scales is not None, "D": split[0], "D_TAIL": split[1], **_default_config(q), **(config or {})
     }  # fmt: skip
     q_tiles = query_tiles_on(q.device, type(q), ranges, parameters["BLOCK_M"])
     o = q.new_empty(q.shape, dtype=out_dtype)
@@ -245,7 +245,19 @@ def launch_triton(
     return o, lse
 
 
-BACKENDS = {"gluon": launch_sm90, "triton": launch_triton}
+def _default_config(q: Tensor) -> LaunchConfig:
+    """Launch parameters of the Triton kernel where nothing was tuned."""
+    if q.shape[3] > LARGE_HEAD_DIM:
+        return LARGE_HEAD_CONFIG
+    name = "fp8" if q.dtype == FP8 else DTYPE_NAMES[q.dtype]
+    return {**DEFAULT_CONFIGS[q.dtype], **untuned_config("chunk_attention", name, q.device)}
+
+
+BACKENDS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "gluon": launch_sm90,
+    "triton": launch_triton,
+    FLASH_ATTN: launch_flash_attn,
+}
 
 
 def dispatch(
@@ -258,21 +270,27 @@ def dispatch(
     out_dtype: torch.dtype,
     tuned: TunedConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the back-end `tuned`, or else the one in kernels/tuned/, or else the default one of the GPU.
+    """Attention by the back-end `tuned`, or else the fastest in kernels/tuned/, or else the default one of the GPU.
 
     The other arguments and the results are those of `launch_triton`.
     """
-    tuned = tuned or _tuned_config(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype])
-    on_hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, ranges)
-    preferred = tuned.backend if tuned is not None and tuned.backend in BACKENDS else "gluon"
-    backend = preferred if on_hopper else "triton"
+    usable = _usable(q, k, v, scales, ranges)
+    tuned = tuned or _tuned_config(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype], usable)
+    backend = tuned.backend if tuned is not None and tuned.backend in usable else usable[0]
     config = tuned.config if tuned is not None and tuned.backend == backend else None
     return BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
 
 
-def _tuned_config(q: Tensor, k: Tensor, dtype: str) -> TunedConfig | None:
+def _usable(q: Tensor, k: Tensor, v: Tensor, scales: Scales | None, ranges: KVRanges) -> list[str]:
+    """The back-ends that take these operands on this GPU; the first is its default."""
+    on_hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, ranges)
+    by_library = scales is None and not flash_attn_lacks(q)
+    return [*(["gluon"] if on_hopper else []), "triton", *([FLASH_ATTN] if by_library else [])]
+
+
+def _tuned_config(q: Tensor, k: Tensor, dtype: str, backends: Collection[str] = ()) -> TunedConfig | None:
     dims = {"queries": q.shape[1], "keys": k.shape[1], "heads": q.shape[2], "head_dim": q.shape[3]}
-    return tuned_config("chunk_attention", dims, dtype, q.device, match_exactly=("head_dim",))
+    return tuned_config("chunk_attention", dims, dtype, q.device, backends, ("head_dim",))
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:

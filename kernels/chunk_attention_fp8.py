@@ -23,6 +23,8 @@ from torch import Tensor
 from kernels.chunk_attention import Past, check_chunks, chunk_ranges, dispatch, reference
 from kernels.common import FP8, check, define_op
 
+HEAD_DIMS = (16, 32, 64, 128)  # the Hopper kernel has the last two
+
 # --- Reference ------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +94,7 @@ def chunk_attention_fp8(
     accumulated in float32. `rms_norm_rope_fp8` makes such operands.
 
     Args:
-        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
+        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is one of `HEAD_DIMS`.
         q_scale: float32 [queries, heads], contiguous.
         k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim. The same vector may have been subtracted
             from all keys: softmax cancels it.
@@ -134,7 +136,7 @@ def chunk_attention_fp8_with_lse(
     of the remaining keys. `merge_attention` merges such results for parts of the keys.
 
     Args:
-        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is 64 or 128.
+        q: float8_e4m3fn [queries, heads, head_dim], contiguous along head_dim, which is one of `HEAD_DIMS`.
         q_scale: float32 [queries, heads], contiguous.
         k: float8_e4m3fn [keys, heads, head_dim], contiguous along head_dim.
         k_scale: float32 [heads].
@@ -155,6 +157,8 @@ def chunk_attention_fp8_with_lse(
     """
     check("q", q, shape=("queries", "heads", "head_dim"), dtype=FP8, layout="rows")
     queries, heads, head_dim = q.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q: head_dim {head_dim}, wanted {', '.join(map(str, HEAD_DIMS))}")
     check("k", k, shape=("keys", heads, head_dim), dtype=FP8, device=q.device, layout="rows")
     v_shape = heads, head_dim, -(-len(k) // 16) * 16
     check("v", v, shape=v_shape, dtype=FP8, device=q.device, layout="contiguous")

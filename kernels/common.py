@@ -6,6 +6,7 @@ public function checks its arguments with `check` and calls the op.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest finite e4m3 value
@@ -38,6 +40,15 @@ def e4m3_scale(largest):
     return tl.maximum(largest / 448.0, 1e-12)
 
 
+@functools.cache
+def installed(module: str) -> bool:
+    """Whether a module can be imported, which may be inside a package that is not there."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package
+        return False
+
+
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation with the same results under `torch.autocast`, which would change dtypes inside it."""
 
@@ -51,6 +62,26 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def naming_missing_fp8(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, with one line of error in place of Triton's where a GPU lacks e4m3, as an A100 does."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        try:
+            return implementation(*args)
+        except CompilationError as error:
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            if "fp8e4nv not supported" not in str(reason):
+                raise
+            raise ValueError(
+                f"{name}: e4m3, which GPUs multiply from compute capability 8.9 on, not this one"
+            ) from None
+
+    return run
+
+
 class Op:
     """A `torch.library` operation `flashtalk::NAME`: one node to `torch.compile`, without a gradient."""
 
@@ -58,7 +89,7 @@ class Op:
         self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
     ) -> None:
         self.name = name
-        self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, cuda, fake or cpu))
+        self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, naming_missing_fp8(name, cuda), fake or cpu))
         self.library_op = torch.library.custom_op(f"flashtalk::{name}", self.cpu, mutates_args=(), device_types="cpu")
         self.library_op.register_kernel("cuda")(self.cuda)
         self.library_op.register_fake(self.fake)

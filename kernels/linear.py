@@ -20,8 +20,8 @@ GELU makes no magnitude larger. The unused range costs no precision: e4m3 keeps 
 bound is 2^6 to 2^11 above the largest magnitude of a row.
 
 Back-ends: on a CPU `reference`; on a GPU the Triton kernel of this file, the Hopper kernel of kernels/linear_sm90.py,
-or the library (cuBLAS, not for INT8), whichever kernels/tuned/ names for the shape. The Triton kernel reads its
-operands by tensor descriptors where Triton overlaps such loads with products, and by pointers elsewhere.
+the library (cuBLAS), or torchao where it is installed, whichever kernels/tuned/ names for the shape. The Triton kernel
+reads its operands by tensor descriptors where Triton overlaps such loads with products, and by pointers elsewhere.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -31,7 +31,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,15 +40,19 @@ from kernels import linear_sm90
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, INT8_MAX, MIN_SCALE, QUANTIZED_NAMES, check, define_op
 from kernels.layer_norm import quantize_rows, quantize_rows_int8
 from kernels.linear_epilogue import (
+    FP32_ACCUM_MIN_K,
     Epilogue,
+    Output,
     Scales,
     apply_epilogue,
     check_epilogue,
     epilogue_arguments,
+    quantize_output,
     store_tile,
 )
+from kernels.linear_library import TORCHAO, launch_library, launch_torchao, libraries
 from kernels.linear_sm90 import supports
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config, untuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -59,7 +62,6 @@ FP8_ACC32_CONFIG: LaunchConfig = {
     "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "FP32_ACCUM": 1, "num_warps": 8, "num_stages": 4
 }  # fmt: skip
 SMALL_8BIT_CONFIG: LaunchConfig = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
-FP32_ACCUM_MIN_K = 8192  # untuned FP8 products of this many terms or more are accumulated outside of the tensor cores
 MAX_INT8_TERMS = int((2**31 - 1) // INT8_MAX**2)  # of a sum that int32 holds whatever the operands
 COMBINE_ROWS = 16  # rows of a tile that a program of `combine_linear_partials` adds up
 
@@ -88,12 +90,6 @@ def reference(x: Tensor, w: Tensor, scales: Scales | None, epilogue: Epilogue, d
     if scales:
         y = y * scales[0][:, None] * scales[1]
     return apply_epilogue(y, epilogue).to(dtype)
-
-
-def _quantize_output(y: Tensor, x_scale: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 y in e4m3, with the scales that follow from `output_bound`."""
-    y_scale = x_scale * bound[0] + bound[1]
-    return (y / y_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), y_scale
 
 
 def output_bound(w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -199,8 +195,6 @@ def combine_linear_partials(partials, combines, y, residual, x_scale, w_scale, b
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
-Output = tuple[Tensor, Tensor]  # y, and the scales of its rows, which are empty unless the epilogue has a bound
-
 
 def launch_triton(
     x: Tensor,
@@ -213,9 +207,8 @@ def launch_triton(
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
     pointers = x.is_cuda and not pipelines_descriptors(x.device)
-    parameters: dict[str, Any] = {
-        "GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers), **(config or _default_config(x.dtype, k, pointers))
-    }  # fmt: skip
+    default = {"GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers)}
+    parameters: dict[str, Any] = {**default, **(config or _default_config(x, pointers))}
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _empty_output(x, n, epilogue, dtype)
     operands = (x, w)
@@ -232,13 +225,16 @@ def launch_triton(
     return y, y_scale
 
 
-def _default_config(dtype: torch.dtype, k: int, pointers: bool) -> LaunchConfig:
-    """Launch parameters of the Triton kernel where nothing was tuned, for operands of a dtype and k terms."""
-    if dtype == torch.int8 or (dtype == FP8 and pointers and k < FP32_ACCUM_MIN_K):
-        return SMALL_8BIT_CONFIG
-    if dtype == FP8:
-        return FP8_ACC32_CONFIG if k >= FP32_ACCUM_MIN_K else FP8_CONFIG
-    return FP32_CONFIG if dtype == torch.float32 else BF16_CONFIG
+def _default_config(x: Tensor, pointers: bool) -> LaunchConfig:
+    """Launch parameters of the Triton kernel where nothing was tuned, for operands like x [rows, terms]."""
+    if x.dtype in QUANTIZED_NAMES:
+        long = x.shape[1] >= FP32_ACCUM_MIN_K and x.dtype == FP8
+        small = x.dtype == torch.int8 or pointers
+        config = FP8_ACC32_CONFIG if long else SMALL_8BIT_CONFIG if small else FP8_CONFIG
+    else:
+        config = FP32_CONFIG if x.dtype == torch.float32 else BF16_CONFIG
+    name = {**QUANTIZED_NAMES, **DTYPE_NAMES}[x.dtype]
+    return {**config, **untuned_config("linear", name, x.device)}
 
 
 def launch_sm90(
@@ -262,32 +258,6 @@ def launch_sm90(
     return y, y_scale
 
 
-def launch_library(
-    x: Tensor,
-    w: Tensor,
-    scales: Scales | None,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-    config: LaunchConfig | None = None,
-) -> Output:
-    """epilogue(x w^T) by cuBLAS, scaled by row in FP8, with the rest of the epilogue by PyTorch."""
-    bias = epilogue.bias
-    if scales:
-        scaled_mm: Any = torch._scaled_mm  # pyright: ignore  (private, but there is no public one)
-        wide = torch.bfloat16  # the only output dtype with a scale for each row
-        bias = bias if bias is None else bias.to(wide)
-        x_scale, w_scale = scales[0][:, None], scales[1][None]
-        fast = x.shape[1] < FP32_ACCUM_MIN_K
-        y = scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=wide, use_fast_accum=fast)
-    else:
-        y = F.linear(x, w, bias if bias is None else bias.to(x.dtype))
-    y = apply_epilogue(y, epilogue._replace(bias=None))
-    if epilogue.bound is None:
-        return y.to(dtype), y.new_empty(0, dtype=torch.float32)
-    assert scales is not None
-    return _quantize_output(y.float(), scales[0], epilogue.bound)
-
-
 def _empty_output(x: Tensor, n: int, epilogue: Epilogue, dtype: torch.dtype) -> Output:
     """Memory for y and its scales. On a CPU e4m3 outputs are float32: Triton's interpreter cannot round to e4m3."""
     quantize = epilogue.bound is not None
@@ -299,6 +269,7 @@ BACKENDS: Mapping[str, Callable[..., Output]] = {
     "gluon": launch_sm90,
     "triton": launch_triton,
     "library": launch_library,
+    TORCHAO: launch_torchao,
 }
 
 
@@ -313,12 +284,10 @@ def dispatch(
     """epilogue(x w^T) by the back-end `tuned`, or else by the one that kernels/tuned/ names for the shape.
 
     Untuned shapes use the library in 16 bits and the Triton kernel in FP8 and INT8. Tuning measures products with a
-    bias only; other epilogues cost the library further passes over the output, so it is not considered for them.
+    bias only; other epilogues cost libraries further passes over the output, so they are not considered for them.
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-    only_bias = not epilogue.gelu and epilogue.gate is epilogue.residual is epilogue.bound is None
-    by_library = only_bias and x.dtype != torch.int8
-    backends = [name for name in BACKENDS if by_library or name != "library"]
+    backends = ["gluon", "triton", *libraries(x, w, epilogue)]
     name = QUANTIZED_NAMES[x.dtype] if scales else DTYPE_NAMES[x.dtype]
     tuned = tuned or tuned_config("linear", dims, name, x.device, backends=backends)
     backend = tuned.backend if tuned is not None else "triton" if scales else "library"
@@ -361,7 +330,7 @@ def _linear_fp8_quantized_cpu(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bound: Tensor, bias: Tensor | None, gelu: bool
 ) -> Output:
     y = reference(x, w, (x_scale, w_scale), Epilogue(bias, gelu), torch.float32)
-    return _quantize_output(y, x_scale, bound)
+    return quantize_output(y, x_scale, bound)
 
 
 def _linear_fp8_quantized_cuda(

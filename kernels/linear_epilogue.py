@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import DTYPE_NAMES, check, to_e4m3
+from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, check, to_e4m3
 
 
 class Epilogue(NamedTuple):
@@ -32,6 +32,9 @@ class Epilogue(NamedTuple):
 
 
 Scales = tuple[Tensor, Tensor]  # of x [m] and of w [n], float32
+Output = tuple[Tensor, Tensor]  # y, and the scales of its rows, which are empty unless the epilogue has a bound
+
+FP32_ACCUM_MIN_K = 8192  # untuned FP8 products of this many terms or more are accumulated outside of the tensor cores
 
 
 def apply_epilogue(y: Tensor, epilogue: Epilogue) -> Tensor:
@@ -43,6 +46,12 @@ def apply_epilogue(y: Tensor, epilogue: Epilogue) -> Tensor:
     elif epilogue.gate is not None:
         y = y * epilogue.gate
     return y if epilogue.residual is None else y + epilogue.residual
+
+
+def quantize_output(y: Tensor, x_scale: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 y in e4m3, with the scales that follow from `output_bound`."""
+    y_scale = x_scale * bound[0] + bound[1]
+    return (y / y_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), y_scale
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.chunk_attention import reference as attention_reference
 from kernels.chunk_attention import sdpa
 from kernels.common import DTYPE_NAMES, check, define_op
-from kernels.tuning import LaunchConfig, launch_config
+from kernels.tuning import LaunchConfig, launch_config, pipelines_descriptors
 
 # Launch parameters where nothing was tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, "num_stages": 1}
@@ -54,8 +54,23 @@ def text_image_reference(
 
 
 @triton.jit
-def text_image_attention_inner(acc, m_i, l_i, q, qk_scale, k_desc, v_desc, column, start, num_keys, padding_log_weight,
-                               BLOCK: tl.constexpr):  # fmt: skip
+def load_keys(x, start, column, num_keys, row, BLOCK: tl.constexpr, D: tl.constexpr, POINTERS: tl.constexpr):
+    """The tile [BLOCK, D] at (start, column) of keys or values, given by a descriptor or a pointer.
+
+    What stands in place of rows beyond the last key does not matter, as long as it is finite: they get no weight.
+    """
+    if POINTERS:
+        offs_n = tl.minimum(start + tl.arange(0, BLOCK), num_keys - 1).to(tl.int64)
+        tile = tl.load(x + offs_n[:, None] * row + column + tl.arange(0, D)[None, :])
+    else:
+        tile = x.load([start, column])
+    return tile
+
+
+@triton.jit
+def text_image_attention_inner(acc, m_i, l_i, q, qk_scale, k, v, k_row, v_row, column, start, num_keys,
+                               padding_log_weight, BLOCK: tl.constexpr, D: tl.constexpr,
+                               POINTERS: tl.constexpr):  # fmt: skip
     """One step of the online softmax: BLOCK keys from `start` on, of `num_keys` in all.
 
     padding_log_weight, a logarithm to base 2, is added to the logit of the last key. A box of the descriptors may reach
@@ -63,23 +78,26 @@ def text_image_attention_inner(acc, m_i, l_i, q, qk_scale, k_desc, v_desc, colum
     """
     offs_n = start + tl.arange(0, BLOCK)
     bias = tl.where(offs_n < num_keys, tl.where(offs_n == num_keys - 1, padding_log_weight, 0.0), float("-inf"))
-    scores = tl.dot(q, k_desc.load([start, column]).T, input_precision="ieee") * qk_scale + bias[None, :]
+    k_tile = load_keys(k, start, column, num_keys, k_row, BLOCK, D, POINTERS)
+    scores = tl.dot(q, k_tile.T, input_precision="ieee") * qk_scale + bias[None, :]
     m_ij = tl.maximum(m_i, tl.max(scores, 1))
     p, alpha = tl.exp2(scores - m_ij[:, None]), tl.exp2(m_i - m_ij)
-    v = v_desc.load([start, column])
-    acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    v_tile = load_keys(v, start, column, num_keys, v_row, BLOCK, D, POINTERS)
+    acc = acc * alpha[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
     return acc, m_ij, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def text_image_attention_fwd(q, text_k_desc, text_v_desc, image_k_desc, image_v_desc, tail_k_desc, tail_v_desc,
                              num_text_tokens, o, qk_scale, tokens, text_keys, image_keys,
-                             q_row, q_head, text_head, image_head, o_row, o_head,
+                             q_row, q_head, text_k_row, text_v_row, text_head, image_k_row, image_v_row, image_head,
+                             o_row, o_head, POINTERS: tl.constexpr,
                              DEDUP_PADDING: tl.constexpr, D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """A tile of tokens of one head. DEDUP_PADDING: text keys from number num_text_tokens on are equal.
 
     The boxes of the descriptors have BLOCK_T text keys, BLOCK_N image keys, and BLOCK_TAIL for the last image keys.
+    POINTERS: there are pointers in their places.
     """
     head = tl.program_id(1)
     head_i64 = head.to(tl.int64)
@@ -96,8 +114,8 @@ def text_image_attention_fwd(q, text_k_desc, text_v_desc, image_k_desc, image_v_
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(0, num_keys, BLOCK_T):
         acc, m_i, l_i = text_image_attention_inner(
-            acc, m_i, l_i, q_tile, qk_scale, text_k_desc, text_v_desc, head * text_head, start, num_keys,
-            padding_log_weight, BLOCK_T,
+            acc, m_i, l_i, q_tile, qk_scale, text_k_desc, text_v_desc, text_k_row, text_v_row, head * text_head, start,
+            num_keys, padding_log_weight, BLOCK_T, D, POINTERS,
         )  # fmt: skip
     text_o = (acc * (1.0 / l_i)[:, None]).to(o.dtype.element_ty)  # takes half the registers of float32
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -106,13 +124,13 @@ def text_image_attention_fwd(q, text_k_desc, text_v_desc, image_k_desc, image_v_
     whole_end = image_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole_end, BLOCK_N):
         acc, m_i, l_i = text_image_attention_inner(
-            acc, m_i, l_i, q_tile, qk_scale, image_k_desc, image_v_desc, head * image_head, start, image_keys, 0.0,
-            BLOCK_N,
+            acc, m_i, l_i, q_tile, qk_scale, image_k_desc, image_v_desc, image_k_row, image_v_row, head * image_head,
+            start, image_keys, 0.0, BLOCK_N, D, POINTERS,
         )  # fmt: skip
     if whole_end < image_keys:
         acc, m_i, l_i = text_image_attention_inner(
-            acc, m_i, l_i, q_tile, qk_scale, tail_k_desc, tail_v_desc, head * image_head, whole_end, image_keys, 0.0,
-            BLOCK_TAIL,
+            acc, m_i, l_i, q_tile, qk_scale, tail_k_desc, tail_v_desc, image_k_row, image_v_row, head * image_head,
+            whole_end, image_keys, 0.0, BLOCK_TAIL, D, POINTERS,
         )  # fmt: skip
     acc = acc * (1.0 / l_i)[:, None] + text_o.to(tl.float32)
     o_ptrs = o + head_i64 * o_head + offs_m[:, None] * o_row + offs_d[None, :]
@@ -137,18 +155,21 @@ def launch_text_image(
     dims["dedup_padding"] = int(num_text_tokens is not None)
     parameters = launch_config(
         "text_image_attention", dims, DTYPE_NAMES[q.dtype], q.device,
-        default=DEFAULT_CONFIGS[q.dtype], given=config, match_exactly=("head_dim",),
+        default={**DEFAULT_CONFIGS[q.dtype], "POINTERS": int(q.is_cuda and not pipelines_descriptors(q.device))},
+        given=config, match_exactly=("head_dim",),
     )  # fmt: skip
     block_t, block_n = parameters["BLOCK_T"], parameters["BLOCK_N"]
     block_tail = max(16, triton.next_power_of_2(len(image_k) % block_n))
     o = q.new_empty(q.shape)
     text, image = (text_k, text_v), (image_k, image_v)
+    operands = [(x, block_t) for x in text] + [(x, block) for block in (block_n, block_tail) for x in image]
     text_image_attention_fwd[(triton.cdiv(tokens, parameters["BLOCK_M"]), heads)](
-        q, *(make_desc(x, block_t) for x in text), *(make_desc(x, block_n) for x in image),
-        *(make_desc(x, block_tail) for x in image), q if num_text_tokens is None else num_text_tokens, o,
-        head_dim**-0.5 * math.log2(math.e), tokens, len(text_k), len(image_k),
-        *q.stride()[:2], text_k.stride(1), image_k.stride(1), *o.stride()[:2],
-        DEDUP_PADDING=num_text_tokens is not None, D=head_dim, BLOCK_TAIL=block_tail, **parameters,
+        q, *(x if parameters["POINTERS"] else make_desc(x, block) for x, block in operands),
+        q if num_text_tokens is None else num_text_tokens, o,
+        head_dim**-0.5 * math.log2(math.e), tokens, len(text_k), len(image_k), *q.stride()[:2],
+        text_k.stride(0), text_v.stride(0), text_k.stride(1), image_k.stride(0), image_v.stride(0), image_k.stride(1),
+        *o.stride()[:2], DEDUP_PADDING=num_text_tokens is not None, D=head_dim,
+        BLOCK_TAIL=block_tail, **parameters,
     )  # fmt: skip
     return o
 

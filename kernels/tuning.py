@@ -12,12 +12,13 @@ The measurements are in `tuned/`, one JSON file per device, written by `python -
 A shape that was not measured uses the entry of the nearest measured shape of the same operation and dtype, where
 distance is measured between the logarithms of the dimensions. A device without a file uses that of another device of
 the same compute capability, as an H200 does with the H100's, but never one of another capability. Where nothing
-suitable was measured, operations use their own defaults.
+suitable was measured, operations use their own defaults, of which `untuned.toml` replaces some by compute capability.
 """
 
 import json
 import math
 import re
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ import torch
 
 SCHEMA, VERSION = "flashtalk-tuned", 2
 FOLDER = Path(__file__).parent / "tuned"
+UNTUNED = Path(__file__).with_name("untuned.toml")
 
 LaunchConfig = Mapping[str, int | float | str]  # launch parameters: tile sizes, warps, stages
 
@@ -129,10 +131,24 @@ def launch_config(
         given: the caller's parameters. None or empty uses the tuned ones.
         match_exactly: dimensions that must equal the entry's.
     """
+    default = {**default, **untuned_config(operation, dtype, device)}
     if given:
         return {**default, **given}
     tuned = tuned_config(operation, dims, dtype, device, ("triton",), match_exactly)
     return {**default, **(tuned.config if tuned else {})}
+
+
+def untuned_config(operation: str, dtype: str, device: torch.device) -> LaunchConfig:
+    """The parameters of untuned.toml for an operation on a device, which replace its own defaults; often none."""
+    if device.type != "cuda":
+        return {}
+    return _untuned().get((operation, dtype, gpu_of(device).capability), {})
+
+
+@cache
+def _untuned() -> Mapping[tuple[str, str, str], LaunchConfig]:
+    entries = tomllib.loads(UNTUNED.read_text()).get("untuned", ())
+    return {(x["operation"], x["dtype"], gpu): x["config"] for x in entries for gpu in x["capabilities"]}
 
 
 def tuned_config(

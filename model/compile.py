@@ -128,6 +128,7 @@ def load_compiled(
     precision: Precision,
     wav2vec: Path | None = None,
     ranks: Ranks | None = None,
+    text_device: torch.device | None = None,
 ) -> Models:
     """`load_models`, or `preset_models` if `folder` is None, compiled and warmed up for all shapes of a chunk.
 
@@ -137,16 +138,16 @@ def load_compiled(
     use_compile_cache(device)
     if folder is None or ranks is not None:
         if folder is None:
-            models = preset_models(config, device, precision)
+            models = preset_models(config, device, precision, text_device)
         else:
-            models = load_models(config, folder, device, precision, wav2vec)
+            models = load_models(config, folder, device, precision, wav2vec, text_device)
         compile_models(models)
         warm_up(models, ranks)
         return models
     stand_in = stand_in_models(config, device, precision)
     compile_models(stand_in)
     with ThreadPoolExecutor(1) as background:
-        loading = background.submit(load_models, config, folder, device, precision, wav2vec)
+        loading = background.submit(load_models, config, folder, device, precision, wav2vec, text_device)
         ready = wait([loading], FAIL_FAST_SECONDS).done
         if not ready:
             warm_up(stand_in)

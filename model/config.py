@@ -355,6 +355,11 @@ class Precision:
     fp8_attention: bool = False
     fp8_vae: tuple[int, ...] = ()
 
+    @property
+    def needs_fp8(self) -> bool:
+        """Whether anything is e4m3, which not every GPU can multiply."""
+        return isinstance(self.eight_bits, FP8Policy) or self.fp8_attention or bool(self.fp8_vae)
+
 
 _BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 
@@ -370,6 +375,7 @@ PRECISIONS = {
     "int8": dataclasses.replace(_BF16, eight_bits=INT8Policy()),
     "int8-vae": dataclasses.replace(_BF16, eight_bits=INT8Policy(), fp8_attention=True, fp8_vae=(2,)),
 }
+FP8_CAPABILITY = (8, 9)  # the least compute capability of GPUs that multiply e4m3
 FORMATS = {policy.format: policy for policy in (FP8Policy(), INT8Policy())}  # of quantised students
 
 

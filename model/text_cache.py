@@ -25,16 +25,24 @@ FEATURES_KEY = "features"  # name of the tensor in a cache file
 class CachedTextEncoder:
     """Text features of prompts, from the cache on disk or, for a new prompt, from the text encoder.
 
-    The encoder is loaded when it is first needed. It stays in host memory and is on the device only while it runs.
+    The encoder is loaded when it is first needed. It stays in host memory and is on the device only while it runs; or
+    it runs on the CPU, where a device lacks the memory: for umT5-xxl one pass over 11 GB, and no room on the device.
     """
 
-    def __init__(self, encoder: Callable[[], TextEncoder], device: torch.device, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Callable[[], TextEncoder],
+        device: torch.device,
+        cache_dir: Path | None = None,
+        text_device: torch.device | None = None,
+    ) -> None:
         """`encoder` loads the text encoder and is called at most once.
 
         It is called here unless `cache_dir` already holds features, else when a prompt is new. If `cache_dir` is None,
-        nothing is cached.
+        nothing is cached. Features go to `device`; the encoder runs on `text_device`, or there if that is None.
         """
         self._encoder, self._device, self._cache_dir = encoder, device, cache_dir
+        self._text_device = device if text_device is None else text_device
         if cache_dir is None or not any(cache_dir.glob("*.safetensors")):
             _ = self.encoder
 
@@ -50,8 +58,8 @@ class CachedTextEncoder:
         if path is not None:
             with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # missing or damaged
                 return file.get_tensor(FEATURES_KEY).to(self._device)
-        with on_device(self._device, self.encoder):
-            features = self.encoder(ids.to(self._device))
+        with on_device(self._text_device, self.encoder):
+            features = self.encoder(ids.to(self._text_device)).to(self._device)
         if path is not None:
             try:
                 _save_features(features, path)

@@ -25,6 +25,7 @@ from model.config import PRECISIONS, PRESETS
 from model.errors import UserError
 from model.files import replacing
 from model.machine import cache_key, writable_cache_dir
+from model.memory import card_of, require_fp8
 
 MANIFEST = "manifest.json"
 
@@ -82,7 +83,10 @@ def command(
         str | None, typer.Option(help="Size of the system. Default: flashtalk-14b on a GPU, tiny on a CPU.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="As in `python -m streaming run`. Default: fp8 on a GPU, fp32 on a CPU.")
+        str | None,
+        typer.Option(
+            help="As in `python -m streaming run`. Default: fp8 on a GPU, or int8 if it lacks FP8; fp32 on a CPU."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     packed: Annotated[Path | None, typer.Option("--pack", help="Also write the compiled code to this file.")] = None,
@@ -92,11 +96,14 @@ def command(
     check_choice("--device", device, ("auto", "cpu", "cuda"))
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     preset = preset or ("flashtalk-14b" if where.type == "cuda" else "tiny")
-    precision = precision or ("fp8" if where.type == "cuda" else "fp32")
     check_choice("--preset", preset, PRESETS)
-    check_choice("--precision", precision, PRECISIONS)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu")
+    card = card_of(where) if where.type == "cuda" else None
+    precision = precision or ("fp32" if card is None else "fp8" if card.has_fp8 else "int8")
+    check_choice("--precision", precision, PRECISIONS)
+    if card is not None:
+        require_fp8(precision, card)
     key = cache_key(where)
     if source is not None:
         check_packed(source, key)  # before a folder is made for it

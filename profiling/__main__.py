@@ -181,7 +181,7 @@ def docs(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a committed document differs.")
     ] = False,
 ) -> None:
-    """Writes docs/performance.md, and tables in README and docs/cluster.md, from committed results and tuned tables."""
+    """Writes docs/performance.md, and tables in other documents, from committed results, tuned tables and counts."""
     from profiling.report.performance import docs_command
 
     raise typer.Exit(docs_command(root, check))
@@ -308,6 +308,23 @@ def quality(
     from profiling.measure.quality import quality_command
 
     raise typer.Exit(quality_command(preset, device, setting or (), people, voices, chunks, drift, out, json))
+
+
+@app.command()
+def psnr(
+    preset: Annotated[str, typer.Option(help="A preset with bundled weights.")] = "tiny",
+    device: Device = "auto",
+    precision: Annotated[
+        list[str] | None, typer.Option(help="As of streaming run (repeatable). Default: bf16, fp8 and int8.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames that are compared.")] = 84,
+    out: Annotated[Path | None, typer.Option(help="Write the results file to this path.")] = None,
+    json: Json = False,
+) -> None:
+    """Compares the video of a precision with that of fp32, frame by frame."""
+    from profiling.measure.likeness import likeness_command
+
+    raise typer.Exit(likeness_command(preset, device, precision or ["bf16", "fp8", "int8"], frames, out, json))
 
 
 @app.command()

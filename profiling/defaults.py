@@ -26,8 +26,12 @@ class Choice:
 _CONV = Choice(("gluon", "library"), {"bf16": "library", "fp8": "gluon"}, "library", ("outputs", "kt", "k"))
 _RESAMPLE = Choice(("gluon", "library"), {"bf16": "library"}, "library", ("outputs",))
 CHOICES = {
-    "chunk_attention": Choice(("gluon", "triton"), {"bf16": "gluon", "fp8": "gluon"}, "triton", ("head_dim",)),
-    "linear": Choice(("gluon", "triton", "library"), {"bf16": "library", "fp8": "triton", "int8": "triton"}, "triton"),
+    "chunk_attention": Choice(
+        ("gluon", "triton", "flash-attn"), {"bf16": "gluon", "fp8": "gluon"}, "triton", ("head_dim",)
+    ),
+    "linear": Choice(
+        ("gluon", "triton", "library", "torchao"), {"bf16": "library", "fp8": "triton", "int8": "triton"}, "triton"
+    ),
     "causal_conv3d": _CONV,
     "upsample_conv2d": _RESAMPLE,
     "downsample_conv2d": _RESAMPLE,

@@ -18,6 +18,7 @@ class Device:
     capability: str
     multiprocessors: int
     clock_mhz: float
+    memory_bytes: float  # what CUDA reports: less than the data sheet, by what the driver keeps
     hbm_bytes_s: float
     l2_bytes_s: float
     kernel_s: float  # of the shortest kernel in a CUDA graph
@@ -61,6 +62,10 @@ def of_target(target: str) -> Device:
 
 
 def named(name: str) -> Device | None:
-    """The device that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is not in the file."""
+    """The device that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is not in the file.
+
+    Of "NVIDIA GeForce RTX 4090" the words are tried, and what up to three adjacent ones make together, as RTX4090.
+    """
     words = re.split(r"[^A-Za-z0-9]+", name)
-    return next((device for device in devices().values() if device.name in words), None)
+    joined = {"".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))}
+    return next((device for device in devices().values() if device.name in joined), None)

@@ -140,6 +140,17 @@ def driver_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
+def max_clock_mhz(device: torch.device) -> int | None:
+    """The highest clock that NVML names for the multiprocessors; None of a CPU, or where there is no NVML."""
+    if device.type == "cuda":
+        with suppress(Exception):  # NVML may be missing
+            import pynvml as nvml
+
+            nvml.nvmlInit()
+            return int(nvml.nvmlDeviceGetMaxClockInfo(nvml_handle(nvml, device), nvml.NVML_CLOCK_SM))
+    return None
+
+
 class NvmlMonitor:
     """Reads NVML in a background thread while its body runs; `nvml` has the readings so far."""
 

@@ -217,6 +217,9 @@ def stage_value(variant: VariantResult, stage: str) -> float | None:
     if stage == "after_denoise":
         first, steps = stage_value(variant, "first_frame"), variant.per_chunk(STEP)
         return first - statistics.median(steps) if first and steps else None
+    if stage == "vae":
+        parts = [variant.per_chunk(name) for name in ("decode", "motion")]
+        return sum(map(statistics.median, parts)) if all(parts) else None
     whole = {"chunk": variant.chunk, "first_frame": variant.first_frame, STEP: variant.stages.get(stage, ())}
     samples = whole[stage] if stage in whole else _in_each_chunk(variant, stage, beside=False)
     return statistics.median(samples) if samples else None

@@ -333,9 +333,13 @@ def serve(
         log_json=log_json,
         environment=os.environ,
     )
-    with stage("loading the models", quiet):
-        pipelines = [
-            TalkingHeadPipeline.from_pretrained(
+    pipelines: list[TalkingHeadPipeline] = []
+    for _ in range(sessions):
+        if pipelines:
+            with stage("generating a first chunk", quiet):  # so that the next pipeline sees what memory is left
+                warm(pipelines[-1])
+        with stage("loading the models", quiet):
+            pipeline = TalkingHeadPipeline.from_pretrained(
                 checkpoint or preset or "tiny",
                 preset=preset or ("flashtalk-14b" if checkpoint else None),
                 device=device,
@@ -346,8 +350,7 @@ def serve(
                 wav2vec=wav2vec,
                 random_weights=random_weights,
             )
-            for _ in range(sessions)
-        ]
+        pipelines.append(pipeline)
     first = pipelines[0]
     if first.follows:
         for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all; rank 0 decides when it is over
@@ -356,8 +359,7 @@ def serve(
         return
     with first.leading():
         with stage("generating a first chunk", quiet):
-            for pipeline in pipelines:
-                warm(pipeline)
+            warm(pipelines[-1])
         if checkpoint is None:
             print(_limits_of(str(first.settings["preset"])), file=sys.stderr)
         run(pipelines, settings)

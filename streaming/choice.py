@@ -11,10 +11,12 @@ from model.command import check_choice
 from model.compile import load_compiled
 from model.config import BUNDLED, PRECISIONS, PRESETS, Config
 from model.errors import UserError
+from model.memory import card_of
 from model.parallel.ranks import Ranks
 from model.sampler import NUM_TIMESTEPS
 from model.weights.checkpoint import Models, load_models, preset_models
 from model.weights.quantize import format_of
+from streaming.fitting import fitting
 
 MAX_SIDE = 4096  # pixels
 MAX_SHIFT = 100.0
@@ -28,6 +30,7 @@ class Choice(NamedTuple):
     device: torch.device
     graphs: bool  # whether stages are captured as CUDA graphs
     settings: dict[str, Any]  # what was chosen, as JSON values
+    notes: tuple[str, ...] = ()  # what was chosen without being asked for, a sentence each
 
 
 def choose(
@@ -60,32 +63,39 @@ def choose(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch sees no NVIDIA GPU here; use cpu")
-    if precision == "auto":
-        held = None if folder is None else format_of(folder)
-        precision = held or ("bf16" if device == "cuda" else "fp32")
-    check_choice("precision", precision, PRECISIONS)
+    check_choice("precision", precision, ("auto", *PRECISIONS))
     check_choice("noise", noise, ("counter", "torch"))
-    compiled = device == "cuda" if compiled is None else compiled
-    if noise == "torch" and compiled and device == "cuda":
+    if noise == "torch" and (compiled or compiled is None) and device == "cuda":
         raise UserError("noise torch: CUDA graphs cannot hold a generator's draws; do not compile, or take counter")
-
-    where, dtypes, speech = torch.device(device), PRECISIONS[precision], Path(wav2vec) if wav2vec else None
     preset_size = (PRESETS[name].chunk.width, PRESETS[name].chunk.height)
     first = preset_size if size is None or size == "auto" else size
     config = _configured(PRESETS[name], first, frames, steps, shift, color)
 
+    where, speech = torch.device(device), Path(wav2vec) if wav2vec else None
+    held = None if folder is None else format_of(folder)
+    graphs, text_device, notes = False, where, ()
+    if device == "cuda":
+        drawn = folder is None and name not in BUNDLED
+        found, notes = fitting(config, precision, held, compiled, card_of(where), drawn)
+        precision, graphs = found.precision, found.graphs
+        text_device = where if found.text_on_card else torch.device("cpu")
+    elif precision == "auto":
+        precision = held or "fp32"
+    dtypes, compiled = PRECISIONS[precision], device == "cuda" if compiled is None else compiled
+
     def load(ranks: Ranks | None) -> Models:
         if compiled:
-            return load_compiled(config, folder, where, dtypes, speech, ranks)
+            return load_compiled(config, folder, where, dtypes, speech, ranks, text_device)
         if folder is not None:
-            return load_models(config, folder, where, dtypes, speech)
-        return preset_models(config, where, dtypes)
+            return load_models(config, folder, where, dtypes, speech, text_device)
+        return preset_models(config, where, dtypes, text_device)
 
     settings = {
         "preset": name, "checkpoint": str(folder) if folder else None, "precision": precision, "noise": noise,
-        "compiled": compiled, "steps": steps, "chunk": asdict(config.chunk),
+        "compiled": compiled, "graphs": graphs, "text_encoder": text_device.type, "steps": steps,
+        "chunk": asdict(config.chunk),
     }  # fmt: skip
-    return Choice(config, load, where, compiled and device == "cuda", settings)
+    return Choice(config, load, where, graphs, settings, notes)
 
 
 def checked_steps(steps: int) -> int:

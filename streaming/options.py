@@ -58,7 +58,7 @@ PrecisionOption = Annotated[
     typer.Option(
         help="fp32, bf16, fp8 (the student's linear layers), fp8-attn (its self-attention too), fp8-vae (and a"
         " level of the decoder), int8 and int8-vae (linear layers in int8 instead), or auto: what the checkpoint is"
-        " made for, bf16 on a GPU, fp32 on a CPU."
+        " made for; else fp32 on a CPU, bf16 on a GPU, or 8 bits where that does not fit."
     ),
 ]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps a chunk; the student was distilled for 4.")]
@@ -67,7 +67,7 @@ CompiledOption = Annotated[
     typer.Option(
         "--compile/--no-compile",
         help="Compile the student, and record what the GPU does as CUDA graphs: faster, but for a longer start, the"
-        " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only.",
+        " longest on a machine where `python -m model.warm` has not run. Default: on a GPU only, graphs if they fit.",
     ),
 ]
 ReportOption = Annotated[Path | None, typer.Option(help="Write timings, versions and settings there as JSON.")]

@@ -13,6 +13,7 @@ arguments. Rank 0 opens the files and gives frames; on the other ranks, `generat
 """
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -121,7 +122,8 @@ class TalkingHeadPipeline:
             preset: The dimensions of the checkpoint. Default: "flashtalk-14b".
             device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
             precision: "fp32", "bf16", "fp8", "fp8-attn", "fp8-vae", "int8", "int8-vae", or "auto": what the checkpoint
-                is made for, bf16 on a GPU, fp32 on a CPU.
+                is made for; else fp32 on a CPU, and on a GPU bf16 or, where that would not fit, fp8, or int8 on a GPU
+                without FP8. An FP8 checkpoint is widened where the GPU has no FP8, or another precision is named.
             size: Width and height of the video in pixels, multiples of 16. Default: those of the preset, which the
                 student was trained for. "auto" loads the networks, times chunks of some sizes of the preset's format,
                 and takes the largest that this machine plays in real time; `settings["measured"]` says what it took.
@@ -130,7 +132,8 @@ class TalkingHeadPipeline:
             steps: Denoising steps a chunk, 1 to 1,000; the student was distilled for 4 and 2.
             shift: Of the timesteps, towards noise; above 0. Default: the preset's, 5 in the published code.
             color: How far each frame's colours are moved to the portrait's, 0 to 1.
-            compiled: Whether to compile the student, and on a GPU to capture CUDA graphs. Default: on a GPU only.
+            compiled: Whether to compile the student, and on a GPU to capture CUDA graphs. Default: on a GPU only, with
+                graphs where their memory fits.
             wav2vec: The folder of the speech encoder, if it is neither in the checkpoint nor beside it.
             noise: "counter" is a function of seed, chunk and position, the same on every machine; "torch" draws what
                 the published code draws for a seed on such a device, and works without CUDA graphs only.
@@ -138,8 +141,9 @@ class TalkingHeadPipeline:
             lazy: Whether `load` or the first video loads the networks, and not this call.
 
         Raises:
-            UserError: An argument has a value that is not supported, or the checkpoint cannot be loaded, or the ranks
-                that torchrun has started differ. The message is one line that says what fits.
+            UserError: An argument has a value that is not supported, or the GPU cannot multiply in the precision or has
+                too little memory for it, or the checkpoint cannot be loaded, or the ranks that torchrun has started
+                differ. The message is one line that says what fits.
         """
         group = join("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         with nullcontext() if group is None else group.together():
@@ -150,6 +154,9 @@ class TalkingHeadPipeline:
         pipeline = cls(choice)
         if group is not None:
             pipeline._join(group)
+        if not pipeline.follows:
+            for note in choice.notes:
+                print(f"note: {note}", file=sys.stderr)
         if size == "auto":
             pipeline._take_largest_size()
         if not lazy:

@@ -61,18 +61,21 @@ class Models:
     folder: Path | None  # of the checkpoint, which also holds the tokenizer; None for random weights
 
 
-def preset_models(config: Config, device: torch.device, precision: Precision) -> Models:
+def preset_models(
+    config: Config, device: torch.device, precision: Precision, text_device: torch.device | None = None
+) -> Models:
     """Models of a preset without a checkpoint: with the weights that are part of the package, or else random ones.
 
     Of the presets in `BUNDLED`, student, codec and speech encoder are trained. The text and image encoders are random,
-    and the student gets nothing from them.
+    and the student gets nothing from them. The text encoder runs on `text_device`, or on `device` if that is None.
     """
     if config.name not in BUNDLED:
-        return random_models(config, device, precision)
+        return random_models(config, device, precision, text_device=text_device)
     return random_models(
         config,
         device,
         precision,
+        text_device=text_device,
         trained={name: load_trained(FOLDER / f"{name}.safetensors")[0] for name in ("student", "codec", "audio")},
     )
 
@@ -84,11 +87,13 @@ def random_models(
     seed: int = 0,
     offload_device: str | torch.device = "cpu",
     trained: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+    text_device: torch.device | None = None,
 ) -> Models:
     """Models with random weights, the same for the same seed, device and precision. They generate coloured noise.
 
     Modules that are needed only at the beginning of a session go to `offload_device`. `trained` has tensors that are
-    not random, by parameter, of "student", "codec" and "audio".
+    not random, by parameter, of "student", "codec" and "audio". The text encoder is made and runs on `text_device`, or
+    on `device` if that is None.
     """
 
     def filled(name: str, module: M) -> M:
@@ -104,7 +109,7 @@ def random_models(
             dit.use_fp8_attention()
         return dit
 
-    def build(factory: Callable[[], M], dtype: torch.dtype) -> M:
+    def build(factory: Callable[[], M], dtype: torch.dtype, device: torch.device = device) -> M:
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -120,7 +125,11 @@ def random_models(
             config,
             build(student, precision.dit),
             build(lambda: filled("codec", VAE(config.vae)), precision.vae),
-            CachedTextEncoder(partial(build, lambda: TextEncoder(config.text), precision.text), device),
+            CachedTextEncoder(
+                partial(build, lambda: TextEncoder(config.text), precision.text, text_device or device),
+                device,
+                text_device=text_device,
+            ),
             build(lambda: ImageEncoder(config.image), precision.image),
             build(lambda: filled("audio", SpeechEncoder(config.audio)), precision.audio),
             device,
@@ -134,9 +143,16 @@ def random_models(
 
 
 def load_models(
-    config: Config, folder: Path, device: torch.device, precision: Precision, wav2vec: Path | None = None
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    precision: Precision,
+    wav2vec: Path | None = None,
+    text_device: torch.device | None = None,
 ) -> Models:
     """Models with the weights in `folder`, and in `wav2vec` if the speech encoder is elsewhere.
+
+    The text encoder runs on `text_device`, or on `device` if that is None.
 
     Raises `UserError`, which names the file and the tensor, for anything that is missing, superfluous, of the wrong
     shape or unreadable.
@@ -144,7 +160,7 @@ def load_models(
     places = (folder / AUDIO_FOLDER, folder.parent / AUDIO_FOLDER) if wav2vec is None else (wav2vec,)
     audio_folder = next((place for place in places if place.is_dir()), None)
     held = quantize.format_of(folder)
-    if held is not None and (precision.eight_bits is None or precision.eight_bits.format != held):
+    if held == "int8" and (precision.eight_bits is None or precision.eight_bits.format != held):
         raise UserError(f"{folder} holds an {held.upper()} student: use --precision {' or '.join(precisions_of(held))}")
     shards = [] if held else find_student_shards(folder)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):
@@ -180,7 +196,7 @@ def load_models(
         config,
         dit,
         vae,
-        CachedTextEncoder(text, device, cache_dir_for(folder / TEXT_FILE, device, precision.text)),
+        CachedTextEncoder(text, device, cache_dir_for(folder / TEXT_FILE, device, precision.text), text_device),
         load(image, image.param_map(), pixels, folder / IMAGE_FILE, offload_device, precision.image),
         load(audio, audio.param_map(), speech, audio_folder, device, precision.audio),
         device,
@@ -193,14 +209,18 @@ def load_student(
 ) -> DiT:
     """The student in these official shards or, without any, in the quantised checkpoint `folder`.
 
-    The submodules that are needed only at the beginning of a session stay in host memory. Raises like `load_models`.
+    An FP8 student becomes whatever the precision asks for. The submodules that are needed only at the beginning of a
+    session stay in host memory. Raises like `load_models`.
     """
     with torch.device("meta"):
         dit = DiT(config)
     offloadable = dit.offloadable_modules()
     policy = precision.eight_bits
-    if policy is not None and not shards:
-        quantize.load_quantized_checkpoint(dit, folder, policy.format, device, offloadable)
+    held = None if shards else quantize.format_of(folder)
+    if held is not None and policy is not None and policy.format == held:
+        quantize.load_quantized_checkpoint(dit, folder, held, device, offloadable)
+    elif held is not None:
+        quantize.load_widened_checkpoint(dit, folder, held, policy, precision.dit, device, offloadable)
     elif policy is not None:
         quantize.load_and_quantize(dit, shards, policy, precision.dit, device, offloadable)
     else:

@@ -12,6 +12,9 @@ hundredth channel 30 times as large.
 Layers pass through memory one at a time. Each shard and the manifest are written atomically, so an interrupted
 conversion can be resumed. The source may be an official checkpoint in any floating-point dtype, or one that torchao or
 ComfyUI has quantised (one scale per row or one for all); FP8 takes its e4m3 values unchanged.
+
+An FP8 checkpoint can be loaded in other precisions too, as for a GPU without FP8: its layers are widened to the
+student's dtype, which adds no error, or widened and quantised anew to INT8.
 """
 
 import fnmatch
@@ -63,26 +66,28 @@ class QuantizedModule(NamedTuple):
 def quantize_modules(
     source: ShardReader,
     dit: DiT,
-    policy: Policy,
+    policy: Policy | None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     prefix: str | None = None,
 ) -> Iterator[QuantizedModule]:
     """Yields the modules of `dit` that hold parameters, quantised by `policy`; other parameters come in `dtype`.
 
-    `dit` may be on the meta device. With a `prefix`, only modules whose names begin with it are yielded; with the
-    prefix "", only modules outside of the blocks.
+    `dit` may be on the meta device. Without a policy nothing is quantised. With a `prefix`, only modules whose names
+    begin with it are yielded; with the prefix "", only modules outside of the blocks.
     """
-    official: dict[str, list[str]] = {}
-    for name, mapping in dit.param_map().items():  # in the order of their rows
-        official.setdefault(mapping.params[0], []).append(name)
+    stored: dict[str, list[str]] = {}
+    for name, mapping in source.param_map.items():  # in the order of their rows
+        stored.setdefault(mapping.params[0], []).append(name)
+    layers = policy.layers if policy is not None else ()
     for module, owner in dit.named_modules():
         inside = f"{module}.".startswith(prefix or "blocks.")
         if prefix is not None and inside != bool(prefix):
             continue
         names = [f"{module}.{leaf}" for leaf, _ in owner.named_parameters(recurse=False)]
-        whole = {name: _concat_rows([source.read(part) for part in official[name]]) for name in names}
-        if isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in policy.layers):
+        whole = {name: _concat_rows([source.read(part) for part in stored[name]]) for name in names}
+        chosen = isinstance(owner, Linear) and any(fnmatch.fnmatch(module, pattern) for pattern in layers)
+        if policy is not None and chosen:
             part = _quantize_layer(
                 module, whole[f"{module}.weight"], _dequantized(whole[f"{module}.bias"]), policy, dtype, device
             )
@@ -224,6 +229,37 @@ def load_quantized_checkpoint(
     Parameters go to `device`; those of the submodules named in `offloaded` go to host memory. Raises `UserError`, which
     names the file, if the conversion is incomplete or a shard is missing, damaged or not the one in the manifest.
     """
+    paths = _apply_manifest(dit, folder, form)
+    load_parameters(dit, identity_map(dit), iter_safetensors(paths, device), folder, device, None, offloaded)
+
+
+def load_widened_checkpoint(
+    dit: DiT,
+    folder: Path,
+    form: str,
+    policy: Policy | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    offloaded: Collection[str] = (),
+) -> None:
+    """Loads the student in `folder`, which is quantised in the format `form`, in another precision.
+
+    Its quantised layers are multiplied by their scales, and then rounded to `dtype`, or to the 8 bits of `policy`. The
+    other arguments and what is raised are those of `load_quantized_checkpoint`. Layers in INT8 are rotated, and would
+    have to be rotated back: `form` must be "fp8".
+    """
+    with torch.device("meta"):
+        held = DiT(dit.config)
+    paths = _apply_manifest(held, folder, form)
+    tensors = {name: x for name, x in identity_map(held).items() if not name.endswith(".weight_scale")}
+    _load_modules(dit, ShardReader(paths, tensors), policy, dtype, device, offloaded)
+
+
+def _apply_manifest(dit: DiT, folder: Path, form: str) -> list[Path]:
+    """Quantises and fuses the layers of `dit` as the manifest says; returns the shards, which are those that it names.
+
+    `dit` may be on the meta device. Raises as `load_quantized_checkpoint`.
+    """
     manifest, file = _manifest(folder, form), manifest_file(form)
     if not manifest["complete"]:
         raise UserError(f"{folder / file} is not complete: resume with python -m model.quantize --out {folder}")
@@ -242,7 +278,7 @@ def load_quantized_checkpoint(
             layers.pop(name).quantize(DTYPES[form])
     for layer in layers.values():
         layer.fuse()
-    load_parameters(dit, identity_map(dit), iter_safetensors(paths, device), folder, device, None, offloaded)
+    return paths
 
 
 def load_and_quantize(
@@ -257,11 +293,23 @@ def load_and_quantize(
 
     Parameters of the submodules named in `offloaded` go to host memory.
     """
-    for part in quantize_modules(ShardReader(paths, dit.param_map()), dit, policy, dtype, device):
+    _load_modules(dit, ShardReader(paths, dit.param_map()), policy, dtype, device, offloaded)
+
+
+def _load_modules(
+    dit: DiT,
+    source: ShardReader,
+    policy: Policy | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    offloaded: Collection[str],
+) -> None:
+    """Loads what `source` holds into `dit`; with a policy, all layers that it leaves as they are become fused."""
+    for part in quantize_modules(source, dit, policy, dtype, device):
         layer = dit.get_submodule(part.module)
         for name, tensor in part.tensors.items():
             set_parameter(dit, name, tensor if part.module.startswith(tuple(offloaded)) else tensor.to(device))
-        if isinstance(layer, Linear) and layer.format is None:
+        if isinstance(layer, Linear) and layer.format is None and policy is not None:
             layer.fuse()
 
 

@@ -90,7 +90,7 @@ class ShardReader:
 
     def __init__(self, paths: Sequence[Path], param_map: Mapping[str, ParamMapping]) -> None:
         """`param_map` has the tensors that the shards must hold."""
-        self.shards = tuple(paths)
+        self.shards, self.param_map = tuple(paths), param_map
         self._weights, self._scales = _weights_and_scales(_stored_tensors(paths))
         check_tensors(param_map, ((name, x.shape, x.path) for name, x in self._weights.items()), paths[0].parent)
         for name, stored in self._weights.items():

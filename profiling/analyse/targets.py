@@ -18,6 +18,7 @@ times. If an entry has several goals, meeting one of them is enough. Stages:
     after_denoise           the part of first_frame that is not denoising
     denoise/step            seconds of one step
     decode, color, ...      seconds of a span in one chunk, its calls together; those beside other work do not count
+    vae                     seconds of all decoding and encoding in one chunk, also of what runs beside the student
     fps, peak_bytes, gaps   new frames a second; peak bytes of memory; share of a chunk in which the GPU was idle
 
 If a pattern matches several variants, the best of them counts. Ratios are within one run, never across two. A wrong
@@ -32,8 +33,9 @@ shell pattern, and has `at_most`:
     offset, told_offset     seconds by which 95 % of sound and picture were apart at most: by marks, and by the browser
     longest_stall           seconds for which the picture stood still, interruptions left out
 
-An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, which nobody has measured: `project` answers it
-from all results together, for a stage `fps` or `first_frame`. The verdict is labelled as projected.
+An entry with `gpus = 8` and `link = "H800"` is about that many GPUs, and one with `size = "640x352"` as well about that
+picture, which nobody has measured: `project` answers it from all results together, for a stage `fps` or `first_frame`.
+The verdict is labelled as projected.
 """
 
 import fnmatch
@@ -52,7 +54,7 @@ from rich.table import Table
 
 from model.errors import UserError
 from model.files import read_toml
-from profiling.analyse.project import Projection, Projector, parse_links
+from profiling.analyse.project import Projection, Projector, parse_links, parse_size
 from profiling.analyse.verdicts import UNMEASURED_CODE
 from profiling.cases.evidence import gather
 from profiling.ceilings import above_ceiling, ceiling_notes
@@ -72,7 +74,9 @@ VISIT_MEASURES = ("at_most",)
 VISIT_PARTS = ("offset", "told_offset", "longest_stall")
 AT_MOST = ("seconds", "at_most")  # the others are lower bounds
 PROJECTED_STAGES = ("fps", "first_frame")
-TEXT_KEYS = ("name", "device", "kind", "variant", "stage", "setting", "quality", "visit", "backend", "peer", "link")
+TEXT_KEYS = (
+    "name", "device", "kind", "variant", "stage", "setting", "quality", "visit", "backend", "peer", "link", "size",
+)  # fmt: skip
 
 # --- Goals ----------------------------------------------------------------------------------------------------------
 
@@ -94,6 +98,7 @@ class Target:
     stretch: float | None = None  # of the first goal
     gpus: int | None = None  # of a projection
     link: str = ""  # between them
+    size: str = ""  # of the picture, WIDTHxHEIGHT; empty: the one that was measured
 
     @property
     def part(self) -> str:
@@ -152,6 +157,8 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
     _require(("ratio" in goals) == ("peer" in entry), "a ratio needs a peer, and a peer a ratio")
     _require(not ("backend" in entry and not cases), "a backend goes with cases")
     _require(("link" in entry) == (gpus is not None), "a link goes with gpus, and gpus need one")
+    _require("size" not in entry or gpus is not None, "a size goes with gpus")
+    _require(re.fullmatch(r"\d+x\d+", entry.get("size", "1x1")) is not None, "a size is WIDTHxHEIGHT, such as 640x352")
     if gpus is not None:
         _require(type(gpus) is int and gpus > 0, f"gpus = {gpus!r}, wanted a number of GPUs")
         _require(entry["stage"] in PROJECTED_STAGES, f"projections have the stages {', '.join(PROJECTED_STAGES)}")
@@ -163,7 +170,7 @@ def _parse_entry(entry: dict[str, Any]) -> list[Target]:
         raise ValueError(f"device is no regular expression: {error}") from error
     common = {key: entry[key] for key in entry if key not in (*goals, "cases", "variant", "setting", "stretch")}
     stretch = _positive(entry, "stretch") if "stretch" in entry else None
-    subjects = cases or [variants or setting or f"{gpus} x {entry['link']}"]
+    subjects = cases or [variants or setting or f"{gpus} x {entry['link']} {entry.get('size', '')}".strip()]
     return [Target(subject=subject, goals=goals, stretch=stretch, **common) for subject in subjects]
 
 
@@ -311,8 +318,9 @@ def _evaluate_projection(target: Target, runs: Sequence[tuple[str, Run]]) -> Tar
     measure = next(iter(target.goals))
     try:
         (link,) = parse_links(target.link)
+        size = parse_size(target.size) if target.size else None
         projector = Projector(runs)
-        one, projection = (projector.project(projector.setting(world, link)) for world in (1, target.gpus or 1))
+        one, projection = (projector.project(projector.setting(world, link, size)) for world in (1, target.gpus or 1))
     except UserError as error:
         return TargetResult(target, UNMEASURED, measure, detail=str(error))
     value = projection.fps if target.stage == "fps" else projection.startup

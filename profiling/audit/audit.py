@@ -180,13 +180,13 @@ def bounds(tile: ttgir.Tile, passes: float, blocks: int, least_bytes: float, dev
 
 
 def audit_case(case: Case, device: Device, budgets: Budgets) -> list[AuditResult]:
-    """One result for every kernel that the case's launchers launch on the device.
+    """One result for every kernel that the case's launchers launch on the device; none of back-ends that it cannot run.
 
     A launcher that raises, a kernel that does not compile, and a launcher without launches are results with a fault.
     """
     results = []
     for backend in case.backends:
-        if backend.launcher is not None:
+        if backend.launcher is not None and not case.lacks(backend, "cuda", device.capability):
             launches, fault = _record_case(case, backend.launcher, device)
             results += _results(case, launches, device, budgets)
             if fault is not None:
@@ -299,6 +299,8 @@ def audit_command(
             for case in selected:
                 status.update(f"compiling {case.name} for {device.target}")
                 run = replace(run, audit=(*run.audit, *audit_case(case, device, budgets)))
+                if out is not None:
+                    save(run, out)  # so that an interruption loses nothing
     all_chosen = not patterns and (extra is None or budget is not None)
     run = replace(run, notes=tuple(_notes(selected, all_chosen, budgets)), seconds=time.monotonic() - begin)
     if out is not None:

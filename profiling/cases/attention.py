@@ -115,6 +115,20 @@ def attention_configs_16(_dims: Dims) -> Iterator[dict[str, Any]]:
     yield {"BLOCK_N": 64, "STAGES": 4}
 
 
+def attention_configs_triton(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the Triton kernel, for GPUs other than Hopper."""
+    for block_m, block_n, warps, stages in (
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (128, 32, 4, 3),
+        (64, 128, 4, 3),
+        (64, 128, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+    ):
+        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention by one of its back-ends, which read the operands through their strides, without a copy."""
     with sdpa_kernel(backend):
@@ -165,12 +179,12 @@ SELF_ATTENTION = Operation(
         "fp32": (Backend("eager", no_setup(chunk_attention), ours=True), _ATTENTION_PEERS[1]),
         "bf16": (
             kernel_backend("gluon", partial(launch_attention, "gluon"), attention_configs_16),
-            kernel_backend("triton", partial(launch_attention, "triton")),
+            kernel_backend("triton", partial(launch_attention, "triton"), attention_configs_triton),
             *_ATTENTION_PEERS,
         ),
         "fp8": (
             fp8_attention_backend("gluon", attention_configs),
-            fp8_attention_backend("triton"),
+            fp8_attention_backend("triton", attention_configs_triton),
             Backend("sageattention", sage_attention, devices=("cuda",), needs="sageattention"),
             *_ATTENTION_PEERS[:2],
         ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.tuning import LaunchConfig, TunedConfig, tuned_config
-from model.config import PRECISIONS
+from model.config import FP8_CAPABILITY, PRECISIONS
 from profiling.results import CaseResult, Measurement
 
 TORCH_DTYPES = {"fp32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8"), torch.bfloat16)}  # of a case's inputs
@@ -144,6 +144,20 @@ class Case:
     def backends(self) -> Sequence[Backend]:
         """Ours and the peers."""
         return self.operation.backends[self.dtype]
+
+    def lacks(self, backend: Backend, kind: str, capability: str | None) -> str:
+        """Why a back-end cannot run on such a device, "cpu" or a GPU of this compute capability; empty if it can.
+
+        Gluon kernels are for Hopper; of ours in FP8, none is for a GPU without e4m3.
+        """
+        if kind not in backend.devices:
+            return f"not for {kind}"
+        if capability is None:
+            return ""
+        has_fp8 = tuple(map(int, capability.split("."))) >= FP8_CAPABILITY
+        if (backend.gluon and capability != "9.0") or (backend.ours and self.dtype == "fp8" and not has_fp8):
+            return f"not for compute capability {capability}"
+        return ""
 
     def inputs(self, device: torch.device, generator: torch.Generator | None) -> tuple[Any, ...]:
         """Fresh random inputs."""

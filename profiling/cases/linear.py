@@ -32,6 +32,7 @@ from kernels.linear import (
     linear_int8,
     output_bound,
 )
+from kernels.linear_library import TORCHAO, TORCHAO_MODULE
 from kernels.rotation import MAX_BLOCK
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling import official_baseline
@@ -136,8 +137,10 @@ def linear_backend(name: str, dtype: str) -> Backend:
         return lambda: dispatch(x8, w8, (x_scale, w_scale), epilogue, x.dtype, tuned)[0]
 
     configs = {"gluon": partial(linear_configs, dtype), "triton": partial(linear_configs_triton, dtype)}.get(name)
-    launcher = launch if configs else None
-    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launcher, configs=configs, gluon=name == "gluon")
+    launcher, needs = (launch if configs else None), (TORCHAO_MODULE if name == TORCHAO else None)
+    return Backend(
+        name, prepare, ours=True, devices=CUDA, needs=needs, launcher=launcher, configs=configs, gluon=name == "gluon"
+    )
 
 
 def linear_configs(dtype: str, dims: Dims) -> Iterator[dict[str, Any]]:
@@ -153,12 +156,16 @@ def linear_configs(dtype: str, dims: Dims) -> Iterator[dict[str, Any]]:
 
 
 def linear_configs_triton(dtype: str, dims: Dims) -> Iterator[dict[str, Any]]:
-    """Launch parameters of the Triton kernel; a row of a stage has 128 bytes in 8 bits and in 16."""
+    """Launch parameters of the Triton kernel; a row of a stage has 128 bytes in 8 bits and in 16.
+
+    Four stages of 128 columns do not fit into the shared memory of a GeForce.
+    """
     eight, fp32_accum = dtype in QUANTIZE, int(dtype == "fp8" and dims["inputs"] >= FP32_ACCUM_MIN_K)
-    for block_n, width in itertools.product((128,) if fp32_accum or not eight else (128, 256), (4, 8, 16)):
+    tiles = ((128, 4), (128, 3)) if fp32_accum or not eight else ((128, 4), (128, 3), (256, 3))
+    for (block_n, stages), width in itertools.product(tiles, (4, 8, 16)):
         yield {
             "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 if eight else 64, "GROUP_N": width,
-            "FP32_ACCUM": fp32_accum, "num_warps": 8, "num_stages": 3 if block_n == 256 else 4,
+            "FP32_ACCUM": fp32_accum, "num_warps": 8, "num_stages": stages,
         }  # fmt: skip
 
 
@@ -175,15 +182,15 @@ LINEAR = Operation(
     backends={
         "fp32": (Backend("eager", no_setup(F.linear), ours=True),),
         "bf16": (
-            *(linear_backend(name, "bf16") for name in BACKENDS),
+            *(linear_backend(name, "bf16") for name in BACKENDS if name != TORCHAO),
             Backend("eager", no_setup(F.linear), ours=True, devices=("cpu",)),
         ),
         "fp8": (
-            *(linear_backend(name, "fp8") for name in BACKENDS),
+            *(linear_backend(name, "fp8") for name in BACKENDS if name != TORCHAO),
             Backend("scaled-mm-row", prepare_scaled_mm),
         ),
         "int8": (
-            *(linear_backend(name, "int8") for name in BACKENDS if name != "library"),
+            *(linear_backend(name, "int8") for name in BACKENDS),
             Backend("int-mm", prepare_int_mm, devices=CUDA),
         ),
     },

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.tuning import gpu_of
 from profiling.cases import Backend, Case, Output
 from profiling.results import ERROR, NOT_INSTALLED, OK, UNSUPPORTED, WRONG, CaseResult, Measurement
 
@@ -85,8 +86,8 @@ def check_backend(
 ) -> Measurement:
     """Checks one back-end against the expected outputs of these inputs."""
     blank = Measurement(backend.name, OK, backend.ours)
-    if device.type not in backend.devices:
-        return replace(blank, status=UNSUPPORTED, detail=f"not for {device.type}")
+    if why := case.lacks(backend, device.type, capability_of(device)):
+        return replace(blank, status=UNSUPPORTED, detail=why)
     if not backend.installed:
         return replace(blank, status=NOT_INSTALLED, detail=f"{backend.needs} cannot be imported")
     try:
@@ -105,6 +106,11 @@ def check_backend(
         raise_if_gpu_lost(device)
         return replace(blank, status=ERROR, detail=one_line(raised))
     return replace(blank, status=WRONG if fault else OK, detail=fault, error=error)
+
+
+def capability_of(device: torch.device) -> str | None:
+    """The compute capability of a GPU, such as "9.0"; None of a CPU."""
+    return gpu_of(device).capability if device.type == "cuda" else None
 
 
 def compare_outputs(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> tuple[float | None, str]:

@@ -38,9 +38,9 @@ from kernels import tuning
 from kernels.tuning import LaunchConfig, TunedEntry
 from model.errors import UserError
 from profiling.cases import Backend, Case, requested_cases
-from profiling.machine import describe_machine, resolve_device
+from profiling.machine import describe_machine, max_clock_mhz, resolve_device
 from profiling.measure.bench import input_sets, measure_ceilings, set_benchmark_state
-from profiling.measure.check import check_backend, one_line, reference_outputs
+from profiling.measure.check import capability_of, check_backend, one_line, reference_outputs
 from profiling.measure.hot import HotBench, hot_bench, hot_table, hot_values
 from profiling.measure.timing import CallTimer, interleave
 from profiling.results import OK, Ceilings, as_json_text, now, write
@@ -52,7 +52,7 @@ HEAT_SIZE = 8  # candidates that are in memory at a time
 HEAT_ROUNDS = 3
 FINALISTS = 3  # per back-end
 FINAL_ROUNDS = 12
-TABLE_VERSIONS = ("torch", "triton", "cuda", "cudnn")  # recorded in a table
+TABLE_VERSIONS = ("torch", "triton", "cuda", "cudnn")  # recorded in a table, beside driver, clock and revision
 WRITE_TEST = ".writable"
 
 
@@ -113,8 +113,14 @@ class TuningResult:
 def candidates(case: Case, device: torch.device) -> list[Candidate]:
     """All launch parameters of all back-ends of ours that run on the device."""
     dims = case.shape.dims
-    backends = [b for b in case.backends if b.ours and b.configs and device.type in b.devices and b.installed]
+    backends = [b for b in _runnable(case, device) if b.ours]
     return [Candidate(b, parameters) for b in backends if b.configs for parameters in b.configs(dims)]
+
+
+def _runnable(case: Case, device: torch.device) -> list[Backend]:
+    """The back-ends of a case that run on the device."""
+    capability = capability_of(device)
+    return [b for b in case.backends if b.installed and not case.lacks(b, device.type, capability)]
 
 
 # --- One case -------------------------------------------------------------------------------------------------------
@@ -242,7 +248,7 @@ def tune_case(
             return out
         groups = [[c for c in alive if c.backend is b] for b in case.backends]
         finalists = [c for group in groups for c in tuner.successive_halving(group, halved)]
-        others = [Candidate(b) for b in case.backends if not b.configs and device.type in b.devices and b.installed]
+        others = [Candidate(b) for b in _runnable(case, device) if not b.configs]
         others = [c for c in others if time.monotonic() < joined and tuner.is_correct(c)]
         if time.monotonic() < deadline:
             out = _final_round(tuner, finalists, others, out, deadline, hot)
@@ -285,7 +291,11 @@ def _final_round(
 
 @cache
 def _versions(device: torch.device) -> dict[str, str]:
-    return {name: version for name, version in describe_machine(device).versions.items() if name in TABLE_VERSIONS}
+    """What the measurements depend on beside the card: versions, the driver, the clock it may reach, and our code."""
+    machine, clock = describe_machine(device), max_clock_mhz(device)
+    others = {"driver": machine.driver, "clock": clock and f"{clock} MHz", "revision": machine.revision}
+    versions = {name: version for name, version in machine.versions.items() if name in TABLE_VERSIONS}
+    return versions | {name: value for name, value in others.items() if value}
 
 
 # --- All cases, and the table ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and tables in README and docs/cluster.md, so that no number is typed in.
+"""Writes docs/performance.md, and tables in other documents, so that no number is typed in.
 
 Each row is the newest measurement of its case or variant on a device, from a results file or a tuned table, and says
 where it comes from. Times are medians. Results of other programs are left out.
@@ -21,13 +21,18 @@ from profiling.cases.evidence import COMMITTED, gather
 from profiling.ceilings import ceiling_notes
 from profiling.defaults import default_backend
 from profiling.formats import of_another_program
+from profiling.report.markdown import head, line
+from profiling.report.memory import memory_tables
+from profiling.report.precision import PSNR, kernels_table, psnr_table
 from profiling.report.sizing import sizing_table
 from profiling.results import OK, CaseResult, Measurement, Run, VariantResult, write
 from profiling.soak import soak_lines, visit_lines
 from profiling.tables import duration, measurement_rows, memory, number, percent, share_of_ceiling, stage_value
 
 TARGETS = Path(__file__).parents[1] / "analyse" / "targets.toml"
-PAGE, README, CLUSTER = Path("docs/performance.md"), Path("README.md"), Path("docs/cluster.md")  # in the repository
+# In the repository; all but the first have tables between markers.
+PAGE, README, CLUSTER = Path("docs/performance.md"), Path("README.md"), Path("docs/cluster.md")
+PRECISION = Path("docs/precision-and-memory.md")
 BEGIN, END = "<!-- written by `python -m profiling docs` -->", "<!-- end of what it writes -->"
 SIDES = ("bf16-eager", "fp8-vae")  # variants of the preset that README compares: the published form, and the fastest
 PRESET = "flashtalk-14b"
@@ -102,7 +107,7 @@ def _variants(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
                 *(duration(stage_value(variant, stage)) for stage in stages),
                 percent(variant.gaps), memory(variant.peak_bytes),
             )  # fmt: skip
-            yield _row(*cells, *_source(file, run))
+            yield line(*cells, *_source(file, run))
     yield ""
     yield "*Decode alone* leaves out calls that run beside other work, as that of the motion latents does."
 
@@ -120,18 +125,17 @@ def step_table(projector: Projector) -> Iterator[str]:
         "The calls of the last step, recorded from the model, each timed alone, where the clock is higher than in a "
         "long run.\n"
     )
-    yield _row("call", "calls", "one call", "all calls", "share of the step", "time from")
-    yield _row(*("---" for _ in range(6)))
+    yield from head("call", "calls", "one call", "all calls", "share of the step", "time from")
     for call, count, timed in shown:
         seconds = timed.seconds * count
         cells = (_name(call), str(count), duration(timed.seconds), duration(seconds), percent(seconds / step))
-        yield _row(
+        yield line(
             *cells, f"`{timed.basis}`" + ("" if timed.source == MEASURED else ", scaled") if timed.basis else "ceiling"
         )
     others, left = len(rows) - len(shown), total - sum(count * timed.seconds for _, count, timed in shown)
-    yield _row(f"{others} other shapes", "", "", duration(left), percent(left / step), "")
-    yield _row("sum", "", "", duration(total), percent(total / step), "")
-    yield _row("the step as measured", "", "", duration(step), "", "")
+    yield line(f"{others} other shapes", "", "", duration(left), percent(left / step), "")
+    yield line("sum", "", "", duration(total), percent(total / step), "")
+    yield line("the step as measured", "", "", duration(step), "", "")
 
 
 def _name(call: Call) -> str:
@@ -157,12 +161,11 @@ def projections(projector: Projector, goals: Iterable[TargetResult]) -> Iterator
     for sentence in assumptions(projector, LINKS):
         yield f"- {sentence}"
     yield "\nThe measured chunk on one GPU, and its calls before and after calibration:\n"
-    yield _row("part", "measured", "calls, each alone", "of measured", "calibrated", "of measured")
-    yield _row(*("---" for _ in range(6)))
+    yield from head("part", "measured", "calls, each alone", "of measured", "calibrated", "of measured")
     for part in projector.calibration.parts:
         shares = (percent(seconds / part.measured) for seconds in (part.calls, part.calibrated))
         cells = (duration(seconds) for seconds in (part.calls, part.calibrated))
-        yield _row(part.name, duration(part.measured), *itertools.chain(*zip(cells, shares, strict=True)))
+        yield line(part.name, duration(part.measured), *itertools.chain(*zip(cells, shares, strict=True)))
     for link in LINKS:
         yield f"\nProjected, link of {link}:\n"
         found = [projector.project(projector.setting(world, link)) for world in WORLDS]
@@ -172,18 +175,16 @@ def projections(projector: Projector, goals: Iterable[TargetResult]) -> Iterator
     rows = ([f"{width} x {height}", *(f"{p.fps:.1f}" for p in found)] for (width, height), found in by_size.items())
     yield from _projection_table(by_size[SIZES[0]], rows)
     yield "\nThe goals for several GPUs, as projected:\n"
-    yield _row("goal", "wanted", "projected", "verdict", "of what the time consists")
-    yield _row(*("---" for _ in range(5)))
+    yield from head("goal", "wanted", "projected", "verdict", "of what the time consists")
     for goal in goals:
         missed = f" by {percent(goal.shortfall)}" if goal.verdict == MISSED else ""
-        yield _row(goal.target.name, goal.wanted, goal.got, goal.verdict + missed, goal.detail)
+        yield line(goal.target.name, goal.wanted, goal.got, goal.verdict + missed, goal.detail)
 
 
 def _projection_table(found: Sequence[Projection], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield _row("projected", *(gpus_of(projection) for projection in found))
-    yield _row(*("---" for _ in range(1 + len(found))))
+    yield from head("projected", *(gpus_of(projection) for projection in found))
     for cells in rows:
-        yield _row(*cells)
+        yield line(*cells)
 
 
 def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
@@ -208,7 +209,7 @@ def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
             _contender(case, peer.backend if peer else None),
             f"{ours.ratio:.2f}" if ours.ratio else "",
         )
-        yield _row(*cells, *_source(file, run))
+        yield line(*cells, *_source(file, run))
         if ours.above:
             reasons.append(f"`{case.case}`, {ours.backend}, is above its ceiling (!): {ours.above}.")
     for note in (*reasons, *ceiling_notes(run for _, run, _ in measured)):
@@ -217,24 +218,22 @@ def _cases(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
 
 def _quality(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
     """A table for each run of `profiling quality`: its settings, and the long streams that it followed."""
-    judged = [(file, run) for file, run in runs if run.quality]
+    judged = [(file, run) for file, run in runs if run.quality and run.command != PSNR]
     if judged:
         yield QUALITY_HEAD
     for file, run in judged:
         link, day, device, commit = _source(file, run)
         yield f"{'; '.join(run.notes)}: {link}, {day}, {device}, {commit}\n"
         still = list(dict.fromkeys(row.setting for row in run.quality if not row.track))
-        yield _row("setting", *QUALITY_COLUMNS)
-        yield _row(*("---" for _ in ("setting", *QUALITY_COLUMNS)))
+        yield from head("setting", *QUALITY_COLUMNS)
         for setting in still:
             found = (run.quality_of(setting, measure) for measure in QUALITY_COLUMNS.values())
-            yield _row(setting, *(number(row.value) if row else "" for row in found))
+            yield line(setting, *(number(row.value) if row else "" for row in found))
         yield ""
         if long := [row for row in run.quality if row.track]:
-            yield _row("long streams", "measure", "value", "95 % interval")
-            yield _row(*("---" for _ in range(4)))
+            yield from head("long streams", "measure", "value", "95 % interval")
             for row in long:
-                yield _row(row.setting, row.measure, number(row.value), f"{number(row.low)} to {number(row.high)}")
+                yield line(row.setting, row.measure, number(row.value), f"{number(row.low)} to {number(row.high)}")
             yield ""
 
 
@@ -246,10 +245,9 @@ def _soak(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
         for lines in (*map(soak_lines, run.soak), *map(visit_lines, run.visits)):
             link, day, device, commit = _source(file, run)
             yield f"`{run.command}`, threads: {run.machine.units}: {link}, {day}, {device}, {commit}\n"
-            yield _row("what", "value")
-            yield _row("---", "---")
-            for line in lines:
-                yield _row(*line)
+            yield from head("what", "value")
+            for cells in lines:
+                yield line(*cells)
             yield ""
 
 
@@ -280,13 +278,7 @@ def _source(file: str, run: Run) -> tuple[str, str, str, str]:
 
 
 def _header(*names: str) -> Iterator[str]:
-    columns = (*names, "run", "date", "device", "revision")
-    yield _row(*columns)
-    yield _row(*("---" for _ in columns))
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    yield from head(*names, "run", "date", "device", "revision")
 
 
 # --- README's table -------------------------------------------------------------------------------------------------
@@ -304,10 +296,10 @@ def readme_table(runs: Sequence[tuple[str, Run]]) -> str:
     chunk, device = PRESETS[PRESET].chunk, run.machine.device.split()[1]
     what = f"one {device}, {chunk.width} x {chunk.height}, {left.frames} new frames a chunk, {chunk.sample_steps} steps"
     lines = [
-        _row(f"{what}, random weights", "published form, eager bf16", f"this repository, `{right.variant}`"),
-        _row("---", "---", "---"),
+        line(f"{what}, random weights", "published form, eager bf16", f"this repository, `{right.variant}`"),
+        line("---", "---", "---"),
     ]
-    lines += [_row(name, value(left), f"**{value(right)}**") for name, value in _README_ROWS.items()]
+    lines += [line(name, value(left), f"**{value(right)}**") for name, value in _README_ROWS.items()]
     links = (f"[{Path(f).name}](profiling/results/{Path(f).name})" for f in (left_file, right_file))
     lines += ["", "Left: {}. Right:\n{}. [All results](docs/performance.md)".format(*links)]
     return "\n".join(lines)
@@ -332,13 +324,16 @@ _README_ROWS: dict[str, Callable[[VariantResult], str]] = {
 }
 
 
-def with_table(text: str, table: str, name: Path = README) -> str:
-    """The text of a document with the table between its two markers. Raises `UserError` if it lacks them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{name} has no lines {BEGIN} and {END}, between which its table stands")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+def with_tables(text: str, tables: Sequence[str], name: Path = README) -> str:
+    """The text of a document with each table between a pair of its markers. Raises `UserError` if it lacks any."""
+    done = ""
+    for table in tables:
+        before, begin, rest = text.partition(BEGIN)
+        _, end, text = rest.partition(END)
+        if not (begin and end):
+            raise UserError(f"{name} has no lines {BEGIN} and {END}, between which its table stands")
+        done += f"{before}{BEGIN}\n\n{table}\n\n{END}"
+    return done + text
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -349,12 +344,13 @@ def documents(root: Path, places: Sequence[Path] = COMMITTED) -> dict[Path, str]
     runs, unreadable = gather(places)
     if unreadable:
         raise UserError(unreadable[0])
-    tables = {README: readme_table(runs), CLUSTER: sizing_table(runs)}
+    precision = (psnr_table(runs), kernels_table(runs), memory_tables())
+    tables = {README: (readme_table(runs),), CLUSTER: (sizing_table(runs),), PRECISION: precision}
     try:
         texts = {name: (root / name).read_text() for name in tables}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); call this in the repository") from error
-    written = {root / name: with_table(texts[name], table, name) for name, table in tables.items()}
+    written = {root / name: with_tables(texts[name], parts, name) for name, parts in tables.items()}
     return {root / PAGE: performance_page(runs)} | written
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from model.config import PRESETS
 from model.errors import UserError
 from profiling.analyse.project import PRESET, Projector
+from profiling.report.markdown import head, line
 from profiling.results import Run
 from profiling.tables import duration
 
@@ -24,7 +25,7 @@ def sizing_table(runs: Sequence[tuple[str, Run]]) -> str:
         return f"Nothing can be projected: {error}"
     measured = Path(projector.measured.file).name
     rate = PRESETS[PRESET].chunk.tgt_fps
-    lines = [_row(_HEADS), _row(["---"] * len(_HEADS)), *_rows(projector, rate)]
+    lines = [*head(*_HEADS), *_rows(projector, rate)]
     return "\n".join(
         [
             f"Projected for {PRESET} in `{projector.precision}` from the chunk of the {projector.measured.device} in",
@@ -42,14 +43,7 @@ def _rows(projector: Projector, rate: int) -> Iterator[str]:
             alone = next(of_worlds)
             sessions = math.floor(alone.fps / rate)
             enough = next((p for p in itertools.chain([alone], of_worlds) if p.fps >= rate), None)
-            yield _row(
-                (
-                    f"{size[0]} x {size[1]}", str(steps), duration(alone.chunk), f"{alone.fps:.1f}",
-                    str(sessions or "less than 1"),
-                    str(enough.setting.world) if enough else f"more than {WORLDS[-1]}",
-                )
+            yield line(
+                f"{size[0]} x {size[1]}", str(steps), duration(alone.chunk), f"{alone.fps:.1f}",
+                str(sessions or "less than 1"), str(enough.setting.world) if enough else f"more than {WORLDS[-1]}",
             )  # fmt: skip
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

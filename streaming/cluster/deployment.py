@@ -59,12 +59,10 @@ class Worker:
 def _loaded(load: Load, size: Size) -> Iterator[list[TalkingHeadPipeline]]:
     """A pipeline for each session, warm; with several ranks, those follow while the body runs."""
     with ExitStack() as stack:
-        if size.ranks > 1:
-            pipelines = [stack.enter_context(leading(load, size.ranks))]
-        else:
-            pipelines = [load() for _ in range(size.sessions)]
-        for pipeline in pipelines:
-            warm(pipeline)
+        pipelines: list[TalkingHeadPipeline] = []
+        for _ in range(size.sessions):
+            pipelines.append(stack.enter_context(leading(load, size.ranks)) if size.ranks > 1 else load())
+            warm(pipelines[-1])  # so that the next one sees what memory is left
         yield pipelines
 
 

@@ -316,6 +316,7 @@ def test_dispatch_follows_the_tuned_tables(monkeypatch):
     monkeypatch.setattr(conv, "tuned_conv_config", lambda _operation, x, *_: tables.get(x.dtype))
     x, weight = channels_last(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
     x8, weight8, scale = x.to(FP8), weight.to(FP8), torch.ones(8)
+    bias = scale.bfloat16()
     gluon = TunedConfig("gluon", {"STAGES": 3})
     for capability, found, expected, expected_fp8 in (
         ("9.0", None, ("library", None), ("gluon", None)),
@@ -327,14 +328,15 @@ def test_dispatch_follows_the_tuned_tables(monkeypatch):
         tables = {} if found is None else {torch.bfloat16: found, FP8: found}
         with assume_gpu(GPU("any", capability, 132)):
             conv.dispatch(x, weight, None, x[:0], None, None)
-            conv.dispatch(x8, weight8, scale, x8[:0], None, scale)
+            conv.dispatch(x8, weight8, bias, x8[:0], None, scale)
         assert taken == [expected, expected_fp8]
         taken.clear()
     tables.clear()
     odd, weight = x8[:, :12].contiguous(memory_format=torch.channels_last), weight8[:, :12]  # pixels of 12 bytes
     with assume_gpu(GPU("any", "9.0", 132)):
-        conv.dispatch(odd, weight, scale, odd[:0], None, scale)
-    assert taken == [("library", None)]
+        conv.dispatch(odd, weight, bias, odd[:0], None, scale)
+        conv.dispatch(x8, weight8, scale, x8[:0], None, scale)  # a result in float32, as its bias
+    assert taken == [("library", None)] * 2
 
 
 def test_dispatch_of_the_norm_follows_the_tuned_tables(monkeypatch):
@@ -355,6 +357,12 @@ def test_dispatch_of_the_norm_follows_the_tuned_tables(monkeypatch):
         with assume_gpu(GPU("any", capability, 132)):
             conv.dispatch_norm(x, weight, gamma, gamma, x[:0], None, None)
         assert taken.pop() == expected
+    monkeypatch.setattr(conv, "tuned_conv_config", lambda *_: fused)
+    x8, weight8 = x.to(FP8), weight.to(FP8)
+    with assume_gpu(GPU("any", "9.0", 132)):
+        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, None)  # a result in float32, as its bias
+        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, 2.0)  # in e4m3
+    assert taken == [("separate", None), ("fused", fused.config)]
 
 
 def sm90_config(

@@ -293,6 +293,12 @@ def test_bad_fp8_arguments(position, change, words):
     assert words in str(raised.value)
 
 
+def test_fp8_wants_a_head_dim_that_its_kernels_have():
+    operands = quantize(*draw(*[(20, 2, 96)] * 3))
+    with pytest.raises(ValueError, match=r"^q: head_dim 96, wanted 16, 32, 64, 128$"):
+        chunk_attention_fp8(*operands)
+
+
 # --- On a GPU -------------------------------------------------------------------------------------------------------
 
 # The tensor cores' own sums of FP8 products, 64 or 128 of them in a logit, have fewer bits than float32.

@@ -1,21 +1,24 @@
 """What all operations share: argument checks, the definition of ops, and their promises to `torch.compile`."""
 
+import ast
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
 from kernels import resample_conv2d
 from kernels.common import FP8, OPS, Layout, Op, check, define_op
 from kernels.tuning import GPU, assume_gpu
 from profiling.cases import registry
-from profiling.fake_gpu import FakeCudaMode
+from profiling.fake_gpu import FakeCudaMode, compiling_for
 
 absorb_audio_projections = importlib.import_module("kernels.absorb_audio_projections")
 absorb_audio_projections_fp8 = importlib.import_module("kernels.absorb_audio_projections_fp8")
@@ -111,7 +114,7 @@ def test_dtypes_devices_and_gradients() -> None:
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations that a test defines are not left among the real ones."""
-    for name in ("test_double", "test_pad"):
+    for name in ("test_double", "test_pad", "test_broken"):
         monkeypatch.setitem(OPS, name, None)
 
 
@@ -134,6 +137,32 @@ def test_the_cpu_form_is_also_the_fake() -> None:
 
 
 @pytest.mark.usefixtures("unregistered")
+def test_a_gpu_without_e4m3_costs_one_line() -> None:
+    """The compiler itself says so, for an A100 and an RTX 3090; an RTX 4090 has e4m3."""
+    for capability in ("8.0", "8.6", "8.9"):
+        with compiling_for(GPU("any", capability, 80)) as recorder:
+            run = partial(OPS["quantize_rows"].cuda, torch.empty(16, 64, dtype=torch.bfloat16, device="cuda"))
+            if capability == "8.9":
+                run()
+                assert recorder.launches
+                continue
+            with pytest.raises(ValueError, match=r"^quantize_rows: e4m3, which GPUs multiply from .* 8\.9 on"):
+                run()
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_other_errors_of_the_compiler_stay() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise CompilationError("", ast.parse("1").body[0], "something else")
+
+    def clone(x: Tensor) -> Tensor:
+        return x.clone()
+
+    op = define_op("test_broken", cpu=clone, cuda=broken)
+    with pytest.raises(CompilationError, match="something else"):
+        op.cuda(torch.zeros(2))
+
+
 def test_a_fake_of_its_own_is_used_where_values_are_not_known() -> None:
     def pad(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.tensor([*x.tolist(), 0.0]), x.clone()

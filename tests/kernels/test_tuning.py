@@ -226,6 +226,30 @@ def test_launch_config_takes_the_given_then_the_tuned_then_the_default(tmp_path:
     assert exactly == default
 
 
+def test_untuned_parameters_replace_defaults_by_compute_capability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "untuned.toml"
+    file.write_text(
+        '[[untuned]]\noperation = "conv"\ndtype = "bf16"\ncapabilities = ["8.0", "8.9"]\nconfig = { BLOCK = 8 }\n'
+    )
+    monkeypatch.setattr(tuning, "UNTUNED", file)
+    tuning._untuned.cache_clear()
+    default, cuda = {"BLOCK": 16, "num_warps": 4}, torch.device("cuda")
+    for capability, dtype, device, given_, expected in (
+        ("8.0", "bf16", cuda, None, 8),
+        ("8.9", "bf16", cuda, None, 8),
+        ("9.0", "bf16", cuda, None, 16),
+        ("8.0", "fp8", cuda, None, 16),
+        ("8.0", "bf16", torch.device("cpu"), None, 16),
+        ("8.0", "bf16", cuda, {"BLOCK": 32}, 32),
+    ):
+        with assume_gpu(GPU("any", capability, 80)):
+            found = launch_config("conv", dims(100), dtype, device, default=default, given=given_)
+        assert found == {"BLOCK": expected, "num_warps": 4}
+    tuning._untuned.cache_clear()
+
+
 def damaged(change: Mapping[str, Any], where: str | None = "entries") -> str:
     values = json.loads(to_json(TABLE))
     part = values["entries"][2] if where else values

@@ -1,12 +1,16 @@
-"""GPU memory of the 14B system in FP8, counted without a GPU, on fake tensors.
+"""GPU memory of the 14B system, counted without a GPU on fake tensors, and the plan that is held to that count.
 
-Memory that operations allocate inside, such as workspaces of convolutions, is not counted; `profiling gpu` measures it.
+Memory that operations allocate inside, such as workspaces of convolutions, is not counted; the plan is held to the peak
+of the committed run on an H100 as well.
 """
 
 import importlib
+import json
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from kernels.rms_norm_silu import rms_norm_silu
 from model.audio import SpeechEncoder
 from model.block import AudioKV, ContextKV
-from model.config import FLASHTALK_14B, PRECISIONS
+from model.config import FLASHTALK_14B, PRECISIONS, TINY, Config
 from model.dit import DiT, Modulation
+from model.errors import UserError
+from model.memory import GRAPHS_FACTOR, LAUNCHED_FACTOR, Card, card_of, fit, fits, memory_plan, require_fp8
 from model.offload import on_device
 from model.rope import rope_table
 from model.vae import VAE, State, decode_schedule
@@ -28,7 +34,9 @@ from model.vae import VAE, State, decode_schedule
 conv = importlib.import_module("kernels.causal_conv3d")  # the module; `kernels.causal_conv3d` is its function
 
 GIB = 2**30
-CONFIG, PRECISION = FLASHTALK_14B, PRECISIONS["fp8-attn"]
+CONFIG = FLASHTALK_14B
+H100_CHUNK = Path(__file__).parents[2] / "profiling" / "results" / "2026-11-27-h100-chunk.json"
+A100, ADA = Card("A100", (8, 0), 79 * GIB), Card("RTX 4090", (8, 9), 23 * GIB)
 
 
 class Live(TorchDispatchMode):
@@ -68,20 +76,26 @@ def parameters(*modules: nn.Module) -> int:
 @pytest.fixture(scope="module")
 def counted() -> dict[str, int]:
     """Bytes by purpose, of the student with FP8 attention and of the other networks."""
-    dit, chunk = CONFIG.dit, CONFIG.chunk
-    frames, channels, rows, columns = CONFIG.latent_shape
+    return count(CONFIG, "fp8-attn")
+
+
+def count(config: Config, name: str) -> dict[str, int]:
+    """Bytes by purpose of a system in a precision: of parameters, and at the peak of what runs in a chunk."""
+    dit, chunk, precision = config.dit, config.chunk, PRECISIONS[name]
+    frames, channels, rows, columns = config.latent_shape
     found = {}
     default = torch.get_default_dtype()
     try:
         with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), torch.inference_mode():
             patch.setattr(conv, "_conv3d_stacked", conv._conv3d_library)  # what runs on a GPU
             patch.setattr(conv, "causal_conv3d_norm_op", conv_then_norm)
-            found["speech"] = parameters(SpeechEncoder(CONFIG.audio))
-            torch.set_default_dtype(PRECISION.dit)
-            student, vae = DiT(dit), VAE(CONFIG.vae)
-            assert PRECISION.eight_bits is not None
-            student.quantize(PRECISION.eight_bits)
-            student.use_fp8_attention()
+            found["speech"] = parameters(SpeechEncoder(config.audio))
+            torch.set_default_dtype(precision.dit)
+            student, vae = DiT(dit), VAE(config.vae)
+            if precision.eight_bits is not None:
+                student.quantize(precision.eight_bits)
+            if precision.fp8_attention:
+                student.use_fp8_attention()
             found["offloaded"] = parameters(*student.offloadable_modules().values())
             found["student"] = parameters(student) - found["offloaded"]
             found["vae"] = parameters(vae)
@@ -97,10 +111,10 @@ def counted() -> dict[str, int]:
             audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
             found["keys and values"] = sum(x.nbytes for x in (*context, *audio))
             vectors = torch.empty(dit.num_layers, 6, dit.dim).float(), torch.empty(2, dit.dim).float()
-            rope = rope_table(CONFIG.grid, dit.head_dim)
+            rope = rope_table(config.grid, dit.head_dim)
             condition = torch.empty(frames, dit.in_dim - channels, rows, columns)
             student.blocks = student.blocks[:2]  # the others run after these in the same memory
-            latents = torch.empty(CONFIG.latent_shape).float()
+            latents = torch.empty(config.latent_shape).float()
 
             def denoise() -> object:
                 return student(latents, condition, Modulation(*vectors), rope, context, audio, num_motion_latents=2)
@@ -200,3 +214,91 @@ def test_gpu_on_device_frees_its_memory() -> None:
     with torch.inference_mode(), on_device(torch.device("cuda"), layer):
         torch.testing.assert_close(layer(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
     assert torch.cuda.memory_allocated() == before
+
+
+# --- The plan -------------------------------------------------------------------------------------------------------
+
+
+def resized(width: int, height: int, config: Config = CONFIG) -> Config:
+    return replace(config, chunk=replace(config.chunk, width=width, height=height))
+
+
+SHALLOW = replace(CONFIG, dit=replace(CONFIG.dit, num_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        (CONFIG, "fp8-attn"),
+        (SHALLOW, "int8"),
+        (resized(320, 256, SHALLOW), "fp8"),
+        (resized(704, 1024, SHALLOW), "bf16"),
+    ],
+    ids=["fp8-attn", "int8", "small", "large"],
+)
+def test_the_plan_is_what_runs(config: Config, precision: str, counted: dict[str, int]) -> None:
+    """Weights to the byte; a chunk's tensors at least, and at most a quarter more."""
+    found = counted if (config, precision) == (CONFIG, "fp8-attn") else count(config, precision)
+    launched, graphs = (memory_plan(config, PRECISIONS[precision], graphs) for graphs in (False, True))
+    assert launched.weights == found["student"] + found["vae"] + found["speech"]
+    assert math.isclose(launched.keys_values, found["keys and values"], rel_tol=1e-5)  # which has counters too
+    coder = max(found["decode"], found["decoder's state"] + found["motion"])
+    assert 1 <= launched.chunk / LAUNCHED_FACTOR / (found["denoise"] + found["decode"]) < 1.25
+    assert 1 <= graphs.chunk / GRAPHS_FACTOR / (found["denoise"] + coder) < 1.25
+    assert 1 <= launched.portrait / LAUNCHED_FACTOR / found["motion"] < 1.5
+
+
+def test_the_plan_reaches_the_peak_that_an_h100_had() -> None:
+    """In that run the speech encoder was that of the preset tiny."""
+    measured = {v["variant"]: v for v in json.loads(H100_CHUNK.read_text())["variants"]}["fp8-vae"]
+    plan = memory_plan(replace(CONFIG, audio=TINY.audio), PRECISIONS["fp8-vae"], graphs=True)
+    assert 1 <= plan.running / measured["peak_bytes"] < 1.02
+    assert math.isclose(plan.weights, measured["weights_bytes"], rel_tol=0.02)
+
+
+def test_24_gb_take_any_prompt_because_the_text_encoder_runs_on_the_cpu() -> None:
+    plan = memory_plan(CONFIG, PRECISIONS["fp8-vae"], graphs=False)
+    assert round(plan.text / GIB, 1) == 10.6
+    assert plan.peak(text_on_card=False) < 22 * GIB < 23 * GIB < plan.peak(text_on_card=True)
+    found = fit(CONFIG, "fp8-vae", (True, False), ADA.free)
+    assert found is not None
+    assert (found.graphs, found.text_on_card) == (False, False)
+
+
+def test_what_fits_where() -> None:
+    def on(card: Card) -> dict[str, tuple[bool, bool]]:
+        return {found.precision: (found.graphs, found.text_on_card) for found in fits(CONFIG, card)}
+
+    assert on(A100) == {"fp32": (True, False), "bf16": (True, True), "int8": (True, True)}, "FP8 needs another card"
+    assert set(on(ADA)) == {"fp8", "fp8-attn", "fp8-vae", "int8", "int8-vae"}
+    assert on(replace(ADA, free=16 * GIB)) == {}
+    assert set(on(replace(A100, free=160 * GIB))) == {"fp32", "bf16", "int8"}
+
+
+def test_a_larger_picture_a_second_speaker_and_drawn_weights_need_more() -> None:
+    bf16 = PRECISIONS["bf16"]
+    one = memory_plan(CONFIG, bf16, graphs=True)
+    assert memory_plan(resized(704, 1024), bf16, graphs=True).chunk > 1.8 * one.chunk
+    assert memory_plan(CONFIG, bf16, graphs=True, speakers=2).keys_values > one.keys_values
+    drawn = memory_plan(CONFIG, PRECISIONS["fp8"], graphs=False, drawn=True)
+    assert drawn.peak(text_on_card=False) == drawn.loading > 35 * GIB
+    assert one.loading == 0
+
+
+def test_fp8_wants_a_card_that_has_it() -> None:
+    for precision in ("fp8", "fp8-attn", "fp8-vae", "int8-vae"):
+        with pytest.raises(UserError, match=r"A100 \(compute capability 8.0\) has no FP8, which begins with 8.9"):
+            require_fp8(precision, A100)
+        require_fp8(precision, ADA)
+    for precision in ("fp32", "bf16", "int8"):
+        require_fp8(precision, A100)
+
+
+def test_what_this_process_has_reserved_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "mem_get_info": (5 * GIB, 24 * GIB), "memory_reserved": 3 * GIB, "memory_allocated": 2 * GIB,
+        "get_device_name": "NVIDIA GeForce RTX 4090", "get_device_capability": (8, 9),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+    assert card_of(torch.device("cuda")) == Card("NVIDIA GeForce RTX 4090", (8, 9), 6 * GIB)

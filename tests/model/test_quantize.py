@@ -14,7 +14,7 @@ from torch import Tensor
 
 import model.quantize
 import model.weights.quantize
-from kernels.linear import dequantize, quantize_rows
+from kernels.linear import dequantize, quantize_rows, quantize_rows_int8
 from model.config import FORMATS, PRECISIONS, FP8Policy
 from model.dit import DiT
 from model.errors import UserError
@@ -130,7 +130,35 @@ def test_other_files_are_copied_and_it_loads_as_a_checkpoint(out: Path) -> None:
     models = load_models(SMALL, out, CPU, PRECISIONS["fp8-attn"])
     blocks = list(models.dit.blocks)
     assert all(block.self_attn.qkv.fp8 and block.self_attn.k_scale is not None for block in blocks)  # pyright: ignore
-    with pytest.raises(UserError, match="holds an FP8 student: use --precision fp8 or fp8-attn"):
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
+def test_an_fp8_checkpoint_is_widened_to_other_precisions(out: Path, precision: str) -> None:
+    """As for a GPU without FP8: each weight is the e4m3 one times its scale, rounded or quantised anew."""
+    dtype, held = PRECISIONS[precision].dit, student(out)
+    loaded = load_models(SMALL, out, CPU, PRECISIONS[precision]).dit
+    layers = dict(loaded.named_modules())
+    for name, layer in held.named_modules():
+        if not isinstance(layer, Linear) or not layer.fp8:
+            continue
+        exact, wide = dequantize(layer.weight, layer.weight_scale), layers[name]
+        assert isinstance(wide, Linear)
+        if precision == "int8" and "audio" not in name:
+            values, scale = quantize_rows_int8(exact)
+            assert torch.equal(wide.weight, values)
+            assert torch.equal(wide.weight_scale, scale)
+        else:
+            assert torch.equal(wide.weight, exact.to(dtype))
+            assert wide.fused == (precision == "int8")
+        assert not hasattr(wide, "bound")
+        assert torch.equal(wide.bias, layer.bias.to(dtype))
+    others = {name: x for name, x in held.state_dict().items() if x.dtype == torch.bfloat16 and "bias" not in name}
+    assert all(torch.equal(loaded.get_parameter(name), x.to(dtype)) for name, x in others.items())
+
+
+def test_damage_of_a_widened_checkpoint_is_reported(out: Path) -> None:
+    flip(next(out.glob("student-block-00*")))
+    with pytest.raises(UserError, match="its SHA-256 differs"):
         load_models(SMALL, out, CPU, PRECISIONS["bf16"])
 
 

@@ -88,3 +88,13 @@ def test_random_weights_are_not_cached(cache: Path) -> None:
     assert isinstance(models.text, CachedTextEncoder)
     assert torch.equal(models.text(ONE), models.text.encoder(ONE))
     assert not cache.exists()
+
+
+@torch.inference_mode()
+def test_the_encoder_may_run_on_the_cpu_while_features_go_to_the_device(folder: Path) -> None:
+    loaded, ran = load(folder).text.encoder, []
+    text = CachedTextEncoder(lambda: loaded, torch.device("meta"), text_device=CPU)
+    hook = loaded.register_forward_hook(lambda _module, _inputs, features: ran.append(features.device))
+    assert text(ONE).is_meta
+    hook.remove()
+    assert ran == [CPU]

@@ -152,3 +152,20 @@ def test_shapes_come_from_the_configuration() -> None:
     assert CASES["chunk_attention/14b-w8/bf16"].shape.dims["keys"] == tokens
     assert CASES["chunk_attention/14b-w8-ring/bf16"].shape.dims["queries"] == tokens // 8
     assert CASES["frame_attention/14b-w8/bf16"].shape.dims["queries"] == 1512
+
+
+def test_what_a_back_end_lacks() -> None:
+    """Gluon is for Hopper, our FP8 for GPUs with e4m3; peers find out for themselves."""
+    eight, sixteen = registry()["linear/14b-w1-out/fp8"], registry()["linear/14b-w1-out/bf16"]
+    of = {(case.dtype, b.name): (case, b) for case in (eight, sixteen) for b in case.backends}
+
+    def lacks(dtype: str, name: str, kind: str, capability: str | None) -> str:
+        case, backend = of[dtype, name]
+        return case.lacks(backend, kind, capability)
+
+    assert lacks("bf16", "triton", "cuda", "8.0") == lacks("bf16", "gluon", "cuda", "9.0") == ""
+    assert lacks("bf16", "gluon", "cuda", "8.9") == "not for compute capability 8.9"
+    assert lacks("bf16", "gluon", "cuda", "10.0") == "not for compute capability 10.0"
+    assert lacks("fp8", "triton", "cuda", "8.6") == "not for compute capability 8.6"
+    assert lacks("fp8", "triton", "cuda", "8.9") == lacks("fp8", "scaled-mm-row", "cuda", "8.0") == ""
+    assert lacks("fp8", "triton", "cpu", None) == "not for cpu"

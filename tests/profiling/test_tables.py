@@ -72,6 +72,20 @@ def test_rows_derive_speed_share_of_the_ceiling_and_ratio() -> None:
     assert (bad.seconds, bad.tflops, bad.ceiling, bad.ratio, bad.detail) == (None, None, None, None, "relative error 1")
 
 
+def test_the_stage_of_the_vae_is_all_that_it_decodes_and_encodes() -> None:
+    """Also what runs beside the student: two chunks of two decodings and an encoding each."""
+    timeline = (
+        StageInterval("denoise/step", 0, 0.0, 1.0),
+        StageInterval("decode", 1, 0.2, 0.3),
+        StageInterval("decode", 0, 1.0, 1.2),
+        StageInterval("motion", 0, 1.2, 1.25),
+    )
+    stages = {"decode": (0.1, 0.2, 0.1, 0.2), "motion": (0.05, 0.05)}
+    variant = VariantResult("fp8", OK, stages=stages, chunk=(1.3, 1.3), timeline=timeline)
+    assert tables.stage_value(variant, "vae") == pytest.approx(0.35)
+    assert tables.stage_value(replace(variant, stages={"decode": (0.1,)}), "vae") is None
+
+
 def test_rows_without_ceilings_or_peers_leave_those_numbers_out() -> None:
     alone = replace(TINY_CASE, measurements=TINY_CASE.measurements[:1])
     (row,) = tables.measurement_rows(replace(TINY_RUN, ceilings=Ceilings(), cases=(alone,)))

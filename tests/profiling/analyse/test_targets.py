@@ -358,6 +358,16 @@ def test_a_projected_goal_is_answered_by_all_runs_together(monkeypatch: pytest.M
     )
     fps = Target("goal", "8 x H800", {"at_least": 120}, stage="fps", gpus=8, link="H800")
     assert (held(fps, ceilings, whole).verdict, held(fps, ceilings, whole).got) == (MISSED, "107")
+    asked: list[tuple[int, int]] = []
+
+    def sized(precision: str, setting: Setting) -> tuple[Recipe, ...]:
+        asked.append((setting.width, setting.height))
+        return recipes(precision, setting)
+
+    monkeypatch.setattr(project, "recorded", sized)
+    small = Target("goal", "1 x H100 640x352", {"at_least": 20}, stage="fps", gpus=1, link="H100", size="640x352")
+    assert held(small, ceilings, whole).verdict == MET
+    assert (640, 352) in asked
 
 
 def test_without_results_a_projection_is_unmeasured() -> None:
@@ -422,6 +432,8 @@ def toml(**changes: str | None) -> str:
         (toml(cases=None, variant='"a"', stage='"chunk"', backend='"b"'), "a backend goes with cases"),
         (toml(cases=None, gpus="8", stage='"fps"'), "a link goes with gpus, and gpus need one"),
         (toml(link='"H800"'), "a link goes with gpus"),
+        (toml(size='"64x64"'), "a size goes with gpus"),
+        (toml(cases=None, gpus="8", link='"H800"', stage='"fps"', size='"big"'), "a size is WIDTHxHEIGHT"),
         (toml(cases=None, gpus='"8"', link='"H800"', stage='"fps"'), "gpus = '8', wanted a number of GPUs"),
         (toml(cases=None, gpus="8", link='"H800"', stage='"decode"'), "have the stages fps, first_frame"),
         (

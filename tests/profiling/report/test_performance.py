@@ -20,12 +20,13 @@ from profiling.report.performance import (
     CLUSTER,
     END,
     PAGE,
+    PRECISION,
     README,
     performance_page,
     projections,
     readme_table,
     step_table,
-    with_table,
+    with_tables,
 )
 from profiling.results import OK, CaseResult, Ceilings, Machine, Measurement, Run, VariantResult
 from tests.profiling import runs
@@ -169,11 +170,12 @@ def test_the_short_table_has_both_sides_and_lacks_none() -> None:
         readme_table([("a.json", run(variants=(variant("bf16-eager", 0.8),)))])
 
 
-def test_the_table_replaces_what_stands_between_the_markers() -> None:
-    text = with_table(f"# Title\n{BEGIN}\nold\n{END}\nmore\n", "| new |")
-    assert text == f"# Title\n{BEGIN}\n\n| new |\n\n{END}\nmore\n"
+def test_tables_replace_what_stands_between_the_markers() -> None:
+    old = f"# Title\n{BEGIN}\nold\n{END}\nmore\n"
+    assert with_tables(old, ["| new |"]) == f"# Title\n{BEGIN}\n\n| new |\n\n{END}\nmore\n"
+    assert with_tables(old + old, ["| a |", "| b |"]) == with_tables(old, ["| a |"]) + with_tables(old, ["| b |"])
     with pytest.raises(UserError, match=r"README\.md has no lines"):
-        with_table("# Title\n", "| new |")
+        with_tables(old, ["| a |", "| b |"])
 
 
 def test_the_command_writes_all_and_tells_what_differs(
@@ -194,8 +196,11 @@ def test_the_command_writes_all_and_tells_what_differs(
     assert "cluster.md cannot be read" in capsys.readouterr().err
     (tmp_path / CLUSTER).parent.mkdir()
     (tmp_path / CLUSTER).write_text(f"# Cluster\n{BEGIN}\n{END}\n")
+    assert call("--check") == 2
+    assert "precision-and-memory.md cannot be read" in capsys.readouterr().err
+    (tmp_path / PRECISION).write_text("# Precision\n" + 3 * f"{BEGIN}\n{END}\n")
     assert call("--check") == 1
-    assert capsys.readouterr().err.count("is not what the results give") == 3
+    assert capsys.readouterr().err.count("is not what the results give") == 4
     assert call() == 0
     assert (tmp_path / PAGE).read_text().startswith("# Performance")
     assert "Nothing can be projected: recording takes seconds" in (tmp_path / CLUSTER).read_text()
