@@ -278,7 +278,8 @@ def dispatch(
     tuned = tuned or _tuned_config(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype], usable)
     backend = tuned.backend if tuned is not None and tuned.backend in usable else usable[0]
     config = tuned.config if tuned is not None and tuned.backend == backend else None
-    return BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
+    o, lse, *_o_scale = BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
+    return o, lse
 
 
 def _usable(q: Tensor, k: Tensor, v: Tensor, scales: Scales | None, ranges: KVRanges) -> list[str]:

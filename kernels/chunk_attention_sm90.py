@@ -20,6 +20,9 @@ may be partial, is computed first, so that only this tile pays for a mask. kerne
 tiles (stream-K). Where several programs share the keys of an output tile, each stores a partial result, and
 `combine_partials` combines them.
 
+In FP8 the output can be e4m3 as well, for the linear layer that follows. Its scale is the same for all rows and known
+before the launch: a softmax averages values, so that no output of v8 v_scale exceeds 448 max v_scale.
+
 Sources: FlashAttention-3 (arXiv 2407.08608) for the algorithm, SageAttention2 (arXiv 2411.10958) for the FP8
 accumulation.
 """
@@ -32,8 +35,6 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -46,6 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.attention_partials import COMBINE_ROWS, combine_partials
 from kernels.common import FP8
 from kernels.scheduler import KVRanges, stream_k_schedule_on
 from kernels.sm90 import (
@@ -53,6 +55,8 @@ from kernels.sm90 import (
     WGMMA_M,
     aggregate,
     alloc_barriers,
+    exp2,
+    mask_scores,
     next_stage,
     read_work_tile,
     smem_layout,
@@ -62,8 +66,6 @@ from kernels.tuning import LaunchConfig, gpu_of
 
 FP8_SHIFT = gl.constexpr(8.0)  # FP8 weights are rounded as 2^8 p, to use the range of e4m3 from 2^-9 to 448
 LN_2 = gl.constexpr(math.log(2))
-
-COMBINE_ROWS = 16  # queries of a program of `combine_partials`
 
 DEFAULT_CONFIG: LaunchConfig = {"BLOCK_N": 128, "STAGES": 2}  # where nothing was tuned
 
@@ -111,10 +113,15 @@ class SharedTiles:
 
 @aggregate
 class Outputs:
-    """Where results are stored, the workspace of partial results, the scales of v in FP8, and o's strides."""
+    """Where results are stored, the workspace of partial results, the scales of v in FP8, and o's strides.
+
+    `max_v_scale` is the scale of an e4m3 output, and `o_scale` where it is stored for each row.
+    """
 
     o: gl.tensor
     lse: gl.tensor
+    o_scale: gl.tensor
+    max_v_scale: gl.tensor
     partial_o: gl.tensor
     partial_lse: gl.tensor
     v_scale: gl.tensor
@@ -122,12 +129,6 @@ class Outputs:
     o_batch: gl.tensor
     o_row: gl.tensor
     o_head: gl.tensor
-
-
-@gluon.jit
-def exp2(x):
-    """2^x by the special function unit. Denormal results become zero, which saves three instructions."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -174,13 +175,6 @@ def load_partition(work, operands, tiles, heads,
 
 
 @gluon.jit
-def mask_scores(scores, num_keys):
-    """Sets the scores of all keys from `num_keys` on to minus infinity."""
-    offs_n = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    return gl.where((offs_n < num_keys)[None, :], scores, float("-inf"))
-
-
-@gluon.jit
 def to_mma_operand(p, dtype: gl.constexpr, layout: gl.constexpr, IS_FP8: gl.constexpr):
     """Converts the weights to the left operand of their product with v, without moving data between registers.
 
@@ -198,7 +192,7 @@ def to_mma_operand(p, dtype: gl.constexpr, layout: gl.constexpr, IS_FP8: gl.cons
 
 @gluon.jit
 def epilogue(acc, m_i, l_i, out, work_tiles, i, heads, CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr,
-             IS_FP8: gl.constexpr):  # fmt: skip
+             IS_FP8: gl.constexpr, QUANTIZE: gl.constexpr):  # fmt: skip
     """Normalises the output of a work tile, and stores it with its log-sum-exp, or a partial result in float32."""
     # The work tile is read again, so that it holds no registers during the loop.
     column, row, row_end, _kv_start, _kv_end, partial = read_work_tile(work_tiles, i)
@@ -215,8 +209,15 @@ def epilogue(acc, m_i, l_i, out, work_tiles, i, heads, CONSUMER_ID: gl.constexpr
     if partial < 0:
         o_ptrs = out.o + batch.to(gl.int64) * out.o_batch + head.to(gl.int64) * out.o_head
         o_ptrs = o_ptrs + ((row + offs_m).to(gl.int64) * out.o_row)[:, None] + offs_d[None, :]
-        gl.store(o_ptrs, acc.to(out.o.dtype.element_ty), mask=(row + offs_m < row_end)[:, None])
         rows = (batch * out.queries + row + offs_lse).to(gl.int64)
+        if QUANTIZE:
+            scale = gl.load(out.max_v_scale)
+            o = to_e4m3_x4(acc * (1.0 / scale))
+            if head == 0:
+                gl.store(out.o_scale + rows, gl.zeros_like(lse) + scale, mask=row + offs_lse < row_end)
+        else:
+            o = acc.to(out.o.dtype.element_ty)
+        gl.store(o_ptrs, o, mask=(row + offs_m < row_end)[:, None])
         gl.store(out.lse + rows * heads + head, lse, mask=row + offs_lse < row_end)
     else:
         first_row = partial.to(gl.int64) * (CONSUMERS * WGMMA_M)
@@ -279,7 +280,7 @@ def mma_partition_pingpong(work, tiles, order_bars, out, qk_scale, heads,
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(tiles.v_empty.index(stage))
         stage, phase = next_stage(stage, phase, STAGES)
-        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, False)
+        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, False, False)
 
 
 @gluon.jit
@@ -320,7 +321,7 @@ def attention_step_fp8(acc, m_i, l_i, q, qk_scale, tiles, stage, phase, num_keys
 @gluon.jit
 def mma_partition_sequential(work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
                              CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-                             D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                             D: gl.constexpr, STAGES: gl.constexpr, QUANTIZE: gl.constexpr):  # fmt: skip
     """A consumer in FP8: it finishes one tile of keys before it starts the next."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
@@ -351,15 +352,15 @@ def mma_partition_sequential(work, tiles, out, q_scale, k_scale, softmax_scale_l
                 acc, m_i, l_i, q, qk_scale, tiles, stage, phase, BLOCK_N, BLOCK_N, D, STAGES, False
             )
         mbarrier.arrive(tiles.q_empty.index(CONSUMER_ID))
-        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, True)
+        epilogue(acc, m_i, l_i, out, work.work_tiles, i, heads, CONSUMER_ID, CONSUMERS, True, QUANTIZE)
 
 
 # Without specialisation of these, a single head or lengths divisible by 16 do not compile another kernel.
 @gluon.jit(do_not_specialize=["heads", "queries", "q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head"])
 def attention_fwd_sm90(
-    q_desc, k_desc, v_desc, o, lse, partial_o, partial_lse, work_tiles, work_indptr, q_scale, k_scale, v_scale,
-    softmax_scale_log2, heads, queries, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_row, o_head,
-    IS_FP8: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o, lse, o_scale, partial_o, partial_lse, work_tiles, work_indptr, q_scale, k_scale, v_scale,
+    max_v_scale, softmax_scale_log2, heads, queries, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_row,
+    o_head, IS_FP8: gl.constexpr, QUANTIZE: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A persistent program: allocates shared memory, and starts the load partition and the MMA partitions."""
     CONSUMERS: gl.constexpr = 3 if IS_FP8 else 2
@@ -374,17 +375,17 @@ def attention_fwd_sm90(
     work = WorkQueue(work_tiles, work_indptr)
     operands = Operands(q_desc, k_desc, v_desc, q_batch, q_head, k_batch, k_head, v_batch, v_head)
     tiles = SharedTiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    out = Outputs(o, lse, partial_o, partial_lse, v_scale, queries, o_batch, o_row, o_head)
+    out = Outputs(o, lse, o_scale, max_v_scale, partial_o, partial_lse, v_scale, queries, o_batch, o_row, o_head)
     # The 65,536 registers are shared by the warp groups; the numbers are registers per thread of all but the first one,
     # which gets the rest.
     if IS_FP8:
         gl.warp_specialize([
             (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
-                                        0, CONSUMERS, BLOCK_N, D, STAGES)),
+                                        0, CONSUMERS, BLOCK_N, D, STAGES, QUANTIZE)),
             (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
-                                        1, CONSUMERS, BLOCK_N, D, STAGES)),
+                                        1, CONSUMERS, BLOCK_N, D, STAGES, QUANTIZE)),
             (mma_partition_sequential, (work, tiles, out, q_scale, k_scale, softmax_scale_log2, heads,
-                                        2, CONSUMERS, BLOCK_N, D, STAGES)),
+                                        2, CONSUMERS, BLOCK_N, D, STAGES, QUANTIZE)),
             (load_partition, (work, operands, tiles, heads, IS_FP8, CONSUMERS, BLOCK_N, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
@@ -396,36 +397,6 @@ def attention_fwd_sm90(
                                       1, CONSUMERS, BLOCK_N, D, STAGES)),
             (load_partition, (work, operands, tiles, heads, IS_FP8, CONSUMERS, BLOCK_N, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["heads", "queries"])
-def combine_partials(o, lse, partial_o, partial_lse, combines, heads, queries, o_batch, o_row, o_head,
-                     D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Combines the partial results of ROWS queries of an output tile: o = sum_i exp(lse_i - lse) o_i.
-
-    A row of `combines` is a row of `StreamKSchedule.combines`. Each partial result has BLOCK_M queries.
-    """
-    combine = combines + 5 * tl.program_id(0)
-    column, row, row_end = tl.load(combine), tl.load(combine + 1), tl.load(combine + 2)
-    first_partial, num_partials = tl.load(combine + 3).to(tl.int64), tl.load(combine + 4)
-    offs_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    offs_d = tl.arange(0, D)
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    for i in range(num_partials):
-        m_i = tl.maximum(m_i, tl.load(partial_lse + (first_partial + i) * BLOCK_M + offs_m))
-    l_i = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for i in range(num_partials):
-        rows = (first_partial + i) * BLOCK_M + offs_m
-        weight = tl.exp(tl.load(partial_lse + rows) - m_i)
-        l_i += weight
-        acc += weight[:, None] * tl.load(partial_o + rows[:, None] * D + offs_d[None, :])
-    batch, head = (column // heads).to(tl.int64), (column % heads).to(tl.int64)
-    mask_m = row + offs_m < row_end
-    rows = (row + offs_m).to(tl.int64)
-    o_ptrs = o + batch * o_batch + head * o_head + rows[:, None] * o_row + offs_d[None, :]
-    tl.store(o_ptrs, (acc / l_i[:, None]).to(o.dtype.element_ty), mask=mask_m[:, None])
-    tl.store(lse + (batch * queries + rows) * heads + head, m_i + tl.log(l_i), mask=mask_m)
 
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
@@ -471,7 +442,7 @@ def launch_sm90(
     scale: float,
     out_dtype: torch.dtype,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention by the Hopper kernel, for operands that `supports` accepts.
 
     Args:
@@ -481,14 +452,15 @@ def launch_sm90(
         scales: None, or in FP8 the scales of q [batch, queries, heads], k [batch, heads], v [batch, heads, head_dim].
         ranges: the keys that each group of queries attends to.
         scale: factor of the logits.
-        out_dtype: the dtype of o.
+        out_dtype: the dtype of o; e4m3 for operands in FP8 only.
         config: launch parameters that replace defaults.
 
     Returns:
-        o [batch, queries, heads, head_dim] and lse, float32 [batch, queries, heads].
+        o [batch, queries, heads, head_dim]; lse, float32 [batch, queries, heads]; and the scale of o's rows, float32
+        [batch, queries], all of which are the largest scale of v, or [0] if o is not e4m3.
     """
     batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
+    keys, quantize = k.shape[1], out_dtype == FP8
     parameters: dict[str, Any] = {**DEFAULT_CONFIG, **(config or {})}
     block_n, consumer_m = parameters["BLOCK_N"], WGMMA_M.value
     block_m = consumer_m * (3 if scales else 2)
@@ -504,17 +476,19 @@ def launch_sm90(
         v_strides = v.stride(0), v.stride(2)
     o = q.new_empty(q.shape, dtype=out_dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o_scale = lse.new_empty((batch, queries) if quantize else (0,))
+    max_v_scale = scales[2].amax() if scales and quantize else lse
     partial_o = lse.new_empty(work.num_partials * block_m, head_dim)
     partial_lse = lse.new_empty(work.num_partials * block_m)
     attention_fwd_sm90[(num_programs,)](
-        q_desc, k_desc, v_desc, o, lse, partial_o, partial_lse, work.work_tiles, work.work_indptr,
-        *(scales or (lse, lse, lse)), scale * math.log2(math.e), heads, queries,
+        q_desc, k_desc, v_desc, o, lse, o_scale, partial_o, partial_lse, work.work_tiles, work.work_indptr,
+        *(scales or (lse, lse, lse)), max_v_scale, scale * math.log2(math.e), heads, queries,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), *v_strides, *o.stride()[:3],
-        IS_FP8=scales is not None, D=head_dim, num_warps=4, **parameters,
+        IS_FP8=scales is not None, QUANTIZE=quantize, D=head_dim, num_warps=4, **parameters,
     )  # fmt: skip
     if len(work.combines):
         combine_partials[(len(work.combines), block_m // COMBINE_ROWS)](
-            o, lse, partial_o, partial_lse, work.combines, heads, queries, *o.stride()[:3],
-            D=head_dim, BLOCK_M=block_m, ROWS=COMBINE_ROWS,
+            o, lse, o_scale, partial_o, partial_lse, max_v_scale, work.combines, heads, queries, *o.stride()[:3],
+            QUANTIZE=quantize, D=head_dim, BLOCK_M=block_m, ROWS=COMBINE_ROWS,
         )  # fmt: skip
-    return o, lse
+    return o, lse, o_scale

@@ -58,6 +58,16 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x_wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.float()
 
 
+def quantize_to_bound(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, ...] in e4m3 with the same scale for all rows, bound / 448, and that scale of each row, float32.
+
+    What exceeds the bound saturates.
+    """
+    scale = (bound.float() / FP8_MAX).clamp_min(MIN_SCALE)
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x_wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.repeat(len(x))
+
+
 def quantize_int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, columns], rotated, in int8, and the float32 scale of each row."""
     rotated = rotate(x)

@@ -12,7 +12,9 @@ which the warps of a program communicate:
 The tensor cores sum FP8 products with 13 fraction bits relative to the largest term, and truncate rather than round, so
 that sums of many terms come out too small. FP32_ACCUM instead adds the products of every 128 terms to a float32
 accumulator in registers (DeepSeek's "promotion"). This needs registers for both, so a consumer multiplies the halves of
-its columns one after the other. Products of int8 are summed exactly in int32, and become float32 in the epilogue.
+its columns one after the other. DRIFT instead multiplies the tensor cores' own sums of K terms by 1 + DRIFT K, which is
+what truncation takes from them on average: of the error by which they are too small, only its deviation is left.
+Products of int8 are summed exactly in int32, and become float32 in the epilogue.
 
 Work tiles are ordered row by row within groups of GROUP_N tile columns, so that programs which run at the same time
 share data in the L2 cache. With SPLIT_K, the tiles of a last wave that would not fill the GPU are split along the
@@ -58,7 +60,7 @@ from kernels.tuning import LaunchConfig, gpu_of
 BYTES_K = 128  # bytes of the reduction axis in a stage: a row of the widest swizzle
 
 DEFAULT_CONFIG: LaunchConfig = {
-    "BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "FP32_ACCUM": 0, "SPLIT_K": 0
+    "BLOCK_N": 256, "CONSUMERS": 2, "STAGES": 3, "GROUP_N": 8, "FP32_ACCUM": 0, "SPLIT_K": 0, "DRIFT": 0.0
 }  # fmt: skip
 
 
@@ -191,8 +193,8 @@ def store_tile(left, right, partial, column, row, end, y_desc, scales, vectors, 
 @gluon.jit
 def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials,
                   CONSUMER_ID: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-                  STAGES: gl.constexpr, FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
-                  GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
+                  STAGES: gl.constexpr, FP32_ACCUM: gl.constexpr, DRIFT: gl.constexpr, SCALED: gl.constexpr,
+                  BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
                   QUANTIZE: gl.constexpr):  # fmt: skip
     """One consumer: multiplies its 64 rows of every work tile and stores the results."""
     work_tiles, work_indptr = work
@@ -261,6 +263,10 @@ def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vecto
             y = warpgroup_mma_wait(0, deps=[y])
             mbarrier.arrive(empty.index(previous))
             left, right = split_columns(y)
+            if DRIFT:
+                gain = 1.0 + DRIFT * (k_end - k_start).to(gl.float32)
+                left = left * gain
+                right = right * gain
         # Read again rather than held in registers during the main loop.
         column, row, end, _k_start, _k_end, partial = read_work_tile(work_tiles, i)
         store_tile(left, right, partial, column, row, end, descs[2], scales, vectors, sizes, partials, y_smem,
@@ -279,8 +285,8 @@ def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vecto
 def linear_fwd_sm90(
     x_desc, w_desc, y_desc, residual_desc, work_tiles, work_indptr, partials, x_scale, w_scale, bound, y_scale, bias,
     gate, m, n, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    FP32_ACCUM: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
-    GATED: gl.constexpr, QUANTIZE: gl.constexpr,
+    FP32_ACCUM: gl.constexpr, DRIFT: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
+    RESIDUAL: gl.constexpr, GATED: gl.constexpr, QUANTIZE: gl.constexpr,
 ):  # fmt: skip
     """Program p computes the work tiles from work_indptr[p] to work_indptr[p + 1], see `StreamKSchedule`."""
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CONSUMERS, WGMMA_M, BLOCK_K], x_desc.layout)
@@ -300,25 +306,25 @@ def linear_fwd_sm90(
     if CONSUMERS == 3:
         gl.warp_specialize([
             (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 0,
-                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
-                             QUANTIZE)),
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, DRIFT, SCALED, BIAS, GELU, RESIDUAL,
+                             GATED, QUANTIZE)),
             (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 1,
-                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
-                             QUANTIZE)),
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, DRIFT, SCALED, BIAS, GELU, RESIDUAL,
+                             GATED, QUANTIZE)),
             (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 2,
-                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
-                             QUANTIZE)),
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, DRIFT, SCALED, BIAS, GELU, RESIDUAL,
+                             GATED, QUANTIZE)),
             (load_partition, (work, descs, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K,
                               STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 0,
-                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
-                             QUANTIZE)),
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, DRIFT, SCALED, BIAS, GELU, RESIDUAL,
+                             GATED, QUANTIZE)),
             (mma_partition, (work, descs, buffers, stage_bars, residual_bars, scales, vectors, sizes, partials, 1,
-                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, SCALED, BIAS, GELU, RESIDUAL, GATED,
-                             QUANTIZE)),
+                             CONSUMERS, BLOCK_N, BLOCK_K, STAGES, FP32_ACCUM, DRIFT, SCALED, BIAS, GELU, RESIDUAL,
+                             GATED, QUANTIZE)),
             (load_partition, (work, descs, buffers, stage_bars, residual_bars, RESIDUAL, CONSUMERS, BLOCK_N, BLOCK_K,
                               STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip

@@ -22,6 +22,7 @@ from triton.language.core import _aggregate  # as Gluon's own library imports it
 from kernels.common import FP8
 
 GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv, torch.int8: gl.int8}
+SHARED_BYTES = 232448  # of shared memory that a program can have
 WGMMA_M = gl.constexpr(64)  # rows of a wgmma instruction, and so of a consumer's tile
 thread_barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 shortened its name
 WORK_TILE_FIELDS = gl.constexpr(6)  # of a row of `StreamKSchedule.work_tiles`
@@ -47,10 +48,10 @@ def aggregate(cls: type) -> Any:
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The stage of the ring after `stage`, and the parity of its barriers, which flips with every round."""
+def next_stage(stage, phase, stages):
+    """The stage after `stage` of a ring of `stages`, and the parity of its barriers, which flips with every round."""
     stage += 1
-    if stage == STAGES:
+    if stage == stages:
         stage = 0
         phase ^= 1
     return stage, phase
@@ -95,6 +96,19 @@ def split_columns(x):
     left = gl.convert_layout(left, layout, assert_trivial=True)
     right = gl.convert_layout(right, layout, assert_trivial=True)
     return left, right
+
+
+@gluon.jit
+def exp2(x):
+    """2^x by the special function unit. Denormal results become zero, which saves three instructions."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def mask_scores(scores, num_keys):
+    """Sets the scores of all keys from `num_keys` on to minus infinity."""
+    offs_n = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where((offs_n < num_keys)[None, :], scores, float("-inf"))
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,11 +17,15 @@ from kernels.absorb_audio_projections_fp8 import absorb_audio_projections_fp8
 from kernels.absorbed_audio_attention import Sizes, absorbed_audio_attention
 from kernels.absorbed_audio_attention_fp8 import absorbed_audio_attention_fp8, is_tuned
 from kernels.chunk_attention import chunk_attention
-from kernels.chunk_attention_fp8 import chunk_attention_fp8
+from kernels.chunk_attention_fp8 import chunk_attention_fp8, chunk_attention_fp8_quantized
 from kernels.frame_attention import frame_attention
 from kernels.layer_norm import layer_norm, layer_norm_fp8
 from kernels.rms_norm_rope import rms_norm_rope, rms_norm_rope_fp8
-from kernels.text_image_attention import text_image_attention
+from kernels.text_image_attention import (
+    text_image_attention,
+    text_image_attention_quantized,
+    text_image_bound,
+)
 from model.config import DiTConfig
 from model.linear import Linear, QuantizedRows, norm_for_linear, norm_modulate_for_linear
 from model.parallel.tokens import FP8Operands, TokenSplit
@@ -30,8 +35,9 @@ from model.rope import audio_rope, rotate
 class ContextKV(NamedTuple):
     """Keys and values of the text and image attention of all blocks, each [block, key, head, head_dim].
 
-    `num_text_tokens` int32 [1]: the text keys from this one on are padding. They are all equal, and are computed as one
-    key with a weight.
+    The keys are multiplied by the weight of the queries' norm. `num_text_tokens` int32 [1]: the text keys from this one
+    on are padding. They are all equal, and are computed as one key with a weight. `o_bound` float32 [block]: no output
+    of the attention exceeds it.
     """
 
     text_k: Tensor
@@ -39,6 +45,7 @@ class ContextKV(NamedTuple):
     image_k: Tensor
     image_v: Tensor
     num_text_tokens: Tensor
+    o_bound: Tensor
 
 
 class AudioKV(NamedTuple):
@@ -133,47 +140,79 @@ class SelfAttention(nn.Module):
         if self.k_scale is None:
             q, k = rms_norm_rope(q, k, q_weight, k_weight, rope, self.eps)
             attended = chunk_attention(q[kv_only:], k, v) if split is None else split.attend(q, k, v)
+            attended = attended.flatten(1)
         else:
             statistics = None if split is None else split.kv_statistics(k, v, k_weight, rope, self.eps)
-            operands = rms_norm_rope_fp8(q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps, statistics)
-            q, q_scale, k, k_scale, v, v_scale = operands
-            if split is None:
-                attended = chunk_attention_fp8(q[kv_only:], q_scale[kv_only:], k, k_scale, v, v_scale, dtype=x.dtype)
-            else:
-                attended = split.attend_fp8(FP8Operands(*operands), x.dtype)
+            operands = FP8Operands(
+                *rms_norm_rope_fp8(q, k, v, q_weight, k_weight, self.k_scale, rope, self.eps, statistics)
+            )
+            attended = self._attend_fp8(operands, kv_only, x.dtype, split)
+            q, k = operands.q, operands.k
             if two_speakers:
-                q, k = q.float() * q_scale[..., None], k.float() * k_scale[:, None]
-        return self.o(attended.flatten(1), gate=gate, residual=x), q, k
+                q, k = q.float() * operands.q_scale[..., None], k.float() * operands.k_scale[:, None]
+        return self.o(attended, gate=gate, residual=x), q, k
+
+    def _attend_fp8(
+        self, operands: FP8Operands, kv_only: int, dtype: torch.dtype, split: TokenSplit | None
+    ) -> Tensor | QuantizedRows:
+        """The output [n, D] of the queries from number `kv_only` on; in e4m3 if the projection after it is in FP8."""
+        if split is not None:
+            return split.attend_fp8(operands, dtype).flatten(1)
+        q, q_scale, *kv = operands
+        q, q_scale = q[kv_only:], q_scale[kv_only:]
+        if not self.o.fp8:
+            return chunk_attention_fp8(q, q_scale, *kv, dtype=dtype).flatten(1)
+        o, o_scale = chunk_attention_fp8_quantized(q, q_scale, *kv)
+        return QuantizedRows(o.flatten(1), o_scale)
 
 
 class CrossAttention(nn.Module):
-    """Attention to text and to image: one query, two separate softmaxes, their results added before the projection."""
+    """Attention to text and to image: one query, two separate softmaxes, their results added before the projection.
+
+    Queries and keys are RMS-normalised over all channels. The weight of the queries' norm is multiplied into the keys,
+    once a session, and 1 / rms of a query is a factor of its logits, so that no normalised queries are written.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.heads = config.num_heads
+        self.heads, self.eps = config.num_heads, config.eps
         self.q, self.o = (Linear(config.dim, config.dim) for _ in range(2))
         self.kv, self.kv_img = (Linear(config.dim, 2 * config.dim) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_k_img = (nn.RMSNorm(config.dim, config.eps) for _ in range(3))
 
     def context_modules(self) -> dict[str, nn.Module]:
         """The modules that only `embed` uses."""
-        return {name: getattr(self, name) for name in ("kv", "kv_img", "norm_k", "norm_k_img")}
+        return {name: getattr(self, name) for name in ("kv", "kv_img", "norm_q", "norm_k", "norm_k_img")}
 
-    def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values of text and image in this block, each [key, head, head_dim].
+    def embed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `ContextKV` has of this block: keys and values of text and image, and the bound of the output.
 
-        text [text_len, D] and image [img_tokens, D] are embedded features.
+        text [text_len, D] and image [img_tokens, D] are embedded features. Keys and values are [key, head, head_dim].
         """
         (text_k, text_v), (image_k, image_v) = self.kv(text).chunk(2, 1), self.kv_img(image).chunk(2, 1)
-        kv = (self.norm_k(text_k), text_v, self.norm_k_img(image_k), image_v)
+        kv = (self._norm_key(text_k, self.norm_k), text_v, self._norm_key(image_k, self.norm_k_img), image_v)
         text_k, text_v, image_k, image_v = (x.unflatten(-1, (self.heads, -1)) for x in kv)
-        return text_k, text_v, image_k, image_v
+        return text_k, text_v, image_k, image_v, text_image_bound(text_v, image_v)
+
+    def _norm_key(self, k: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """k [key, D], normalised and multiplied by the weights of its norm and of the queries', rounded once."""
+        weight = norm.weight.float() * self.norm_q.weight.float()
+        return F.rms_norm(k.float(), norm.normalized_shape, weight, norm.eps).to(k.dtype)
 
     def forward(self, h: Tensor | QuantizedRows, x: Tensor, context: ContextKV) -> Tensor:
-        """h and x [S, D] -> x + output [S, D]. The text's padding is attended to as well, as in training."""
-        q = self.norm_q(self.q(h)).unflatten(-1, (self.heads, -1))
-        return self.o(text_image_attention(q, *context).flatten(1), residual=x)
+        """h and x [S, D] -> x + output [S, D]. The text's padding is attended to as well, as in training.
+
+        `context` is that of this block, with an `o_bound` of [].
+        """
+        q = self.q(h)
+        mean_square = torch.linalg.vector_norm(q, dim=1, dtype=torch.float32).square() / q.shape[1]
+        q_scale = (mean_square + self.eps).rsqrt()
+        *kv, num_text_tokens, o_bound = context
+        q = q.unflatten(1, (self.heads, -1))
+        if not self.o.fp8:
+            return self.o(text_image_attention(q, *kv, num_text_tokens, q_scale).flatten(1), residual=x)
+        o, o_scale = text_image_attention_quantized(q, *kv, o_bound, num_text_tokens, q_scale)
+        return self.o(QuantizedRows(o.flatten(1), o_scale), residual=x)
 
 
 class AudioAttention(nn.Module):

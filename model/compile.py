@@ -95,7 +95,9 @@ def warm_up(models: Models, ranks: Ranks | None = None) -> None:
         return zeros(dit.num_layers, count, dit.num_heads, dit.head_dim, dtype=models.dit.dtype)
 
     context = ContextKV(
-        *map(kv, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)), num_text_tokens=zeros(1).int() + 1
+        *map(kv, (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)),
+        num_text_tokens=zeros(1).int() + 1,
+        o_bound=zeros(dit.num_layers),
     )
     split = None if ranks is None else TokenSplit.of_grid(ranks, config.grid, device)
     slabs = None if ranks is None else RowSplit.of_rows(ranks, rows)

@@ -35,6 +35,7 @@ CHOICES = {
     "causal_conv3d": _CONV,
     "upsample_conv2d": _RESAMPLE,
     "downsample_conv2d": _RESAMPLE,
+    "text_image_attention": Choice(("gluon", "triton"), {"bf16": "triton"}, "triton", ("head_dim",)),
     "frame_attention": Choice(("triton", "sdpa", "sdpa-compiled"), {"bf16": "triton"}, "triton"),
     "absorbed_audio_attention": Choice(
         ("gluon", "triton", "library", "bf16"), {"bf16": "triton", "fp8": "bf16"}, "triton"

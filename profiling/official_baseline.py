@@ -45,9 +45,16 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def text_image_attention(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, _num_text_tokens: Tensor
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    _num_text_tokens: Tensor,
+    q_scale: Tensor,
 ) -> Tensor:
     """As `kernels.text_image_attention.text_image_attention`; all keys, padding too."""
+    q = (q * q_scale[:, None, None]).to(q.dtype)
     return chunk_attention(q, text_k, text_v) + chunk_attention(q, image_k, image_v)
 
 

@@ -139,6 +139,15 @@ def _text_image(a: Mapping[str, Any]) -> Iterator[Call]:
     )
 
 
+def _quantized_attention(
+    a: Mapping[str, Any], attention: Callable[[Mapping[str, Any]], Iterator[Call]]
+) -> Iterator[Call]:
+    """Attention and the quantisation of its output, which are two kernels by default."""
+    yield from attention(a)
+    rows, heads, head_dim = a["q"].shape
+    yield call("quantize_rows", "fp8", rows=rows, columns=heads * head_dim)
+
+
 def _frame_attention(a: Mapping[str, Any]) -> Iterator[Call]:
     (queries, heads, head_dim), keys = a["q"].shape, a["k"].shape[1]
     dims = {"queries": queries, "tokens_per_frame": a["tokens_per_frame"], "keys": keys}
@@ -225,7 +234,9 @@ DESCRIBED: dict[str, Callable[[Mapping[str, Any]], Iterator[Call]]] = {
     "chunk_attention": _attention,
     "chunk_attention_with_lse": _attention,
     "chunk_attention_fp8_with_lse": _attention_fp8,
+    "chunk_attention_fp8_quantized": lambda a: _quantized_attention(a, _attention_fp8),
     "text_image_attention": _text_image,
+    "text_image_attention_quantized": lambda a: _quantized_attention(a, _text_image),
     "frame_attention": _frame_attention,
     "absorb_audio_projections": _nothing,  # counted with the attention that it is for
     "absorb_audio_projections_fp8": _nothing,

@@ -12,11 +12,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.chunk_attention import chunk_attention, dispatch
+from kernels.chunk_attention_fp8 import dispatch_quantized as dispatch_attention_quantized
 from kernels.chunk_attention_fp8 import interleave
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX
 from kernels.frame_attention import frame_attention, frame_reference, launch_frame
 from kernels.scheduler import kv_ranges
-from kernels.text_image_attention import launch_text_image, text_image_attention, text_image_reference
+from kernels.text_image_attention import (
+    dispatch as dispatch_text_image,
+)
+from kernels.text_image_attention import (
+    dispatch_quantized,
+    launch_text_image,
+    scale_rows,
+    text_image_attention,
+    text_image_attention_quantized,
+    text_image_bound,
+    text_image_reference,
+)
 from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.case import (
     CUDA,
@@ -26,6 +38,7 @@ from profiling.cases.case import (
     Dims,
     InputFactory,
     Operation,
+    compiled,
     kernel_and_library,
     kernel_backend,
     no_setup,
@@ -195,6 +208,62 @@ SELF_ATTENTION = Operation(
 )
 
 
+def quantized_attention(backend: str, *operands: Tensor, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
+    """Attention with an e4m3 output by one back-end of `chunk_attention_fp8_quantized`, whose operands these are."""
+    q, k = operands[0], operands[2]
+    dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "head_dim": q.shape[2]}
+    tuned = resolve_config("chunk_attention_fp8_quantized", backend, dims, "fp8", q, config, ("head_dim",))
+    return dispatch_attention_quantized(*operands, tuned)
+
+
+def quantized_attention_backend(name: str) -> Backend:
+    """One back-end of `chunk_attention_fp8_quantized`."""
+
+    def prepare(*inputs: Tensor, config: LaunchConfig | None = None) -> Call:
+        return partial(quantized_attention, name, *quantize_attention(*inputs), config=config)
+
+    def launch(*inputs: Tensor, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
+        return quantized_attention(name, *empty_attention_operands(*inputs), config=config)
+
+    if name != "fused":
+        return Backend(name, prepare, ours=True, devices=CUDA)
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch, configs=attention_configs, gluon=True)
+
+
+def dequantized_attention(output: tuple[Tensor, Tensor]) -> Tensor:
+    """The float32 values of an output [tokens, heads, head_dim] with a scale for each token."""
+    values, scale = output
+    return values.float() * scale[:, None, None]
+
+
+def prepare_attention_rows(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """cuDNN's attention in 16 bits, and then row quantisation, compiled."""
+
+    def quantize(o: Tensor) -> tuple[Tensor, Tensor]:
+        scale = o.float().abs().amax((1, 2)).clamp(min=1e-12) / FP8_MAX
+        return (o / scale[:, None, None]).to(FP8), scale
+
+    compiled_quantize = torch.compile(quantize, dynamic=False)
+    return lambda: compiled_quantize(sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v))
+
+
+QUANTIZED_ATTENTION = Operation(
+    name="chunk_attention_fp8_quantized",
+    inputs=SELF_ATTENTION.inputs,
+    reference=attention_reference,
+    flops=SELF_ATTENTION.flops,
+    bytes=SELF_ATTENTION.bytes,
+    backends={
+        "fp8": (
+            *(quantized_attention_backend(name) for name in ("fused", "separate")),
+            Backend("sdpa-cudnn", prepare_attention_rows, devices=CUDA),
+        )
+    },
+    result=dequantized_attention,
+    tolerances={"fp8": 7e-2},  # 6 % as of SELF_ATTENTION, and 2.6 % of the output's rounding
+)
+
+
 def large_head_configs(_dims: Dims) -> Iterator[dict[str, Any]]:
     """Launch parameters of the Triton kernel for a head_dim above 128."""
     for block_m, block_n, warps, stages in (
@@ -263,15 +332,111 @@ def num_text_image_keys(d: Dims) -> int:
     return (min(PROMPT_TOKENS + 1, d["text"]) if d["dedup_padding"] else d["text"]) + d["image"]
 
 
+def text_image_config(
+    operation: str, backend: str, dtype: str, inputs: tuple[Any, ...], config: LaunchConfig | None
+) -> TunedConfig:
+    """One back-end of attention to text and image with `config`, or else as tuned for the inputs."""
+    q, text_k, _, image_k, _, num_text_tokens = inputs[:6]
+    dims = {"queries": len(q), "text": len(text_k), "image": len(image_k), "heads": q.shape[1], "head_dim": q.shape[2]}
+    dims["dedup_padding"] = int(num_text_tokens is not None)
+    return resolve_config(operation, backend, dims, dtype, q, config, ("head_dim",))
+
+
+def launch_text_image_backend(backend: str, *inputs: Any, config: LaunchConfig | None = None) -> Tensor:
+    """Attention to text and image by one back-end of the operation."""
+    tuned = text_image_config("text_image_attention", backend, DTYPE_NAMES[inputs[0].dtype], inputs, config)
+    return dispatch_text_image(*inputs, None, tuned)
+
+
+def text_image_configs_sm90(_dims: Dims) -> Iterator[dict[str, Any]]:
+    """Launch parameters of the Hopper kernel: a prompt of 20 tokens fits in one tile of the text, or in two."""
+    yield {"BLOCK_T": 32, "STAGES": 1}
+    yield {"BLOCK_T": 16, "STAGES": 2}
+
+
+TEXT_IMAGE_BACKENDS = kernel_and_library(
+    text_image_attention, launch_text_image, text_image_configs, text_image_sdpa, "sdpa", CUDA
+)
 TEXT_IMAGE_ATTENTION = Operation(
     name="text_image_attention",
     inputs=text_image_inputs,
     reference=text_image_reference,
     flops=lambda d: 4.0 * d["queries"] * num_text_image_keys(d) * d["heads"] * d["head_dim"],
     bytes=lambda d, item: 2.0 * (d["queries"] + num_text_image_keys(d)) * d["heads"] * d["head_dim"] * item,
-    backends=kernel_and_library(
-        text_image_attention, launch_text_image, text_image_configs, text_image_sdpa, "sdpa", CUDA
-    ),
+    backends={
+        "fp32": TEXT_IMAGE_BACKENDS["fp32"],
+        "bf16": (
+            TEXT_IMAGE_BACKENDS["bf16"][0],
+            kernel_backend("gluon", partial(launch_text_image_backend, "gluon"), text_image_configs_sm90),
+            kernel_backend("triton", partial(launch_text_image_backend, "triton"), text_image_configs),
+            *TEXT_IMAGE_BACKENDS["bf16"][2:],
+        ),
+    },
+)
+
+
+def text_image_scaled_inputs(d: Dims, randn: InputFactory) -> tuple[Any, ...]:
+    """`text_image_inputs`, and 1 / rms of the rows of q, whose channels are 16 times as large."""
+    q, *rest = text_image_inputs(d, randn)
+    q = 16 * q
+    return q, *rest, (q.float().square().mean((1, 2)) + 1e-6).rsqrt()
+
+
+def text_image_quantized(backend: str, *inputs: Any, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
+    """e4m3 output of attention to text and image by one back-end; the last input is the bound of the output."""
+    *kv, num_text_tokens, q_scale, o_bound = inputs
+    if backend == "eager":
+        return text_image_attention_quantized(*kv, o_bound, num_text_tokens, q_scale)
+    tuned = text_image_config("text_image_attention_quantized", backend, "fp8", inputs, config)
+    return dispatch_quantized(*kv, o_bound, num_text_tokens, q_scale, tuned)
+
+
+def text_image_quantized_backend(name: str) -> Backend:
+    """One back-end of `text_image_attention_quantized`; the bound of the output is computed beforehand."""
+
+    def operands(*inputs: Any) -> tuple[Any, ...]:
+        return *inputs, text_image_bound(inputs[2], inputs[4])
+
+    def prepare(*inputs: Any, config: LaunchConfig | None = None) -> Call:
+        return partial(text_image_quantized, name, *operands(*inputs), config=config)
+
+    def launch(*inputs: Any, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
+        return text_image_quantized(name, *operands(*inputs), config=config)
+
+    if name != "fused":
+        return Backend(name, prepare, ours=True, devices=CUDA if name == "separate" else ("cpu",))
+    configs = text_image_configs_sm90
+    return Backend(name, prepare, ours=True, devices=CUDA, launcher=launch, configs=configs, gluon=True)
+
+
+def text_image_quantized_sdpa(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention to text and image, and row quantisation."""
+    o = text_image_sdpa(q, text_k, text_v, image_k, image_v, None).float()
+    scale = o.abs().amax((1, 2)).clamp(min=1e-12) / FP8_MAX
+    return (o / scale[:, None, None]).to(FP8), scale
+
+
+def prepare_text_image_sdpa(q: Tensor, *inputs: Any) -> Call:
+    """Compiled; the queries are normalised beforehand."""
+    *kv, _num_text_tokens, q_scale = inputs
+    return compiled(text_image_quantized_sdpa)(scale_rows(q, q_scale), *kv)
+
+
+TEXT_IMAGE_QUANTIZED = Operation(
+    name="text_image_attention_quantized",
+    inputs=text_image_scaled_inputs,
+    reference=text_image_reference,
+    flops=TEXT_IMAGE_ATTENTION.flops,
+    bytes=lambda d, _item: (3.0 * d["queries"] + 4.0 * num_text_image_keys(d)) * d["heads"] * d["head_dim"],
+    backends={
+        "fp8": (
+            *(text_image_quantized_backend(name) for name in ("eager", "fused", "separate")),
+            Backend("sdpa-compiled", prepare_text_image_sdpa, devices=CUDA),
+        )
+    },
+    result=dequantized_attention,
 )
 
 

@@ -8,8 +8,10 @@ from model.config import Config
 from model.vae import LATENTS_PER_STEP, decode_schedule
 from profiling.cases.attention import (
     FRAME_ATTENTION,
+    QUANTIZED_ATTENTION,
     SELF_ATTENTION,
     TEXT_IMAGE_ATTENTION,
+    TEXT_IMAGE_QUANTIZED,
     VAE_ATTENTION,
 )
 from profiling.cases.audio import ABSORB, ABSORB_FP8, ABSORBED_AUDIO_ATTENTION, AUDIO_ATTENTION
@@ -51,9 +53,12 @@ def student_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Opera
 
     heads = {"heads": dit.num_heads, "head_dim": dit.head_dim}
     yield SELF_ATTENTION, shape(1, queries=tokens, keys=tokens, heads=dit.num_heads // world, head_dim=dit.head_dim)
+    if world == 1:  # among several ranks, parts of attention are merged before they are quantised
+        yield QUANTIZED_ATTENTION, shape(0, queries=tokens, keys=tokens, **heads)
     text_image = {"queries": rows, "text": dit.text_len, "image": dit.img_tokens, **heads}
     yield TEXT_IMAGE_ATTENTION, shape(0, dedup_padding=0, **text_image)
     yield TEXT_IMAGE_ATTENTION, shape(1, "-prompt", dedup_padding=1, **text_image)
+    yield TEXT_IMAGE_QUANTIZED, shape(0, "-prompt", dedup_padding=1, **text_image)
     audio = {"queries": rows, "tokens_per_frame": per_frame, "keys": dit.context_tokens, **heads}
     yield FRAME_ATTENTION, shape(0, **audio)  # of two speakers; for one, the whole layer is a sequence of its own
     yield AUDIO_ATTENTION, shape(1, **audio)

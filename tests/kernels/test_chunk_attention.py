@@ -1,4 +1,4 @@
-"""The chunk attention operations: on the CPU, as torch operators, and on a GPU by every back-end.
+"""The chunk attention operations: on the CPU, as torch operators, on a model of Hopper, and on a GPU by every back-end.
 
 `interpreted/chunk_attention.py` runs the Triton kernel in Triton's interpreter.
 """
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import chunk_attention_sm90
 from kernels.chunk_attention import (
     chunk_attention,
     chunk_attention_with_lse,
@@ -23,19 +24,25 @@ from kernels.chunk_attention import (
     split_head_dim,
 )
 from kernels.chunk_attention_fp8 import (
+    bounded_reference,
     chunk_attention_fp8,
+    chunk_attention_fp8_quantized,
+    chunk_attention_fp8_quantized_op,
     chunk_attention_fp8_with_lse,
     chunk_attention_fp8_with_lse_op,
     dequantize,
     interleave,
 )
-from kernels.chunk_attention_sm90 import supports
+from kernels.chunk_attention_sm90 import launch_sm90, supports
 from kernels.common import FP8
+from kernels.layer_norm import quantize_rows
 from kernels.scheduler import KVRanges, kv_ranges
 from kernels.tuning import GPU, TunedConfig
 from profiling.measure.check import poisoned_memory
+from tests.fake_gluon import fake_hopper
 from tests.tensors import draw, error
 
+attention_fp8 = importlib.import_module("kernels.chunk_attention_fp8")
 attention = importlib.import_module("kernels.chunk_attention")  # the module; `kernels.chunk_attention` is its function
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3, FP8: 4e-2}
@@ -140,6 +147,34 @@ def test_dequantized_operands_are_the_originals_up_to_rounding():
         assert error(x, original.double()) < 4e-2
 
 
+def test_a_quantised_output_on_the_cpu_is_attention_and_quantisation():
+    operands = quantize(*draw((9, 2, 64), (40, 2, 64), (40, 2, 64)))
+    o8, o_scale = chunk_attention_fp8_quantized(*operands)
+    expected8, expected_scale = quantize_rows(chunk_attention_fp8(*operands, dtype=torch.float32).flatten(1))
+    assert torch.equal(o8.flatten(1).float(), expected8.float())
+    assert torch.equal(o_scale, expected_scale)
+
+
+@pytest.mark.parametrize(("channel", "key"), [(1.0, 1.0), (20.0, 1.0), (1.0, 50.0)])
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+def test_a_scale_from_the_values_costs_no_precision(channel, key, sharpness):
+    """An error of 2.6 %, also with channels 20 times as large, or a key 50 times, as trained networks may have them.
+
+    Scales by row have less where few values are large, because the largest one of a row is then exact.
+    """
+    q, k, v = draw((200, 4, 64), (900, 4, 64), (900, 4, 64), seed=0)
+    v[:, 0, :2] *= channel
+    v[7] *= key
+    operands = quantize(sharpness * q, k, v)
+    o = reference(*dequantize(*operands, torch.float64))[0]
+    bounded8, bounded_scale = bounded_reference(*operands)
+    rows8, rows_scale = quantize_rows(o.float().flatten(1))
+    by_row = error(rows8.float() * rows_scale[:, None], o.flatten(1))
+    assert 0.01 < by_row < 0.0275
+    assert 0.02 < error(bounded8.float() * bounded_scale[:, None, None], o) < 0.0275
+    assert (o.abs() <= 448 * bounded_scale.double()[:, None, None]).all()
+
+
 def test_interleave_is_what_the_docstring_says():
     """A thread holds the scores of keys 2c, 2c + 1, 8 + 2c, 9 + 2c, which must lie in places 4c to 4c + 3."""
     order = interleave(20)
@@ -184,6 +219,26 @@ def test_dispatch_takes_the_tuned_backend_or_the_default_of_the_gpu(
     assert dispatch(x, x, x, None, kv_ranges(20, 20), 0.1, x.dtype) == (backend, config)
 
 
+@pytest.mark.parametrize(
+    ("capability", "tuned", "backend"),
+    [
+        ("9.0", None, "separate"),
+        ("9.0", TunedConfig("separate", {}), "separate"),
+        ("9.0", TunedConfig("fused", {"STAGES": 3}), "fused"),
+        ("8.9", TunedConfig("fused", {"STAGES": 3}), "separate"),
+    ],
+)
+def test_dispatch_of_a_quantised_output(monkeypatch, capability, tuned, backend):
+    monkeypatch.setattr(attention_fp8, "gpu_of", lambda _: GPU("any", capability, 132))
+    monkeypatch.setattr(attention_fp8, "tuned_config", lambda *_: tuned)
+    monkeypatch.setattr(attention_fp8, "launch_sm90", lambda *a: (["fused"], None, [a[-1]]))
+    monkeypatch.setattr(attention_fp8, "dispatch", lambda q, *_: (q, None))
+    monkeypatch.setattr(attention_fp8, "launch_quantize_rows", lambda o: (o, "separate"))
+    operands = quantize(*draw(*[(20, 2, 64)] * 3))
+    results = attention_fp8.dispatch_quantized(*operands)
+    assert results == ("fused", tuned.config) if backend == "fused" else results[1] == "separate"
+
+
 def test_what_the_hopper_kernel_supports():
     """TMA's alignment, offsets of 31 bits, and whole groups of 16 FP8 keys."""
     whole = kv_ranges(32, 32)
@@ -221,6 +276,7 @@ def test_opcheck():
     tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if name != "test_schema"]
     arguments = (*operands, None, 0, 0.125, torch.bfloat16)
     torch.library.opcheck(chunk_attention_fp8_with_lse_op.library_op, arguments, test_utils=tests)
+    torch.library.opcheck(chunk_attention_fp8_quantized_op.library_op, operands, test_utils=tests)
 
 
 def test_compiles_without_a_graph_break():
@@ -234,6 +290,9 @@ def test_compiles_without_a_graph_break():
     operands = quantize(q, k, v)
     whole = torch.compile(chunk_attention_fp8, fullgraph=True)
     torch.testing.assert_close(whole(*operands), chunk_attention_fp8(*operands))
+    quantised = torch.compile(chunk_attention_fp8_quantized, fullgraph=True, backend="aot_eager")(*operands)
+    for x, y in zip(quantised, chunk_attention_fp8_quantized(*operands), strict=True):
+        assert torch.equal(x.float(), y.float())
 
 
 Q = torch.zeros(6, 2, 64)
@@ -288,9 +347,45 @@ def test_a_gradient_is_only_refused_where_one_would_be_kept():
 def test_bad_fp8_arguments(position, change, words):
     operands: list[Any] = list(quantize(*draw(*[(20, 2, 64)] * 3)))
     operands[position] = change(operands[position])
-    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
-        chunk_attention_fp8(*operands)
-    assert words in str(raised.value)
+    for function in (chunk_attention_fp8, chunk_attention_fp8_quantized):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words follow)
+            function(*operands)
+        assert words in str(raised.value)
+
+
+# --- On a model of Hopper -------------------------------------------------------------------------------------------
+
+
+def on_fake_hopper(operands: tuple[Any, ...], ranges: KVRanges, dtype: torch.dtype, programs: int, seed: int) -> Any:
+    """The results of the Hopper kernel for tensors without a batch, of which no tile is split."""
+    batched = [x[None] for x in operands]
+    scales = (batched[1], batched[3], batched[5]) if len(batched) == 6 else None
+    q, k, v = batched if scales is None else batched[::2]
+    fake = fake_hopper(chunk_attention_sm90, "attention_fwd_sm90", programs, seed)
+    with poisoned_memory(), fake:
+        return launch_sm90(q, k, v, scales, ranges, q.shape[3] ** -0.5, dtype, {"BLOCK_N": 64})
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.integers(1, 200), st.integers(1, 200), st.integers(1, 2), st.integers(0, 99),
+    st.sampled_from([torch.float16, FP8, "quantised"]),
+)  # fmt: skip
+def test_hopper(queries, keys, heads, seed, dtype):
+    """With a tile for each program, so that none is split."""
+    q, k, v = draw(*[(n, heads, 64) for n in (queries, keys, keys)], seed=seed)
+    programs = heads * -(-queries // (128 if dtype == torch.float16 else 192))
+    operands = (q.half(), k.half(), v.half()) if dtype == torch.float16 else quantize(q, k, v)
+    out_dtype = {torch.float16: torch.float16, FP8: torch.bfloat16, "quantised": FP8}[dtype]
+    o, lse, o_scale = on_fake_hopper(operands, kv_ranges(queries, keys), out_dtype, programs, seed)
+    wide = [x.double() for x in operands] if len(operands) == 3 else dequantize(*operands, torch.float64)
+    expected, expected_lse = reference(*wide)
+    torch.testing.assert_close(lse[0].double(), expected_lse, rtol=1e-4, atol=1e-4)
+    if out_dtype == FP8:
+        assert torch.equal(o_scale, operands[5].amax().expand(1, queries))
+        assert error(o[0].double() * o_scale[0, :, None, None].double(), expected) < 5e-2
+    else:
+        assert error(o[0], expected) < TOLERANCES[FP8 if len(operands) > 3 else dtype]
 
 
 def test_fp8_wants_a_head_dim_that_its_kernels_have():
@@ -436,3 +531,19 @@ def test_gpu_operation_in_a_graph():
     graph.replay()
     expected = reference(q.double(), k.double(), v.double(), kv_ranges(500, 500, (200, 300), 1))[0] * 2
     assert error(o, expected) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (193, 640), (300, 1000), (12096, 12096)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gpu_quantised_output(queries, keys, head_dim):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    operands = quantize(*draw(*[(n, 3, head_dim) for n in (queries, keys, keys)], device="cuda"))
+    with poisoned_memory():
+        fused8, fused_scale = attention_fp8.dispatch_quantized(*operands, TunedConfig("fused", {}))
+        rows8, rows_scale = chunk_attention_fp8_quantized(*operands)
+    expected = reference(*dequantize(*operands, torch.float64))[0]
+    assert torch.equal(fused_scale, operands[5].amax().expand(queries))
+    for values, scale in ((fused8, fused_scale), (rows8, rows_scale)):
+        assert error(values.double() * scale.double()[:, None, None], expected) < 5e-2

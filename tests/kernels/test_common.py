@@ -312,13 +312,30 @@ def chunk_attention_fp8_samples() -> list[Call]:
     ]
 
 
-def text_image_attention_samples() -> list[Call]:
+def chunk_attention_fp8_quantized_samples() -> list[Call]:
+    q, k = rand(40, 3, 64, dtype=FP8), rand(40, 3, 64, dtype=FP8)
+    operands = q, ones(40, 3), k, ones(3), rand(3, 64, 48, dtype=FP8), ones(3, 64)
+    return [(chunk_attention_fp8.chunk_attention_fp8_quantized, operands)]
+
+
+def text_image_operands() -> tuple[tuple[Tensor, ...], Tensor]:
+    """Queries, keys and values, and a number of text tokens."""
     q, text, image_keys = rand(40, 3, 64), rand(32, 3, 64), rand(17, 3, 64)
     length = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    operands = q, text, text.clone(), image_keys, image_keys.clone()
+    return (q, text, text.clone(), image_keys, image_keys.clone()), length
+
+
+def text_image_attention_quantized_samples() -> list[Call]:
+    operands, length = text_image_operands()
+    function = text_image_attention.text_image_attention_quantized
+    return [(function, (*operands, ones())), (function, (*operands, ones(), length, ones(40)))]
+
+
+def text_image_attention_samples() -> list[Call]:
+    operands, length = text_image_operands()
     return [
         (text_image_attention.text_image_attention, operands),
-        (text_image_attention.text_image_attention, (*operands, length)),
+        (text_image_attention.text_image_attention, (*operands, length, ones(40))),
         (text_image_attention.text_image_attention, (*fused(40, 3, 64)[:1], *operands[1:])),
     ]
 
@@ -420,7 +437,9 @@ SAMPLES: dict[str, Callable[[], list[Call]]] = {
     "chunk_attention": chunk_attention_samples,
     "chunk_attention_with_lse": chunk_attention_with_lse_samples,
     "chunk_attention_fp8_with_lse": chunk_attention_fp8_samples,
+    "chunk_attention_fp8_quantized": chunk_attention_fp8_quantized_samples,
     "text_image_attention": text_image_attention_samples,
+    "text_image_attention_quantized": text_image_attention_quantized_samples,
     "frame_attention": frame_attention_samples,
     "absorb_audio_projections": absorb_samples,
     "absorb_audio_projections_fp8": absorb_fp8_samples,

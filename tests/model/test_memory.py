@@ -107,6 +107,7 @@ def count(config: Config, name: str) -> dict[str, int]:
             context = ContextKV(
                 *(keys(n) for n in (dit.text_len, dit.text_len, dit.img_tokens, dit.img_tokens)),
                 num_text_tokens=num_text_tokens,
+                o_bound=torch.empty(dit.num_layers).float(),
             )
             audio = AudioKV(*(keys(frames, dit.context_tokens) for _ in range(2)))
             found["keys and values"] = sum(x.nbytes for x in (*context, *audio))

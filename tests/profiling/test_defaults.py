@@ -22,13 +22,22 @@ from profiling.results import OK, Machine, Measurement
 
 # The package exports functions under the names of their modules.
 CHOOSERS = (
-    "chunk_attention", "linear", "causal_conv3d", "upsample_conv2d", "downsample_conv2d", "frame_attention",
-    "absorbed_audio_attention",
+    "chunk_attention", "text_image_attention", "linear", "causal_conv3d", "upsample_conv2d", "downsample_conv2d",
+    "frame_attention", "absorbed_audio_attention",
 )  # fmt: skip
 MODULES = (
-    "chunk_attention", "linear", "causal_conv3d", "frame_attention", "resample_conv2d", "absorbed_audio_attention"
+    "chunk_attention", "text_image_attention", "linear", "causal_conv3d", "frame_attention", "resample_conv2d",
+    "absorbed_audio_attention",
 )  # fmt: skip
-chunk_attention, linear, causal_conv3d, frame_attention, resample_conv2d, absorbed_audio_attention = (
+(
+    chunk_attention,
+    text_image_attention,
+    linear,
+    causal_conv3d,
+    frame_attention,
+    resample_conv2d,
+    absorbed_audio_attention,
+) = (  # fmt: skip
     import_module(f"kernels.{name}") for name in MODULES
 )
 MACHINES = {
@@ -58,6 +67,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setitem(module.BACKENDS, name, chooses(name))
     monkeypatch.setattr(chunk_attention, "_sdpa_ranges", chooses("sdpa"))
     monkeypatch.setattr(absorbed_audio_attention, "launch_weights", lambda *_: None)
+    monkeypatch.setattr(text_image_attention, "launch_sm90", chooses("gluon"))
+    monkeypatch.setattr(text_image_attention, "launch_text_image", chooses("triton"))
     monkeypatch.setattr(causal_conv3d, "launch_sm90", chooses("gluon"))
     monkeypatch.setattr(causal_conv3d, "launch_library", chooses("library"))
     monkeypatch.setattr(frame_attention, "launch_frame", chooses("triton"))
@@ -84,6 +95,8 @@ def dispatch(case: Case) -> None:
             chunk_attention.dispatch(x, k, v, scales, ranges, 1.0, torch.bfloat16)
         else:
             chunk_attention._attention_cuda(x[None], k[None], v[None], None, 0, 1.0)
+    elif name == "text_image_attention":
+        text_image_attention.dispatch(x, *rest, None)
     elif name == "linear":
         w, bias = rest
         eight = {"fp8": FP8, "int8": torch.int8}.get(case.dtype)

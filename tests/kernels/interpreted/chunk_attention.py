@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.attention_partials import combine_partials
 from kernels.chunk_attention import launch_triton, merge_attention, reference
 from kernels.chunk_attention_fp8 import dequantize, interleave
-from kernels.chunk_attention_sm90 import combine_partials
 from kernels.scheduler import KVRanges, kv_ranges
 from tests.tensors import draw, error
 
@@ -115,19 +115,28 @@ def test_scaled_operands_in_chunks_of_any_length():
     assert error(o[0], reference(q.double(), k.double(), v.double(), ranges, 0.25)[0]) < 1e-5
 
 
-def test_combine_partials():
-    """Partial results as a program of the Hopper kernel leaves them, of two tiles. The second one ends at row 40."""
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_combine_partials(scale):
+    """Partial results as a program of the Hopper kernel leaves them, of two tiles. The second one ends at row 40.
+
+    With a scale, o is to be e4m3, for which float32 stands here: the interpreter cannot round to it.
+    """
     heads, head_dim, block_m, rows = 2, 16, 32, 16
     partial_o, partial_lse = draw((5, block_m, head_dim), (5, block_m), seed=0)
     partial_lse *= 3
-    o, lse = torch.full((1, 40, heads, head_dim), math.nan), torch.full((1, 40, heads), math.nan)
+    o, lse, o_scale = (torch.full((1, 40, *axes), math.nan) for axes in ((heads, head_dim), (heads,), ()))
     combines = torch.tensor([[0, 0, 32, 0, 2], [1, 32, 40, 2, 3]], dtype=torch.int32)
-    combine_partials[(2, block_m // rows)](o, lse, partial_o, partial_lse, combines, heads, 40, *o.stride()[:3],
-                                           D=head_dim, BLOCK_M=block_m, ROWS=rows)  # fmt: skip
+    combine_partials[(2, block_m // rows)](
+        o, lse, o_scale, partial_o, partial_lse, torch.tensor(scale or 1.0), combines, heads, 40, *o.stride()[:3],
+        QUANTIZE=scale is not None, D=head_dim, BLOCK_M=block_m, ROWS=rows,
+    )  # fmt: skip
     first = merge_attention([partial_o[i][:, None] for i in (0, 1)], [partial_lse[i][:, None] for i in (0, 1)])
     second = merge_attention([partial_o[i, :8, None] for i in (2, 3, 4)], [partial_lse[i, :8, None] for i in (2, 3, 4)])
     for tile, head, (expected, expected_lse) in ((slice(0, 32), 0, first), (slice(32, 40), 1, second)):
-        torch.testing.assert_close(o[0, tile, head], expected[:, 0])
+        torch.testing.assert_close(o[0, tile, head], expected[:, 0] / (scale or 1.0))
         torch.testing.assert_close(lse[0, tile, head], expected_lse[:, 0])
     assert o[0, :32, 1].isnan().all()
     assert o[0, 32:, 0].isnan().all()
+    written = o_scale[0, :32] if scale else o_scale[0, :0]  # by the first head alone
+    assert (written == scale).all()
+    assert o_scale[0, len(written) :].isnan().all()

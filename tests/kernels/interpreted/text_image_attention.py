@@ -37,6 +37,16 @@ def test_deduplicated_padding(tokens, num_text_tokens, padding, pointers, seed):
     assert error(o, text_image_reference(*(x.double() for x in operands))) < 1e-5
 
 
+@EXAMPLES
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99))
+def test_factors_of_rows(tokens, text, image, seed):
+    operands = draw(*[(n, 2, 16) for n in (tokens, text, text, image, image)], seed=seed)
+    (q_scale,) = draw((tokens,), seed=seed)
+    q_scale.abs_()
+    expected = text_image_reference(*(x.double() for x in operands), None, q_scale.double())
+    assert error(launch_text_image(*operands, None, q_scale), expected) < 1e-5
+
+
 @pytest.mark.parametrize("pointers", [0, 1])
 def test_views_are_read_without_a_copy(pointers):
     q = draw((2, 21, 16), seed=0)[0].transpose(0, 1)

@@ -89,6 +89,17 @@ def test_a_convolution_with_its_norm_is_both() -> None:
     assert [found.operation for found in both] == ["causal_conv3d", "rms_norm_silu"]
 
 
+@pytest.mark.parametrize(
+    ("operation", "attention"),
+    [("text_image_attention_quantized", "text_image_attention"), ("chunk_attention_fp8_quantized", "chunk_attention")],
+)
+def test_attention_with_a_quantised_output_is_both(operation: str, attention: str) -> None:
+    q, k = empty(12096, 40, 128), empty(257, 40, 128)
+    both = calls_of(operation, {"q": q, "k": k, "text_k": k, "image_k": k, "num_text_tokens": None}) or ()
+    assert [found.operation for found in both] == [attention, "quantize_rows"]
+    assert dict(both[1].dims) == {"rows": 12096, "columns": 5120}
+
+
 def test_absorbed_audio_attention_counts_with_the_absorption() -> None:
     """Two products with 40 x 32 keys for each token, and two for each key, of the frames that are there."""
     arguments = {"z": empty(12096, 5120), "keys": empty(9, 1280, 5120), "keys_per_frame": 32, "tokens_per_frame": 1344}
