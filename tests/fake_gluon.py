@@ -253,13 +253,20 @@ class Product:
         return value(self.result)
 
 
+def taken_lock() -> threading.Lock:
+    """A lock that the next one who wants it waits for."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass
 class Partition:
     """One partition of a program, in a thread that goes on when it is told to."""
 
     work: Callable[[], None]
     ready: Callable[[], bool] = lambda: True
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    turn: threading.Lock = field(default_factory=taken_lock)
     products: list[Product] = field(default_factory=list)  # in flight, the oldest first
     stores: list[tuple[Shared, Tensor, Callable[[], None]]] = field(default_factory=list)  # by TMA, in flight
     over: bool = False
@@ -279,7 +286,7 @@ class FakeProgram:
         self.tiles: list[Shared] = []
         self.copies: list[Callable[[], None]] = []  # on their way
         self.current: Partition | None = None
-        self.yielded = threading.Semaphore(0)
+        self.yielded = taken_lock()
         self.stopping = False
 
     # --- Taking turns ---
@@ -405,7 +412,7 @@ class FakeProgram:
         result = (left.to(wide) @ right.to(wide)).to(wide)
         reads = [(tile, tile.bits()) for tile in tiles]
         if isinstance(acc, Product):
-            reads, acc = [*acc.reads, *reads], acc.result
+            acc = acc.result
         if use_acc:
             result = acc.as_subclass(Tensor) + result
         product = Product(result, reads)

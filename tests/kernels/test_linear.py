@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from kernels import linear_sm90
 from kernels.common import FP8
@@ -34,7 +35,6 @@ from kernels.linear import (
 )
 from kernels.linear_sm90 import supports
 from kernels.tuning import GPU, TunedConfig, assume_gpu
-from profiling.cases.linear import FP8_DRIFT
 from profiling.measure.check import poisoned_memory
 from tests.fake_gluon import fake_hopper
 from tests.tensors import draw, error
@@ -292,9 +292,9 @@ def test_dispatch_follows_the_tuned_table(monkeypatch):
 # --- On a model of Hopper -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
-    m=st.integers(1, 200), k=st.integers(1, 40), n=st.integers(1, 40), programs=st.integers(1, 5),
+    m=st.integers(1, 150), k=st.integers(1, 24), n=st.integers(1, 10), programs=st.integers(1, 5),
     accumulation=st.sampled_from([{}, {"FP32_ACCUM": 1}, {"DRIFT": 0.5}]), seed=st.integers(0, 99),
     what=st.sampled_from(["plain", "residual", "round"]),
 )  # fmt: skip
@@ -330,16 +330,25 @@ def tensor_core_product(x: Tensor, w: Tensor) -> Tensor:
     return total
 
 
-def test_a_factor_undoes_the_drift_of_truncated_sums():
+@pytest.mark.parametrize(("share", "drift", "before", "after"), [(0.0, 4e-8, 4e-3, 4e-3), (0.3, 7e-7, 11e-3, 4e-3)])
+def test_a_factor_undoes_the_drift_of_truncated_sums(share, drift, before, after):
     """By emulation, of as many terms as the second feed-forward layer has.
 
-    The emulation agrees with the 22 % by which sums of one sign were too small on an H100.
+    The drift depends on a component that both operands share, so that no factor suits all data: that of the second case
+    would make the first one's error 1 %.
     """
-    x, w = (torch.rand(8, 13824).to(FP8).double() for _ in range(2))
-    assert 0.2 < error(tensor_core_product(x, w), x @ w.T) < 0.24
-    x, w = (quantize_rows(t)[0].double() for t in draw((24, 13824), (24, 13824), seed=0))
+    x, w, common = draw((16, 13824), (16, 13824), (1, 13824), seed=0)
+    x, w = (quantize_rows(t)[0].double() for t in (gelu(x + share * common), w + share * common))
     sums, exact = tensor_core_product(x, w), x @ w.T
-    assert 0 < error((1 + FP8_DRIFT * 13824) * sums, exact) < error(sums, exact)
+    assert error(sums, exact) < before
+    assert error((1 + drift * 13824) * sums, exact) < after
+    assert error((1 + 7e-7 * 13824) * sums, exact) < (after if share else 11e-3)
+
+
+def test_the_emulation_agrees_with_an_h100():
+    """On one, sums of 13,824 terms of one sign were 22 % too small."""
+    x, w = (torch.rand(8, 13824).to(FP8).double() for _ in range(2))
+    assert 0.21 < error(tensor_core_product(x, w), x @ w.T) < 0.23
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
@@ -349,7 +358,7 @@ HOPPER = [
     {},
     {"FP32_ACCUM": 1},
     {"FP32_ACCUM": 0, "SPLIT_K": 1},
-    {"FP32_ACCUM": 0, "DRIFT": FP8_DRIFT},
+    {"FP32_ACCUM": 0, "DRIFT": 1e-7},
     {"BLOCK_N": 128, "CONSUMERS": 3, "STAGES": 4, "FP32_ACCUM": 1, "SPLIT_K": 1, "GROUP_N": 3},
 ]
 BACKEND_PARAMETERS = [("gluon", parameters) for parameters in HOPPER] + [("triton", {}), ("library", {})]

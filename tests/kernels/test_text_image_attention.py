@@ -272,7 +272,7 @@ def on_fake_hopper(
     return results
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     tokens=st.integers(1, 200), num_text_tokens=st.integers(1, 40), padding=st.integers(1, 40),
     image=st.integers(33, 70), heads=st.integers(1, 2), multiprocessors=st.integers(1, 4), stages=st.integers(1, 3),
