@@ -2,6 +2,8 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import importlib
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,3 +71,14 @@ def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, 
     y = dispatch(*operands, sizes, bias, residual, tuned=tuned)
     doubles, epilogue = wide(*operands), wide(bias, residual)
     assert error(y, absorbed_reference(*doubles, sizes, *epilogue)) < 1e-5
+
+
+def test_rows_of_the_next_frame_are_left_alone(monkeypatch):
+    """By tiles in any order: the interpreter runs them one after the other, here those of the last frame first."""
+    module = importlib.import_module("kernels.absorbed_audio_attention")
+    in_order = module.query_tiles_on
+    monkeypatch.setattr(module, "query_tiles_on", lambda *arguments: in_order(*arguments).flip(0))
+    operands = draw((20, 24), (3, 32, 24), (3, 32), (3, 40, 32), seed=0)
+    sizes = Sizes(16, 9, 2)
+    y = dispatch(*operands, sizes, None, None, tuned=TunedConfig("triton", SMALL))
+    assert error(y, absorbed_reference(*(x.double() for x in operands), sizes)) < 1e-5
