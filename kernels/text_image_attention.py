@@ -24,7 +24,6 @@ Source: WanI2VCrossAttention of SoulX-FlashTalk.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton

@@ -37,9 +37,7 @@ MODULES = (
     frame_attention,
     resample_conv2d,
     absorbed_audio_attention,
-) = (  # fmt: skip
-    import_module(f"kernels.{name}") for name in MODULES
-)
+) = (import_module(f"kernels.{name}") for name in MODULES)
 MACHINES = {
     "H100": Machine("cuda", "NVIDIA H100 80GB HBM3", 132, 80, "9.0"),
     "H200": Machine("cuda", "NVIDIA H200", 132, 141, "9.0"),  # takes the H100's table
