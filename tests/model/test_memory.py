@@ -238,14 +238,14 @@ SHALLOW = replace(CONFIG, dit=replace(CONFIG.dit, num_layers=3))
     ids=["fp8-attn", "int8", "small", "large"],
 )
 def test_the_plan_is_what_runs(config: Config, precision: str, counted: dict[str, int]) -> None:
-    """Weights to the byte; a chunk's tensors at least, and at most a quarter more."""
+    """Weights to the byte; a chunk's tensors, of which the fakes of the absorption make more than kernels do."""
     found = counted if (config, precision) == (CONFIG, "fp8-attn") else count(config, precision)
     launched, graphs = (memory_plan(config, PRECISIONS[precision], graphs) for graphs in (False, True))
     assert launched.weights == found["student"] + found["vae"] + found["speech"]
     assert math.isclose(launched.keys_values, found["keys and values"], rel_tol=1e-5)  # which has counters too
     coder = max(found["decode"], found["decoder's state"] + found["motion"])
-    assert 1 <= launched.chunk / LAUNCHED_FACTOR / (found["denoise"] + found["decode"]) < 1.25
-    assert 1 <= graphs.chunk / GRAPHS_FACTOR / (found["denoise"] + coder) < 1.25
+    assert 0.95 < launched.chunk / LAUNCHED_FACTOR / (found["denoise"] + found["decode"]) < 1.25
+    assert 0.95 < graphs.chunk / GRAPHS_FACTOR / (found["denoise"] + coder) < 1.25
     assert 1 <= launched.portrait / LAUNCHED_FACTOR / found["motion"] < 1.5
 
 
