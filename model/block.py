@@ -158,11 +158,11 @@ class SelfAttention(nn.Module):
         """The output [n, D] of the queries from number `kv_only` on; in e4m3 if the projection after it is in FP8."""
         if split is not None:
             return split.attend_fp8(operands, dtype).flatten(1)
-        q, q_scale, *kv = operands
+        q, q_scale, k, k_scale, v, v_scale = operands
         q, q_scale = q[kv_only:], q_scale[kv_only:]
         if not self.o.fp8:
-            return chunk_attention_fp8(q, q_scale, *kv, dtype=dtype).flatten(1)
-        o, o_scale = chunk_attention_fp8_quantized(q, q_scale, *kv)
+            return chunk_attention_fp8(q, q_scale, k, k_scale, v, v_scale, dtype=dtype).flatten(1)
+        o, o_scale = chunk_attention_fp8_quantized(q, q_scale, k, k_scale, v, v_scale)
         return QuantizedRows(o.flatten(1), o_scale)
 
 
@@ -207,11 +207,14 @@ class CrossAttention(nn.Module):
         q = self.q(h)
         mean_square = torch.linalg.vector_norm(q, dim=1, dtype=torch.float32).square() / q.shape[1]
         q_scale = (mean_square + self.eps).rsqrt()
-        *kv, num_text_tokens, o_bound = context
         q = q.unflatten(1, (self.heads, -1))
+        text_k, text_v, image_k, image_v, num_text_tokens, o_bound = context
         if not self.o.fp8:
-            return self.o(text_image_attention(q, *kv, num_text_tokens, q_scale).flatten(1), residual=x)
-        o, o_scale = text_image_attention_quantized(q, *kv, o_bound, num_text_tokens, q_scale)
+            o = text_image_attention(q, text_k, text_v, image_k, image_v, num_text_tokens, q_scale)
+            return self.o(o.flatten(1), residual=x)
+        o, o_scale = text_image_attention_quantized(
+            q, text_k, text_v, image_k, image_v, o_bound, num_text_tokens, q_scale
+        )
         return self.o(QuantizedRows(o.flatten(1), o_scale), residual=x)
 
 

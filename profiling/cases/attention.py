@@ -213,7 +213,7 @@ def quantized_attention(backend: str, *operands: Tensor, config: LaunchConfig | 
     q, k = operands[0], operands[2]
     dims = {"queries": len(q), "keys": len(k), "heads": q.shape[1], "head_dim": q.shape[2]}
     tuned = resolve_config("chunk_attention_fp8_quantized", backend, dims, "fp8", q, config, ("head_dim",))
-    return dispatch_attention_quantized(*operands, tuned)
+    return dispatch_attention_quantized(*operands, tuned=tuned)
 
 
 def quantized_attention_backend(name: str) -> Backend:
@@ -345,7 +345,7 @@ def text_image_config(
 def launch_text_image_backend(backend: str, *inputs: Any, config: LaunchConfig | None = None) -> Tensor:
     """Attention to text and image by one back-end of the operation."""
     tuned = text_image_config("text_image_attention", backend, DTYPE_NAMES[inputs[0].dtype], inputs, config)
-    return dispatch_text_image(*inputs, None, tuned)
+    return dispatch_text_image(*inputs, q_scale=None, tuned=tuned)
 
 
 def text_image_configs_sm90(_dims: Dims) -> Iterator[dict[str, Any]]:
@@ -386,9 +386,9 @@ def text_image_quantized(backend: str, *inputs: Any, config: LaunchConfig | None
     """e4m3 output of attention to text and image by one back-end; the last input is the bound of the output."""
     *kv, num_text_tokens, q_scale, o_bound = inputs
     if backend == "eager":
-        return text_image_attention_quantized(*kv, o_bound, num_text_tokens, q_scale)
+        return text_image_attention_quantized(*kv, o_bound=o_bound, num_text_tokens=num_text_tokens, q_scale=q_scale)
     tuned = text_image_config("text_image_attention_quantized", backend, "fp8", inputs, config)
-    return dispatch_quantized(*kv, o_bound, num_text_tokens, q_scale, tuned)
+    return dispatch_quantized(*kv, o_bound=o_bound, num_text_tokens=num_text_tokens, q_scale=q_scale, tuned=tuned)
 
 
 def text_image_quantized_backend(name: str) -> Backend:
