@@ -253,7 +253,7 @@ def _default_config(q: Tensor) -> LaunchConfig:
     return {**DEFAULT_CONFIGS[q.dtype], **untuned_config("chunk_attention", name, q.device)}
 
 
-BACKENDS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+BACKENDS: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "gluon": launch_sm90,
     "triton": launch_triton,
     FLASH_ATTN: launch_flash_attn,
@@ -278,7 +278,7 @@ def dispatch(
     tuned = tuned or _tuned_config(q, k, "fp8" if scales else DTYPE_NAMES[q.dtype], usable)
     backend = tuned.backend if tuned is not None and tuned.backend in usable else usable[0]
     config = tuned.config if tuned is not None and tuned.backend == backend else None
-    o, lse, *_o_scale = BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
+    o, lse, *_ = BACKENDS[backend](q, k, v, scales, ranges, scale, out_dtype, config)
     return o, lse
 
 

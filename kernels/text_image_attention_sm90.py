@@ -21,7 +21,7 @@ one run beside the products of the other: the ping-pong schedule of FlashAttenti
 
 # Types inside device code are Triton's, not Python's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import math
 from typing import Any

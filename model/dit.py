@@ -227,7 +227,7 @@ class DiT(nn.Module):
                 blocks.append(attention.embed(embedded, image))
         *kv, o_bound = (torch.stack(x) for x in zip(*blocks, strict=True))
         num_text_tokens = torch.tensor([len(text)], dtype=torch.int32, device=image.device)
-        return ContextKV(*kv, num_text_tokens, o_bound)
+        return ContextKV(*kv, num_text_tokens=num_text_tokens, o_bound=o_bound)
 
     def embed_audio(self, audio: Tensor, split: TokenSplit | None = None) -> AudioKV:
         """Keys and values of a chunk's audio windows [speaker, video frame, window, layer, channel] for all blocks.
@@ -334,7 +334,7 @@ class DiT(nn.Module):
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         for i, block in enumerate(self._blocks):
             keys_values = (y[i] for y in (context.text_k, context.text_v, context.image_k, context.image_v))
-            block_context = ContextKV(*keys_values, context.num_text_tokens, context.o_bound[i])
+            block_context = ContextKV(*keys_values, num_text_tokens=context.num_text_tokens, o_bound=context.o_bound[i])
             # Among several ranks, motion tokens are those of the first ones, and the others would not be done earlier.
             kv_only_tokens = motion_tokens if split is None and i == len(self._blocks) - 1 else 0
             block_audio = self._audio_of_block(audio, i, tokens_per_frame)

@@ -375,10 +375,10 @@ def test_hopper(queries, keys, heads, seed, dtype):
     """With a tile for each program, so that none is split."""
     q, k, v = draw(*[(n, heads, 64) for n in (queries, keys, keys)], seed=seed)
     programs = heads * -(-queries // (128 if dtype == torch.float16 else 192))
-    operands = (q.half(), k.half(), v.half()) if dtype == torch.float16 else quantize(q, k, v)
+    operands: Any = (q.half(), k.half(), v.half()) if dtype == torch.float16 else quantize(q, k, v)
     out_dtype = {torch.float16: torch.float16, FP8: torch.bfloat16, "quantised": FP8}[dtype]
     o, lse, o_scale = on_fake_hopper(operands, kv_ranges(queries, keys), out_dtype, programs, seed)
-    wide = [x.double() for x in operands] if len(operands) == 3 else dequantize(*operands, torch.float64)
+    wide: Any = [x.double() for x in operands] if len(operands) == 3 else dequantize(*operands, dtype=torch.float64)
     expected, expected_lse = reference(*wide)
     torch.testing.assert_close(lse[0].double(), expected_lse, rtol=1e-4, atol=1e-4)
     if out_dtype == FP8:

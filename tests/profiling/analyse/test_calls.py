@@ -95,7 +95,8 @@ def test_a_convolution_with_its_norm_is_both() -> None:
 )
 def test_attention_with_a_quantised_output_is_both(operation: str, attention: str) -> None:
     q, k = empty(12096, 40, 128), empty(257, 40, 128)
-    both = calls_of(operation, {"q": q, "k": k, "text_k": k, "image_k": k, "num_text_tokens": None}) or ()
+    both = calls_of(operation, {"q": q, "k": k, "text_k": k, "image_k": k, "num_text_tokens": None})
+    assert both is not None
     assert [found.operation for found in both] == [attention, "quantize_rows"]
     assert dict(both[1].dims) == {"rows": 12096, "columns": 5120}
 
