@@ -2,7 +2,7 @@
 
 `fake_hopper` executes the Python source of a kernel with PyTorch tensors in place of Triton's. The partitions of
 a program take turns. Before each operation on a barrier it is drawn, from a seed, which one goes on, or which copy
-arrives. So a run finds what a GPU would show only at times:
+arrives; in half of the programs copies arrive only when nobody can go on without them. So a run finds what a GPU would show only at times:
 
     a deadlock           no partition can go on, and no copy is on its way
     a missing wait       a tile in shared memory is NaN from the beginning of a copy until the copy arrives
@@ -282,6 +282,7 @@ class FakeProgram:
 
     def __init__(self, program: int, programs: int, seed: int) -> None:
         self.program, self.programs, self.random = program, programs, random.Random(seed)
+        self.late = self.random.random() < 0.5  # whether copies arrive only when no partition can go on
         self.barriers: dict[Any, Barrier] = {}
         self.tiles: list[Shared] = []
         self.copies: list[Callable[[], None]] = []  # on their way
@@ -299,7 +300,7 @@ class FakeProgram:
         try:
             while waiting := [p for p in partitions if not p.over]:
                 able = [p for p in waiting if p.ready()]
-                choices = [*able, *range(len(self.copies))]
+                choices = able if able and self.late else [*able, *range(len(self.copies))]
                 assert choices, f"deadlock: {len(waiting)} partitions wait for barriers for ever"
                 choice = self.random.choice(choices)
                 if isinstance(choice, int):

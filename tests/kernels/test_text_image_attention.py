@@ -305,6 +305,15 @@ def test_hopper_at_the_shape_of_a_head():
     assert error(o, text_image_reference(*(x.double() for x in operands))) < 5e-3
 
 
+def test_hopper_with_many_tiles_of_several_heads_for_a_program():
+    """So that shared memory is used again, for queries and for the keys of another head, whoever is late."""
+    operands, _ = text_image(390, 9, 9, 35, 3, 64, seed=0, dtype=torch.float16)
+    expected = text_image_reference(*(x.double() for x in operands))
+    for seed in range(4):
+        o, _ = on_fake_hopper(operands, None, None, None, 1, seed, BLOCK_T=16)
+        assert error(o, expected) < 2e-3
+
+
 def test_hopper_reads_views_where_they_are():
     q = draw((2, 150, 64), seed=0, dtype=torch.float16)[0].transpose(0, 1)
     text, image = draw((9, 2, 2, 64), (35, 2, 2, 64), seed=1, dtype=torch.float16)
