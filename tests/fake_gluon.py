@@ -2,7 +2,8 @@
 
 `fake_hopper` executes the Python source of a kernel with PyTorch tensors in place of Triton's. The partitions of
 a program take turns. Before each operation on a barrier it is drawn, from a seed, which one goes on, or which copy
-arrives; in half of the programs copies arrive only when nobody can go on without them. So a run finds what a GPU would show only at times:
+arrives; in half of the programs copies arrive only when nobody can go on without them. So a run finds what a GPU would
+show only at times:
 
     a deadlock           no partition can go on, and no copy is on its way
     a missing wait       a tile in shared memory is NaN from the beginning of a copy until the copy arrives
