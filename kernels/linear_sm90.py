@@ -265,7 +265,7 @@ def mma_partition(work, descs, buffers, stage_bars, residual_bars, scales, vecto
             y = warpgroup_mma_wait(0, deps=[y])
             mbarrier.arrive(empty.index(previous))
             left, right = split_columns(y)
-            if DRIFT:
+            if DRIFT != 0.0:
                 gain = 1.0 + DRIFT * (k_end - k_start).to(gl.float32)
                 left = left * gain
                 right = right * gain
