@@ -239,7 +239,7 @@ def test_budgets_of_kernels_that_were_not_chosen_are_no_mistake(
 @pytest.mark.parametrize(
     ("arguments", "budget", "message"),
     [
-        (["--target", "sm_75"], "", "there is no target sm_75; there are sm_100, sm_120, sm_80, sm_86, sm_89"),
+        (["--target", "sm_75"], "", "there is no target sm_75; there are sm_100, sm_103, sm_120, sm_80, sm_86, sm_89"),
         ([], "[x]\nregisters = 1.5", "[x].registers is 1.5, wanted int"),
         ([], "[x]\nregister = 1", "[x] has the unknown field register"),
         ([], "registers = 1", "[registers] is int"),

@@ -312,10 +312,11 @@ def test_instructions_are_counted_by_name() -> None:
 
 
 def test_devices_have_a_first_of_each_capability_and_the_data_sheets_rates() -> None:
-    targets = {80: "A100", 86: "RTX3090", 89: "L40S", 90: "H100", 100: "B200", 120: "RTX5090"}
+    targets = {80: "A100", 86: "RTX3090", 89: "L40S", 90: "H100", 100: "B200", 103: "B300", 120: "RTX5090"}
     assert {n: of_target(f"sm_{n}").name for n in targets} == targets
     sheet = {"H100": 989.4, "H800": 989.4, "H200": 989.4, "L40S": 362.05, "B200": 2250}
     sheet |= {"A100": 312, "RTX3090": 71, "RTX5090": 209.5}
+    sheet |= {"H20": 148, "A100-40GB": 312, "RTX4090": 165.2, "B300": 2250, "RTXPRO6000": 503.8}
     for name, device in devices().items():
         rate = device.flop_cycle["bf16"] * device.multiprocessors * device.clock / 1e12
         assert rate == pytest.approx(sheet[name], rel=0.015)
