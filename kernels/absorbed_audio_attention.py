@@ -9,9 +9,9 @@ softmax over the keys of each head:
 The first kernel computes P, whose tiles hold whole heads, so that the softmax is its epilogue. The second one computes
 y. Both work on tiles of tokens of one frame. Tokens may begin and end inside a frame, as with sequence parallelism.
 
-Back-ends of the second product: the Triton kernel, or in 16 bits the library (cuBLAS), whichever kernels/tuned/ names
-for the shape. The library takes bias and residual as the matrix that a product is added to, which costs a pass over
-memory before it.
+Back-ends of the second product: the library (cuBLAS), or the Triton kernel where kernels/tuned/ names it for the shape;
+in FP8 always the Triton kernel. The library takes bias and residual as the matrix that a product is added to, which
+costs a pass over memory before it.
 """
 
 # Launch parameters are constants to Triton, plain numbers to Python.
@@ -185,7 +185,8 @@ def dispatch(
 ) -> Tensor:
     """y in `dtype`, or else that of z, with the back-end `tuned`, or else the one that kernels/tuned/ names.
 
-    Shapes that were not tuned use the Triton kernel. bias is [out width] or [frames, out width].
+    Shapes that were not tuned use the library in 16 and 32 bits, which is what was measured, and the Triton kernel in
+    FP8. bias is [out width] or [frames, out width].
     """
     name = DTYPE_NAMES[z.dtype] if scales is None else "fp8"
     dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
@@ -194,7 +195,7 @@ def dispatch(
     parameters = {"POINTERS": int(_by_pointers(z, keys)), **DEFAULT_CONFIG[name], **(tuned.config if tuned else {})}
     ranges = frame_kv_ranges(len(z), 1, sizes.tokens_per_frame, sizes.first_token)
     p = launch_weights(z, keys, key_bias, sizes.keys_per_frame, ranges, scales, parameters)
-    output = BACKENDS[tuned.backend if tuned else "triton"]
+    output = BACKENDS[tuned.backend if tuned else "library" if scales is None else "triton"]
     return output(p, values, ranges, bias, residual, None if scales is None else scales.values, dtype, parameters)
 
 

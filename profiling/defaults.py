@@ -38,7 +38,7 @@ CHOICES = {
     "text_image_attention": Choice(("gluon", "triton"), {"bf16": "triton"}, "triton", ("head_dim",)),
     "frame_attention": Choice(("triton", "sdpa", "sdpa-compiled"), {"bf16": "triton"}, "triton"),
     "absorbed_audio_attention": Choice(
-        ("gluon", "triton", "library", "bf16"), {"bf16": "triton", "fp8": "bf16"}, "triton"
+        ("gluon", "triton", "library", "bf16"), {"bf16": "library", "fp8": "bf16"}, "triton"
     ),
 }
 FIXED = {"audio_layer": "absorbed"}  # what the model calls for one speaker, without a choice by shape

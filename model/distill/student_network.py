@@ -170,11 +170,16 @@ def _block(block: Block, x: Tensor, m: _Modulation, shared: _Shared) -> Tensor:
 def _self_attention(block: Block, h: Tensor, shared: _Shared) -> Tensor:
     attention, heads = block.self_attn, block.config.num_heads
     q, k, v = F.linear(h, attention.qkv.weight, attention.qkv.bias).chunk(3, -1)
-    q, k = attention.norm_q(q), attention.norm_k(k)
+    q, k = _rms_norm(attention.norm_q, q), _rms_norm(attention.norm_k, k)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (rotate(q, shared.rope), rotate(k, shared.rope), v))
     attended = rearrange(_attend(q, k, v, shared.mask), "b h s d -> b s (h d)")
     return F.linear(attended, attention.o.weight, attention.o.bias)
+
+
+def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in float32, which autocast would leave in bfloat16."""
+    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight, norm.eps)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -189,7 +194,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _context_attention(block: Block, h: Tensor, context: Context) -> Tensor:
     """The tokens attend to the text and, separately, to the image."""
     attention, heads = block.cross_attn, block.config.num_heads
-    q = attention.norm_q(F.linear(h, attention.q.weight, attention.q.bias))
+    q = _rms_norm(attention.norm_q, F.linear(h, attention.q.weight, attention.q.bias))
     q = rearrange(q, "b s (h d) -> b h s d", h=heads)
     attended = torch.zeros_like(q)
     for seen, layer, norm in (
@@ -197,7 +202,7 @@ def _context_attention(block: Block, h: Tensor, context: Context) -> Tensor:
         (context.image, attention.kv_img, attention.norm_k_img),
     ):
         k, v = F.linear(seen, layer.weight, layer.bias).chunk(2, -1)
-        k, v = (rearrange(x, "b s (h d) -> b h s d", h=heads) for x in (norm(k), v))
+        k, v = (rearrange(x, "b s (h d) -> b h s d", h=heads) for x in (_rms_norm(norm, k), v))
         attended = attended + F.scaled_dot_product_attention(q, k, v)
     return F.linear(rearrange(attended, "b h s d -> b s (h d)"), attention.o.weight, attention.o.bias)
 
