@@ -39,12 +39,13 @@ from model.vae import VAE
 
 GIB = 2**30
 GRAPHS_FACTOR = 1.5  # of a chunk in CUDA graphs: memory of their pools and workspaces of libraries, over its tensors
-LAUNCHED_FACTOR = 1.25  # the same where Python launches it: what the allocator does not use, it gives back when asked
+SPARE_BYTES = 128 * 2**20  # what may be taken for speed alone where there is no plan, as on a CPU
+LAUNCHED_FACTOR = 1.25  # the same without graphs: the allocator returns unused blocks when memory runs short
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU, as far as it decides what it can run."""
+    """The properties of a GPU that decide what it can run."""
 
     name: str
     capability: tuple[int, int]
@@ -98,25 +99,22 @@ class MemoryPlan:
         return max(self.loading, self.weights + self.keys_values + rest)
 
 
-def memory_plan(
-    config: Config, precision: Precision, graphs: bool, speakers: int = 1, drawn: bool = False
-) -> MemoryPlan:
+def memory_plan(config: Config, precision: Precision, graphs: bool, random_weights: bool = False) -> MemoryPlan:
     """What a system of these dimensions needs in a precision.
 
     Args:
         config: all dimensions, in the picture's size.
         precision: dtypes of the networks.
         graphs: whether stages are captured as CUDA graphs. Student and VAE then have memory of their own each.
-        speakers: 1 or 2.
-        drawn: whether the weights are drawn at random: on the card, the whole student before it is quantised.
+        random_weights: whether the weights are drawn: on the card, the whole student before it is quantised.
     """
-    frames, context, dit = config.latent_shape[0], speakers * config.dit.context_tokens, config.dit
-    keys = 2 * (dit.text_len + dit.img_tokens + frames * context)
+    frames, dit = config.latent_shape[0], config.dit
+    keys = 2 * (dit.text_len + dit.img_tokens + frames * dit.context_tokens)
     state, decode = _coder_bytes(config, precision, decoder=True)
     encode = sum(_coder_bytes(config, precision, decoder=False))
     pictures = config.chunk.frame_num * 3 * config.chunk.height * config.chunk.width
     coder = max(state + decode, state + encode) if graphs else state + decode
-    chunk = _block_bytes(config, precision, speakers) + coder + pictures * (precision.vae.itemsize + 4 + 1)
+    chunk = _block_bytes(config, precision) + coder + pictures * (precision.vae.itemsize + 4 + 1)
     return MemoryPlan(
         _student_bytes(dit, precision) + _vae_bytes(config.vae, precision.vae) + _speech_bytes(config.audio, precision),
         keys * dit.num_layers * dit.dim * precision.dit.itemsize,
@@ -124,7 +122,7 @@ def memory_plan(
         _text_bytes(config.text, precision.text),
         _image_bytes(config.image, precision.image),
         round(LAUNCHED_FACTOR * (encode + pictures * precision.vae.itemsize)),
-        _drawn_bytes(dit, precision.dit) if drawn else 0,
+        _whole_bytes(dit, precision.dit) if random_weights else 0,
         graphs,
     )
 
@@ -140,27 +138,33 @@ class Fit:
     graphs: bool
     text_on_card: bool  # else the text encoder runs on the CPU
     plan: MemoryPlan
+    spare: int  # bytes of the card beside the plan's peak
 
 
-def fit(config: Config, precision: str, graphs: Sequence[bool], free: int, drawn: bool = False) -> Fit | None:
+def fit_precision(
+    config: Config, precision: str, graphs: Sequence[bool], free: int, random_weights: bool = False
+) -> Fit | None:
     """How a system runs in a precision in `free` bytes: with the first of `graphs` that fits; None if nothing does.
 
-    The text encoder is on the card if it fits beside everything else, so that a new prompt never wants memory. `drawn`
-    is as in `memory_plan`.
+    The text encoder is on the card if it fits beside everything else, so that a new prompt never wants memory.
+    `random_weights` is as in `memory_plan`.
     """
     for graphed in graphs:
-        plan = memory_plan(config, PRECISIONS[precision], graphed, drawn=drawn)
+        plan = memory_plan(config, PRECISIONS[precision], graphed, random_weights)
         for on_card in (True, False):
-            if plan.peak(on_card) <= free:
-                return Fit(precision, graphed, on_card, plan)
+            spare = free - plan.peak(on_card)
+            if spare >= 0:
+                return Fit(precision, graphed, on_card, plan, spare)
     return None
 
 
-def fits(config: Config, card: Card, graphs: Sequence[bool] = (True, False), drawn: bool = False) -> Iterator[Fit]:
+def all_fits(
+    config: Config, card: Card, graphs: Sequence[bool] = (True, False), random_weights: bool = False
+) -> Iterator[Fit]:
     """How a system runs on a card, in every precision that the card can multiply in and has the memory for."""
     for name, precision in PRECISIONS.items():
         if card.has_fp8 or not precision.needs_fp8:
-            found = fit(config, name, graphs, card.free, drawn)
+            found = fit_precision(config, name, graphs, card.free, random_weights)
             if found is not None:
                 yield found
 
@@ -168,7 +172,7 @@ def fits(config: Config, card: Card, graphs: Sequence[bool] = (True, False), dra
 # --- Counts ---------------------------------------------------------------------------------------------------------
 
 
-def _block_bytes(config: Config, precision: Precision, speakers: int) -> int:
+def _block_bytes(config: Config, precision: Precision) -> int:
     """The most that tensors of a block take at once, its input among them, which the caller holds.
 
     The largest of three moments: at the end of self-attention, of audio attention, and of the feed-forward. A value of
@@ -178,20 +182,17 @@ def _block_bytes(config: Config, precision: Precision, speakers: int) -> int:
     e, eight = precision.dit.itemsize, int(precision.eight_bits is not None)
     normed, copy = (1, 1) if eight else (e, 0)  # the input of a linear layer; what it makes of an attention's output
     gated = 0 if eight else 3 * 4  # a gated residual in float32, unless a kernel's epilogue adds it
-    if precision.fp8_attention:
-        operands = 3 + (2 * 4 if speakers == 2 else 0)  # two speakers' q and k are dequantised
-        attention = max(3 * e + 3, operands + e + copy + e)
-    else:
-        attention = 3 * e + 2 * e + e + copy + e + gated  # q and k beside q, k and v, of which v is still needed
+    plain = 3 * e + 2 * e + e + copy + e + gated  # q and k beside q, k and v, of which v is still needed
+    attention = max(3 * e + 3, 3 + e + copy + e) if precision.fp8_attention else plain
     wide = dit.ffn_dim / dit.dim
     hidden = {"fp8": 1, "int8": e + 1}.get(precision.eight_bits.format) if precision.eight_bits else 2 * e
     assert hidden is not None
     feed_forward = e + normed + hidden * wide + e + gated
     columns = dit.num_heads * dit.context_tokens
-    folded = 2 * frames * columns * dit.dim * e + tokens * columns * e if speakers == 1 else 0
-    audio = e + e + 3 * e if speakers == 1 else e + e + 2 * e + 3 * 4
+    absorbed = 2 * frames * columns * dit.dim * e + tokens * columns * e
+    audio = e + e + 3 * e
     values = tokens * dit.dim
-    return round(max((e + normed + attention) * values, (e + feed_forward) * values, (e + audio) * values + folded))
+    return round(max((e + normed + attention) * values, (e + feed_forward) * values, (e + audio) * values + absorbed))
 
 
 def _coder_bytes(config: Config, precision: Precision, decoder: bool) -> tuple[int, int]:
@@ -236,7 +237,7 @@ def _meta_student(config: DiTConfig, precision: Precision) -> DiT:
 
 
 @cache
-def _drawn_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+def _whole_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
     """Bytes of the whole student, before anything is quantised or offloaded."""
     with torch.device("meta"):
         return _by_layers(lambda n: _bytes(DiT(replace(config, num_layers=n)).to(dtype)), config.num_layers)

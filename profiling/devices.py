@@ -62,10 +62,12 @@ def of_target(target: str) -> Device:
 
 
 def named(name: str) -> Device | None:
-    """The device that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is not in the file.
+    """The device that a driver calls `name`, such as "NVIDIA A100-SXM4-40GB"; None if it is not in the file.
 
-    Of "NVIDIA GeForce RTX 4090" the words are tried, and what up to three adjacent ones make together, as RTX4090.
+    Every word of the name is tried, and every two or three adjacent words joined, which finds RTX4090 in "NVIDIA
+    GeForce RTX 4090". Of several devices whose words are all there, the one with the longest name is meant.
     """
     words = re.split(r"[^A-Za-z0-9]+", name)
     joined = {"".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))}
-    return next((device for device in devices().values() if device.name in joined), None)
+    found = [device for device in devices().values() if joined.issuperset(device.name.split("-"))]
+    return max(found, key=lambda device: len(device.name), default=None)

@@ -11,12 +11,12 @@ from model.command import check_choice
 from model.compile import load_compiled
 from model.config import BUNDLED, PRECISIONS, PRESETS, Config
 from model.errors import UserError
-from model.memory import card_of
+from model.memory import SPARE_BYTES, card_of
 from model.parallel.ranks import Ranks
 from model.sampler import NUM_TIMESTEPS
 from model.weights.checkpoint import Models, load_models, preset_models
 from model.weights.quantize import format_of
-from streaming.fitting import fitting
+from streaming.fitting import choose_fit
 
 MAX_SIDE = 4096  # pixels
 MAX_SHIFT = 100.0
@@ -31,6 +31,7 @@ class Choice(NamedTuple):
     graphs: bool  # whether stages are captured as CUDA graphs
     settings: dict[str, Any]  # what was chosen, as JSON values
     notes: tuple[str, ...] = ()  # what was chosen without being asked for, a sentence each
+    spare_bytes: int = SPARE_BYTES  # memory that nothing else wants
 
 
 def choose(
@@ -72,15 +73,15 @@ def choose(
     config = _configured(PRESETS[name], first, frames, steps, shift, color)
 
     where, speech = torch.device(device), Path(wav2vec) if wav2vec else None
-    held = None if folder is None else format_of(folder)
-    graphs, text_device, notes = False, where, ()
+    checkpoint_format = None if folder is None else format_of(folder)
+    graphs, text_device, notes, spare = False, where, (), SPARE_BYTES
     if device == "cuda":
         drawn = folder is None and name not in BUNDLED
-        found, notes = fitting(config, precision, held, compiled, card_of(where), drawn)
-        precision, graphs = found.precision, found.graphs
+        found, notes = choose_fit(config, precision, checkpoint_format, compiled, card_of(where), drawn)
+        precision, graphs, spare = found.precision, found.graphs, found.spare
         text_device = where if found.text_on_card else torch.device("cpu")
     elif precision == "auto":
-        precision = held or "fp32"
+        precision = checkpoint_format or "fp32"
     dtypes, compiled = PRECISIONS[precision], device == "cuda" if compiled is None else compiled
 
     def load(ranks: Ranks | None) -> Models:
@@ -95,7 +96,7 @@ def choose(
         "compiled": compiled, "graphs": graphs, "text_encoder": text_device.type, "steps": steps,
         "chunk": asdict(config.chunk),
     }  # fmt: skip
-    return Choice(config, load, where, graphs, settings, notes)
+    return Choice(config, load, where, graphs, settings, notes, spare)
 
 
 def checked_steps(steps: int) -> int:

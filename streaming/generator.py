@@ -1,7 +1,7 @@
 """The chunk loop: a state and a window of audio features in, frames out as they are decoded, the next state at the end.
 
     window -> audio keys and values, computed beside the decoding of the last chunk, and the absorption of the audio
-              layers' projections into them, where there is memory for that (streaming/absorption.py)
+              layers' projections into them, where there is memory for that
            -> 4 denoising steps; the motion latents are written back after each
               beside them, on a second stream: VAE decode of the motion latents, whose frames nobody sees
            -> VAE decode of the other latents -> colour correction -> frames
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map
 from kernels.lab_transfer import lab_statistics, lab_transfer
 from model.block import Audio, ContextKV
 from model.image import to_pixels
+from model.memory import SPARE_BYTES
 from model.offload import on_device
 from model.parallel.ranks import Ranks, sizes
 from model.parallel.rows import RowSplit
@@ -39,7 +40,6 @@ from model.sampler import denoise_step, first_latents, normal_noise, timesteps
 from model.vae import State as VAECache
 from model.vae import decode_schedule
 from model.weights.checkpoint import Models
-from streaming.absorption import absorbs_once
 from streaming.cuda_graphs import Capture, GraphPool, StaticInput
 from streaming.streams import SideStream
 from streaming.timers import StageTimer
@@ -104,6 +104,7 @@ class ChunkGenerator:
         noise: Noise | None = None,
         new_capture: Callable[[], Capture] | None = None,
         ranks: Ranks | None = None,
+        spare_bytes: int = SPARE_BYTES,
     ) -> None:
         """Prepares what does not depend on a session.
 
@@ -114,6 +115,9 @@ class ChunkGenerator:
             new_capture: makes what captures graphs of one memory pool, such as `CudaGraphs`. It is called for the
                 student and for the VAE, which may run at the same time. None: nothing is captured.
             ranks: those that generate together; None if this process does it alone.
+            spare_bytes: memory that nothing else wants. Audio projections are absorbed once a chunk where it has room
+                for two chunks' results, as the next chunk's are made while the last one's are in use. Else they are
+                absorbed in every step, with the same bits.
 
         Raises `UserError` if the picture is too small for so many ranks.
         """
@@ -129,7 +133,9 @@ class ChunkGenerator:
         self._decode_steps = tuple(decode_schedule(latents, config.chunk.warmup_frames, stride))
 
         student, vae = (GraphPool(timer, new_capture() if new_capture else None) for _ in range(2))
-        self._absorbs_once = absorbs_once(models, latents if self._tokens is None else self._tokens.num_frames)
+        frames = latents if self._tokens is None else self._tokens.num_frames
+        absorbed = 2 * models.dit.absorbed_bytes(frames, math.prod(config.grid[1:]))
+        self.absorbed_bytes = absorbed if absorbed <= spare_bytes else 0  # 0: it is done in every step
         self._encode_audio = student.graphed(self._embed_audio, timer="audio")
         self._denoise_step = student.graphed(self._denoise, timer="denoise/step")
         self._decode_step = vae.graphed(self._decode, timer="decode")
@@ -235,7 +241,7 @@ class ChunkGenerator:
         """What the steps need of a window of one speaker [1, frame, window, layer, channel]."""
         dit = self.models.dit
         audio = dit.embed_audio(window, self._tokens)
-        return dit.absorb_audio(audio, math.prod(self.config.grid[1:])) if self._absorbs_once else audio
+        return dit.absorb_audio(audio, math.prod(self.config.grid[1:])) if self.absorbed_bytes else audio
 
     def _denoise(self, i: int, latents: Tensor | None, inputs: StepInputs) -> Tensor:
         """The latents after denoising step i. Step 0 takes None, and begins with motion latents followed by noise."""

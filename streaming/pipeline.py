@@ -547,6 +547,7 @@ class TalkingHeadPipeline:
             config = replace(models.config, chunk=chunk)
             noise = TorchNoise(config.latent_shape, steps, self.device) if self._noise == "torch" else None
             graphs = partial(CudaGraphs, self.device) if self._choice.graphs else None
-            generator = ChunkGenerator(replace(models, config=config), self.timer, noise, graphs, self._ranks)
-            self._generators[steps, size] = generator
+            spare = self._choice.spare_bytes - sum(made.absorbed_bytes for made in self._generators.values())
+            models = replace(models, config=config)
+            self._generators[steps, size] = ChunkGenerator(models, self.timer, noise, graphs, self._ranks, spare)
         return self._generators[steps, size]

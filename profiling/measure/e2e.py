@@ -111,7 +111,13 @@ class ChunkRunner:
     """Runs successive chunks of one variant, each from the state that the previous one returned."""
 
     def __init__(
-        self, models: "Models", seed: int, ours: bool = True, graphs: bool = False, ranks: "Ranks | None" = None
+        self,
+        models: "Models",
+        seed: int,
+        ours: bool = True,
+        graphs: bool = False,
+        ranks: "Ranks | None" = None,
+        spare_bytes: int = 0,
     ) -> None:
         from streaming.cuda_graphs import CudaGraphs
         from streaming.generator import ChunkGenerator
@@ -120,7 +126,7 @@ class ChunkRunner:
         self._ours = ours
         self.models, self.timer = models, StageTimer(device)
         new_capture = partial(CudaGraphs, device) if graphs else None
-        self._generator = ChunkGenerator(models, self.timer, new_capture=new_capture, ranks=ranks)
+        self._generator = ChunkGenerator(models, self.timer, None, new_capture, ranks, spare_bytes)
         random = torch.Generator(device).manual_seed(seed)
         self._conditions = self._generator.offload(random_conditions(models, random))
         for module in models.dit.offloadable_modules().values():
@@ -181,6 +187,16 @@ def seconds(begin: Moment, end: Moment) -> float:
     return cast(float, end) - cast(float, begin)
 
 
+def _spare_bytes(variant: Variant, models: "Models") -> int:
+    """What a card has beside the networks, keys and values, and what a chunk computes with."""
+    from model.memory import SPARE_BYTES, card_of, memory_plan
+
+    if models.device.type != "cuda":
+        return SPARE_BYTES
+    plan = memory_plan(models.config, PRECISIONS[variant.precision], variant.mode == "graphs")
+    return card_of(models.device).free - (plan.running - plan.weights)
+
+
 def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) -> tuple[VariantResult, ChunkRunner]:
     """Times chunks of a variant until `MAX_CHUNKS` are done or another might end after `deadline` (monotonic).
 
@@ -196,7 +212,8 @@ def run_variant(variant: Variant, models: "Models", seed: int, deadline: float) 
     if variant.mode == "compiled":
         compile_vae(models.vae)
     ranks = emulated_ranks(*variant.rank, models.config.dit.num_heads) if variant.rank else None
-    runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs", ranks)
+    spare = _spare_bytes(variant, models)
+    runner = ChunkRunner(models, seed, variant.ours, variant.mode == "graphs", ranks, spare)
     first_call = runner.chunk()
     # The second chunk, the first with motion frames, is the last that may compile; the third one is recorded.
     for _ in range(2 if variant.mode == "graphs" else 1):

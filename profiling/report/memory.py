@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from model.config import PRECISIONS, PRESETS
-from model.memory import GIB, Card, Fit, fits, memory_plan
+from model.memory import GIB, Card, Fit, all_fits, memory_plan
 from profiling.devices import Device, devices
 from profiling.report.markdown import head, line
 
@@ -44,7 +44,7 @@ def _cards() -> Iterator[str]:
     yield from head("card", "free", *(f"`{name}`" for name in names))
     for device in (devices()[name] for name in CARDS):
         card = as_card(device)
-        found = {fit.precision: fit for fit in fits(PRESETS[PRESET], card)}
+        found = {fit.precision: fit for fit in all_fits(PRESETS[PRESET], card)}
         cells = (_cell(found.get(name), card.has_fp8 or not PRECISIONS[name].needs_fp8) for name in names)
         yield line(device.name, f"{card.free / GIB:.1f} GiB", *cells)
 

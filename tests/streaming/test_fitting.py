@@ -7,7 +7,7 @@ import pytest
 from model.config import FLASHTALK_14B, PRECISIONS
 from model.errors import UserError
 from model.memory import GIB, Card, Fit
-from streaming.fitting import fitting
+from streaming.fitting import choose_fit
 
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 78 * GIB)
 L40S = Card("NVIDIA L40S", (8, 9), 44 * GIB)
@@ -19,7 +19,7 @@ RTX3090 = Card("NVIDIA GeForce RTX 3090", (8, 6), 23 * GIB)
 def chosen(
     card: Card, precision: str = "auto", held: str | None = None, compiled: bool | None = None
 ) -> tuple[Fit, str]:
-    fit, notes = fitting(FLASHTALK_14B, precision, held, compiled, card, drawn=False)
+    fit, notes = choose_fit(FLASHTALK_14B, precision, held, compiled, card, random_weights=False)
     return fit, "; ".join(notes)
 
 
@@ -92,5 +92,5 @@ def test_a_compiled_run_has_graphs_and_one_that_is_not_has_none() -> None:
 
 def test_weights_that_are_drawn_are_whole_at_first() -> None:
     with pytest.raises(UserError, match=r"needs 3\d\.\d GiB"):
-        fitting(FLASHTALK_14B, "fp8", None, None, RTX4090, drawn=True)
-    assert fitting(FLASHTALK_14B, "fp8", None, None, L40S, drawn=True)[0].precision == "fp8"
+        choose_fit(FLASHTALK_14B, "fp8", None, None, RTX4090, random_weights=True)
+    assert choose_fit(FLASHTALK_14B, "fp8", None, None, L40S, random_weights=True)[0].precision == "fp8"

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import replace
@@ -114,8 +115,9 @@ def test_audio_is_absorbed_once_a_chunk_or_once_a_step(monkeypatch: pytest.Monke
         (True, None, [layers]),
         (True, FakeGraphs, [layers, layers, 0]),  # the third time what was recorded is repeated
     ):
-        monkeypatch.setattr("streaming.generator.absorbs_once", lambda *_, once=once: once)
-        generator = ChunkGenerator(models, StageTimer(CPU), new_capture=capture)
+        spare = 2 * models.dit.absorbed_bytes(CONFIG.latent_shape[0], math.prod(CONFIG.grid[1:])) - (not once)
+        generator = ChunkGenerator(models, StageTimer(CPU), new_capture=capture, spare_bytes=spare)
+        assert bool(generator.absorbed_bytes) == once
         conditions = generator.prepare(IMAGE, IDS)
         state = generator.start(conditions, 1)
         for c, count in enumerate(counts):
