@@ -141,13 +141,13 @@ class Server:
         return self._begun(await self._sessions.create(portrait, options))
 
     async def _resume(self, request: web.Request) -> web.Response:
-        self._access.check_creation()
         position = request.query.get("position")
         if position is not None and not re.fullmatch("[0-9]{1,15}", position):
             raise RefusedError("bad_request", "position is the index of a moment")
         with self._access.trying(request.remote or ""):
             identifier, key = request.match_info["id"], bearer(request.headers)
-            session = await self._sessions.resume(identifier, key, None if position is None else int(position))
+            moment, admit = None if position is None else int(position), self._access.check_creation
+            session = await self._sessions.resume(identifier, key, moment, admit)
         return self._begun(session)
 
     def _begun(self, session: Session) -> web.Response:

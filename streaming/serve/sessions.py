@@ -106,23 +106,20 @@ class Sessions:
                 await asyncio.to_thread(self._keep, self._folder / identifier, portrait, options, key)
         return await self._begin(pipeline, portrait, options, identifier, key, resume=None)
 
-    async def resume(self, identifier: str, key: str, position: int | None = None) -> Session:
+    async def resume(
+        self, identifier: str, key: str, position: int | None = None, admit: Callable[[], None] = lambda: None
+    ) -> Session:
         """Goes on with a session that is not open, from its snapshot.
 
         Its moments count on: `session.live.position` is the next one, the one after the last that was handed over, or
         `position` if that can be shown again. Raises `RefusedError` if there is none with this id and key, or no room.
+        `admit` is called once the key has proved right, and raises if sessions are begun too often.
         """
         path = None if self._folder is None else self._folder / identifier
         if path is None or not _ID.fullmatch(identifier) or identifier in self.open:
             raise RefusedError("not_found")
-        try:
-            kept = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Kept)
-            with Image.open(path.with_suffix(".png")) as file:
-                portrait = np.asarray(file.convert("RGB"))
-        except (OSError, msgspec.MsgspecError) as error:
-            raise RefusedError("not_found") from error
-        if not hmac.compare_digest(kept.key_hash, _hash(key)):
-            raise RefusedError("not_found")
+        kept, portrait = await asyncio.to_thread(_kept, path, key)
+        admit()
         resume = self._last(identifier)  # None if it ended before it had begun
         session = await self._begin(self._take(), portrait, kept.options, identifier, key, resume, position)
         if resume:
@@ -263,6 +260,18 @@ class Sessions:
                 temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
         except OSError as error:
             raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
+
+
+def _kept(path: Path, key: str) -> tuple[Kept, NDArray[np.uint8]]:
+    """What is kept beside the snapshots at `path`. Raises `RefusedError` if there is nothing, or the key is wrong."""
+    try:
+        kept = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Kept)
+        if not hmac.compare_digest(kept.key_hash, _hash(key)):
+            raise RefusedError("not_found")
+        with Image.open(path.with_suffix(".png")) as file:
+            return kept, np.asarray(file.convert("RGB"))
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RefusedError("not_found") from error
 
 
 def _remove(path: Path) -> None:

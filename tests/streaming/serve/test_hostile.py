@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -285,6 +286,21 @@ def test_ids_tickets_and_origins_of_others_open_nothing() -> None:
             return error.status
         await connection.close()
         return 101
+
+    run(test())
+
+
+def test_who_has_no_key_cannot_use_up_what_may_be_begun(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(folder=tmp_path, creations_per_minute=2) as serve:
+            facts = await serve.create()
+            await serve.sessions.close(serve.sessions.open[facts["id"]], "draining")
+            for identifier in ("A" * 16, facts["id"]):
+                for _ in range(2):
+                    assert (await serve.client.post(f"/v1/sessions/{identifier}/resume")).status == 404
+            assert (await serve.post(facts, "resume"))[0] == 201
+            await serve.sessions.drain()
+            assert (await serve.post(facts, "resume"))[0] == 429
 
     run(test())
 
