@@ -162,7 +162,7 @@ class Front:
         headers, timeout = headers_for(request, self._access.token), aiohttp.ClientTimeout(BEGIN)
         async with self._client.post(replica.url + path, data=body, headers=headers, timeout=timeout) as answer:
             content = await answer.read()
-        if answer.status == 201:
+        if answer.status in (200, 201):
             session = json.loads(content)["id"]
             self.placement.opened(session, replica)
             self._seen.pop(session, None)

@@ -147,13 +147,13 @@ class Server:
         with self._access.trying(request.remote or ""):
             identifier, key = request.match_info["id"], bearer(request.headers)
             moment, admit = None if position is None else int(position), self._access.check_creation
-            session = await self._sessions.resume(identifier, key, moment, admit)
-        return self._begun(session)
+            session, was_open = await self._sessions.resume(identifier, key, moment, admit)
+        return self._begun(session, 200 if was_open else 201)
 
-    def _begun(self, session: Session) -> web.Response:
+    def _begun(self, session: Session, status: int = 201) -> web.Response:
         ice = [{"urls": s.urls, "username": s.username, "credential": s.credential} for s in self._ice_servers]
         body = {"id": session.id, "key": session.key, "ice_servers": ice} | self._facts(session)
-        return web.json_response(body, status=201, headers={"Location": f"/v1/sessions/{session.id}"})
+        return web.json_response(body, status=status, headers={"Location": f"/v1/sessions/{session.id}"})
 
     def _facts(self, session: Session) -> dict[str, Any]:
         ready = msgspec.to_builtins(session.ready())

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -88,6 +89,7 @@ class Sessions:
         self.on_end: Callable[[Session], None] = lambda _: None
         self._free, self._folder = list(pipelines), folder
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resuming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of those being resumed
 
     @property
     def free(self) -> int:
@@ -108,17 +110,29 @@ class Sessions:
 
     async def resume(
         self, identifier: str, key: str, position: int | None = None, admit: Callable[[], None] = lambda: None
-    ) -> Session:
-        """Goes on with a session that is not open, from its snapshot.
+    ) -> tuple[Session, bool]:
+        """The session with this id and key, and whether it was open: then it simply goes on.
 
-        Its moments count on: `session.live.position` is the next one, the one after the last that was handed over, or
-        `position` if that can be shown again. Raises `RefusedError` if there is none with this id and key, or no room.
-        `admit` is called once the key has proved right, and raises if sessions are begun too often.
+        One that has ended goes on from its snapshot. Its moments count on: `session.live.position` is the next one, the
+        one after the last that was handed over, or `position` if that can be shown again. `admit` is called before
+        that, and raises if sessions are begun too often. Raises `RefusedError` if there is no such session, or no room.
         """
-        path = None if self._folder is None else self._folder / identifier
-        if path is None or not _ID.fullmatch(identifier) or identifier in self.open:
+        if not _ID.fullmatch(identifier):
             raise RefusedError("not_found")
-        kept, portrait = await asyncio.to_thread(_kept, path, key)
+        lock = self._resuming.setdefault(identifier, asyncio.Lock())
+        async with lock:  # two who resume at once get one session
+            if there := self.open.get(identifier):
+                self.find(identifier, key)
+                if not there.ended:
+                    return there, True
+                await there.close(there.ended)
+            return await self._go_on(identifier, key, position, admit), False
+
+    async def _go_on(self, identifier: str, key: str, position: int | None, admit: Callable[[], None]) -> Session:
+        """Opens a session that has ended, from its snapshot."""
+        if self._folder is None:
+            raise RefusedError("not_found")
+        kept, portrait = await asyncio.to_thread(_kept, self._folder / identifier, key)
         admit()
         resume = self._last(identifier)  # None if it ended before it had begun
         session = await self._begin(self._take(), portrait, kept.options, identifier, key, resume, position)

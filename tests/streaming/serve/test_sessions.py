@@ -234,11 +234,10 @@ def test_a_resumed_session_shows_the_frame_after_the_last_that_was_seen(tmp_path
             with pytest.raises(RefusedError) as error:
                 await sessions.resume(other, wrong)
             assert error.value.code == "not_found"
-        session = await sessions.resume(identifier, key)
+        session, was_open = await sessions.resume(identifier, key)
+        assert not was_open
         assert session.live.position == position
         assert session.live.state == "speaking"
-        with pytest.raises(RefusedError):
-            await sessions.resume(identifier, key)  # it is open
         seen = numbers(await watch(session, 40))
         await sessions.close(session)
         with pytest.raises(RefusedError):
@@ -260,7 +259,7 @@ def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path
         first = await hung.create(PICTURE, SessionOptions())
         await first.say(speech(8), 16000, None)
         seen = numbers(await watch(first, 20))
-        second = await next_one.resume(first.id, first.key, position=15)
+        second, _ = await next_one.resume(first.id, first.key, position=15)
         begin = second.live.position
         assert begin <= 15
         watching = asyncio.create_task(watch(second, 10_000))
@@ -269,12 +268,32 @@ def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path
         seen = seen[:begin] + numbers(await watching)
         await watch(first, 30)
         await hung.drain()  # writes what it has, after the other
-        third = await registry(folder=tmp_path).resume(first.id, first.key)
+        third, _ = await registry(folder=tmp_path).resume(first.id, first.key)
         last = numbers(await watch(third, 10))
         assert last[0] > 60
         seen += last
         assert seen == list(range(1, len(seen) + 1))
         await hung.close(third)
+        assert list(tmp_path.iterdir()) == []
+
+    run(test())
+
+
+def test_two_who_resume_at_once_get_one_session_that_goes_on_when_it_is_resumed_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        sessions = registry(2, tmp_path)
+        begun = await sessions.create(PICTURE, SessionOptions())
+        ending = sessions.close(begun, "draining")  # which comes first, and is not over when the others begin
+        _, *results = await asyncio.gather(ending, *(sessions.resume(begun.id, begun.key) for _ in range(3)))
+        assert [was_open for _, was_open in results] == [False, True, True]
+        (session,) = {session for session, _ in results}
+        assert session is not begun
+        assert await sessions.resume(begun.id, begun.key, position=0) == (session, True)
+        with pytest.raises(RefusedError) as error:
+            await sessions.resume(begun.id, "wrong")
+        assert error.value.code == "unauthorised"
+        await sessions.close(session)
+        assert sessions.free == 2
         assert list(tmp_path.iterdir()) == []
 
     run(test())
