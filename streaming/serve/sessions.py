@@ -10,10 +10,11 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -34,6 +35,7 @@ from streaming.serve.messages import SessionOptions
 from streaming.serve.session import Session, on_event
 
 KEPT = 24 * 3600  # seconds for which a session that nobody closed can be resumed
+TIDIED = 3600  # seconds after which files of sessions are looked through that nobody has resumed
 _ID = re.compile(r"[A-Za-z0-9_-]{16}")
 
 log = logging.getLogger("flashtalk.serve")
@@ -89,6 +91,7 @@ class Sessions:
         self.on_end: Callable[[Session], None] = lambda _: None
         self._free, self._folder = list(pipelines), folder
         self._tasks: set[asyncio.Task[None]] = set()
+        self._tidied = -math.inf  # when files were looked through
         self._resuming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of those being resumed
 
     @property
@@ -105,7 +108,7 @@ class Sessions:
         with self._given_back(pipeline, "bad_portrait"):
             portrait = await asyncio.to_thread(pipeline.portrait, image)
             if self._folder:
-                await asyncio.to_thread(self._keep, self._folder / identifier, portrait, options, key)
+                await asyncio.to_thread(_keep, self._folder / identifier, portrait, options, key)
         return await self._begin(pipeline, portrait, options, identifier, key, resume=None)
 
     async def resume(
@@ -243,8 +246,11 @@ class Sessions:
             await asyncio.to_thread(_remove, self._folder / session.id)
 
     async def sweep(self) -> None:
-        """What is to be done each second: ends sessions that are idle or left alone, and tells figures."""
+        """What is to be done each second: ends what is idle or left alone, tells figures, removes old files."""
         now = time.monotonic()
+        if self._folder and now - self._tidied > TIDIED:
+            self._tidied = now
+            await asyncio.to_thread(_remove_old, self._folder, list(self.open))
         for session in list(self.open.values()):
             if session.ended:
                 continue
@@ -260,20 +266,19 @@ class Sessions:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    # --- Files -------------------------------------------------------------------------------------------------------
 
-    def _keep(self, path: Path, portrait: NDArray[np.uint8], options: SessionOptions, key: str) -> None:
-        assert self._folder is not None
-        for old in self._folder.glob("*.json"):
-            if _ID.fullmatch(old.stem) and old.stem not in self.open and time.time() - old.stat().st_mtime > KEPT:
-                _remove(old)
-        try:
-            with replacing(path.with_suffix(".png")) as temporary:
-                Image.fromarray(portrait).save(temporary, "PNG")
-            with replacing(path.with_suffix(".json")) as temporary:
-                temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
-        except OSError as error:
-            raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _keep(path: Path, portrait: NDArray[np.uint8], options: SessionOptions, key: str) -> None:
+    """Writes what is kept of a session beside its snapshots. Raises `RefusedError` if that fails."""
+    try:
+        with replacing(path.with_suffix(".png")) as temporary:
+            Image.fromarray(portrait).save(temporary, "PNG")
+        with replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
+    except OSError as error:
+        raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
 
 
 def _kept(path: Path, key: str) -> tuple[Kept, NDArray[np.uint8]]:
@@ -286,6 +291,18 @@ def _kept(path: Path, key: str) -> tuple[Kept, NDArray[np.uint8]]:
             return kept, np.asarray(file.convert("RGB"))
     except (OSError, msgspec.MsgspecError) as error:
         raise RefusedError("not_found") from error
+
+
+def _remove_old(folder: Path, open_here: Collection[str]) -> None:
+    """Removes the files of sessions of which nothing was written for `KEPT`; of an open one, something always is."""
+    newest: dict[str, float] = {}
+    for file in folder.iterdir():
+        name = file.name.partition(".")[0]
+        with suppress(OSError):  # another server may have removed it
+            newest[name] = max(newest.get(name, 0.0), file.stat().st_mtime)
+    for name, written in newest.items():
+        if _ID.fullmatch(name) and name not in open_here and time.time() - written > KEPT:
+            _remove(folder / name)
 
 
 def _remove(path: Path) -> None:

@@ -299,17 +299,25 @@ def test_two_who_resume_at_once_get_one_session_that_goes_on_when_it_is_resumed_
     run(test())
 
 
-def test_old_files_of_sessions_are_removed(tmp_path: Path) -> None:
+def test_files_of_sessions_are_removed_a_day_after_the_last_of_them_was_written(tmp_path: Path) -> None:
+    """Many servers share the folder: what another one has open was begun long ago, and is written all the time."""
+
     async def test() -> None:
-        old, new, foreign = "A" * 16, "B" * 16, "notes"
-        for name in (old, new, foreign):
-            (tmp_path / f"{name}.json").write_text("{}")
-        for name in (old, foreign):
-            os.utime(tmp_path / f"{name}.json", (0, time.time() - KEPT - 10))
         sessions = registry(folder=tmp_path)
         session = await sessions.create(PICTURE, SessionOptions())
+        old, new, open_elsewhere, foreign = "A" * 16, "B" * 16, "C" * 16, "notes"
+        for name in (old, new, open_elsewhere, foreign):
+            (tmp_path / f"{name}.json").write_text("{}")
+        for name in (old, open_elsewhere, foreign, session.id):
+            os.utime(tmp_path / f"{name}.json", (0, time.time() - KEPT - 10))
+        (tmp_path / f"{open_elsewhere}.0.session.journal-1").write_text("")
+        (tmp_path / f"{'D' * 16}.json").symlink_to("nothing")  # has no time, as a file that is removed meanwhile
+        await sessions.sweep()
         names = {path.stem for path in tmp_path.glob("*.json")}
-        assert names == {new, foreign, session.id}
+        assert names == {new, open_elsewhere, foreign, session.id, "D" * 16}
+        os.utime(tmp_path / f"{new}.json", (0, time.time() - KEPT - 10))
+        await sessions.sweep()  # they are not looked through each second
+        assert (tmp_path / f"{new}.json").exists()
         await sessions.drain()
 
     run(test())
