@@ -191,10 +191,14 @@ class Sessions:
             )
 
         loop = asyncio.get_running_loop()
+        keep, chunk = self.snapshot if self._folder else None, pipeline.config.chunk
         with self._given_back(pipeline, "bad_request"):
             live = await asyncio.to_thread(opened)
-        keep, chunk = self.snapshot if self._folder else None, pipeline.config.chunk
-        session = Session(identifier, key, live, chunk, self.limits, keep, resumed=resume is not None)
+            try:
+                session = Session(identifier, key, live, chunk, self.limits, keep, resumed=resume is not None)
+            except BaseException:  # it opens encoders
+                await asyncio.to_thread(live.close)
+                raise
         self.open[identifier] = session
         self.on_begin(session)
         task = asyncio.create_task(self._serve(session, pipeline))

@@ -110,6 +110,21 @@ def test_what_cannot_begin_leaves_the_room_free() -> None:
     run(test())
 
 
+def test_a_session_that_cannot_be_encoded_leaves_the_room_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_codec(*_: int) -> None:
+        raise av.error.EncoderNotFoundError(1, "libx264")
+
+    async def test() -> None:
+        sessions = registry()
+        with monkeypatch.context() as patch:
+            patch.setattr("streaming.serve.session.MomentEncoder", without_codec)
+            with pytest.raises(av.error.EncoderNotFoundError):
+                await sessions.create(PICTURE, SessionOptions())
+        await sessions.close(await sessions.create(PICTURE, SessionOptions()))
+
+    run(test())
+
+
 def test_a_session_without_connections_or_sound_is_overdue() -> None:
     async def test() -> None:
         sessions = registry()
