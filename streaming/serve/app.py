@@ -174,7 +174,7 @@ class Server:
         session.claim(speaker)
         session.attend()
         try:
-            segment, seconds = await say_recording(session, data)
+            segment, seconds = await say_recording(session, data, gone=lambda: request.transport is None)
         finally:
             session.leave()
             session.release(speaker)

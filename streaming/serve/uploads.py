@@ -53,10 +53,11 @@ def portrait_of(data: bytes, limits: Limits) -> Image.Image:
         raise RefusedError("bad_portrait", "the portrait is no JPEG, PNG or WebP file") from error
 
 
-async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
+async def say_recording(session: Session, data: bytes, gone: Callable[[], bool]) -> tuple[int, float]:
     """Says a recording of any format as one segment; returns its number, and its seconds that were taken.
 
-    Waits while the queue is full. Raises `RefusedError` if it is no sound; what comes before damage is said.
+    Waits while the queue is full. Ends the segment early if its sender is `gone`, which nobody else tells. Raises
+    `RefusedError` if it is no sound; what comes before damage is said.
     """
     segment, seconds, interrupts = session.live.next_segment, 0.0, session.interrupts
     with tempfile.NamedTemporaryFile(prefix="recording-") as copy:
@@ -68,7 +69,7 @@ async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
             raise RefusedError("bad_audio", "this is no sound in a known format, such as WAV, MP3 or OGG") from error
         try:
             async for block in _blocks(decoder):
-                if session.interrupts != interrupts or not await session.say(block, decoder.rate, segment):
+                if gone() or session.interrupts != interrupts or not await session.say(block, decoder.rate, segment):
                     break
                 seconds += len(block) / decoder.rate
         except UserError as error:

@@ -16,6 +16,7 @@ import av
 import numpy as np
 from aiohttp import ClientWebSocketResponse, FormData, TCPConnector, WSMsgType
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import BaseRunner
 from av.error import InvalidDataError
 from numpy.typing import NDArray
 from PIL import Image
@@ -177,6 +178,13 @@ class Serving:
         return Talk(socket)
 
 
+class AsServed(TestServer):
+    """A server that goes on with a request whose client has gone, as the real one does; aiohttp's would cancel it."""
+
+    async def _make_runner(self, **options: Any) -> BaseRunner:
+        return await super()._make_runner(**options | {"handler_cancellation": False})
+
+
 @asynccontextmanager
 async def serving(
     sessions: int = 1,
@@ -190,7 +198,7 @@ async def serving(
     access = Access(TOKEN, origins or [], bounds)
     server = Server(registry, access, PORTRAITS)
     connector = TCPConnector(force_close=True)  # so that no idle connection looks like a leak
-    async with TestClient(TestServer(server.app), connector=connector) as client:
+    async with TestClient(AsServed(server.app), connector=connector) as client:
         yield Serving(client, server, registry, access)
 
 

@@ -242,6 +242,22 @@ def test_a_recording_can_be_interrupted_while_it_waits_for_room() -> None:
     run(test())
 
 
+def test_a_recording_ends_when_its_sender_has_gone() -> None:
+    async def test() -> None:
+        async with serving(queue=3.0) as serve:
+            facts = await serve.create()
+            session = serve.sessions.open[facts["id"]]
+            saying = asyncio.create_task(serve.post(facts, "audio", data=wav(60)))
+            await eventually(lambda: session.live.stats()["queued_frames"] >= 70)
+            saying.cancel()  # which closes its connection
+            await eventually(lambda: not session._connections)
+            assert session._speaker is None
+            assert session.live._director.voice.arriving is None
+            assert session.live.stats()["queued_frames"] > 50  # what was taken before is said
+
+    run(test())
+
+
 def test_a_recording_that_is_interrupted_between_two_of_its_blocks_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving() as serve:
