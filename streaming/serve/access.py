@@ -105,14 +105,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def token_for(host: str, chosen: str | None) -> str:
+def token_for(host: str, chosen: str) -> str:
     """The token of a server that listens at `host`: the chosen one, or a new one where only this machine reaches it.
 
     Raises `UserError` where others reach it and none, or a short one, was chosen.
     """
     if is_loopback(host):
         return chosen or secrets.token_urlsafe(24)
-    if chosen is None:
+    if not chosen:
         raise UserError(f"--host {host} is open to the network: set $FLASHTALK_TOKEN to a long random secret first")
     if len(chosen) < LEAST_TOKEN:
         raise UserError(f"$FLASHTALK_TOKEN has {len(chosen)} characters; --host {host} needs {LEAST_TOKEN} or more")

@@ -41,6 +41,11 @@ class Settings:
     origins: list[str]
     ice_servers: list[RTCIceServer]
     log_json: bool
+    token_is_new: bool = False
+
+    def page(self, url: str) -> str:
+        """The line that says where the page is, with a new token; one that the operator chose stays secret."""
+        return f"The page is {url}/" + (f"#token={self.token}" if self.token_is_new else " (token: $FLASHTALK_TOKEN)")
 
     @classmethod
     def checked(
@@ -74,16 +79,18 @@ class Settings:
                 snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--snapshots {snapshots} cannot be made ({error.strerror})") from error
+        token = environment.get("FLASHTALK_TOKEN", "").strip()
         return cls(
             host,
             port,
-            token_for(host, environment.get("FLASHTALK_TOKEN")),
+            token_for(host, token),
             replace(Limits.read(limits) if limits else Limits(), **chosen),
             portraits or next((folder for folder in _BUNDLED if folder.is_dir()), None),
             snapshots,
             list(origins),
             [_ice_server(url, environment.get("FLASHTALK_TURN", "")) for url in ice_servers],
             log_json,
+            not token,
         )
 
 
@@ -124,7 +131,7 @@ async def _serve(pipelines: Sequence[Pipeline], settings: Settings) -> None:
     sessions = Sessions(pipelines, settings.limits, settings.snapshots)
     ended = on_signals()
     async with listening(app_of(sessions, settings), settings) as url:
-        print(f"The page is {url}/#token={settings.token}", flush=True)
+        print(settings.page(url), flush=True)
         await ended.wait()
         log.info("ending: %d sessions are kept", len(sessions.open))
 

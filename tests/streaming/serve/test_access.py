@@ -93,10 +93,10 @@ def test_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
 
 def test_an_open_server_needs_a_long_token_and_a_closed_one_gets_a_new_one() -> None:
     assert token_for("127.0.0.1", "short") == "short"
-    assert token_for("127.0.0.1", None) != token_for("127.0.0.1", None)
-    assert len(token_for("127.0.0.1", None)) >= 32
+    assert token_for("127.0.0.1", "") != token_for("127.0.0.1", "")
+    assert len(token_for("127.0.0.1", "")) >= 32
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is open to the network: set \$FLASHTALK_TOKEN"):
-        token_for("0.0.0.0", None)
+        token_for("0.0.0.0", "")
     with pytest.raises(UserError, match=r"has 5 characters; --host 0.0.0.0 needs 16"):
         token_for("0.0.0.0", "short")
     assert token_for("0.0.0.0", "x" * 16) == "x" * 16

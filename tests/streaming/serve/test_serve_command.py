@@ -42,6 +42,14 @@ def test_settings_have_a_token_the_examples_and_servers_for_ice(tmp_path: Path) 
     assert len(settings.token) >= 32
 
 
+def test_the_address_of_the_page_has_a_new_token_and_never_one_that_was_chosen() -> None:
+    settings = checked()
+    assert settings.page("http://127.0.0.1:1") == f"The page is http://127.0.0.1:1/#token={settings.token}"
+    settings = checked(environment={"FLASHTALK_TOKEN": "se+cret\n"})  # files of secrets often end so
+    assert settings.token == "se+cret"
+    assert settings.page("http://127.0.0.1:1") == "The page is http://127.0.0.1:1/ (token: $FLASHTALK_TOKEN)"
+
+
 def test_limits_come_from_a_file_and_options_win(tmp_path: Path) -> None:
     (tmp_path / "limits.toml").write_text("viewers = 3\nidle = 60\nqueue = 12.5\n")
     limits = checked(limits=tmp_path / "limits.toml", idle=90.0).limits
@@ -136,8 +144,8 @@ def test_a_process_serves_until_sigterm_and_another_goes_on(
         common = {"FLASHTALK_TOKEN": "secret"}
         ranks = [python.start(*arguments, environment=common | one) for one in environments(world)]
         line = ranks[0].stdout.readline()
-        assert "#token=secret" in line, ranks[0].stderr.read()
-        return ranks, line.split()[-1].split("/#")[0]
+        assert line.endswith("/ (token: $FLASHTALK_TOKEN)\n"), ranks[0].stderr.read()
+        return ranks, line.split()[3].rstrip("/")
 
     def end(ranks: list[Process]) -> str:
         for process in ranks:
