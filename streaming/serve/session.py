@@ -191,6 +191,11 @@ class Session:
             self.live.position, self.live.next_segment, self.broadcast.mime, self.limits.told(),
         )  # fmt: skip
 
+    @property
+    def bye(self) -> Bye | None:
+        """What all listeners have been told last; None while there is more to come."""
+        return Bye(self.ended or "closed", self.live.position) if self._done.is_set() else None
+
     # --- Time --------------------------------------------------------------------------------------------------------
 
     def overdue(self, now: float) -> str | None:
@@ -246,12 +251,15 @@ class Session:
             log.exception("session %s has failed", self.id, exc_info=error)
             message = str(error) if isinstance(error, UserError | RefusedError) else "generation has failed"
             self.tell(ErrorMessage("failed", message, True))
-        self.ended = self.ended or "closed"
-        await asyncio.to_thread(self.live.close)
-        for viewer in list(self.broadcast.viewers):
-            self.broadcast.leave(viewer)
-        self.tell(Bye(self.ended, self.live.position))
-        self._done.set()
+        finally:
+            self.ended = self.ended or "closed"
+            try:
+                await asyncio.to_thread(self.live.close)
+            finally:
+                for viewer in list(self.broadcast.viewers):
+                    self.broadcast.leave(viewer)
+                self.tell(Bye(self.ended, self.live.position))
+                self._done.set()
 
     async def close(self, reason: str) -> None:
         """Hands over no more moments, ends the session, and waits until it has ended.

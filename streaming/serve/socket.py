@@ -145,6 +145,9 @@ class Connection:
                 return
 
     def _begin(self, hello: Hello) -> None:
+        if bye := self._session.bye:
+            self._outbox.put(bye)
+            return
         self._format = hello.audio
         if hello.video == "fmp4":
             self._outbox.viewer = self._session.join("mp4", self._outbox.changed)
