@@ -20,7 +20,7 @@ from yarl import URL
 from streaming.cluster.placement import EVERY, Placement, Replica, Report
 from streaming.cluster.relay import Relay, client, end_to_end, forward, headers_for
 from streaming.serve.access import REMEMBERED, Access
-from streaming.serve.answers import answering
+from streaming.serve.answers import answering, with_headers
 from streaming.serve.app import OPTIONS_BYTES, keep_short
 from streaming.serve.errors import RefusedError
 from streaming.serve.limits import Limits
@@ -55,6 +55,7 @@ class Front:
         self._count_metrics()
         answers = answering(access, lambda code: self._refused.labels(code).inc())
         self.app = web.Application(middlewares=[answers], client_max_size=limits.recording_bytes)
+        self.app.on_response_prepare.append(with_headers(access))
         one = "/v1/sessions/{id}"
         self.app.router.add_routes(
             [

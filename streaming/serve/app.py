@@ -17,7 +17,7 @@ from aiortc import RTCIceServer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from streaming.serve.access import Access, bearer
-from streaming.serve.answers import HEADERS, answering
+from streaming.serve.answers import answering, with_headers
 from streaming.serve.errors import RefusedError
 from streaming.serve.messages import SessionOptions, decode_options
 from streaming.serve.metrics import Metrics
@@ -64,6 +64,7 @@ class Server:
         sessions.on_end = self.metrics.ended
         answers = answering(access, lambda code: self.metrics.refused.labels(code).inc())
         self.app = web.Application(middlewares=[answers], client_max_size=sessions.limits.recording_bytes)
+        self.app.on_response_prepare.append(with_headers(access))
         self.app.router.add_routes(self._routes())
         self.app.cleanup_ctx.append(self._sweeping)
         self.app.on_shutdown.append(self._end)
@@ -213,7 +214,7 @@ class Server:
         keep_short(request)
         viewer = session.join("http")
         session.attend()
-        response = web.StreamResponse(headers={"Content-Type": "video/mp4"} | HEADERS)
+        response = web.StreamResponse(headers={"Content-Type": "video/mp4"})
         try:
             await response.prepare(request)
             await response.write(session.broadcast.header)

@@ -345,6 +345,11 @@ def test_a_friendly_site_may_ask_and_its_browser_is_told_so() -> None:
             response = await serve.client.post("/v1/sessions", data=form(), headers=headers | bearing(TOKEN))
             assert response.status == 201
             assert response.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+            facts = await response.json()
+            stream = f"/v1/sessions/{facts['id']}/stream.mp4"
+            async with serve.client.get(stream, headers=headers | bearing(facts["key"])) as response:
+                assert response.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+                assert response.headers["Cache-Control"] == "no-store"
             response = await serve.client.get("/v1/portraits")
             assert "Access-Control-Allow-Origin" not in response.headers
 
