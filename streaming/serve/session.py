@@ -202,7 +202,7 @@ class Session:
         """Why the session should end by now; None if it should not."""
         if not self._connections and now - self._attended > self.limits.unattended:
             return "unattended"
-        if self.live.state == State.IDLE and now - self._heard > self.limits.idle:
+        if self.live.state in (State.IDLE, State.LISTENING) and now - self._heard > self.limits.idle:
             return "idle"
         return None
 

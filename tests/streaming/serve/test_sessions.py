@@ -136,8 +136,10 @@ def test_a_session_without_connections_or_sound_is_overdue() -> None:
         assert session.overdue(begun + limits.idle - 1) is None
         assert session.overdue(begun + limits.idle + 1) == "idle"
         await session.say(speech(0.1), 16000, None)
-        session.live.end_segment()
+        assert session.live.state == "listening"
         assert session.overdue(session._heard + limits.idle - 1) is None
+        assert session.overdue(session._heard + limits.idle + 1) == "idle"  # though its segment has no end
+        session.live.end_segment()
         session.leave()
         assert session.overdue(session._attended + limits.unattended + 1) == "unattended"
         await sessions.drain()
