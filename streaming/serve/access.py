@@ -5,7 +5,7 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from model.errors import UserError
@@ -34,8 +34,11 @@ class Access:
     def check_origin(self, headers: Mapping[str, str]) -> str | None:
         """The origin, if another site's page asks that may. Raises `RefusedError` if it may not."""
         origin = headers.get("Origin")
-        if origin is None or urlsplit(origin).netloc == headers.get("Host"):
+        if origin is None:
             return None
+        with suppress(ValueError):  # it may be no URL
+            if urlsplit(origin).netloc == headers.get("Host"):
+                return None
         if origin not in self._origins:
             raise RefusedError("forbidden_origin")
         return origin
