@@ -7,6 +7,8 @@ follows it, which is a new file, so that a kill between the two loses nothing: a
 The operating system keeps what was written if the process is killed, not if the machine loses power.
 """
 
+import errno
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -98,8 +100,12 @@ class Journal:
     def _write(
         self, kind: int, dtype: int = 0, channels: int = 0, rate: int = 0, number: int = 0, body: bytes = b""
     ) -> None:
-        if self._file is not None:
-            self._file.write(_RECORD.pack(kind, dtype, channels, rate, number, len(body)) + body)
+        if self._file is None:
+            return
+        data = _RECORD.pack(kind, dtype, channels, rate, number, len(body)) + body
+        if self._file.write(data) < len(data):  # which is all that a full disk says
+            self.close()  # nothing may follow the part that was written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Closes the file."""
@@ -131,8 +137,14 @@ def _parsed(data: memoryview) -> Iterator[Record]:
         if kind == _SOUND:
             pcm = np.frombuffer(body, _DTYPES[dtype])
             yield Sound(pcm.reshape(-1, channels) if channels else pcm, rate, None if number == _ANY else number)
+        elif kind == _END:
+            yield End()
+        elif kind == _TAKEN:
+            yield Taken(number)
+        elif kind == _INTERRUPT:
+            yield Interrupt(number)
         else:
-            yield End() if kind == _END else Taken(number) if kind == _TAKEN else Interrupt(number)
+            return
 
 
 def replay(director: Director, happened: Iterable[Record], position: int | None, now: float) -> None:
