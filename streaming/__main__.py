@@ -353,7 +353,7 @@ def serve(
         pipelines.append(pipeline)
     first = pipelines[0]
     if first.follows:
-        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all; rank 0 decides when it is over
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all ranks get them; rank 0 decides what ends
             signal.signal(number, signal.SIG_IGN)
         first.follow()
         return

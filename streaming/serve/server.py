@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from streaming.serve.sessions import Pipeline, Sessions
 
 _HERE = Path(__file__).parent
 _BUNDLED = (_HERE / "portraits", _HERE.parents[1] / "examples" / "portraits")  # in a wheel, and in the repository
+
+INTERRUPTED = 130  # exit code of a process that Ctrl-C has ended
 
 log = logging.getLogger("flashtalk.serve")
 
@@ -145,10 +148,11 @@ def app_of(sessions: Sessions, settings: Settings) -> web.Application:
 
 
 def on_signals() -> asyncio.Event:
-    """Is set by SIGINT and SIGTERM."""
+    """Is set by SIGINT, SIGTERM and SIGHUP. A second Ctrl-C ends the process at once, however the first one fares."""
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: os._exit(INTERRUPTED) if ended.is_set() else ended.set())
     return ended
 
 

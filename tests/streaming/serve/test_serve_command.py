@@ -13,12 +13,13 @@ import pytest
 from model.config import PRESETS
 from model.errors import UserError
 from streaming.ranks import environments
+from streaming.serve import server
 from streaming.serve.limits import Limits
 from streaming.serve.server import JsonLines, Settings
 from tests.processes import Interpreter, Process
 from tests.streaming import command
 from tests.streaming.live.stage import LETTERS
-from tests.streaming.serve.kit import bearing, form, run
+from tests.streaming.serve.kit import bearing, eventually, form, run
 
 
 def checked(**options: Any) -> Settings:
@@ -115,6 +116,24 @@ def test_ranks_serve_one_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.call(monkeypatch, "serve", "--sessions", "3", "--quiet") == 2
     assert capsys.readouterr().err == "error: --sessions 3: 2 ranks generate one session together; name 1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_server_politely_and_ctrl_c_after_it_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ended, exits = server.on_signals(), []
+        monkeypatch.setattr(server.os, "_exit", exits.append)
+        signal.raise_signal(number)
+        await ended.wait()
+        assert exits == []
+        signal.raise_signal(signal.SIGTERM)  # whoever sends signals to many processes may send it twice
+        signal.raise_signal(signal.SIGINT)
+        await eventually(lambda: exits)
+        assert exits == [130]
+
+    run(test())
 
 
 def test_a_log_line_is_json() -> None:
