@@ -63,23 +63,26 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Writes nothing before the first `rotate`."""
-        self._path, self._file, self._number = path, None, 0
+        self._path, self._file = path, None
+        self._number = self._oldest = 0  # of the files that there are
 
     _file: FileIO | None
 
     def rotate(self) -> int:
         """Begins a new file, whose number a snapshot of this moment has to name."""
         self.close()
-        self._number = 1 + max([self._number, *_numbers(self._path)])
+        if not self._number and (there := _numbers(self._path)):  # later ones are all this journal's
+            self._oldest, self._number = min(there), max(there)
+        self._number += 1
         self._file = FileIO(_name(self._path, self._number), "x")
         return self._number
 
     def forget(self, number: int) -> None:
         """Removes the files before this one, once no snapshot names them any more."""
-        for old in _numbers(self._path):
-            if old < number:
-                with suppress(OSError):
-                    _name(self._path, old).unlink()
+        for old in range(self._oldest, number):
+            with suppress(OSError):
+                _name(self._path, old).unlink()
+        self._oldest = number
 
     def note(self, record: Record) -> None:
         """Writes what has happened. Raises `OSError` if it cannot be written."""

@@ -220,7 +220,7 @@ class Session:
 
     def figures(self) -> StatsMessage:
         """What goes on, in figures."""
-        stats = self.live.stats()
+        stats = self.live.stats(("latency", "chunk"))
         fps, chunk = self.chunk.tgt_fps, stats["chunk"]["p50_s"]
         (then, before), (now, position) = self._positions[0], self._positions[-1]
         return StatsMessage(

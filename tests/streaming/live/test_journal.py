@@ -193,6 +193,21 @@ def test_a_torn_or_missing_journal_is_read_as_far_as_it_goes(tmp_path: Path) -> 
     assert [name.name for name in tmp_path.iterdir()] == ["session.journal-3"]
 
 
+def test_a_journal_looks_through_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be shared by many servers, and hold tens of thousands of files."""
+    look, looks = journal_module._numbers, []
+    monkeypatch.setattr(journal_module, "_numbers", lambda path: looks.append(path) or look(path))
+    for number in (4, 6):
+        (tmp_path / f"session.journal-{number}").touch()
+    journal = Journal(tmp_path / "session")
+    for number in range(7, 12):
+        assert journal.rotate() == number
+        journal.forget(number)
+        assert [file.name for file in tmp_path.iterdir()] == [f"session.journal-{number}"]
+    assert len(looks) == 1
+    journal.close()
+
+
 def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FullDisk(FileIO):
         def write(self, data: Any) -> int:
