@@ -137,17 +137,11 @@ class Sessions:
             raise RefusedError("not_found")
         kept, portrait = await asyncio.to_thread(_kept, self._folder / identifier, key)
         admit()
-        resume = self._last(identifier)  # None if it ended before it had begun
+        resume = await asyncio.to_thread(_last, self._folder / identifier)  # None if it ended before it had begun
         session = await self._begin(self._take(), portrait, kept.options, identifier, key, resume, position)
         if resume:
             await asyncio.to_thread(_remove_snapshot, resume)  # the session has written another one
         return session
-
-    def _last(self, identifier: str) -> Path | None:
-        """The snapshot that was begun last."""
-        assert self._folder is not None
-        there = self._folder.glob(f"{identifier}.*.session")
-        return max(there, key=_number, default=None)
 
     def _take(self) -> Pipeline:
         if self.draining:
@@ -295,6 +289,11 @@ def _kept(path: Path, key: str) -> tuple[Kept, NDArray[np.uint8]]:
             return kept, np.asarray(file.convert("RGB"))
     except (OSError, msgspec.MsgspecError) as error:
         raise RefusedError("not_found") from error
+
+
+def _last(path: Path) -> Path | None:
+    """The snapshot of a session that was begun last; `path` lacks its ending."""
+    return max(path.parent.glob(f"{path.name}.*.session"), key=_number, default=None)
 
 
 def _remove_old(folder: Path, open_here: Collection[str]) -> None:

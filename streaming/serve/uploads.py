@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import IO
 
 from aiohttp import BodyPartReader, StreamReader
 from PIL import Image
@@ -61,10 +62,8 @@ async def say_recording(session: Session, data: bytes, gone: Callable[[], bool])
     """
     segment, seconds, interrupts = session.live.next_segment, 0.0, session.interrupts
     with tempfile.NamedTemporaryFile(prefix="recording-") as copy:
-        copy.write(data)
-        copy.flush()
         try:
-            decoder = await asyncio.to_thread(open_decoder, copy.name)
+            decoder = await asyncio.to_thread(_opened, copy, data)
         except UserError as error:
             raise RefusedError("bad_audio", "this is no sound in a known format, such as WAV, MP3 or OGG") from error
         try:
@@ -78,6 +77,13 @@ async def say_recording(session: Session, data: bytes, gone: Callable[[], bool])
             await asyncio.to_thread(decoder.close)
     session.end_segment()
     return segment, seconds
+
+
+def _opened(copy: IO[bytes], data: bytes) -> Decoder:
+    """A decoder of a recording, which is written into a file for it. Raises `UserError` if it is none."""
+    copy.write(data)
+    copy.flush()
+    return open_decoder(copy.name)
 
 
 async def _blocks(decoder: Decoder) -> AsyncIterator:

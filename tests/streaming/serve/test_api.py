@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +193,25 @@ def test_a_recording_is_said_and_streamed_as_a_film() -> None:
             assert len(set(numbers)) > 30
             assert np.abs(heard).max() > 0.2
             await eventually(lambda: not session.broadcast.viewers)
+
+    run(test())
+
+
+def test_the_event_loop_writes_no_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, writers = tempfile.NamedTemporaryFile, []
+
+    def noted(**options: Any) -> Any:
+        file = make(**options)
+        write = file.write
+        file.write = lambda data: writers.append(threading.current_thread()) or write(data)  # pyright: ignore
+        return file
+
+    async def test() -> None:
+        async with serving() as serve:
+            monkeypatch.setattr(tempfile, "NamedTemporaryFile", noted)
+            assert (await serve.post(await serve.create(), "audio", data=wav(0.1)))[0] == 200
+            assert writers
+            assert threading.main_thread() not in writers
 
     run(test())
 
