@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,19 @@ _RETRY = 5  # seconds after which a client may ask again
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger("flashtalk.serve")
+
+
+def behind(proxies: Collection[str]) -> Any:
+    """A middleware that takes the word of these proxies for the address that a request comes from."""
+
+    @web.middleware
+    async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        told = request.headers.get("X-Forwarded-For")
+        if told and request.remote in proxies:
+            request = request.clone(remote=told.rpartition(",")[2].strip())  # the last one is what the proxy has seen
+        return await handler(request)
+
+    return believe
 
 
 def with_headers(access: Access) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

@@ -1,12 +1,13 @@
 """The process: settings that are checked, networks that are warm, a port, a log, and an end with snapshots."""
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiortc import RTCIceServer
 
 from model.errors import UserError
 from streaming.serve.access import Access, is_loopback, token_for
+from streaming.serve.answers import behind
 from streaming.serve.app import Server
 from streaming.serve.limits import Limits
 from streaming.serve.rtc import stay_on_loopback
@@ -45,6 +47,7 @@ class Settings:
     ice_servers: list[RTCIceServer]
     log_json: bool
     token_is_new: bool = False
+    proxies: Collection[str] = ()
 
     def page(self, url: str) -> str:
         """The line that says where the page is, with a new token; one that the operator chose stays secret."""
@@ -64,6 +67,7 @@ class Settings:
         origins: Sequence[str],
         ice_servers: Sequence[str],
         log_json: bool,
+        proxies: Sequence[str] = (),
         environment: Mapping[str, str],
     ) -> "Settings":
         """The settings of a command line. Raises `UserError` for what cannot be, or would not be safe.
@@ -75,6 +79,11 @@ class Settings:
             parts = urlsplit(origin)
             if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
                 raise UserError(f"--origin {origin}: write it as https://example.com, without a path")
+        for proxy in proxies:
+            try:
+                ipaddress.ip_address(proxy)
+            except ValueError as error:
+                raise UserError(f"--proxy {proxy}: write the address that it connects from, as 127.0.0.1") from error
         if portraits is not None and not portraits.is_dir():
             raise UserError(f"--portraits {portraits} is no folder")
         if snapshots is not None:
@@ -94,6 +103,7 @@ class Settings:
             [_ice_server(url, environment.get("FLASHTALK_TURN", "")) for url in ice_servers],
             log_json,
             not token,
+            frozenset(proxies),
         )
 
 
@@ -159,6 +169,7 @@ def on_signals() -> asyncio.Event:
 @asynccontextmanager
 async def listening(app: web.Application, settings: Settings) -> AsyncIterator[str]:
     """Serves an application while the body runs; yields its address. Raises `UserError` if the port cannot be had."""
+    app.middlewares.insert(0, behind(settings.proxies))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.limits.drain)
     await runner.setup()
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from model.config import PRESETS
 from model.errors import UserError
@@ -91,6 +92,7 @@ def test_limits_that_are_none_are_refused_in_a_line(text: str | None, problem: s
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 is open to the network"),
         ({"origins": ["example.com"]}, "--origin example.com: write it as https://example.com"),
         ({"origins": ["https://example.com/"]}, "without a path"),
+        ({"proxies": ["example.com"]}, "--proxy example.com: write the address"),
         ({"ice_servers": ["turn:a:1"]}, "--ice-server turn:a:1"),
         ({"ice_servers": ["http://a"]}, "--ice-server http://a"),
         ({"portraits": Path("missing")}, "--portraits missing is no folder"),
@@ -101,6 +103,22 @@ def test_what_cannot_be_or_is_not_safe_is_refused(options: dict[str, Any], probl
     with pytest.raises(UserError, match=problem) as error:
         checked(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("proxies", "seen"), [(["127.0.0.1"], "2.2.2.2"), (["10.0.0.1"], "127.0.0.1")])
+def test_a_proxy_says_where_a_request_comes_from_and_nobody_else(proxies: list[str], seen: str) -> None:
+    async def remote(request: web.Request) -> web.Response:
+        return web.Response(text=request.remote)
+
+    async def test() -> None:
+        app = web.Application()
+        app.router.add_get("/", remote)
+        async with server.listening(app, checked(proxies=proxies)) as url, aiohttp.ClientSession() as client:
+            headers = {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"}  # the first is what the client says
+            assert await (await client.get(url, headers=headers)).text() == seen
+            assert await (await client.get(url)).text() == "127.0.0.1"
+
+    run(test())
 
 
 def test_an_open_server_without_a_token_does_not_start(
