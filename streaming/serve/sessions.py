@@ -14,6 +14,7 @@ import math
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from streaming.serve.messages import SessionOptions
 from streaming.serve.session import Session, on_event
 
 KEPT = 24 * 3600  # seconds for which a session that nobody closed can be resumed
+REMEMBERED = 1000  # sessions that have ended
 TIDIED = 3600  # seconds after which files of sessions are looked through that nobody has resumed
 _ID = re.compile(r"[A-Za-z0-9_-]{16}")
 
@@ -91,6 +93,7 @@ class Sessions:
         self.on_end: Callable[[Session], None] = lambda _: None
         self._free, self._folder = list(pipelines), folder
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = deque[tuple[str, str]](maxlen=REMEMBERED)  # the last ones: id, and hash of the key
         self._tidied = -math.inf  # when files were looked through
         self._resuming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of those being resumed
 
@@ -209,6 +212,7 @@ class Sessions:
             await session.run()
         finally:
             del self.open[session.id]
+            self._ended.append((session.id, _hash(session.key)))
             self._free.append(pipeline)
             self.on_end(session)
             log.info("session %s ends: %s", session.id, session.ended, extra={"session": session.id})
@@ -216,11 +220,14 @@ class Sessions:
     # --- Find, keep, end ---------------------------------------------------------------------------------------------
 
     def find(self, identifier: str, key: str) -> Session:
-        """The open session with this id and key. Raises `RefusedError`, the same for either being wrong."""
+        """The open session with this id and key. Raises `RefusedError`, the same for either being wrong.
+
+        Whoever has the key of one that ended lately learns that it is no longer there.
+        """
         session = self.open.get(identifier)
         expected = session.key if session else secrets.token_urlsafe(32)  # takes as long for an id that is unknown
         if not hmac.compare_digest(expected.encode(), key.encode()) or session is None:
-            raise RefusedError("unauthorised")
+            raise RefusedError("not_found" if (identifier, _hash(key)) in self._ended else "unauthorised")
         return session
 
     async def snapshot(self, session: Session) -> int:
