@@ -316,7 +316,7 @@ def serve(
     quiet = quiet or not _leads()
     with stage("starting", quiet):
         try:
-            from streaming.serve.server import Settings, run, warm
+            from streaming.serve.server import Settings, check_port, run, warm
         except ModuleNotFoundError as error:
             raise UserError(f"serve needs the package {error.name}: pip install 'flashtalk-triton[live]'") from error
         from streaming.pipeline import TalkingHeadPipeline
@@ -336,11 +336,13 @@ def serve(
         log_json=log_json,
         environment=os.environ,
     )
+    if _leads():
+        check_port(host, port)
     pipelines: list[TalkingHeadPipeline] = []
     for _ in range(sessions):
         if pipelines:
             with stage("generating a first chunk", quiet):  # so that the next pipeline sees what memory is left
-                warm(pipelines[-1])
+                warm(pipelines[-1], settings.limits)
         with stage("loading the models", quiet):
             pipeline = TalkingHeadPipeline.from_pretrained(
                 checkpoint or preset or "tiny",
@@ -362,7 +364,7 @@ def serve(
         return
     with first.leading():
         with stage("generating a first chunk", quiet):
-            warm(pipelines[-1])
+            warm(pipelines[-1], settings.limits)
         if checkpoint is None:
             print(_limits_of(str(first.settings["preset"])), file=sys.stderr)
         run(pipelines, settings)

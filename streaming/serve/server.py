@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -119,11 +120,30 @@ def _ice_server(url: str, turn: str) -> RTCIceServer:
     return RTCIceServer(url, user, password)
 
 
-def warm(pipeline: Pipeline) -> None:
-    """Generates a chunk, so that the first session does not wait for compilers."""
+def warm(pipeline: Pipeline, limits: Limits) -> None:
+    """Generates a chunk, so that the first session does not wait for compilers.
+
+    Raises `UserError` if sessions cannot have these limits.
+    """
     chunk = pipeline.config.chunk
+    if limits.queue < (least := 2 * chunk.new_frames / chunk.tgt_fps):
+        raise UserError(f"--limits: queue = {limits.queue:g}: write {least:g} seconds, two chunks, or more")
     with pipeline.live(np.full((chunk.height, chunk.width, 3), 128, np.uint8)) as session:
         next(session.moments())
+
+
+def check_port(host: str, port: int) -> None:
+    """Finds out before networks are loaded that the port cannot be had. Raises `UserError`."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+            one.bind((host, port))
+    except OSError as error:
+        raise _no_port(host, port, error) from error
+
+
+def _no_port(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--host {host} --port {port} cannot be listened at ({error.strerror}); name others")
 
 
 def run(pipelines: Sequence[Pipeline], settings: Settings) -> None:
@@ -177,8 +197,7 @@ async def listening(app: web.Application, settings: Settings) -> AsyncIterator[s
         try:
             await site.start()
         except OSError as error:
-            reason = f"--host {settings.host} --port {settings.port} cannot be listened at ({error.strerror})"
-            raise UserError(f"{reason}; name others") from error
+            raise _no_port(settings.host, settings.port, error) from error
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
         yield f"http://{shown}:{port}"

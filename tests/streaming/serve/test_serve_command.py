@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from model.config import PRESETS
 from model.errors import UserError
+from streaming.pipeline import TalkingHeadPipeline
 from streaming.ranks import environments
 from streaming.serve import server
 from streaming.serve.limits import Limits
@@ -20,7 +22,7 @@ from streaming.serve.server import JsonLines, Settings
 from tests.processes import Interpreter, Process
 from tests.streaming import command
 from tests.streaming.live.stage import LETTERS
-from tests.streaming.serve.kit import bearing, eventually, form, run
+from tests.streaming.serve.kit import NumberedPipeline, bearing, eventually, form, run
 
 
 def checked(**options: Any) -> Settings:
@@ -128,6 +130,24 @@ def test_an_open_server_without_a_token_does_not_start(
     assert command.call(monkeypatch, "serve", "--host", "0.0.0.0") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "set $FLASHTALK_TOKEN" in line
+
+
+def test_a_port_that_is_taken_is_found_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(TalkingHeadPipeline, "from_pretrained")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command.call(monkeypatch, "serve", "--port", str(port), "--quiet") == 2
+    problem = f"--host 127.0.0.1 --port {port} cannot be listened at (Address already in use)"
+    assert capsys.readouterr().err == f"error: {problem}; name others\n"
+
+
+def test_a_queue_that_no_session_can_have_ends_the_start() -> None:
+    pipeline: Any = NumberedPipeline()
+    with pytest.raises(UserError, match=r"--limits: queue = 1: write 2.24 seconds, two chunks, or more"):
+        server.warm(pipeline, Limits(queue=1.0))
+    server.warm(pipeline, Limits(queue=2.24))
 
 
 def test_ranks_serve_one_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
