@@ -11,8 +11,8 @@ from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 from streaming.serve.app import SEND_BUFFER
 from streaming.serve.errors import CODES, RefusedError
 from streaming.serve.limits import Limits
-from streaming.serve.messages import MEDIA, MOMENTS, PROTOCOL, Bye, Ready, decode_from_server, encode, unpack
-from streaming.serve.socket import FAREWELL
+from streaming.serve.messages import MEDIA, MOMENTS, Bye, Ready, decode_from_server, encode, unpack
+from streaming.serve.socket import FAREWELL, websocket
 
 FOR = "X-Forwarded-For"
 FRONT = "X-Flashtalk-Front"  # has the token, so that only the front is believed about where a request comes from
@@ -89,13 +89,7 @@ class Relay:
         self.seen: int | None = None
         self.ended = False
         self._upstream = upstream
-        self._socket = web.WebSocketResponse(
-            protocols=(PROTOCOL,),
-            heartbeat=limits.heartbeat,
-            timeout=FAREWELL,
-            max_msg_size=limits.message_bytes,
-            compress=False,
-        )
+        self._socket = websocket(limits)
         self._dead = asyncio.Event()
 
     @classmethod
