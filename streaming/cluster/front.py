@@ -65,6 +65,7 @@ class Front:
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
                 web.post("/v1/sessions", self._create),
+                web.get("/v1/sessions", self._list),
                 web.post(one + "/resume", self._resume),
                 web.get(one + "/ws", self._socket),
                 web.route("*", one, self._sticky),
@@ -120,6 +121,21 @@ class Front:
         self._check_room()
         body = await read_all(request.content, self._limits.portrait_bytes + OPTIONS_BYTES + FORM, "the form")
         return await self._begin(request, request.path_qs, body, None)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        """For operators: what is open on all replicas."""
+        self._access.check_token(request.headers, request.remote or "")
+        lists = await asyncio.gather(*(self._listed(replica) for replica in self.placement.replicas.values()))
+        return web.json_response({"sessions": [session for sessions in lists for session in sessions]})
+
+    async def _listed(self, replica: Replica) -> list[dict[str, Any]]:
+        headers, timeout = {"Authorization": f"Bearer {self._access.token}"}, aiohttp.ClientTimeout(PROBE)
+        try:
+            async with self._client.get(replica.url + "/v1/sessions", headers=headers, timeout=timeout) as answer:
+                return (await answer.json())["sessions"]
+        except UNREACHABLE:
+            await self._lives(replica)
+            return []
 
     async def _resume(self, request: web.Request) -> web.StreamResponse:
         """Where the session is, if its replica lives, which knows best whether it can be resumed; else anywhere."""

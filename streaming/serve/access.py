@@ -20,7 +20,7 @@ class Access:
     """Checks requests. Tokens, keys and tickets are compared in constant time, and never written to a log.
 
     Attributes:
-        token: allows to begin sessions. A session's own key allows everything with that session.
+        token: allows sessions to be begun, listed and ended. A session's own key allows everything with that session.
     """
 
     def __init__(self, token: str, origins: Collection[str], limits: Limits) -> None:
@@ -46,8 +46,12 @@ class Access:
     def check_token(self, headers: Mapping[str, str], address: str) -> None:
         """Raises `RefusedError` unless the token comes with the request."""
         with self.trying(address):
-            if not hmac.compare_digest(bearer(headers).encode(), self.token.encode()):
+            if not self.is_token(bearer(headers)):
                 raise RefusedError("unauthorised")
+
+    def is_token(self, secret: str) -> bool:
+        """Whether this is the token; to be asked within `trying`."""
+        return hmac.compare_digest(secret.encode(), self.token.encode())
 
     @contextmanager
     def trying(self, address: str) -> Iterator[None]:

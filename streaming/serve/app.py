@@ -77,6 +77,7 @@ class Server:
             web.get("/v1/portraits", self._list_portraits),
             web.get("/v1/portraits/{name}", self._portrait),
             web.post("/v1/sessions", self._create),
+            web.get("/v1/sessions", self._list),
             web.get(one, self._show),
             web.delete(one, self._delete),
             web.post(one + "/resume", self._resume),
@@ -160,12 +161,22 @@ class Server:
         ready = msgspec.to_builtins(session.ready())
         return {name: ready[name] for name in ("width", "height", "fps", "rate", "position", "mime", "limits")}
 
+    async def _list(self, request: web.Request) -> web.Response:
+        """For operators: what is open."""
+        self._access.check_token(request.headers, request.remote or "")
+        return web.json_response({"sessions": [_listed(session) for session in self._sessions.open.values()]})
+
     async def _show(self, request: web.Request) -> web.Response:
         session = self._session(request)
         return web.json_response(self._facts(session) | {"stats": msgspec.to_builtins(session.figures())})
 
     async def _delete(self, request: web.Request) -> web.Response:
-        await self._sessions.close(self._session(request))
+        """By whoever has the session's key, or by an operator, who has the token."""
+        secret, identifier = bearer(request.headers), request.match_info["id"]
+        with self._access.trying(request.remote or ""):
+            by_operator = self._access.is_token(secret)
+            session = self._sessions.there(identifier) if by_operator else self._sessions.find(identifier, secret)
+        await self._sessions.close(session)
         return web.Response(status=204)
 
     async def _audio(self, request: web.Request) -> web.Response:
@@ -198,9 +209,7 @@ class Server:
         if ticket := request.query.get("ticket"):
             with self._access.trying(request.remote or ""):
                 self._access.use_ticket(identifier, ticket)
-            session = self._sessions.open.get(identifier)
-            if session is None:
-                raise RefusedError("not_found")
+            session = self._sessions.there(identifier)
         else:
             session = self._session(request)
         keep_short(request)
@@ -287,6 +296,16 @@ class Server:
     async def _end(self, _app: web.Application) -> None:
         await self._sessions.drain()
         await asyncio.gather(*(peer.end() for _, peer in list(self._peers.values())))
+
+
+def _listed(session: Session) -> dict[str, Any]:
+    return {
+        "id": session.id,
+        "state": str(session.live.state),
+        "position": session.live.position,
+        "viewers": len(session.broadcast.viewers),
+        "seconds": round(time.monotonic() - session.begun),
+    }
 
 
 def keep_short(request: web.Request) -> None:

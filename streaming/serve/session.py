@@ -59,6 +59,7 @@ class Session:
         live: what generates.
         broadcast: what viewers get.
         listeners: who hear of it.
+        begun: when it began here, by the monotonic clock.
         ended: why it ended, once it has.
         interrupts: how often speech was interrupted.
     """
@@ -99,7 +100,7 @@ class Session:
         self.interrupts = self._connections = 0
         self._speaker: object | None = None
         self._now = time.monotonic
-        self._attended = self._heard = self._now()
+        self.begun = self._attended = self._heard = self._now()
         self._positions = deque([(self._now(), live.position)], maxlen=MEASURED + 1)  # of the last seconds
         self._done = asyncio.Event()
 

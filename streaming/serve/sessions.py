@@ -219,6 +219,12 @@ class Sessions:
 
     # --- Find, keep, end ---------------------------------------------------------------------------------------------
 
+    def there(self, identifier: str) -> Session:
+        """The open session with this id, for whoever needs no key. Raises `RefusedError` if there is none."""
+        if identifier not in self.open:
+            raise RefusedError("not_found")
+        return self.open[identifier]
+
     def find(self, identifier: str, key: str) -> Session:
         """The open session with this id and key. Raises `RefusedError`, the same for either being wrong.
 

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from streaming.serve.messages import Bye, PlaybackFinishedMessage, Ready, unpack
-from tests.streaming.cluster.kit import clustered
+from tests.streaming.cluster.kit import Clustered, clustered
 from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech
 
 
@@ -31,6 +31,26 @@ def test_every_request_finds_its_session(tmp_path: Path) -> None:
             response = await cluster.client.delete(f"/v1/sessions/{one['id']}", headers=bearing(one["key"]))
             assert response.status == 204
             assert list(cluster.of(other).sessions.open) == [other["id"]]
+
+    run(test())
+
+
+def test_an_operator_sees_and_ends_the_sessions_of_all_replicas(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with clustered(tmp_path, 1, 1) as cluster:
+            one, other = await cluster.create(), await cluster.create()
+            assert await listed(cluster) == {one["id"], other["id"]}
+            response = await cluster.client.delete(f"/v1/sessions/{one['id']}", headers=bearing(TOKEN))
+            assert response.status == 204
+            assert await listed(cluster) == {other["id"]}
+            there = cluster.front.placement.owner(other["id"])
+            assert there is not None
+            there.url = "http://127.0.0.1:9"  # nobody answers there
+            assert await listed(cluster) == set()
+
+    async def listed(cluster: Clustered) -> set[str]:
+        response = await cluster.client.get("/v1/sessions", headers=bearing(TOKEN))
+        return {session["id"] for session in (await response.json())["sessions"]}
 
     run(test())
 

@@ -101,6 +101,24 @@ def test_a_session_is_begun_shown_and_ended() -> None:
     run(test())
 
 
+def test_an_operator_sees_and_ends_sessions_without_their_keys() -> None:
+    async def test() -> None:
+        async with serving(sessions=2) as serve:
+            facts, other = await serve.create(), await serve.create()
+            assert (await serve.client.get("/v1/sessions", headers=bearing(facts["key"]))).status == 401
+            response = await serve.client.get("/v1/sessions", headers=bearing(TOKEN))
+            one, two = (await response.json())["sessions"]
+            assert [one["id"], two["id"]] == [facts["id"], other["id"]]
+            assert (one["state"], one["viewers"]) == ("idle", 0)
+            assert set(one) == {"id", "state", "position", "viewers", "seconds"}
+            for status in (204, 404):
+                response = await serve.client.delete(f"/v1/sessions/{facts['id']}", headers=bearing(TOKEN))
+                assert response.status == status
+            assert list(serve.sessions.open) == [other["id"]]
+
+    run(test())
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_portraits_are_taken_by_their_content(kind: str) -> None:
     async def test() -> None:
