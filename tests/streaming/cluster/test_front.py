@@ -7,9 +7,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from streaming.cluster import relay
 from streaming.serve.messages import Bye, PlaybackFinishedMessage, Ready, unpack
 from tests.streaming.cluster.kit import Clustered, clustered
-from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech
+from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech, wav
 
 
 def test_every_request_finds_its_session(tmp_path: Path) -> None:
@@ -179,6 +180,23 @@ def test_a_client_that_goes_away_leaves_its_replica(tmp_path: Path) -> None:
                 await eventually(lambda: not session.broadcast.viewers)
             assert not cluster.front._relays
 
+    run(test())
+
+
+def test_a_recording_ends_when_its_sender_has_gone_from_the_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with clustered(tmp_path, 1, queue=3.0) as cluster:
+            facts = await cluster.create()
+            session = cluster.replicas[0].sessions.open[facts["id"]]
+            saying = asyncio.create_task(cluster.post(facts, "audio", data=wav(60)))
+            await eventually(lambda: session.live.stats()["queued_frames"] >= 70)
+            saying.cancel()  # which closes its connection
+            await eventually(lambda: not session._connections)
+            assert session._speaker is None
+
+    monkeypatch.setattr(relay, "LOOK", 0.05)
     run(test())
 
 

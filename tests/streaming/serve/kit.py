@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
+import soundfile
 from aiohttp import ClientWebSocketResponse, FormData, TCPConnector, WSMsgType
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import BaseRunner
@@ -274,6 +275,13 @@ class Talk:
 def speech(seconds: float, rate: int = 16000) -> NDArray[np.int16]:
     """A tone of 440 Hz."""
     return (12000 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.int16)
+
+
+def wav(seconds: float, rate: int = 16_000) -> bytes:
+    """A WAV file of that tone."""
+    data = io.BytesIO()
+    soundfile.write(data, speech(seconds), rate, format="WAV", subtype="PCM_16")
+    return data.getvalue()
 
 
 async def eventually(condition: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> None:

@@ -11,23 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 from aiohttp import FormData
 from PIL import Image
 
 from streaming.serve import uploads
-from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech
+from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech, wav
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", size, (200, 120, 90)).save(data, kind)
-    return data.getvalue()
-
-
-def wav(seconds: float, rate: int = 16_000) -> bytes:
-    data = io.BytesIO()
-    soundfile.write(data, speech(seconds), rate, format="WAV", subtype="PCM_16")
     return data.getvalue()
 
 
