@@ -36,6 +36,7 @@ try:
         PrecisionOption,
         PresetOption,
         PromptOption,
+        ProxyOption,
         QuietOption,
         RandomWeightsOption,
         ReportOption,
@@ -292,6 +293,7 @@ def serve(
         Path | None, typer.Option(help="Keep sessions there, so that they can be resumed after the server has ended.")
     ] = None,
     origin: OriginOption = None,
+    proxy: ProxyOption = None,
     ice_server: IceServerOption = None,
     log_json: LogJsonOption = False,
     preset: PresetOption = None,
@@ -314,7 +316,7 @@ def serve(
     quiet = quiet or not _leads()
     with stage("starting", quiet):
         try:
-            from streaming.serve.server import Settings, run, warm
+            from streaming.serve.server import Settings, check_port, run, warm
         except ModuleNotFoundError as error:
             raise UserError(f"serve needs the package {error.name}: pip install 'flashtalk-triton[live]'") from error
         from streaming.pipeline import TalkingHeadPipeline
@@ -329,15 +331,18 @@ def serve(
         portraits=portraits,
         snapshots=snapshots,
         origins=origin or [],
+        proxies=proxy or [],
         ice_servers=ice_server or [],
         log_json=log_json,
         environment=os.environ,
     )
+    if _leads():
+        check_port(host, port)
     pipelines: list[TalkingHeadPipeline] = []
     for _ in range(sessions):
         if pipelines:
             with stage("generating a first chunk", quiet):  # so that the next pipeline sees what memory is left
-                warm(pipelines[-1])
+                warm(pipelines[-1], settings.limits)
         with stage("loading the models", quiet):
             pipeline = TalkingHeadPipeline.from_pretrained(
                 checkpoint or preset or "tiny",
@@ -353,13 +358,13 @@ def serve(
         pipelines.append(pipeline)
     first = pipelines[0]
     if first.follows:
-        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all; rank 0 decides when it is over
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all ranks get them; rank 0 decides what ends
             signal.signal(number, signal.SIG_IGN)
         first.follow()
         return
     with first.leading():
         with stage("generating a first chunk", quiet):
-            warm(pipelines[-1])
+            warm(pipelines[-1], settings.limits)
         if checkpoint is None:
             print(_limits_of(str(first.settings["preset"])), file=sys.stderr)
         run(pipelines, settings)
@@ -404,6 +409,7 @@ def cluster(
     limits: LimitsOption = None,
     portraits: PortraitsOption = None,
     origin: OriginOption = None,
+    proxy: ProxyOption = None,
     ice_server: IceServerOption = None,
     log_json: LogJsonOption = False,
     preset: PresetOption = None,
@@ -443,6 +449,7 @@ def cluster(
         portraits=portraits,
         snapshots=snapshots.absolute(),
         origins=origin or [],
+        proxies=proxy or [],
         ice_servers=ice_server or [],
         log_json=log_json,
         environment=os.environ,

@@ -100,6 +100,10 @@ OriginOption = Annotated[
     list[str] | None,
     typer.Option(help="Site whose pages may use the API, such as https://example.com; repeatable."),
 ]
+ProxyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Address of a reverse proxy, whose X-Forwarded-For says where requests come from; repeatable."),
+]
 IceServerOption = Annotated[
     list[str] | None,
     typer.Option(help="stun: or turn: address; repeatable. $FLASHTALK_TURN has USER:PASSWORD of turn servers."),

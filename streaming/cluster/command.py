@@ -77,7 +77,7 @@ async def _serve(load: Load, size: Size, settings: Settings, host: str, overcomm
         own = f"http://{host}:{url.rpartition(':')[2]}"
         async with _replicas(load, size, settings, own, ended):
             if not ended.is_set():
-                print(f"The page is {url}/#token={settings.token}", flush=True)
+                print(settings.page(url), flush=True)
             await ended.wait()
             log.info("ending: %d replicas keep their sessions", len(front.placement.replicas))
             front.draining = True

@@ -24,6 +24,7 @@ from streaming.cluster.scaling import Size, by_sessions
 from streaming.pipeline import TalkingHeadPipeline
 from streaming.ranks import check_sessions
 from streaming.serve.access import is_loopback
+from streaming.serve.limits import Limits
 from streaming.serve.server import Settings, log_to_stderr, warm
 
 
@@ -34,9 +35,9 @@ class Worker:
         """Loads the networks, and serves once they are warm."""
         log_to_stderr(settings.log_json)
         self._stack = AsyncExitStack()
-        pipelines = await asyncio.to_thread(self._stack.enter_context, _loaded(load, size))
+        pipelines = await asyncio.to_thread(self._stack.enter_context, _loaded(load, size, settings.limits))
         host = settings.host if is_loopback(settings.host) else get_node_ip_address()
-        self._replica = Replica(pipelines, replace(settings, host=host, port=0), front)
+        self._replica = Replica(pipelines, replace(settings, host=host, port=0, proxies=()), front)
         await self._stack.enter_async_context(self._replica.running())
         self._client = await self._stack.enter_async_context(aiohttp.ClientSession())
 
@@ -56,13 +57,13 @@ class Worker:
 
 
 @contextmanager
-def _loaded(load: Load, size: Size) -> Iterator[list[TalkingHeadPipeline]]:
+def _loaded(load: Load, size: Size, limits: Limits) -> Iterator[list[TalkingHeadPipeline]]:
     """A pipeline for each session, warm; with several ranks, those follow while the body runs."""
     with ExitStack() as stack:
         pipelines: list[TalkingHeadPipeline] = []
         for _ in range(size.sessions):
             pipelines.append(stack.enter_context(leading(load, size.ranks)) if size.ranks > 1 else load())
-            warm(pipelines[-1])  # so that the next one sees what memory is left
+            warm(pipelines[-1], limits)  # so that the next one sees what memory is left
         yield pipelines
 
 

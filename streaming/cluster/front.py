@@ -20,7 +20,7 @@ from yarl import URL
 from streaming.cluster.placement import EVERY, Placement, Replica, Report
 from streaming.cluster.relay import Relay, client, end_to_end, forward, headers_for
 from streaming.serve.access import REMEMBERED, Access
-from streaming.serve.answers import answering
+from streaming.serve.answers import answering, with_headers
 from streaming.serve.app import OPTIONS_BYTES, keep_short
 from streaming.serve.errors import RefusedError
 from streaming.serve.limits import Limits
@@ -55,6 +55,7 @@ class Front:
         self._count_metrics()
         answers = answering(access, lambda code: self._refused.labels(code).inc())
         self.app = web.Application(middlewares=[answers], client_max_size=limits.recording_bytes)
+        self.app.on_response_prepare.append(with_headers(access))
         one = "/v1/sessions/{id}"
         self.app.router.add_routes(
             [
@@ -64,6 +65,7 @@ class Front:
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
                 web.post("/v1/sessions", self._create),
+                web.get("/v1/sessions", self._list),
                 web.post(one + "/resume", self._resume),
                 web.get(one + "/ws", self._socket),
                 web.route("*", one, self._sticky),
@@ -120,6 +122,21 @@ class Front:
         body = await read_all(request.content, self._limits.portrait_bytes + OPTIONS_BYTES + FORM, "the form")
         return await self._begin(request, request.path_qs, body, None)
 
+    async def _list(self, request: web.Request) -> web.Response:
+        """For operators: what is open on all replicas."""
+        self._access.check_token(request.headers, request.remote or "")
+        lists = await asyncio.gather(*(self._listed(replica) for replica in self.placement.replicas.values()))
+        return web.json_response({"sessions": [session for sessions in lists for session in sessions]})
+
+    async def _listed(self, replica: Replica) -> list[dict[str, Any]]:
+        headers, timeout = {"Authorization": f"Bearer {self._access.token}"}, aiohttp.ClientTimeout(PROBE)
+        try:
+            async with self._client.get(replica.url + "/v1/sessions", headers=headers, timeout=timeout) as answer:
+                return (await answer.json())["sessions"]
+        except UNREACHABLE:
+            await self._lives(replica)
+            return []
+
     async def _resume(self, request: web.Request) -> web.StreamResponse:
         """Where the session is, if its replica lives, which knows best whether it can be resumed; else anywhere."""
         session, path = request.match_info["id"], request.path_qs
@@ -162,7 +179,7 @@ class Front:
         headers, timeout = headers_for(request, self._access.token), aiohttp.ClientTimeout(BEGIN)
         async with self._client.post(replica.url + path, data=body, headers=headers, timeout=timeout) as answer:
             content = await answer.read()
-        if answer.status == 201:
+        if answer.status in (200, 201):
             session = json.loads(content)["id"]
             self.placement.opened(session, replica)
             self._seen.pop(session, None)

@@ -2,20 +2,21 @@
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 
 import aiohttp
-from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
+from aiohttp import ClientResponse, ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 
 from streaming.serve.app import SEND_BUFFER
 from streaming.serve.errors import CODES, RefusedError
 from streaming.serve.limits import Limits
-from streaming.serve.messages import MEDIA, MOMENTS, PROTOCOL, Bye, Ready, decode_from_server, encode, unpack
-from streaming.serve.socket import FAREWELL
+from streaming.serve.messages import MEDIA, MOMENTS, Bye, Ready, decode_from_server, encode, unpack
+from streaming.serve.socket import FAREWELL, websocket
 
 FOR = "X-Forwarded-For"
 FRONT = "X-Flashtalk-Front"  # has the token, so that only the front is believed about where a request comes from
+LOOK = 1.0  # seconds after which the front looks whether a client that waits for an answer is still there
 CONNECT = 2.0  # seconds in which a replica accepts a connection
 _HOP = {"connection", "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
 _SOCKET = {f"sec-websocket-{part}" for part in ("key", "version", "protocol", "extensions")}
@@ -54,9 +55,8 @@ async def forward(
     """
     data = body if body is not None else request.content if request.can_read_body else None
     headers = headers_for(request, token)
-    async with asks.request(
-        request.method, url + request.path_qs, headers=headers, data=data, allow_redirects=False
-    ) as answer:
+    asking = asks.request(request.method, url + request.path_qs, headers=headers, data=data, allow_redirects=False)
+    async with await unless_gone(request, asking) as answer:
         response = web.StreamResponse(status=answer.status, headers=end_to_end(answer.headers))
         await response.prepare(request)
         try:
@@ -69,6 +69,18 @@ async def forward(
             if request.transport:
                 request.transport.abort()  # so that the client knows that this is not the end
         return response
+
+
+async def unless_gone(request: web.Request, asking: Awaitable[ClientResponse]) -> ClientResponse:
+    """A replica's answer. Gives up, which the replica sees, when the client has gone, which nobody tells a handler."""
+    answering = asyncio.ensure_future(asking)
+    try:
+        while not (await asyncio.wait({answering}, timeout=LOOK))[0]:
+            if request.transport is None:
+                raise RefusedError("bad_request", "the client has gone")
+        return answering.result()
+    finally:
+        answering.cancel()
 
 
 def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
@@ -89,13 +101,7 @@ class Relay:
         self.seen: int | None = None
         self.ended = False
         self._upstream = upstream
-        self._socket = web.WebSocketResponse(
-            protocols=(PROTOCOL,),
-            heartbeat=limits.heartbeat,
-            timeout=FAREWELL,
-            max_msg_size=limits.message_bytes,
-            compress=False,
-        )
+        self._socket = websocket(limits)
         self._dead = asyncio.Event()
 
     @classmethod

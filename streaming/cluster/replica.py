@@ -56,7 +56,7 @@ class Replica:
     @property
     def report(self) -> Report:
         """What the front has to know now."""
-        chunks = [session.live.stats()["chunk"]["p50_s"] for session in self.sessions.open.values()]
+        chunks = [session.live.stats(("chunk",))["chunk"]["p50_s"] for session in self.sessions.open.values()]
         fits = fitting(self.sessions.capacity, chunks, self._chunk.new_frames / self._chunk.tgt_fps)
         open_now, draining = list(self.sessions.open), self.sessions.draining
         return Report(self._name, self.url, self.sessions.capacity, fits, open_now, draining)

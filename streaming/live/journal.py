@@ -7,6 +7,8 @@ follows it, which is a new file, so that a kill between the two loses nothing: a
 The operating system keeps what was written if the process is killed, not if the machine loses power.
 """
 
+import errno
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -61,23 +63,26 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Writes nothing before the first `rotate`."""
-        self._path, self._file, self._number = path, None, 0
+        self._path, self._file = path, None
+        self._number = self._oldest = 0  # of the files that there are
 
     _file: FileIO | None
 
     def rotate(self) -> int:
         """Begins a new file, whose number a snapshot of this moment has to name."""
         self.close()
-        self._number = 1 + max([self._number, *_numbers(self._path)])
+        if not self._number and (there := _numbers(self._path)):  # later ones are all this journal's
+            self._oldest, self._number = min(there), max(there)
+        self._number += 1
         self._file = FileIO(_name(self._path, self._number), "x")
         return self._number
 
     def forget(self, number: int) -> None:
         """Removes the files before this one, once no snapshot names them any more."""
-        for old in _numbers(self._path):
-            if old < number:
-                with suppress(OSError):
-                    _name(self._path, old).unlink()
+        for old in range(self._oldest, number):
+            with suppress(OSError):
+                _name(self._path, old).unlink()
+        self._oldest = number
 
     def note(self, record: Record) -> None:
         """Writes what has happened. Raises `OSError` if it cannot be written."""
@@ -98,8 +103,12 @@ class Journal:
     def _write(
         self, kind: int, dtype: int = 0, channels: int = 0, rate: int = 0, number: int = 0, body: bytes = b""
     ) -> None:
-        if self._file is not None:
-            self._file.write(_RECORD.pack(kind, dtype, channels, rate, number, len(body)) + body)
+        if self._file is None:
+            return
+        data = _RECORD.pack(kind, dtype, channels, rate, number, len(body)) + body
+        if self._file.write(data) < len(data):  # which is all that a full disk says
+            self.close()  # nothing may follow the part that was written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Closes the file."""
@@ -131,8 +140,14 @@ def _parsed(data: memoryview) -> Iterator[Record]:
         if kind == _SOUND:
             pcm = np.frombuffer(body, _DTYPES[dtype])
             yield Sound(pcm.reshape(-1, channels) if channels else pcm, rate, None if number == _ANY else number)
+        elif kind == _END:
+            yield End()
+        elif kind == _TAKEN:
+            yield Taken(number)
+        elif kind == _INTERRUPT:
+            yield Interrupt(number)
         else:
-            yield End() if kind == _END else Taken(number) if kind == _TAKEN else Interrupt(number)
+            return
 
 
 def replay(director: Director, happened: Iterable[Record], position: int | None, now: float) -> None:

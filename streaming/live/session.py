@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from streaming.live.director import Director, Work
 from streaming.live.journal import End, Interrupt, Journal, Record, Sound, Taken
 from streaming.live.snapshot import Identity, save, snapshot_of
 from streaming.live.states import State
+from streaming.live.stats import Stats
 from streaming.live.timeline import Event, Moment, PlaybackFinished
 
 
@@ -217,8 +218,11 @@ class LiveSession:
         """Number of the next segment, if it is not given another one."""
         return self._director.voice.next_number
 
-    def stats(self) -> dict[str, Any]:
-        """What was counted and measured, as JSON values; what waits now, and whether generation lags."""
+    def stats(self, latencies: Collection[str] = Stats.LATENCIES) -> dict[str, Any]:
+        """What was counted and measured, as JSON values; what waits now, and whether generation lags.
+
+        The session stands still while `latencies` are summed up, so whoever asks often should name few.
+        """
         with self._changed:
             director = self._director
             return {
@@ -228,7 +232,7 @@ class LiveSession:
                 "queued_frames": len(director.voice.frames),
                 "made_frames": len(director.made),
                 "quality": director.quality.index,
-            } | director.stats.summary()
+            } | director.stats.summary(latencies)
 
     def snapshot(self, path: str | Path) -> None:
         """Writes the session into a file, whole or not at all. Raises `UserError` if it cannot be written."""

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ class Latency:
 
     def summary(self) -> dict[str, Any]:
         """As JSON values: count, percentiles of the recent values, the longest, and the histogram of all."""
-        percentiles = {f"p{p}_s": percentile(self.recent, p) for p in (50, 95, 99)}
+        ordered = sorted(self.recent)
+        percentiles = {f"p{p}_s": percentile(ordered, p) for p in (50, 95, 99)}
         return {
             "count": sum(self.counts),
             **percentiles,
@@ -36,9 +37,9 @@ class Latency:
         }
 
 
-def percentile(values: Sequence[float] | deque[float], percent: int) -> float | None:
-    """The smallest value that so many percent of the values do not exceed; None of none."""
-    return sorted(values)[max(0, -(-percent * len(values) // 100) - 1)] if values else None
+def percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """The smallest of values in order that so many percent of them do not exceed; None of none."""
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)] if ordered else None
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Stats:
 
     LATENCIES = ("latency", "sound_to_frame", "silence_to_speech", "interrupt_to_speech", "begun_to_decoded", "chunk")
 
-    def summary(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        latencies = {name: getattr(self, name).summary() for name in self.LATENCIES}
-        return asdict(self.counts) | latencies | {"distance_lab": list(self.distance)}
+    def summary(self, latencies: Collection[str] = LATENCIES) -> dict[str, Any]:
+        """Counts, distances and these latencies as JSON values."""
+        measured = {name: getattr(self, name).summary() for name in latencies}
+        return asdict(self.counts) | measured | {"distance_lab": list(self.distance)}

@@ -5,7 +5,7 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from model.errors import UserError
@@ -20,7 +20,7 @@ class Access:
     """Checks requests. Tokens, keys and tickets are compared in constant time, and never written to a log.
 
     Attributes:
-        token: allows to begin sessions. A session's own key allows everything with that session.
+        token: allows sessions to be begun, listed and ended. A session's own key allows everything with that session.
     """
 
     def __init__(self, token: str, origins: Collection[str], limits: Limits) -> None:
@@ -34,8 +34,11 @@ class Access:
     def check_origin(self, headers: Mapping[str, str]) -> str | None:
         """The origin, if another site's page asks that may. Raises `RefusedError` if it may not."""
         origin = headers.get("Origin")
-        if origin is None or urlsplit(origin).netloc == headers.get("Host"):
+        if origin is None:
             return None
+        with suppress(ValueError):  # it may be no URL
+            if urlsplit(origin).netloc == headers.get("Host"):
+                return None
         if origin not in self._origins:
             raise RefusedError("forbidden_origin")
         return origin
@@ -43,8 +46,12 @@ class Access:
     def check_token(self, headers: Mapping[str, str], address: str) -> None:
         """Raises `RefusedError` unless the token comes with the request."""
         with self.trying(address):
-            if not hmac.compare_digest(bearer(headers).encode(), self.token.encode()):
+            if not self.is_token(bearer(headers)):
                 raise RefusedError("unauthorised")
+
+    def is_token(self, secret: str) -> bool:
+        """Whether this is the token; to be asked within `trying`."""
+        return hmac.compare_digest(secret.encode(), self.token.encode())
 
     @contextmanager
     def trying(self, address: str) -> Iterator[None]:
@@ -105,14 +112,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def token_for(host: str, chosen: str | None) -> str:
+def token_for(host: str, chosen: str) -> str:
     """The token of a server that listens at `host`: the chosen one, or a new one where only this machine reaches it.
 
     Raises `UserError` where others reach it and none, or a short one, was chosen.
     """
     if is_loopback(host):
         return chosen or secrets.token_urlsafe(24)
-    if chosen is None:
+    if not chosen:
         raise UserError(f"--host {host} is open to the network: set $FLASHTALK_TOKEN to a long random secret first")
     if len(chosen) < LEAST_TOKEN:
         raise UserError(f"$FLASHTALK_TOKEN has {len(chosen)} characters; --host {host} needs {LEAST_TOKEN} or more")

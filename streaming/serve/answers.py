@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -10,7 +11,7 @@ from aiohttp import web
 from streaming.serve.access import Access
 from streaming.serve.errors import RefusedError
 
-HEADERS = {
+_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; media-src 'self' blob: mediastream:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -31,6 +32,31 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger("flashtalk.serve")
 
 
+def behind(proxies: Collection[str]) -> Any:
+    """A middleware that takes the word of these proxies for the address that a request comes from."""
+
+    @web.middleware
+    async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        told = request.headers.get("X-Forwarded-For")
+        if told and request.remote in proxies:
+            request = request.clone(remote=told.rpartition(",")[2].strip())  # the last one is what the proxy has seen
+        return await handler(request)
+
+    return believe
+
+
+def with_headers(access: Access) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """For `on_response_prepare` of an application, which streams pass too: the headers of all answers."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(_HEADERS)
+        with suppress(RefusedError):
+            if other_site := access.check_origin(request.headers):
+                response.headers.update(_CORS | {"Access-Control-Allow-Origin": other_site, "Vary": "Origin"})
+
+    return add
+
+
 def answering(access: Access, on_refused: Callable[[str], None]) -> Any:
     """A middleware that checks where a request comes from, turns refusals into answers, and writes the log.
 
@@ -39,9 +65,9 @@ def answering(access: Access, on_refused: Callable[[str], None]) -> Any:
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-        begun, other_site = time.monotonic(), None
+        begun = time.monotonic()
         try:
-            other_site = access.check_origin(request.headers)
+            access.check_origin(request.headers)
             if request.method == "OPTIONS":
                 response: web.StreamResponse = web.Response(status=204)
             else:
@@ -54,10 +80,6 @@ def answering(access: Access, on_refused: Callable[[str], None]) -> Any:
         except Exception:
             log.exception("%s %s", request.method, request.path)
             response = refused(RefusedError("internal"))
-        if not response.prepared:
-            response.headers.update(HEADERS)
-            if other_site:
-                response.headers.update(_CORS | {"Access-Control-Allow-Origin": other_site, "Vary": "Origin"})
         if request.path not in _QUIET:
             took = round(time.monotonic() - begun, 3)
             extra = {"method": request.method, "path": request.path, "status": response.status, "seconds": took}

@@ -17,7 +17,7 @@ from aiortc import RTCIceServer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from streaming.serve.access import Access, bearer
-from streaming.serve.answers import HEADERS, answering
+from streaming.serve.answers import answering, with_headers
 from streaming.serve.errors import RefusedError
 from streaming.serve.messages import SessionOptions, decode_options
 from streaming.serve.metrics import Metrics
@@ -64,6 +64,7 @@ class Server:
         sessions.on_end = self.metrics.ended
         answers = answering(access, lambda code: self.metrics.refused.labels(code).inc())
         self.app = web.Application(middlewares=[answers], client_max_size=sessions.limits.recording_bytes)
+        self.app.on_response_prepare.append(with_headers(access))
         self.app.router.add_routes(self._routes())
         self.app.cleanup_ctx.append(self._sweeping)
         self.app.on_shutdown.append(self._end)
@@ -76,6 +77,7 @@ class Server:
             web.get("/v1/portraits", self._list_portraits),
             web.get("/v1/portraits/{name}", self._portrait),
             web.post("/v1/sessions", self._create),
+            web.get("/v1/sessions", self._list),
             web.get(one, self._show),
             web.delete(one, self._delete),
             web.post(one + "/resume", self._resume),
@@ -141,30 +143,40 @@ class Server:
         return self._begun(await self._sessions.create(portrait, options))
 
     async def _resume(self, request: web.Request) -> web.Response:
-        self._access.check_creation()
         position = request.query.get("position")
         if position is not None and not re.fullmatch("[0-9]{1,15}", position):
             raise RefusedError("bad_request", "position is the index of a moment")
         with self._access.trying(request.remote or ""):
             identifier, key = request.match_info["id"], bearer(request.headers)
-            session = await self._sessions.resume(identifier, key, None if position is None else int(position))
-        return self._begun(session)
+            moment, admit = None if position is None else int(position), self._access.check_creation
+            session, was_open = await self._sessions.resume(identifier, key, moment, admit)
+        return self._begun(session, 200 if was_open else 201)
 
-    def _begun(self, session: Session) -> web.Response:
+    def _begun(self, session: Session, status: int = 201) -> web.Response:
         ice = [{"urls": s.urls, "username": s.username, "credential": s.credential} for s in self._ice_servers]
         body = {"id": session.id, "key": session.key, "ice_servers": ice} | self._facts(session)
-        return web.json_response(body, status=201, headers={"Location": f"/v1/sessions/{session.id}"})
+        return web.json_response(body, status=status, headers={"Location": f"/v1/sessions/{session.id}"})
 
     def _facts(self, session: Session) -> dict[str, Any]:
         ready = msgspec.to_builtins(session.ready())
         return {name: ready[name] for name in ("width", "height", "fps", "rate", "position", "mime", "limits")}
+
+    async def _list(self, request: web.Request) -> web.Response:
+        """For operators: what is open."""
+        self._access.check_token(request.headers, request.remote or "")
+        return web.json_response({"sessions": [_listed(session) for session in self._sessions.open.values()]})
 
     async def _show(self, request: web.Request) -> web.Response:
         session = self._session(request)
         return web.json_response(self._facts(session) | {"stats": msgspec.to_builtins(session.figures())})
 
     async def _delete(self, request: web.Request) -> web.Response:
-        await self._sessions.close(self._session(request))
+        """By whoever has the session's key, or by an operator, who has the token."""
+        secret, identifier = bearer(request.headers), request.match_info["id"]
+        with self._access.trying(request.remote or ""):
+            by_operator = self._access.is_token(secret)
+            session = self._sessions.there(identifier) if by_operator else self._sessions.find(identifier, secret)
+        await self._sessions.close(session)
         return web.Response(status=204)
 
     async def _audio(self, request: web.Request) -> web.Response:
@@ -174,7 +186,7 @@ class Server:
         session.claim(speaker)
         session.attend()
         try:
-            segment, seconds = await say_recording(session, data)
+            segment, seconds = await say_recording(session, data, gone=lambda: request.transport is None)
         finally:
             session.leave()
             session.release(speaker)
@@ -197,9 +209,7 @@ class Server:
         if ticket := request.query.get("ticket"):
             with self._access.trying(request.remote or ""):
                 self._access.use_ticket(identifier, ticket)
-            session = self._sessions.open.get(identifier)
-            if session is None:
-                raise RefusedError("not_found")
+            session = self._sessions.there(identifier)
         else:
             session = self._session(request)
         keep_short(request)
@@ -213,7 +223,7 @@ class Server:
         keep_short(request)
         viewer = session.join("http")
         session.attend()
-        response = web.StreamResponse(headers={"Content-Type": "video/mp4"} | HEADERS)
+        response = web.StreamResponse(headers={"Content-Type": "video/mp4"})
         try:
             await response.prepare(request)
             await response.write(session.broadcast.header)
@@ -286,6 +296,16 @@ class Server:
     async def _end(self, _app: web.Application) -> None:
         await self._sessions.drain()
         await asyncio.gather(*(peer.end() for _, peer in list(self._peers.values())))
+
+
+def _listed(session: Session) -> dict[str, Any]:
+    return {
+        "id": session.id,
+        "state": str(session.live.state),
+        "position": session.live.position,
+        "viewers": len(session.broadcast.viewers),
+        "seconds": round(time.monotonic() - session.begun),
+    }
 
 
 def keep_short(request: web.Request) -> None:

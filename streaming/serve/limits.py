@@ -62,12 +62,12 @@ class Limits:
 
 
 class Bucket:
-    """Lets through so many events a second on average, and a burst of as many as fit in `capacity`."""
+    """Lets through so many events a second on average, and a burst of as many as fit in `capacity`, at least one."""
 
     def __init__(self, rate: float, capacity: float, now: Callable[[], float]) -> None:
         """`now` is the clock."""
-        self._rate, self._capacity, self._now = rate, capacity, now
-        self._level, self._at = capacity, now()
+        self._rate, self._capacity, self._now = rate, max(1.0, capacity), now
+        self._level, self._at = self._capacity, now()
 
     def take(self) -> bool:
         """Whether one more event may be."""

@@ -123,12 +123,12 @@ class Peer:
 
     def _changed(self) -> None:
         state = self._connection.connectionState
-        if state == "connected" and self._pump is None:
+        if state in ("failed", "closed") or self._viewer.closed:
+            self.end_soon()
+        elif state == "connected" and self._pump is None:
             self._session.broadcast.leave(self._viewer)  # what it has collected is too old
             self._viewer = self._session.broadcast.join("webrtc")
             self._pump = asyncio.create_task(self._run())
-        elif state in ("failed", "closed"):
-            self.end_soon()
 
     def _give_up(self) -> None:
         if self._pump is None:

@@ -1,11 +1,14 @@
 """The process: settings that are checked, networks that are warm, a port, a log, and an end with snapshots."""
 
 import asyncio
+import ipaddress
 import json
 import logging
+import os
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from aiortc import RTCIceServer
 
 from model.errors import UserError
 from streaming.serve.access import Access, is_loopback, token_for
+from streaming.serve.answers import behind
 from streaming.serve.app import Server
 from streaming.serve.limits import Limits
 from streaming.serve.rtc import stay_on_loopback
@@ -24,6 +28,8 @@ from streaming.serve.sessions import Pipeline, Sessions
 
 _HERE = Path(__file__).parent
 _BUNDLED = (_HERE / "portraits", _HERE.parents[1] / "examples" / "portraits")  # in a wheel, and in the repository
+
+INTERRUPTED = 130  # exit code of a process that Ctrl-C has ended
 
 log = logging.getLogger("flashtalk.serve")
 
@@ -41,6 +47,12 @@ class Settings:
     origins: list[str]
     ice_servers: list[RTCIceServer]
     log_json: bool
+    token_is_new: bool = False
+    proxies: Collection[str] = ()
+
+    def page(self, url: str) -> str:
+        """The line that says where the page is, with a new token; one that the operator chose stays secret."""
+        return f"The page is {url}/" + (f"#token={self.token}" if self.token_is_new else " (token: $FLASHTALK_TOKEN)")
 
     @classmethod
     def checked(
@@ -56,6 +68,7 @@ class Settings:
         origins: Sequence[str],
         ice_servers: Sequence[str],
         log_json: bool,
+        proxies: Sequence[str] = (),
         environment: Mapping[str, str],
     ) -> "Settings":
         """The settings of a command line. Raises `UserError` for what cannot be, or would not be safe.
@@ -67,6 +80,11 @@ class Settings:
             parts = urlsplit(origin)
             if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
                 raise UserError(f"--origin {origin}: write it as https://example.com, without a path")
+        for proxy in proxies:
+            try:
+                ipaddress.ip_address(proxy)
+            except ValueError as error:
+                raise UserError(f"--proxy {proxy}: write the address that it connects from, as 127.0.0.1") from error
         if portraits is not None and not portraits.is_dir():
             raise UserError(f"--portraits {portraits} is no folder")
         if snapshots is not None:
@@ -74,16 +92,19 @@ class Settings:
                 snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--snapshots {snapshots} cannot be made ({error.strerror})") from error
+        token = environment.get("FLASHTALK_TOKEN", "").strip()
         return cls(
             host,
             port,
-            token_for(host, environment.get("FLASHTALK_TOKEN")),
+            token_for(host, token),
             replace(Limits.read(limits) if limits else Limits(), **chosen),
             portraits or next((folder for folder in _BUNDLED if folder.is_dir()), None),
             snapshots,
             list(origins),
             [_ice_server(url, environment.get("FLASHTALK_TURN", "")) for url in ice_servers],
             log_json,
+            not token,
+            frozenset(proxies),
         )
 
 
@@ -99,11 +120,30 @@ def _ice_server(url: str, turn: str) -> RTCIceServer:
     return RTCIceServer(url, user, password)
 
 
-def warm(pipeline: Pipeline) -> None:
-    """Generates a chunk, so that the first session does not wait for compilers."""
+def warm(pipeline: Pipeline, limits: Limits) -> None:
+    """Generates a chunk, so that the first session does not wait for compilers.
+
+    Raises `UserError` if sessions cannot have these limits.
+    """
     chunk = pipeline.config.chunk
+    if limits.queue < (least := 2 * chunk.new_frames / chunk.tgt_fps):
+        raise UserError(f"--limits: queue = {limits.queue:g}: write {least:g} seconds, two chunks, or more")
     with pipeline.live(np.full((chunk.height, chunk.width, 3), 128, np.uint8)) as session:
         next(session.moments())
+
+
+def check_port(host: str, port: int) -> None:
+    """Finds out before networks are loaded that the port cannot be had. Raises `UserError`."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+            one.bind((host, port))
+    except OSError as error:
+        raise _no_port(host, port, error) from error
+
+
+def _no_port(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--host {host} --port {port} cannot be listened at ({error.strerror}); name others")
 
 
 def run(pipelines: Sequence[Pipeline], settings: Settings) -> None:
@@ -124,7 +164,7 @@ async def _serve(pipelines: Sequence[Pipeline], settings: Settings) -> None:
     sessions = Sessions(pipelines, settings.limits, settings.snapshots)
     ended = on_signals()
     async with listening(app_of(sessions, settings), settings) as url:
-        print(f"The page is {url}/#token={settings.token}", flush=True)
+        print(settings.page(url), flush=True)
         await ended.wait()
         log.info("ending: %d sessions are kept", len(sessions.open))
 
@@ -138,16 +178,18 @@ def app_of(sessions: Sessions, settings: Settings) -> web.Application:
 
 
 def on_signals() -> asyncio.Event:
-    """Is set by SIGINT and SIGTERM."""
+    """Is set by SIGINT, SIGTERM and SIGHUP. A second Ctrl-C ends the process at once, however the first one fares."""
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: os._exit(INTERRUPTED) if ended.is_set() else ended.set())
     return ended
 
 
 @asynccontextmanager
 async def listening(app: web.Application, settings: Settings) -> AsyncIterator[str]:
     """Serves an application while the body runs; yields its address. Raises `UserError` if the port cannot be had."""
+    app.middlewares.insert(0, behind(settings.proxies))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.limits.drain)
     await runner.setup()
     try:
@@ -155,8 +197,7 @@ async def listening(app: web.Application, settings: Settings) -> AsyncIterator[s
         try:
             await site.start()
         except OSError as error:
-            reason = f"--host {settings.host} --port {settings.port} cannot be listened at ({error.strerror})"
-            raise UserError(f"{reason}; name others") from error
+            raise _no_port(settings.host, settings.port, error) from error
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
         yield f"http://{shown}:{port}"

@@ -59,6 +59,7 @@ class Session:
         live: what generates.
         broadcast: what viewers get.
         listeners: who hear of it.
+        begun: when it began here, by the monotonic clock.
         ended: why it ended, once it has.
         interrupts: how often speech was interrupted.
     """
@@ -99,7 +100,7 @@ class Session:
         self.interrupts = self._connections = 0
         self._speaker: object | None = None
         self._now = time.monotonic
-        self._attended = self._heard = self._now()
+        self.begun = self._attended = self._heard = self._now()
         self._positions = deque([(self._now(), live.position)], maxlen=MEASURED + 1)  # of the last seconds
         self._done = asyncio.Event()
 
@@ -191,13 +192,18 @@ class Session:
             self.live.position, self.live.next_segment, self.broadcast.mime, self.limits.told(),
         )  # fmt: skip
 
+    @property
+    def bye(self) -> Bye | None:
+        """What all listeners have been told last; None while there is more to come."""
+        return Bye(self.ended or "closed", self.live.position) if self._done.is_set() else None
+
     # --- Time --------------------------------------------------------------------------------------------------------
 
     def overdue(self, now: float) -> str | None:
         """Why the session should end by now; None if it should not."""
         if not self._connections and now - self._attended > self.limits.unattended:
             return "unattended"
-        if self.live.state == State.IDLE and now - self._heard > self.limits.idle:
+        if self.live.state in (State.IDLE, State.LISTENING) and now - self._heard > self.limits.idle:
             return "idle"
         return None
 
@@ -215,7 +221,7 @@ class Session:
 
     def figures(self) -> StatsMessage:
         """What goes on, in figures."""
-        stats = self.live.stats()
+        stats = self.live.stats(("latency", "chunk"))
         fps, chunk = self.chunk.tgt_fps, stats["chunk"]["p50_s"]
         (then, before), (now, position) = self._positions[0], self._positions[-1]
         return StatsMessage(
@@ -246,12 +252,15 @@ class Session:
             log.exception("session %s has failed", self.id, exc_info=error)
             message = str(error) if isinstance(error, UserError | RefusedError) else "generation has failed"
             self.tell(ErrorMessage("failed", message, True))
-        self.ended = self.ended or "closed"
-        await asyncio.to_thread(self.live.close)
-        for viewer in list(self.broadcast.viewers):
-            self.broadcast.leave(viewer)
-        self.tell(Bye(self.ended, self.live.position))
-        self._done.set()
+        finally:
+            self.ended = self.ended or "closed"
+            try:
+                await asyncio.to_thread(self.live.close)
+            finally:
+                for viewer in list(self.broadcast.viewers):
+                    self.broadcast.leave(viewer)
+                self.tell(Bye(self.ended, self.live.position))
+                self._done.set()
 
     async def close(self, reason: str) -> None:
         """Hands over no more moments, ends the session, and waits until it has ended.

@@ -10,13 +10,16 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -33,6 +36,8 @@ from streaming.serve.messages import SessionOptions
 from streaming.serve.session import Session, on_event
 
 KEPT = 24 * 3600  # seconds for which a session that nobody closed can be resumed
+REMEMBERED = 1000  # sessions that have ended
+TIDIED = 3600  # seconds after which files of sessions are looked through that nobody has resumed
 _ID = re.compile(r"[A-Za-z0-9_-]{16}")
 
 log = logging.getLogger("flashtalk.serve")
@@ -88,6 +93,9 @@ class Sessions:
         self.on_end: Callable[[Session], None] = lambda _: None
         self._free, self._folder = list(pipelines), folder
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = deque[tuple[str, str]](maxlen=REMEMBERED)  # the last ones: id, and hash of the key
+        self._tidied = -math.inf  # when files were looked through
+        self._resuming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of those being resumed
 
     @property
     def free(self) -> int:
@@ -103,37 +111,40 @@ class Sessions:
         with self._given_back(pipeline, "bad_portrait"):
             portrait = await asyncio.to_thread(pipeline.portrait, image)
             if self._folder:
-                await asyncio.to_thread(self._keep, self._folder / identifier, portrait, options, key)
+                await asyncio.to_thread(_keep, self._folder / identifier, portrait, options, key)
         return await self._begin(pipeline, portrait, options, identifier, key, resume=None)
 
-    async def resume(self, identifier: str, key: str, position: int | None = None) -> Session:
-        """Goes on with a session that is not open, from its snapshot.
+    async def resume(
+        self, identifier: str, key: str, position: int | None = None, admit: Callable[[], None] = lambda: None
+    ) -> tuple[Session, bool]:
+        """The session with this id and key, and whether it was open: then it simply goes on.
 
-        Its moments count on: `session.live.position` is the next one, the one after the last that was handed over, or
-        `position` if that can be shown again. Raises `RefusedError` if there is none with this id and key, or no room.
+        One that has ended goes on from its snapshot. Its moments count on: `session.live.position` is the next one, the
+        one after the last that was handed over, or `position` if that can be shown again. `admit` is called before
+        that, and raises if sessions are begun too often. Raises `RefusedError` if there is no such session, or no room.
         """
-        path = None if self._folder is None else self._folder / identifier
-        if path is None or not _ID.fullmatch(identifier) or identifier in self.open:
+        if not _ID.fullmatch(identifier):
             raise RefusedError("not_found")
-        try:
-            kept = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Kept)
-            with Image.open(path.with_suffix(".png")) as file:
-                portrait = np.asarray(file.convert("RGB"))
-        except (OSError, msgspec.MsgspecError) as error:
-            raise RefusedError("not_found") from error
-        if not hmac.compare_digest(kept.key_hash, _hash(key)):
+        lock = self._resuming.setdefault(identifier, asyncio.Lock())
+        async with lock:  # two who resume at once get one session
+            if there := self.open.get(identifier):
+                self.find(identifier, key)
+                if not there.ended:
+                    return there, True
+                await there.close(there.ended)
+            return await self._go_on(identifier, key, position, admit), False
+
+    async def _go_on(self, identifier: str, key: str, position: int | None, admit: Callable[[], None]) -> Session:
+        """Opens a session that has ended, from its snapshot."""
+        if self._folder is None:
             raise RefusedError("not_found")
-        resume = self._last(identifier)  # None if it ended before it had begun
+        kept, portrait = await asyncio.to_thread(_kept, self._folder / identifier, key)
+        admit()
+        resume = await asyncio.to_thread(_last, self._folder / identifier)  # None if it ended before it had begun
         session = await self._begin(self._take(), portrait, kept.options, identifier, key, resume, position)
         if resume:
             await asyncio.to_thread(_remove_snapshot, resume)  # the session has written another one
         return session
-
-    def _last(self, identifier: str) -> Path | None:
-        """The snapshot that was begun last."""
-        assert self._folder is not None
-        there = self._folder.glob(f"{identifier}.*.session")
-        return max(there, key=_number, default=None)
 
     def _take(self) -> Pipeline:
         if self.draining:
@@ -177,10 +188,14 @@ class Sessions:
             )
 
         loop = asyncio.get_running_loop()
+        keep, chunk = self.snapshot if self._folder else None, pipeline.config.chunk
         with self._given_back(pipeline, "bad_request"):
             live = await asyncio.to_thread(opened)
-        keep, chunk = self.snapshot if self._folder else None, pipeline.config.chunk
-        session = Session(identifier, key, live, chunk, self.limits, keep, resumed=resume is not None)
+            try:
+                session = Session(identifier, key, live, chunk, self.limits, keep, resumed=resume is not None)
+            except BaseException:  # it opens encoders
+                await asyncio.to_thread(live.close)
+                raise
         self.open[identifier] = session
         self.on_begin(session)
         task = asyncio.create_task(self._serve(session, pipeline))
@@ -197,18 +212,28 @@ class Sessions:
             await session.run()
         finally:
             del self.open[session.id]
+            self._ended.append((session.id, _hash(session.key)))
             self._free.append(pipeline)
             self.on_end(session)
             log.info("session %s ends: %s", session.id, session.ended, extra={"session": session.id})
 
     # --- Find, keep, end ---------------------------------------------------------------------------------------------
 
+    def there(self, identifier: str) -> Session:
+        """The open session with this id, for whoever needs no key. Raises `RefusedError` if there is none."""
+        if identifier not in self.open:
+            raise RefusedError("not_found")
+        return self.open[identifier]
+
     def find(self, identifier: str, key: str) -> Session:
-        """The open session with this id and key. Raises `RefusedError`, the same for either being wrong."""
+        """The open session with this id and key. Raises `RefusedError`, the same for either being wrong.
+
+        Whoever has the key of one that ended lately learns that it is no longer there.
+        """
         session = self.open.get(identifier)
         expected = session.key if session else secrets.token_urlsafe(32)  # takes as long for an id that is unknown
         if not hmac.compare_digest(expected.encode(), key.encode()) or session is None:
-            raise RefusedError("unauthorised")
+            raise RefusedError("not_found" if (identifier, _hash(key)) in self._ended else "unauthorised")
         return session
 
     async def snapshot(self, session: Session) -> int:
@@ -232,8 +257,11 @@ class Sessions:
             await asyncio.to_thread(_remove, self._folder / session.id)
 
     async def sweep(self) -> None:
-        """What is to be done each second: ends sessions that are idle or left alone, and tells figures."""
+        """What is to be done each second: ends what is idle or left alone, tells figures, removes old files."""
         now = time.monotonic()
+        if self._folder and now - self._tidied > TIDIED:
+            self._tidied = now
+            await asyncio.to_thread(_remove_old, self._folder, list(self.open))
         for session in list(self.open.values()):
             if session.ended:
                 continue
@@ -249,20 +277,48 @@ class Sessions:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    # --- Files -------------------------------------------------------------------------------------------------------
 
-    def _keep(self, path: Path, portrait: NDArray[np.uint8], options: SessionOptions, key: str) -> None:
-        assert self._folder is not None
-        for old in self._folder.glob("*.json"):
-            if _ID.fullmatch(old.stem) and old.stem not in self.open and time.time() - old.stat().st_mtime > KEPT:
-                _remove(old)
-        try:
-            with replacing(path.with_suffix(".png")) as temporary:
-                Image.fromarray(portrait).save(temporary, "PNG")
-            with replacing(path.with_suffix(".json")) as temporary:
-                temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
-        except OSError as error:
-            raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _keep(path: Path, portrait: NDArray[np.uint8], options: SessionOptions, key: str) -> None:
+    """Writes what is kept of a session beside its snapshots. Raises `RefusedError` if that fails."""
+    try:
+        with replacing(path.with_suffix(".png")) as temporary:
+            Image.fromarray(portrait).save(temporary, "PNG")
+        with replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_bytes(msgspec.json.encode(Kept(options, _hash(key))))
+    except OSError as error:
+        raise RefusedError("internal", f"snapshots cannot be written: {error.strerror}") from error
+
+
+def _kept(path: Path, key: str) -> tuple[Kept, NDArray[np.uint8]]:
+    """What is kept beside the snapshots at `path`. Raises `RefusedError` if there is nothing, or the key is wrong."""
+    try:
+        kept = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Kept)
+        if not hmac.compare_digest(kept.key_hash, _hash(key)):
+            raise RefusedError("not_found")
+        with Image.open(path.with_suffix(".png")) as file:
+            return kept, np.asarray(file.convert("RGB"))
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RefusedError("not_found") from error
+
+
+def _last(path: Path) -> Path | None:
+    """The snapshot of a session that was begun last; `path` lacks its ending."""
+    return max(path.parent.glob(f"{path.name}.*.session"), key=_number, default=None)
+
+
+def _remove_old(folder: Path, open_here: Collection[str]) -> None:
+    """Removes the files of sessions of which nothing was written for `KEPT`; of an open one, something always is."""
+    newest: dict[str, float] = {}
+    for file in folder.iterdir():
+        name = file.name.partition(".")[0]
+        with suppress(OSError):  # another server may have removed it
+            newest[name] = max(newest.get(name, 0.0), file.stat().st_mtime)
+    for name, written in newest.items():
+        if _ID.fullmatch(name) and name not in open_here and time.time() - written > KEPT:
+            _remove(folder / name)
 
 
 def _remove(path: Path) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from streaming.serve.encoder import Encoded
 from streaming.serve.errors import RefusedError
-from streaming.serve.limits import Bucket
+from streaming.serve.limits import Bucket, Limits
 from streaming.serve.messages import (
     KEY,
     MEDIA,
@@ -92,13 +92,7 @@ class Connection:
         """`serve` opens it."""
         limits = session.limits
         self._session, self._outbox = session, Outbox()
-        self._socket = web.WebSocketResponse(
-            protocols=(PROTOCOL,),
-            heartbeat=limits.heartbeat,
-            timeout=FAREWELL,
-            max_msg_size=limits.message_bytes,
-            compress=False,
-        )
+        self._socket = websocket(limits)
         self._rate = Bucket(limits.messages_per_second, 2 * limits.messages_per_second, time.monotonic)
         self._format: SoundFormat | None = None
 
@@ -145,6 +139,9 @@ class Connection:
                 return
 
     def _begin(self, hello: Hello) -> None:
+        if bye := self._session.bye:
+            self._outbox.put(bye)
+            return
         self._format = hello.audio
         if hello.video == "fmp4":
             self._outbox.viewer = self._session.join("mp4", self._outbox.changed)
@@ -198,6 +195,17 @@ class Connection:
                 else:
                     await self._socket.send_str(encode(item))
             await self._socket.close(code=WSCloseCode.OK)
+
+
+def websocket(limits: Limits) -> web.WebSocketResponse:
+    """The server's end of a WebSocket that speaks `flashtalk.v1`."""
+    return web.WebSocketResponse(
+        protocols=(PROTOCOL,),
+        heartbeat=limits.heartbeat,
+        timeout=FAREWELL,
+        max_msg_size=limits.message_bytes,
+        compress=False,
+    )
 
 
 def samples(body: memoryview, form: SoundFormat) -> NDArray[np.int16] | NDArray[np.float32]:

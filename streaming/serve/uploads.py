@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import IO
 
 from aiohttp import BodyPartReader, StreamReader
 from PIL import Image
@@ -53,22 +54,21 @@ def portrait_of(data: bytes, limits: Limits) -> Image.Image:
         raise RefusedError("bad_portrait", "the portrait is no JPEG, PNG or WebP file") from error
 
 
-async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
+async def say_recording(session: Session, data: bytes, gone: Callable[[], bool]) -> tuple[int, float]:
     """Says a recording of any format as one segment; returns its number, and its seconds that were taken.
 
-    Waits while the queue is full. Raises `RefusedError` if it is no sound; what comes before damage is said.
+    Waits while the queue is full. Ends the segment early if its sender is `gone`, which nobody else tells. Raises
+    `RefusedError` if it is no sound; what comes before damage is said.
     """
     segment, seconds, interrupts = session.live.next_segment, 0.0, session.interrupts
     with tempfile.NamedTemporaryFile(prefix="recording-") as copy:
-        copy.write(data)
-        copy.flush()
         try:
-            decoder = await asyncio.to_thread(open_decoder, copy.name)
+            decoder = await asyncio.to_thread(_opened, copy, data)
         except UserError as error:
             raise RefusedError("bad_audio", "this is no sound in a known format, such as WAV, MP3 or OGG") from error
         try:
             async for block in _blocks(decoder):
-                if session.interrupts != interrupts or not await session.say(block, decoder.rate, segment):
+                if gone() or session.interrupts != interrupts or not await session.say(block, decoder.rate, segment):
                     break
                 seconds += len(block) / decoder.rate
         except UserError as error:
@@ -77,6 +77,13 @@ async def say_recording(session: Session, data: bytes) -> tuple[int, float]:
             await asyncio.to_thread(decoder.close)
     session.end_segment()
     return segment, seconds
+
+
+def _opened(copy: IO[bytes], data: bytes) -> Decoder:
+    """A decoder of a recording, which is written into a file for it. Raises `UserError` if it is none."""
+    copy.write(data)
+    copy.flush()
+    return open_decoder(copy.name)
 
 
 async def _blocks(decoder: Decoder) -> AsyncIterator:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 
 from streaming.cluster.front import Front
 from streaming.cluster.replica import Replica
 from streaming.serve.access import Access
 from streaming.serve.limits import Limits
 from streaming.serve.server import Settings
-from tests.streaming.serve.kit import PORTRAITS, TOKEN, NumberedPipeline, Serving, eventually
+from tests.streaming.serve.kit import PORTRAITS, TOKEN, AsServed, NumberedPipeline, Serving, eventually
 
 
 class Clustered(Serving):
@@ -50,7 +50,7 @@ async def clustered(folder: Path, *sessions: int, overcommit: bool = True, **lim
     bounds = replace(Limits(), **limits)
     front = Front(Access(TOKEN, [], bounds), bounds, overcommit)
     settings = Settings("127.0.0.1", 0, TOKEN, bounds, PORTRAITS, folder, [], [], False)
-    async with TestClient(TestServer(front.app)) as client:
+    async with TestClient(AsServed(front.app)) as client:
         cluster = Clustered(client, front, settings)
         try:
             await asyncio.gather(*(cluster.start(count) for count in sessions))

@@ -7,9 +7,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from streaming.cluster import relay
 from streaming.serve.messages import Bye, PlaybackFinishedMessage, Ready, unpack
-from tests.streaming.cluster.kit import clustered
-from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech
+from tests.streaming.cluster.kit import Clustered, clustered
+from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech, wav
 
 
 def test_every_request_finds_its_session(tmp_path: Path) -> None:
@@ -31,6 +32,26 @@ def test_every_request_finds_its_session(tmp_path: Path) -> None:
             response = await cluster.client.delete(f"/v1/sessions/{one['id']}", headers=bearing(one["key"]))
             assert response.status == 204
             assert list(cluster.of(other).sessions.open) == [other["id"]]
+
+    run(test())
+
+
+def test_an_operator_sees_and_ends_the_sessions_of_all_replicas(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with clustered(tmp_path, 1, 1) as cluster:
+            one, other = await cluster.create(), await cluster.create()
+            assert await listed(cluster) == {one["id"], other["id"]}
+            response = await cluster.client.delete(f"/v1/sessions/{one['id']}", headers=bearing(TOKEN))
+            assert response.status == 204
+            assert await listed(cluster) == {other["id"]}
+            there = cluster.front.placement.owner(other["id"])
+            assert there is not None
+            there.url = "http://127.0.0.1:9"  # nobody answers there
+            assert await listed(cluster) == set()
+
+    async def listed(cluster: Clustered) -> set[str]:
+        response = await cluster.client.get("/v1/sessions", headers=bearing(TOKEN))
+        return {session["id"] for session in (await response.json())["sessions"]}
 
     run(test())
 
@@ -159,6 +180,23 @@ def test_a_client_that_goes_away_leaves_its_replica(tmp_path: Path) -> None:
                 await eventually(lambda: not session.broadcast.viewers)
             assert not cluster.front._relays
 
+    run(test())
+
+
+def test_a_recording_ends_when_its_sender_has_gone_from_the_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with clustered(tmp_path, 1, queue=3.0) as cluster:
+            facts = await cluster.create()
+            session = cluster.replicas[0].sessions.open[facts["id"]]
+            saying = asyncio.create_task(cluster.post(facts, "audio", data=wav(60)))
+            await eventually(lambda: session.live.stats()["queued_frames"] >= 70)
+            saying.cancel()  # which closes its connection
+            await eventually(lambda: not session._connections)
+            assert session._speaker is None
+
+    monkeypatch.setattr(relay, "LOOK", 0.05)
     run(test())
 
 

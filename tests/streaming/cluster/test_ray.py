@@ -48,9 +48,9 @@ def test_a_killed_replica_loses_no_frame_of_its_sessions(tmp_path: Path) -> None
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        line = next((line for line in process.stdout if "#token=" in line), "")
+        line = next((line for line in process.stdout if "The page is" in line), "")
         assert line, (tmp_path / "log").read_text()
-        url = line.split()[-1].split("/#")[0]
+        url = line.split()[3].rstrip("/")
         clients = asyncio.run(asyncio.wait_for(three_sessions(url, tmp_path), HANGS))
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=HANGS)

@@ -2,12 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from streaming.live import journal as journal_module
 from streaming.live import opening
 from streaming.live import session as session_module
 from streaming.live.director import Director, Options
@@ -180,9 +183,46 @@ def test_a_torn_or_missing_journal_is_read_as_far_as_it_goes(tmp_path: Path) -> 
         file.write_bytes(whole[:size])
         counts.add(len(list(records(path, first))))
     assert counts == {3, 4}
+    file.write_bytes(whole[:36] + b"?" + whole[37:])
+    assert len(list(records(path, first))) == 4, "a file ends at a record of an unknown kind"
     assert list(records(path, 9)) == list(records(path, None)) == []
     journal = Journal(path)
     assert journal.rotate() == 3, "never a number that a snapshot may name already"
     journal.forget(3)
     journal.close()
     assert [name.name for name in tmp_path.iterdir()] == ["session.journal-3"]
+
+
+def test_a_journal_looks_through_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be shared by many servers, and hold tens of thousands of files."""
+    look, looks = journal_module._numbers, []
+    monkeypatch.setattr(journal_module, "_numbers", lambda path: looks.append(path) or look(path))
+    for number in (4, 6):
+        (tmp_path / f"session.journal-{number}").touch()
+    journal = Journal(tmp_path / "session")
+    for number in range(7, 12):
+        assert journal.rotate() == number
+        journal.forget(number)
+        assert [file.name for file in tmp_path.iterdir()] == [f"session.journal-{number}"]
+    assert len(looks) == 1
+    journal.close()
+
+
+def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk(FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:40])
+
+    monkeypatch.setattr(journal_module, "FileIO", FullDisk)
+    path = tmp_path / "session"
+    journal = Journal(path)
+    first = journal.rotate()
+    journal.note(Taken(3))
+    with pytest.raises(OSError, match="No space left on device"):
+        journal.note(Sound(np.ones(30), 48000, 4))
+    journal.note(Interrupt(5))  # comes after what is lost, so it is not written
+    assert list(records(path, first)) == [Taken(3)]
+    assert journal.rotate() == first + 1
+    journal.note(End())
+    assert list(records(path, first + 1)) == [End()]
+    journal.close()

@@ -1,13 +1,15 @@
 """Schedules, durations, a microphone's clock, the choice of a quality, and what is measured."""
 
-import numpy as np
+from collections import deque
+from collections.abc import Iterator
+
 import pytest
 
 from model.config import ChunkConfig
 from streaming.live.face import Quality
 from streaming.live.pace import LATE, RECENT, WATCHED, Drift, Durations, Schedule, high
 from streaming.live.quality import QualityChoice
-from streaming.live.stats import EDGES, Latency, percentile
+from streaming.live.stats import EDGES, Latency, Stats, percentile
 from streaming.live.stats import RECENT as KEPT
 
 QUALITIES = (Quality(4, 100, 100), Quality(2, 100, 100), Quality(2, 50, 50))
@@ -65,7 +67,7 @@ def test_the_best_quality_that_keeps_up_is_chosen() -> None:
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
-    values = list(np.random.default_rng(0).permutation(100) + 1.0)
+    values = [k + 1.0 for k in range(100)]
     assert [percentile(values, p) for p in (50, 95, 99)] == [50, 95, 99]
     assert percentile([3.0], 99) == 3.0
     assert percentile([], 50) is None
@@ -81,3 +83,20 @@ def test_a_latency_keeps_what_it_can_show_and_no_more() -> None:
     assert summary["counts"][1] == summary["counts"][-1] == KEPT
     assert len(summary["counts"]) == len(EDGES) + 1
     assert summary["max_s"] == 100.0
+    assert (summary["p50_s"], summary["p95_s"]) == (0.07, 100.0)
+
+
+def test_only_the_latencies_that_are_asked_for_are_summed_up() -> None:
+    class Recent(deque[float]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[float]:
+            self.looks += 1
+            return super().__iter__()
+
+    stats = Stats()
+    stats.chunk.recent, stats.latency.recent = Recent([2.0, 1.0, 3.0]), Recent([1.0])
+    summary = stats.summary(("chunk",))
+    assert (summary["chunk"]["p50_s"], summary["chunk"]["p99_s"]) == (2.0, 3.0)
+    assert "latency" not in summary
+    assert (stats.chunk.recent.looks, stats.latency.recent.looks) == (1, 0)

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
+import soundfile
 from aiohttp import ClientWebSocketResponse, FormData, TCPConnector, WSMsgType
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import BaseRunner
 from av.error import InvalidDataError
 from numpy.typing import NDArray
 from PIL import Image
@@ -177,6 +179,13 @@ class Serving:
         return Talk(socket)
 
 
+class AsServed(TestServer):
+    """A server that goes on with a request whose client has gone, as the real one does; aiohttp's would cancel it."""
+
+    async def _make_runner(self, **options: Any) -> BaseRunner:
+        return await super()._make_runner(**options | {"handler_cancellation": False})
+
+
 @asynccontextmanager
 async def serving(
     sessions: int = 1,
@@ -190,7 +199,7 @@ async def serving(
     access = Access(TOKEN, origins or [], bounds)
     server = Server(registry, access, PORTRAITS)
     connector = TCPConnector(force_close=True)  # so that no idle connection looks like a leak
-    async with TestClient(TestServer(server.app), connector=connector) as client:
+    async with TestClient(AsServed(server.app), connector=connector) as client:
         yield Serving(client, server, registry, access)
 
 
@@ -266,6 +275,13 @@ class Talk:
 def speech(seconds: float, rate: int = 16000) -> NDArray[np.int16]:
     """A tone of 440 Hz."""
     return (12000 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.int16)
+
+
+def wav(seconds: float, rate: int = 16_000) -> bytes:
+    """A WAV file of that tone."""
+    data = io.BytesIO()
+    soundfile.write(data, speech(seconds), rate, format="WAV", subtype="PCM_16")
+    return data.getvalue()
 
 
 async def eventually(condition: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> None:

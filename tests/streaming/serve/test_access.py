@@ -76,7 +76,8 @@ def test_pages_of_other_sites_may_not_ask() -> None:
     assert made.check_origin({"Host": "127.0.0.1:8700"}) is None  # no page
     assert made.check_origin({"Host": "127.0.0.1:8700", "Origin": "http://127.0.0.1:8700"}) is None
     assert made.check_origin({"Host": "a", "Origin": "https://friend.example"}) == "https://friend.example"
-    for origin in ("https://evil.example", "http://127.0.0.1:9000", "null", "https://friend.example.evil", ""):
+    friendly = "https://friend.example"
+    for origin in ("https://evil.example", "http://127.0.0.1:9000", "null", f"{friendly}.evil", "http://[", ""):
         with pytest.raises(RefusedError) as error:
             made.check_origin({"Host": "127.0.0.1:8700", "Origin": origin})
         assert code(error) == "forbidden_origin"
@@ -93,10 +94,10 @@ def test_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
 
 def test_an_open_server_needs_a_long_token_and_a_closed_one_gets_a_new_one() -> None:
     assert token_for("127.0.0.1", "short") == "short"
-    assert token_for("127.0.0.1", None) != token_for("127.0.0.1", None)
-    assert len(token_for("127.0.0.1", None)) >= 32
+    assert token_for("127.0.0.1", "") != token_for("127.0.0.1", "")
+    assert len(token_for("127.0.0.1", "")) >= 32
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is open to the network: set \$FLASHTALK_TOKEN"):
-        token_for("0.0.0.0", None)
+        token_for("0.0.0.0", "")
     with pytest.raises(UserError, match=r"has 5 characters; --host 0.0.0.0 needs 16"):
         token_for("0.0.0.0", "short")
     assert token_for("0.0.0.0", "x" * 16) == "x" * 16
@@ -116,3 +117,11 @@ def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
     assert not bucket.is_full
     clock.time += 10
     assert bucket.is_full
+
+
+def test_a_bucket_of_less_than_one_event_lets_one_through_in_time() -> None:
+    clock = Clock()
+    bucket = Bucket(0.5 / 60, 0.5, clock)
+    assert [bucket.take(), bucket.take()] == [True, False]
+    clock.time += 121
+    assert [bucket.take(), bucket.take()] == [True, False]

@@ -3,28 +3,24 @@
 import asyncio
 import io
 import json
+import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 from aiohttp import FormData
 from PIL import Image
 
 from streaming.serve import uploads
-from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech
+from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, serving, speech, wav
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", size, (200, 120, 90)).save(data, kind)
-    return data.getvalue()
-
-
-def wav(seconds: float, rate: int = 16_000) -> bytes:
-    data = io.BytesIO()
-    soundfile.write(data, speech(seconds), rate, format="WAV", subtype="PCM_16")
     return data.getvalue()
 
 
@@ -90,8 +86,28 @@ def test_a_session_is_begun_shown_and_ended() -> None:
             assert (await serve.client.get(path)).status == 401
             assert (await serve.client.get(path, headers=bearing(TOKEN))).status == 401  # the token only begins them
             assert (await serve.client.delete(path, headers=bearing(facts["key"]))).status == 204
-            assert (await serve.client.get(path, headers=bearing(facts["key"]))).status == 401
+            for _ in range(20):  # whoever asks again is not locked out
+                assert (await serve.client.get(path, headers=bearing(facts["key"]))).status == 404
+            assert (await serve.client.get(path, headers=bearing("guess"))).status == 401
             assert serve.sessions.free == 1
+
+    run(test())
+
+
+def test_an_operator_sees_and_ends_sessions_without_their_keys() -> None:
+    async def test() -> None:
+        async with serving(sessions=2) as serve:
+            facts, other = await serve.create(), await serve.create()
+            assert (await serve.client.get("/v1/sessions", headers=bearing(facts["key"]))).status == 401
+            response = await serve.client.get("/v1/sessions", headers=bearing(TOKEN))
+            one, two = (await response.json())["sessions"]
+            assert [one["id"], two["id"]] == [facts["id"], other["id"]]
+            assert (one["state"], one["viewers"]) == ("idle", 0)
+            assert set(one) == {"id", "state", "position", "viewers", "seconds"}
+            for status in (204, 404):
+                response = await serve.client.delete(f"/v1/sessions/{facts['id']}", headers=bearing(TOKEN))
+                assert response.status == status
+            assert list(serve.sessions.open) == [other["id"]]
 
     run(test())
 
@@ -194,6 +210,25 @@ def test_a_recording_is_said_and_streamed_as_a_film() -> None:
     run(test())
 
 
+def test_the_event_loop_writes_no_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, writers = tempfile.NamedTemporaryFile, []
+
+    def noted(**options: Any) -> Any:
+        file = make(**options)
+        write = file.write
+        file.write = lambda data: writers.append(threading.current_thread()) or write(data)  # pyright: ignore
+        return file
+
+    async def test() -> None:
+        async with serving() as serve:
+            monkeypatch.setattr(tempfile, "NamedTemporaryFile", noted)
+            assert (await serve.post(await serve.create(), "audio", data=wav(0.1)))[0] == 200
+            assert writers
+            assert threading.main_thread() not in writers
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"garbage" * 100, picture(), wav(0.1, rate=500), wav(0.1, rate=2_000_000)],
@@ -242,6 +277,22 @@ def test_a_recording_can_be_interrupted_while_it_waits_for_room() -> None:
     run(test())
 
 
+def test_a_recording_ends_when_its_sender_has_gone() -> None:
+    async def test() -> None:
+        async with serving(queue=3.0) as serve:
+            facts = await serve.create()
+            session = serve.sessions.open[facts["id"]]
+            saying = asyncio.create_task(serve.post(facts, "audio", data=wav(60)))
+            await eventually(lambda: session.live.stats()["queued_frames"] >= 70)
+            saying.cancel()  # which closes its connection
+            await eventually(lambda: not session._connections)
+            assert session._speaker is None
+            assert session.live._director.voice.arriving is None
+            assert session.live.stats()["queued_frames"] > 50  # what was taken before is said
+
+    run(test())
+
+
 def test_a_recording_that_is_interrupted_between_two_of_its_blocks_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving() as serve:
@@ -270,8 +321,7 @@ def test_snapshots_are_taken_and_sessions_resumed(tmp_path: Path) -> None:
             facts = await serve.create()
             status, body = await serve.post(facts, "snapshot")
             assert (status, body) == (200, {"position": 0})
-            status, body = await serve.post(facts, "resume")
-            assert (status, body["error"]["code"]) == (404, "not_found")  # it is open
+            assert await serve.post(facts, "resume") == (200, facts)  # it is open, and goes on
         async with serving(folder=tmp_path) as serve:
             status, body = await serve.post(facts | {"key": "wrong"}, "resume")
             assert status == 404
@@ -330,6 +380,11 @@ def test_a_friendly_site_may_ask_and_its_browser_is_told_so() -> None:
             response = await serve.client.post("/v1/sessions", data=form(), headers=headers | bearing(TOKEN))
             assert response.status == 201
             assert response.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+            facts = await response.json()
+            stream = f"/v1/sessions/{facts['id']}/stream.mp4"
+            async with serve.client.get(stream, headers=headers | bearing(facts["key"])) as response:
+                assert response.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+                assert response.headers["Cache-Control"] == "no-store"
             response = await serve.client.get("/v1/portraits")
             assert "Access-Control-Allow-Origin" not in response.headers
 

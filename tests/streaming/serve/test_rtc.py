@@ -9,7 +9,7 @@ import pytest
 from aiortc import RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from streaming.serve.rtc import REPORTED_TIME, PacketTrack, stay_on_loopback
+from streaming.serve.rtc import REPORTED_TIME, PacketTrack, Peer, stay_on_loopback
 from tests.streaming.serve.kit import Serving, bearing, eventually, number_of, run, serving, speech
 
 SDP = {"Content-Type": "application/sdp"}
@@ -131,6 +131,21 @@ def test_an_offer_without_sound_or_without_picture_is_refused(kinds: tuple[str, 
             assert await watcher.join(serve, facts, kinds) == 400
             assert not serve.sessions.open[facts["id"]].broadcast.viewers
             await watcher.leave()
+
+    run(test())
+
+
+def test_a_peer_that_connects_after_the_end_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving() as serve:
+            facts, ended = await serve.create(), []
+            session = serve.sessions.open[facts["id"]]
+            peer = Peer(session, [], ended.append)
+            await serve.sessions.close(session)
+            monkeypatch.setattr(RTCPeerConnection, "connectionState", "connected")
+            peer._changed()
+            await eventually(lambda: ended == [peer])
+            assert session.broadcast.viewers == set()
 
     run(test())
 

@@ -3,22 +3,26 @@
 import json
 import logging
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from model.config import PRESETS
 from model.errors import UserError
+from streaming.pipeline import TalkingHeadPipeline
 from streaming.ranks import environments
+from streaming.serve import server
 from streaming.serve.limits import Limits
 from streaming.serve.server import JsonLines, Settings
 from tests.processes import Interpreter, Process
 from tests.streaming import command
 from tests.streaming.live.stage import LETTERS
-from tests.streaming.serve.kit import bearing, form, run
+from tests.streaming.serve.kit import NumberedPipeline, bearing, eventually, form, run
 
 
 def checked(**options: Any) -> Settings:
@@ -40,6 +44,14 @@ def test_settings_have_a_token_the_examples_and_servers_for_ice(tmp_path: Path) 
     ]  # fmt: skip
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
     assert len(settings.token) >= 32
+
+
+def test_the_address_of_the_page_has_a_new_token_and_never_one_that_was_chosen() -> None:
+    settings = checked()
+    assert settings.page("http://127.0.0.1:1") == f"The page is http://127.0.0.1:1/#token={settings.token}"
+    settings = checked(environment={"FLASHTALK_TOKEN": "se+cret\n"})  # files of secrets often end so
+    assert settings.token == "se+cret"
+    assert settings.page("http://127.0.0.1:1") == "The page is http://127.0.0.1:1/ (token: $FLASHTALK_TOKEN)"
 
 
 def test_limits_come_from_a_file_and_options_win(tmp_path: Path) -> None:
@@ -82,6 +94,7 @@ def test_limits_that_are_none_are_refused_in_a_line(text: str | None, problem: s
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 is open to the network"),
         ({"origins": ["example.com"]}, "--origin example.com: write it as https://example.com"),
         ({"origins": ["https://example.com/"]}, "without a path"),
+        ({"proxies": ["example.com"]}, "--proxy example.com: write the address"),
         ({"ice_servers": ["turn:a:1"]}, "--ice-server turn:a:1"),
         ({"ice_servers": ["http://a"]}, "--ice-server http://a"),
         ({"portraits": Path("missing")}, "--portraits missing is no folder"),
@@ -94,6 +107,22 @@ def test_what_cannot_be_or_is_not_safe_is_refused(options: dict[str, Any], probl
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("proxies", "seen"), [(["127.0.0.1"], "2.2.2.2"), (["10.0.0.1"], "127.0.0.1")])
+def test_a_proxy_says_where_a_request_comes_from_and_nobody_else(proxies: list[str], seen: str) -> None:
+    async def remote(request: web.Request) -> web.Response:
+        return web.Response(text=request.remote)
+
+    async def test() -> None:
+        app = web.Application()
+        app.router.add_get("/", remote)
+        async with server.listening(app, checked(proxies=proxies)) as url, aiohttp.ClientSession() as client:
+            headers = {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"}  # the first is what the client says
+            assert await (await client.get(url, headers=headers)).text() == seen
+            assert await (await client.get(url)).text() == "127.0.0.1"
+
+    run(test())
+
+
 def test_an_open_server_without_a_token_does_not_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,10 +132,46 @@ def test_an_open_server_without_a_token_does_not_start(
     assert "set $FLASHTALK_TOKEN" in line
 
 
+def test_a_port_that_is_taken_is_found_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(TalkingHeadPipeline, "from_pretrained")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command.call(monkeypatch, "serve", "--port", str(port), "--quiet") == 2
+    problem = f"--host 127.0.0.1 --port {port} cannot be listened at (Address already in use)"
+    assert capsys.readouterr().err == f"error: {problem}; name others\n"
+
+
+def test_a_queue_that_no_session_can_have_ends_the_start() -> None:
+    pipeline: Any = NumberedPipeline()
+    with pytest.raises(UserError, match=r"--limits: queue = 1: write 2.24 seconds, two chunks, or more"):
+        server.warm(pipeline, Limits(queue=1.0))
+    server.warm(pipeline, Limits(queue=2.24))
+
+
 def test_ranks_serve_one_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.call(monkeypatch, "serve", "--sessions", "3", "--quiet") == 2
     assert capsys.readouterr().err == "error: --sessions 3: 2 ranks generate one session together; name 1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_server_politely_and_ctrl_c_after_it_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ended, exits = server.on_signals(), []
+        monkeypatch.setattr(server.os, "_exit", exits.append)
+        signal.raise_signal(number)
+        await ended.wait()
+        assert exits == []
+        signal.raise_signal(signal.SIGTERM)  # whoever sends signals to many processes may send it twice
+        signal.raise_signal(signal.SIGINT)
+        await eventually(lambda: exits)
+        assert exits == [130]
+
+    run(test())
 
 
 def test_a_log_line_is_json() -> None:
@@ -136,8 +201,8 @@ def test_a_process_serves_until_sigterm_and_another_goes_on(
         common = {"FLASHTALK_TOKEN": "secret"}
         ranks = [python.start(*arguments, environment=common | one) for one in environments(world)]
         line = ranks[0].stdout.readline()
-        assert "#token=secret" in line, ranks[0].stderr.read()
-        return ranks, line.split()[-1].split("/#")[0]
+        assert line.endswith("/ (token: $FLASHTALK_TOKEN)\n"), ranks[0].stderr.read()
+        return ranks, line.split()[3].rstrip("/")
 
     def end(ranks: list[Process]) -> str:
         for process in ranks:

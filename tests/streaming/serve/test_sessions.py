@@ -110,6 +110,21 @@ def test_what_cannot_begin_leaves_the_room_free() -> None:
     run(test())
 
 
+def test_a_session_that_cannot_be_encoded_leaves_the_room_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_codec(*_: int) -> None:
+        raise av.error.EncoderNotFoundError(1, "libx264")
+
+    async def test() -> None:
+        sessions = registry()
+        with monkeypatch.context() as patch:
+            patch.setattr("streaming.serve.session.MomentEncoder", without_codec)
+            with pytest.raises(av.error.EncoderNotFoundError):
+                await sessions.create(PICTURE, SessionOptions())
+        await sessions.close(await sessions.create(PICTURE, SessionOptions()))
+
+    run(test())
+
+
 def test_a_session_without_connections_or_sound_is_overdue() -> None:
     async def test() -> None:
         sessions = registry()
@@ -121,8 +136,10 @@ def test_a_session_without_connections_or_sound_is_overdue() -> None:
         assert session.overdue(begun + limits.idle - 1) is None
         assert session.overdue(begun + limits.idle + 1) == "idle"
         await session.say(speech(0.1), 16000, None)
-        session.live.end_segment()
+        assert session.live.state == "listening"
         assert session.overdue(session._heard + limits.idle - 1) is None
+        assert session.overdue(session._heard + limits.idle + 1) == "idle"  # though its segment has no end
+        session.live.end_segment()
         session.leave()
         assert session.overdue(session._attended + limits.unattended + 1) == "unattended"
         await sessions.drain()
@@ -234,11 +251,10 @@ def test_a_resumed_session_shows_the_frame_after_the_last_that_was_seen(tmp_path
             with pytest.raises(RefusedError) as error:
                 await sessions.resume(other, wrong)
             assert error.value.code == "not_found"
-        session = await sessions.resume(identifier, key)
+        session, was_open = await sessions.resume(identifier, key)
+        assert not was_open
         assert session.live.position == position
         assert session.live.state == "speaking"
-        with pytest.raises(RefusedError):
-            await sessions.resume(identifier, key)  # it is open
         seen = numbers(await watch(session, 40))
         await sessions.close(session)
         with pytest.raises(RefusedError):
@@ -260,7 +276,7 @@ def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path
         first = await hung.create(PICTURE, SessionOptions())
         await first.say(speech(8), 16000, None)
         seen = numbers(await watch(first, 20))
-        second = await next_one.resume(first.id, first.key, position=15)
+        second, _ = await next_one.resume(first.id, first.key, position=15)
         begin = second.live.position
         assert begin <= 15
         watching = asyncio.create_task(watch(second, 10_000))
@@ -269,7 +285,7 @@ def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path
         seen = seen[:begin] + numbers(await watching)
         await watch(first, 30)
         await hung.drain()  # writes what it has, after the other
-        third = await registry(folder=tmp_path).resume(first.id, first.key)
+        third, _ = await registry(folder=tmp_path).resume(first.id, first.key)
         last = numbers(await watch(third, 10))
         assert last[0] > 60
         seen += last
@@ -280,17 +296,45 @@ def test_what_a_server_that_was_taken_for_dead_still_writes_is_not_read(tmp_path
     run(test())
 
 
-def test_old_files_of_sessions_are_removed(tmp_path: Path) -> None:
+def test_two_who_resume_at_once_get_one_session_that_goes_on_when_it_is_resumed_again(tmp_path: Path) -> None:
     async def test() -> None:
-        old, new, foreign = "A" * 16, "B" * 16, "notes"
-        for name in (old, new, foreign):
-            (tmp_path / f"{name}.json").write_text("{}")
-        for name in (old, foreign):
-            os.utime(tmp_path / f"{name}.json", (0, time.time() - KEPT - 10))
+        sessions = registry(2, tmp_path)
+        begun = await sessions.create(PICTURE, SessionOptions())
+        ending = sessions.close(begun, "draining")  # which comes first, and is not over when the others begin
+        _, *results = await asyncio.gather(ending, *(sessions.resume(begun.id, begun.key) for _ in range(3)))
+        assert [was_open for _, was_open in results] == [False, True, True]
+        (session,) = {session for session, _ in results}
+        assert session is not begun
+        assert await sessions.resume(begun.id, begun.key, position=0) == (session, True)
+        with pytest.raises(RefusedError) as error:
+            await sessions.resume(begun.id, "wrong")
+        assert error.value.code == "unauthorised"
+        await sessions.close(session)
+        assert sessions.free == 2
+        assert list(tmp_path.iterdir()) == []
+
+    run(test())
+
+
+def test_files_of_sessions_are_removed_a_day_after_the_last_of_them_was_written(tmp_path: Path) -> None:
+    """Many servers share the folder: what another one has open was begun long ago, and is written all the time."""
+
+    async def test() -> None:
         sessions = registry(folder=tmp_path)
         session = await sessions.create(PICTURE, SessionOptions())
+        old, new, open_elsewhere, foreign = "A" * 16, "B" * 16, "C" * 16, "notes"
+        for name in (old, new, open_elsewhere, foreign):
+            (tmp_path / f"{name}.json").write_text("{}")
+        for name in (old, open_elsewhere, foreign, session.id):
+            os.utime(tmp_path / f"{name}.json", (0, time.time() - KEPT - 10))
+        (tmp_path / f"{open_elsewhere}.0.session.journal-1").write_text("")
+        (tmp_path / f"{'D' * 16}.json").symlink_to("nothing")  # has no time, as a file that is removed meanwhile
+        await sessions.sweep()
         names = {path.stem for path in tmp_path.glob("*.json")}
-        assert names == {new, foreign, session.id}
+        assert names == {new, open_elsewhere, foreign, session.id, "D" * 16}
+        os.utime(tmp_path / f"{new}.json", (0, time.time() - KEPT - 10))
+        await sessions.sweep()  # they are not looked through each second
+        assert (tmp_path / f"{new}.json").exists()
         await sessions.drain()
 
     run(test())

@@ -18,7 +18,7 @@ from streaming.serve.messages import (
     StatsMessage,
     unpack,
 )
-from tests.streaming.serve.kit import bearing, film, run, serving, speech
+from tests.streaming.serve.kit import Talk, bearing, film, run, serving, speech
 
 SOUND = {"rate": 16000}
 
@@ -110,6 +110,22 @@ def test_a_session_that_is_closed_says_goodbye() -> None:
             assert isinstance(messages[-1], Bye)
             assert messages[-1].reason == "closed"
             assert talk.socket.close_code == 1000
+
+    run(test())
+
+
+def test_who_says_hello_after_the_end_is_told_so() -> None:
+    async def test() -> None:
+        async with serving() as serve:
+            facts = await serve.create()
+            path, headers = f"/v1/sessions/{facts['id']}", bearing(facts["key"])
+            talk = Talk(await serve.client.ws_connect(f"{path}/ws", headers=headers))
+            await serve.client.delete(path, headers=headers)
+            await talk.tell("hello", video="fmp4")
+            (bye,) = await talk.rest()
+            assert isinstance(bye, Bye)
+            assert bye.reason == "closed"
+            assert talk.media == []
 
     run(test())
 
