@@ -141,7 +141,7 @@ async function begin(begun, way = new URLSearchParams(location.search).get("vide
   phase("live");
   body.dataset.shown = "video";
   show(body.dataset.state); // a session that goes on may speak
-  hint("Press Talk, or drop a recording onto the portrait.");
+  hint(video.muted ? "Press Sound to hear the portrait." : "Press Talk, or drop a recording onto the portrait.");
 }
 
 /** Finds the session again: where it was, or at another server, where the last one has left it. */
@@ -185,6 +185,7 @@ async function finish() {
   disconnect();
   voice?.close();
   voice = null;
+  queued = 0; // the next session has nothing queued
   phase("choose");
   show("idle");
   tell("Ready");
@@ -259,10 +260,8 @@ async function interrupt() {
 $("interrupt").onclick = interrupt;
 $("file-button").onclick = () => $("file").click();
 $("file").onchange = ({target}) => { if (target.files.length) say(target.files[0]); target.value = ""; };
-$("sound").onclick = () => {
-  video.muted = !video.muted;
-  $("sound").ariaPressed = String(video.muted);
-};
+$("sound").onclick = () => { video.muted = !video.muted; };
+video.onvolumechange = () => { $("sound").ariaPressed = String(video.muted); };
 
 addEventListener("dragover", event => { event.preventDefault(); if (session) body.dataset.drop = ""; });
 addEventListener("dragleave", event => { if (!event.relatedTarget) delete body.dataset.drop; });
@@ -273,7 +272,7 @@ addEventListener("drop", event => {
   if (file && session) say(file);
 });
 addEventListener("keydown", event => {
-  if (!session || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (!session || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
   if (event.key === "Escape") interrupt();
   if (event.key === "m") $("talk").click();
 });

@@ -40,7 +40,7 @@ async function playRtc(session, video, gone, lost) {
     await peer.setRemoteDescription({type: "answer", sdp});
     await Promise.race([connected, gone]);
     video.srcObject = stream;
-    await Promise.race([video.play(), gone]);
+    await Promise.race([start(video), gone]);
     shown = true;
   } catch (error) {
     video.srcObject = null;
@@ -91,7 +91,7 @@ async function playMp4(session, video, gone, lost) {
     const begins = new Promise(resolve => buffer.addEventListener("updateend", () => buffered(video) && resolve()));
     await Promise.race([begins, failed, gone]);
     video.currentTime = Math.max(video.buffered.start(0), buffered(video) - TARGET);
-    await Promise.race([video.play(), failed, gone]);
+    await Promise.race([start(video), failed, gone]);
   } catch (error) {
     close();
     throw error;
@@ -99,6 +99,17 @@ async function playMp4(session, video, gone, lost) {
   shown = true;
   steering = setInterval(() => steer(video), 100);
   return {path: "MP4", close};
+}
+
+/** Plays the video; without its sound where the browser allows that only after another click. */
+async function start(video) {
+  try {
+    await video.play();
+  } catch (error) {
+    if (error.name !== "NotAllowedError") throw error;
+    video.muted = true;
+    await video.play();
+  }
 }
 
 function buffered(video) {

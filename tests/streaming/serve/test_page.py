@@ -336,6 +336,57 @@ def test_a_video_that_is_refused_is_told(tmp_path: Path) -> None:
     run(test())
 
 
+def test_small_things_that_people_do_and_browsers_forbid(tmp_path: Path) -> None:
+    """A browser plays no sound; a key is held; a session ends while much sound waits, and another one begins."""
+
+    async def test() -> None:
+        told = True  # whether the page is told figures
+
+        def carry(socket: Any) -> None:
+            def pass_on(message: str | bytes) -> None:
+                if told or '"stats"' not in str(message):
+                    socket.send(message)
+
+            socket.connect_to_server().on_message(pass_on)
+
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4", ("404",)) as page:
+            await page.route_web_socket("**/ws?ticket=*", carry)
+            await page.evaluate(
+                """() => {
+                    const play = HTMLMediaElement.prototype.play;
+                    HTMLMediaElement.prototype.play = function () {
+                        return this.muted ? play.call(this) : Promise.reject(new DOMException("", "NotAllowedError"));
+                    };
+                }"""
+            )
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            assert await page.get_attribute("#sound", "aria-pressed") == "true"
+            assert "Press Sound" in await page.inner_text("#hint")
+            await page.click("#sound")
+            await page.wait_for_selector("#sound[aria-pressed=false]")
+
+            await page.keyboard.down("m")
+            await page.wait_for_selector("#talk[aria-pressed=true]")
+            await page.keyboard.down("m")  # a repetition, as it was not released
+            assert await page.get_attribute("#talk", "aria-pressed") == "true"
+            await page.keyboard.up("m")
+            await page.click("#talk")
+
+            recording = tmp_path / "recording.wav"
+            soundfile.write(recording, speech(30), 16_000, subtype="PCM_16")
+            await page.set_input_files("#file", recording)
+            await becomes(page, "parseFloat(document.getElementById('queue').textContent) > 10")
+            told = False
+            await page.click("#end")
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            await page.click("#talk")
+            await page.wait_for_selector("body[data-state=speaking]")
+
+    run(test())
+
+
 def test_a_microphone_that_is_allowed_after_the_end_is_let_go(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving() as serve, page_of(serve, tmp_path, "?video=mp4") as page:
