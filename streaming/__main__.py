@@ -201,7 +201,7 @@ def live(
         typer.Option(help="Frames of sound that a chunk waits for; fewer answer faster. Default: a chunk's, 28."),
     ] = None,
     snapshots: Annotated[
-        Path | None, typer.Option(help="Keep a snapshot of the session there, made anew after every chunk.")
+        Path | None, typer.Option(help="Keep a snapshot of the session there, written whenever a chunk is begun.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from this snapshot.")] = None,
     preset: PresetOption = None,
