@@ -6,11 +6,12 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -50,6 +51,9 @@ try:
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+if TYPE_CHECKING:
+    from streaming.pipeline import TalkingHeadPipeline
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -122,32 +126,16 @@ def run(
     _keep_memory()
     quiet = quiet or not _leads()
     with stage("starting", quiet):  # what takes seconds to import waits until there is something to do
-        from streaming.pipeline import TalkingHeadPipeline
         from streaming.session import report as report_of
         from streaming.sinks import open_sink
         from streaming.sources import open_source
+
+        load = _loader(checkpoint, preset, size, device, precision, steps, compiled, wav2vec, random_weights)
     if report is not None and _leads():
         if report.resolve() in {Path(name).resolve() for name in (image, audio, out)}:
             raise UserError(f"--report {report}: that is another of the files named; name a new one")
         _write_whole(report, None)
-    if checkpoint is not None and preset is None:
-        preset = "flashtalk-14b"
-    pipeline = TalkingHeadPipeline.from_pretrained(
-        checkpoint or preset or "tiny",
-        preset=preset,
-        device=device,
-        precision=precision,
-        size=parse_size(size),
-        frames=frames,
-        steps=steps,
-        shift=shift,
-        color=color,
-        compiled=compiled,
-        wav2vec=wav2vec,
-        noise=noise,
-        random_weights=random_weights,
-        lazy=True,
-    )
+    pipeline = load(frames=frames, shift=shift, color=color, noise=noise, lazy=True)
     if (measured := pipeline.settings.get("measured")) and _leads():
         _say_size(measured)
     facts = {"prompt": prompt, "seed": seed, "audio_mode": audio_mode, "loudness": loudness}
@@ -202,7 +190,7 @@ def live(
         typer.Option(help="Frames of sound that a chunk waits for; fewer answer faster. Default: a chunk's, 28."),
     ] = None,
     snapshots: Annotated[
-        Path | None, typer.Option(help="Keep a snapshot of the session there, made anew after every chunk.")
+        Path | None, typer.Option(help="Keep a snapshot of the session there, written whenever a chunk is begun.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from this snapshot.")] = None,
     preset: PresetOption = None,
@@ -226,27 +214,17 @@ def live(
     with stage("starting", quiet):
         from streaming.decoding import FILE_RATES
         from streaming.live.pipe import moments_of_pipe
-        from streaming.pipeline import TalkingHeadPipeline
         from streaming.sinks import open_sink
         from streaming.sources import SOUND_RATE
+
+        load = _loader(checkpoint, preset, size, device, precision, steps, compiled, wav2vec, random_weights)
     if audio != "-" or sys.stdin is None:
         raise UserError(f"--audio {audio}: a live session hears standard input, '-'; `run` takes files")
     if rate not in FILE_RATES:
         raise UserError(f"--rate {rate}: name {FILE_RATES.start} to {FILE_RATES.stop - 1} samples a second")
     if report is not None:
         _write_whole(report, None)
-    pipeline = TalkingHeadPipeline.from_pretrained(
-        checkpoint or preset or "tiny",
-        preset=preset or ("flashtalk-14b" if checkpoint else None),
-        device=device,
-        precision=precision,
-        size=parse_size(size),
-        steps=steps,
-        compiled=compiled,
-        wav2vec=wav2vec,
-        random_weights=random_weights,
-        lazy=True,
-    )
+    pipeline = load(lazy=True)
     facts = {"prompt": prompt, "seed": seed}
     if pipeline.follows:
         pipeline.follow(**facts)
@@ -319,8 +297,9 @@ def serve(
             from streaming.serve.server import Settings, check_port, run, warm
         except ModuleNotFoundError as error:
             raise UserError(f"serve needs the package {error.name}: pip install 'flashtalk-triton[live]'") from error
-        from streaming.pipeline import TalkingHeadPipeline
         from streaming.ranks import check_sessions
+
+        load = _loader(checkpoint, preset, size, device, precision, steps, compiled, wav2vec, random_weights)
     check_sessions(sessions, int(os.environ.get("WORLD_SIZE", 1)))
     settings = Settings.checked(
         host=host,
@@ -344,18 +323,7 @@ def serve(
             with stage("generating a first chunk", quiet):  # so that the next pipeline sees what memory is left
                 warm(pipelines[-1], settings.limits)
         with stage("loading the models", quiet):
-            pipeline = TalkingHeadPipeline.from_pretrained(
-                checkpoint or preset or "tiny",
-                preset=preset or ("flashtalk-14b" if checkpoint else None),
-                device=device,
-                precision=precision,
-                size=parse_size(size),
-                steps=steps,
-                compiled=compiled,
-                wav2vec=wav2vec,
-                random_weights=random_weights,
-            )
-        pipelines.append(pipeline)
+            pipelines.append(load())
     first = pipelines[0]
     if first.follows:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all ranks get them; rank 0 decides what ends
@@ -434,8 +402,9 @@ def cluster(
                 f"cluster needs the package {error.name}: pip install 'flashtalk-triton[cluster]'"
             ) from error
         from streaming.cluster.scaling import Size
-        from streaming.pipeline import TalkingHeadPipeline
         from streaming.ranks import check_sessions
+
+        load = _loader(checkpoint, preset, size, device, precision, steps, compiled, wav2vec, random_weights)
     check_sessions(sessions, ranks)
     most = max_replicas or replicas
     if most < replicas:
@@ -454,7 +423,26 @@ def cluster(
         log_json=log_json,
         environment=os.environ,
     )
-    load = partial(
+    if replicas and ray is None:
+        load(lazy=True)  # a mistake is found here, before many processes find it
+    run(load, Size(replicas, most, sessions, ranks, gpus, cpus), settings, ray, overcommit)
+
+
+def _loader(
+    checkpoint: Path | None,
+    preset: str | None,
+    size: str | None,
+    device: str,
+    precision: str,
+    steps: int,
+    compiled: bool | None,
+    wav2vec: Path | None,
+    random_weights: bool,
+) -> "Callable[..., TalkingHeadPipeline]":
+    """Loads the networks that these options name. Imports what takes seconds to import."""
+    from streaming.pipeline import TalkingHeadPipeline
+
+    return partial(
         TalkingHeadPipeline.from_pretrained,
         checkpoint or preset or "tiny",
         preset=preset or ("flashtalk-14b" if checkpoint else None),
@@ -466,9 +454,6 @@ def cluster(
         wav2vec=wav2vec,
         random_weights=random_weights,
     )
-    if replicas and ray is None:
-        load(lazy=True)  # a mistake is found here, before many processes find it
-    run(load, Size(replicas, most, sessions, ranks, gpus, cpus), settings, ray, overcommit)
 
 
 def _in_words(event: Any) -> str:

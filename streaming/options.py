@@ -77,13 +77,13 @@ ConfigOption = Annotated[
     typer.Option(
         callback=read_config,
         is_eager=True,
-        help="TOML file of these options, such as size = '640x320'; the command line goes before it.",
+        help="TOML file of these options, such as size = '640x320'; the command line wins over it.",
     ),
 ]
 
 
 HostOption = Annotated[
-    str, typer.Option(help="Address to listen at. Other than this machine's own, it needs $FLASHTALK_TOKEN.")
+    str, typer.Option(help="Address to listen at. Any other than a loopback address needs $FLASHTALK_TOKEN.")
 ]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")]
 ViewersOption = Annotated[int | None, typer.Option(min=1, help="Viewers of a session at once. Default: 8.")]

@@ -2,12 +2,16 @@
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from profiling.__main__ import app as profiling
 from profiling.report.performance import documents
+from streaming.__main__ import app as streaming
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
@@ -23,6 +27,16 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_the_figures_in_the_documents_are_those_of_the_committed_runs() -> None:
     for path, text in documents(ROOT).items():
         assert path.read_text() == text, f"{path}: run `python -m profiling docs`"
+
+
+def test_commands_have_the_options_that_they_need_and_no_others() -> None:
+    commands = {"profiling": typer.main.get_command(profiling), "streaming": typer.main.get_command(streaming)}
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for package, line in re.findall(r"python -m (profiling|streaming) ([^`\n]*--[^`\n]*)", text):
+            words = shlex.split(line, comments=True)
+            end = next((k for k, word in enumerate(words) if word in ("|", "&", "&&", ">", "<")), len(words))
+            commands[package].commands[words[0]].make_context(words[0], words[1:end])  # raises what the user is told
 
 
 @pytest.mark.parametrize("name", ["frames", "one_kernel", "to_file"])

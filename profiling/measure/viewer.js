@@ -102,5 +102,5 @@
     return taken;
   }
 
-  window.viewer = {watch, take};
+  window.viewer = {watch, take, peers};
 })();

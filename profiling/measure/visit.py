@@ -33,6 +33,7 @@ from profiling.soak import STALL, Spread, Visit, visit_lines
 BLOCK = 8  # pixels of the numbers' blocks: 32 x 32 of the picture
 ARRIVES = 0.5  # seconds from a click until the last picture before the interruption is shown, at most
 PATIENCE = 30_000  # ms until a page that does not answer ends the visit
+ENDS = 30.0  # seconds in which a server ends that is asked to
 SERVER = "from profiling.measure.visit import serve_stamped; serve_stamped()"
 TOKEN = "token-of-a-visit"
 WAYS = {"webrtc": "WebRTC", "mp4": "MP4"}
@@ -60,14 +61,22 @@ def served(options: Sequence[str], log: Path) -> Iterator[tuple[psutil.Process, 
             assert process.stdout is not None
             found = re.search(r"http://[^/]+", process.stdout.readline())
             if not found:
-                process.wait()
+                _await_end(process)
                 raise UserError(_last_line(log, "the server does not start"))
             yield psutil.Process(process.pid), found[0]
         except psutil.NoSuchProcess as error:
             raise UserError(_last_line(log, "the server has ended")) from error
         finally:
             process.terminate()
-            process.wait()
+            _await_end(process)
+
+
+def _await_end(process: subprocess.Popen[str]) -> None:
+    try:
+        process.wait(ENDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _last_line(log: Path, otherwise: str) -> str:
@@ -197,6 +206,18 @@ def unwrapped(numbers: Sequence[int]) -> list[int]:
     return counted
 
 
+async def _begun(page: Any) -> None:
+    """Waits until the page shows its session. Raises `UserError` with what the page says if it does not."""
+    from playwright.async_api import TimeoutError as TooLate
+
+    try:
+        await page.wait_for_selector("body[data-phase=live], #problem:not([hidden])", timeout=2 * PATIENCE)
+    except TooLate as error:
+        raise UserError("the page has begun no session in time") from error
+    if await page.is_visible("#problem"):
+        raise UserError(f"the page says: {await page.inner_text('#problem')}")
+
+
 async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, video: str, folder: Path) -> dict:
     """What `Visit` has, but for its setting."""
     microphone, recording, readings = folder / "microphone.wav", folder / "recording.wav", Readings()
@@ -207,17 +228,19 @@ async def _visit(minutes: float, seed: int, url: str, server: psutil.Process, vi
     async with viewer_of(f"{url}/{query}#token={TOKEN}", microphone) as (page, complaints):
         page.set_default_timeout(PATIENCE)
         await page.click("#start")
-        await page.wait_for_selector("body[data-phase=live]", timeout=2 * PATIENCE)
+        await _begun(page)
         if await page.inner_text("#path") != WAYS[video]:
             raise UserError("WebRTC did not get through to the browser; try --video mp4")
         await watch(page, BLOCK)
         visitor, began = Visitor(page, seed, recording), time.monotonic()
         staying, goes_on = asyncio.create_task(visitor.stay()), True
-        while goes_on and not staying.done() and (passed := time.monotonic() - began) < 60 * minutes:
-            goes_on = await readings.read(passed, page, server)
-            await asyncio.sleep(1)
-        staying.cancel()
-        (gave_up,) = await asyncio.gather(staying, return_exceptions=True)
+        try:
+            while goes_on and not staying.done() and (passed := time.monotonic() - began) < 60 * minutes:
+                goes_on = await readings.read(passed, page, server)
+                await asyncio.sleep(1)
+        finally:
+            staying.cancel()
+            (gave_up,) = await asyncio.gather(staying, return_exceptions=True)
         if isinstance(gave_up, Exception):  # not that it was cancelled
             complaints.append(f"the visitor gave up: {gave_up}")
         counts = await server_counts(url)

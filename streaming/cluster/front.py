@@ -179,7 +179,7 @@ class Front:
         headers, timeout = headers_for(request, self._access.token), aiohttp.ClientTimeout(BEGIN)
         async with self._client.post(replica.url + path, data=body, headers=headers, timeout=timeout) as answer:
             content = await answer.read()
-        if answer.status in (200, 201):
+        if answer.status in (200, 201):  # 200: it was open, and goes on there
             session = json.loads(content)["id"]
             self.placement.opened(session, replica)
             self._seen.pop(session, None)
@@ -239,7 +239,7 @@ class Front:
         if broken and not await self._lives(replica):
             bye = self._bye(session, relay)
         elif relay.ended:
-            self.placement.closed(session)
+            self.placement.closed(session, replica)
         return await relay.farewell(bye)
 
     def _bye(self, session: str, relay: Relay) -> Bye:

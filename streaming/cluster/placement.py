@@ -108,14 +108,15 @@ class Placement:
         return next((replica for replica in self.replicas.values() if session in replica.begun), None)
 
     def opened(self, session: str, replica: Replica) -> None:
-        """A session has begun, or goes on, on a replica."""
+        """A session has begun, or goes on, on a replica, and on no other."""
+        self.closed(session)
         replica.begun[session] = self._now()
         self._reserved.pop(session, None)
 
-    def closed(self, session: str) -> None:
-        """A session has ended; it may go on somewhere."""
-        for replica in self.replicas.values():
-            replica.begun.pop(session, None)
+    def closed(self, session: str, replica: Replica | None = None) -> None:
+        """A session has ended on a replica, None: on any; it may go on somewhere else."""
+        for there in [replica] if replica else self.replicas.values():
+            there.begun.pop(session, None)
 
     @property
     def free(self) -> int:

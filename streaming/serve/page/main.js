@@ -7,18 +7,21 @@ import {Voice} from "./voice.js";
 
 const $ = id => document.getElementById(id);
 const body = document.body, video = $("video");
-const PATIENCE = 30000; // ms in which a session moves to another server
+const PATIENCE = 30000; // ms in which a session whose connection was lost has to be found again
+const RETRY = 2000; // ms from one try to the next
 const BEHIND = 3; // s of sound that wait; with more, the microphone pauses until the face has caught up
-const STATES = {idle: "Waiting", listening: "Listening", speaking: "Speaking", interrupted: "Interrupted", closed: "Ended"};
+const STATES = {
+  idle: "Waiting", listening: "Listening", speaking: "Speaking", interrupted: "Interrupted", closed: "Ended",
+  reconnecting: "Reconnecting", moving: "Moving to another server",
+};
 const ENDS = {
   idle: "The session has ended: nobody has spoken for a while.",
   unattended: "The session has ended: the connection was lost.",
   draining: "The server is shutting down.",
-  lost: "The server of the session has died.",
+  lost: "The connection to the server was lost, and the session could not go on.",
   failed: "Generation has failed.",
 };
 
-let moving = false;
 let session = null, socket = null, player = null, voice = null, figures = null;
 let segment = 0, talking = false, opening = false, queued = 0, upload = null;
 
@@ -84,21 +87,29 @@ $("choose").onsubmit = async event => {
   voice = new Voice(hear); // within the click, so that the browser lets it run
   try {
     session = await create(sessionStorage.token ?? "", face, {kind: "segments"});
-    await Promise.race([begin(session), session.over]); // it may be over before it has begun here
+    await begin(session);
   } catch (error) {
-    if (error.code === "unauthorised") needToken();
-    complain(error.code === "unauthorised" ? "The token is missing or wrong: see what the server has printed." : error.message);
-    await finish();
+    if (body.dataset.phase === "starting") await giveUp(error); // else it has ended already, and the page said why
   }
   $("start").disabled = false;
 };
 
-async function begin(begun) {
-  const {width, height} = begun.facts;
-  $("frame").style.setProperty("--ratio", width / height);
-  let welcome;
+async function giveUp(error) {
+  const refused = error.code === "unauthorised";
+  if (refused) needToken();
+  complain(refused ? "The token is missing or wrong: see what the server has printed." : error.message);
+  await finish();
+}
+
+/** Connects to a session and shows it. Throws if that fails, or if the session ends before it is seen. */
+async function begin(begun, way = new URLSearchParams(location.search).get("video")) {
+  let seen = false, welcome, fail;
   const ready = new Promise(resolve => { welcome = resolve; });
-  socket = await begun.socket({audio: {rate: voice.rate}}, {
+  const gone = new Promise((_, reject) => { fail = reject; });
+  gone.catch(() => {}); // it may fail before it is awaited
+  begun.over.then(() => fail(new Error("The session has ended.")));
+  const lose = (reason, state) => seen ? move(reason, state) : fail(new Error(ENDS[reason]));
+  const opened = socket = await begun.socket({audio: {rate: voice.rate}}, {
     ready: message => { segment = message.next_segment; show(message.state); welcome(); },
     state: ({state}) => show(state),
     playback_started: message => { if (!talking) use(message.segment + 1); },
@@ -107,60 +118,74 @@ async function begin(begun) {
     pong: ({t}) => figures?.trip(performance.now() - t),
     error: error => complain(error.message),
     bye: ({reason}) => {
-      if (reason === "lost" || reason === "draining") return move(reason);
+      if (reason === "lost" || reason === "draining") return lose(reason, "moving");
       if (ENDS[reason]) complain(ENDS[reason]);
       begun.markEnded();
       finish();
     },
-    close: () => { if (session && !moving) { complain(ENDS.unattended); finish(); } },
+    close: () => lose("unattended", "reconnecting"),
     any: note,
   });
-  await ready;
-  tell("Connecting");
-  const connected = await play(begun, video, new URLSearchParams(location.search).get("video"));
-  if (session !== begun) return connected.close();
-  player = connected;
+  try {
+    await Promise.race([ready, gone]);
+    tell("Connecting");
+    $("frame").style.setProperty("--ratio", begun.facts.width / begun.facts.height);
+    player = await play(begun, video, way, gone, () => move("unattended", "reconnecting", "mp4"));
+  } catch (error) {
+    opened.close();
+    throw error;
+  }
+  seen = true;
   figures = new Figures(video);
   figures.path(player.path);
   phase("live");
   body.dataset.shown = "video";
   show(body.dataset.state); // a session that goes on may speak
-  hint("Press Talk, or drop a recording onto the portrait.");
+  hint(video.muted ? "Press Sound to hear the portrait." : "Press Talk, or drop a recording onto the portrait.");
 }
 
-/** The server of the session has ended: it may go on at another one, where the last one has left it. */
-async function move(reason) {
+/** Finds the session again: where it was, or at another server, where the last one has left it. */
+async function move(reason, state, way) {
   const moved = session, end = performance.now() + PATIENCE;
-  moving = true;
-  figures?.stop();
-  player?.close();
-  tell("Moving to another server");
+  stopTalking();
+  disconnect();
+  phase("moving");
+  show(state);
+  hint("The session goes on as soon as the connection is back.");
   while (session === moved && performance.now() < end) {
     try {
       await moved.resume();
-      moving = false;
-      return await begin(moved);
+      if (session === moved) return await begin(moved, way);
     } catch (error) {
-      if (error.code === "not_found") break; // it was not kept
-      await new Promise(resolve => setTimeout(resolve, 2000));
+      if (error.code === "not_found") { // it was not kept
+        moved.markEnded();
+        break;
+      }
+      await new Promise(resolve => setTimeout(resolve, RETRY));
+      if (session === moved) show(state);
     }
   }
-  moving = false;
   if (session !== moved) return; // it was ended meanwhile
   complain(ENDS[reason]);
   finish();
+}
+
+function disconnect() {
+  figures?.stop();
+  player?.close();
+  socket?.close();
+  figures = player = socket = null;
+  delete body.dataset.shown;
 }
 
 async function finish() {
   const ended = session;
   session = null;
   stopTalking();
-  figures?.stop();
-  player?.close();
-  socket?.close();
+  disconnect();
   voice?.close();
-  socket = player = voice = figures = null;
-  delete body.dataset.shown;
+  voice = null;
+  queued = 0; // the next session has nothing queued
   phase("choose");
   show("idle");
   tell("Ready");
@@ -235,10 +260,8 @@ async function interrupt() {
 $("interrupt").onclick = interrupt;
 $("file-button").onclick = () => $("file").click();
 $("file").onchange = ({target}) => { if (target.files.length) say(target.files[0]); target.value = ""; };
-$("sound").onclick = () => {
-  video.muted = !video.muted;
-  $("sound").ariaPressed = String(video.muted);
-};
+$("sound").onclick = () => { video.muted = !video.muted; };
+video.onvolumechange = () => { $("sound").ariaPressed = String(video.muted); };
 
 addEventListener("dragover", event => { event.preventDefault(); if (session) body.dataset.drop = ""; });
 addEventListener("dragleave", event => { if (!event.relatedTarget) delete body.dataset.drop; });
@@ -249,7 +272,7 @@ addEventListener("drop", event => {
   if (file && session) say(file);
 });
 addEventListener("keydown", event => {
-  if (!session || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (!session || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
   if (event.key === "Escape") interrupt();
   if (event.key === "m") $("talk").click();
 });
@@ -257,10 +280,12 @@ addEventListener("keydown", event => {
 // --- What is seen ----------------------------------------------------------------------------------------------------
 
 function phase(name) {
+  const begun = name === "live" || name === "moving";
   body.dataset.phase = name;
-  $("choose").hidden = name === "live";
-  $("live").hidden = name !== "live";
-  $("dock").inert = name !== "live";
+  $("choose").hidden = begun;
+  $("live").hidden = !begun;
+  $("dock").inert = !begun;
+  $("talk").disabled = $("file-button").disabled = name === "moving";
 }
 
 function show(state) {

@@ -3,29 +3,32 @@
 const CONNECT = 5000; // ms until WebRTC is given up
 const TARGET = 0.15; // s of MP4 that are buffered
 
-/** Plays the session; resolves to the player once it is connected. `forced` is "mp4" to not try WebRTC. */
-export async function play(session, video, forced) {
-  if (forced !== "mp4" && window.RTCPeerConnection) {
+/**
+ * Plays the session; resolves to the player once the video plays. `way` is "mp4" to not try WebRTC.
+ * Once `gone` is rejected, it is given up. `lost` is called if the connection of the video fails later.
+ */
+export async function play(session, video, way, gone, lost) {
+  if (way !== "mp4" && window.RTCPeerConnection) {
     try {
-      return await playRtc(session, video);
+      return await playRtc(session, video, gone, lost);
     } catch (error) {
       console.info("WebRTC does not get through, so the video comes as MP4:", error.message);
     }
   }
-  return playMp4(session, video);
+  return playMp4(session, video, gone, lost);
 }
 
-async function playRtc(session, video) {
+async function playRtc(session, video, gone, lost) {
   const peer = new RTCPeerConnection({iceServers: session.facts.ice_servers});
   const stream = new MediaStream();
-  let place = null;
+  let place = null, shown = false;
   try {
     for (const kind of ["audio", "video"]) peer.addTransceiver(kind, {direction: "recvonly"});
     peer.ontrack = ({track}) => stream.addTrack(track);
     const connected = new Promise((resolve, reject) => {
       peer.onconnectionstatechange = () => {
         if (peer.connectionState === "connected") resolve();
-        if (peer.connectionState === "failed") reject(new Error("no way through"));
+        if (peer.connectionState === "failed") shown ? lost() : reject(new Error("no way through"));
       };
       setTimeout(reject, CONNECT, new Error(`no connection within ${CONNECT / 1000} s`));
     });
@@ -35,9 +38,10 @@ async function playRtc(session, video) {
     const {sdp, location} = await session.offer(peer.localDescription.sdp);
     place = location;
     await peer.setRemoteDescription({type: "answer", sdp});
-    await connected;
+    await Promise.race([connected, gone]);
     video.srcObject = stream;
-    await video.play();
+    await Promise.race([start(video), gone]);
+    shown = true;
   } catch (error) {
     video.srcObject = null;
     peer.close();
@@ -57,7 +61,7 @@ function gathered(peer) {
   });
 }
 
-async function playMp4(session, video) {
+async function playMp4(session, video, gone, lost) {
   const Source = window.ManagedMediaSource ?? window.MediaSource;
   if (!Source?.isTypeSupported(session.facts.mime)) throw new Error("This browser plays neither WebRTC nor MP4 streams.");
   const source = new Source(), waiting = [];
@@ -72,23 +76,40 @@ async function playMp4(session, video) {
     else if (end && video.buffered.start(0) < old - 10) buffer.remove(0, old);
   };
   buffer.addEventListener("updateend", append);
+  let shown = false, fail;
+  const failed = new Promise((_, reject) => { fail = reject; });
   const socket = await session.socket({video: "fmp4"}, {
     media: (kind, body) => { waiting.push(body); append(); },
-    clear: () => skip(),
+    clear: () => { if (buffered(video)) video.currentTime = buffered(video) - 0.02; },
+    error: ({message}) => fail(new Error(message)),
+    bye: () => socket.close(), // the page hears it, too
+    close: () => shown ? lost() : fail(new Error("The connection for the video was lost.")),
   });
-  const skip = () => { if (buffered(video)) video.currentTime = buffered(video) - 0.02; };
-  const begins = new Promise(resolve => buffer.addEventListener("updateend", () => buffered(video) && resolve(true)));
-  if (!await Promise.race([begins, session.over])) {
-    socket.close();
-    throw new Error("The session has ended.");
+  let steering;
+  const close = () => { clearInterval(steering); socket.close(); video.removeAttribute("src"); video.load(); };
+  try {
+    const begins = new Promise(resolve => buffer.addEventListener("updateend", () => buffered(video) && resolve()));
+    await Promise.race([begins, failed, gone]);
+    video.currentTime = Math.max(video.buffered.start(0), buffered(video) - TARGET);
+    await Promise.race([start(video), failed, gone]);
+  } catch (error) {
+    close();
+    throw error;
   }
-  video.currentTime = Math.max(video.buffered.start(0), buffered(video) - TARGET);
-  await video.play();
-  const steering = setInterval(() => steer(video), 100);
-  return {
-    path: "MP4",
-    close: () => { clearInterval(steering); socket.close(); video.removeAttribute("src"); video.load(); },
-  };
+  shown = true;
+  steering = setInterval(() => steer(video), 100);
+  return {path: "MP4", close};
+}
+
+/** Plays the video; without its sound where the browser allows that only after another click. */
+async function start(video) {
+  try {
+    await video.play();
+  } catch (error) {
+    if (error.name !== "NotAllowedError") throw error;
+    video.muted = true;
+    await video.play();
+  }
 }
 
 function buffered(video) {

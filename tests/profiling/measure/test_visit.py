@@ -1,5 +1,9 @@
 """A visit to the page: mistakes end in one line, and a short one is seen and kept."""
 
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +40,7 @@ class Process:
         stderr.write("starting\nerror: --port 1 cannot be listened at\n")
         stderr.flush()
 
-    def wait(self) -> None:
+    def wait(self, _timeout: float | None = None) -> None:
         self.ended += 1
 
     def terminate(self) -> None:
@@ -59,6 +63,80 @@ def test_a_server_that_ends_in_between_says_why(monkeypatch: pytest.MonkeyPatch,
 
     with pytest.raises(UserError, match="--port 1"):
         look()
+
+
+def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Stubborn(Process):
+        killed = False
+
+        def wait(self, timeout: float | None = None) -> None:
+            if not Stubborn.killed:
+                assert timeout is not None, "it would be waited for without an end"
+                raise subprocess.TimeoutExpired("serve", timeout)
+
+        def kill(self) -> None:
+            Stubborn.killed = True
+
+    monkeypatch.setattr(visit.subprocess, "Popen", Stubborn)
+    monkeypatch.setattr(visit.psutil, "Process", lambda pid: pid)
+    with visit.served(["good"], tmp_path / "log"):
+        pass
+    assert Stubborn.killed
+
+
+class Page:
+    """A page that begins a session, or says why not, or does not; and then crashes."""
+
+    def __init__(self, problem: str = "", late: bool = False) -> None:
+        self._problem, self._late = problem, late
+
+    def set_default_timeout(self, _timeout: float) -> None:
+        """It answers at once."""
+
+    async def wait_for_selector(self, _selector: str, **_: Any) -> None:
+        if self._late:
+            raise pytest.importorskip("playwright.async_api").TimeoutError("Timeout 60000ms exceeded")
+
+    async def is_visible(self, _selector: str) -> bool:
+        return bool(self._problem)
+
+    async def inner_text(self, selector: str) -> str:
+        return self._problem if selector == "#problem" else "MP4"
+
+    async def click(self, _selector: str) -> None:
+        """Nothing happens."""
+
+    async def set_input_files(self, _selector: str, _file: Path) -> None:
+        """Nothing happens."""
+
+    async def evaluate(self, script: str, *_: Any) -> None:
+        if script == "viewer.take()":
+            raise ValueError("the page has crashed")
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "problem"),
+    [
+        (Page("The server cannot be reached."), UserError, "the page says: The server cannot be reached."),
+        (Page(late=True), UserError, "the page has begun no session in time"),
+        (Page(), ValueError, "the page has crashed"),
+    ],
+)
+def test_a_page_that_does_not_work_ends_the_visit(
+    page: Page, kind: type[Exception], problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @asynccontextmanager
+    async def viewer_of(*_: Any) -> AsyncIterator[tuple[Page, list[str]]]:
+        yield page, []
+
+    async def test() -> None:
+        with pytest.raises(kind, match=problem):
+            await visit._visit(1, 0, "http://127.0.0.1:1", psutil.Process(), "mp4", tmp_path)
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the visitor has gone, too"
+
+    pytest.importorskip("playwright")
+    monkeypatch.setattr(visit, "viewer_of", viewer_of)
+    asyncio.run(test())
 
 
 def test_standstills_of_their_own_and_those_of_interruptions() -> None:

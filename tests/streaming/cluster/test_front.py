@@ -6,8 +6,12 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from streaming.cluster import relay
+from streaming.cluster.placement import Report
+from streaming.cluster.relay import Relay
 from streaming.serve.messages import Bye, PlaybackFinishedMessage, Ready, unpack
 from tests.streaming.cluster.kit import Clustered, clustered
 from tests.streaming.serve.kit import TOKEN, bearing, eventually, film, form, run, speech, wav
@@ -280,5 +284,58 @@ def test_a_request_to_a_dead_replica_says_so(tmp_path: Path) -> None:
             status, body = await cluster.post(facts, "interrupt")
             assert (status, body["error"]["code"]) == (503, "lost")
             assert json.dumps(body).count("\\n") == 0
+
+    run(test())
+
+
+def test_a_session_that_is_still_open_simply_goes_on(tmp_path: Path) -> None:
+    """Its replica answers 200; what the front remembers of another replica's death holds no longer."""
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path_qs)
+        return web.json_response({"id": "one"})
+
+    async def test() -> None:
+        replica = web.Application()
+        replica.router.add_post("/v1/sessions/one/resume", answer)
+        async with clustered(tmp_path) as cluster, TestServer(replica) as server:
+            url = str(server.make_url("")).rstrip("/")
+            cluster.front.placement.report(Report("a", url, 1, 1, ["one"], False))
+            cluster.front._seen["one"] = 50
+            for _ in range(2):
+                assert (await cluster.post({"id": "one", "key": "of-one"}, "resume"))[0] == 200
+            assert asked == ["/v1/sessions/one/resume?position=51", "/v1/sessions/one/resume"]
+
+    asked: list[str] = []
+    run(test())
+
+
+def test_a_slow_viewer_of_the_old_replica_does_not_hide_where_the_session_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its relay ends after the session has gone on elsewhere."""
+    serve, may_end = Relay.serve, asyncio.Event()
+
+    async def serve_slowly(relay: Relay, request: web.Request) -> bool:
+        broken = await serve(relay, request)
+        await may_end.wait()
+        return broken
+
+    monkeypatch.setattr(Relay, "serve", serve_slowly)
+
+    async def test() -> None:
+        async with clustered(tmp_path, 1, 1) as cluster:
+            facts = await cluster.create()
+            before, talk = cluster.of(facts), await cluster.socket(facts, video="fmp4")
+            await talk.read_media(3)
+            ending = asyncio.create_task(cluster.end(before))
+            await talk.until(Bye)
+            assert (await cluster.post(facts, "resume"))[0] == 201
+            there = cluster.front.placement.owner(facts["id"])
+            may_end.set()
+            await eventually(lambda: not cluster.front._relays)
+            assert there is not None
+            assert cluster.front.placement.owner(facts["id"]) is there
+            await ending
 
     run(test())

@@ -139,6 +139,18 @@ def test_a_replica_that_comes_back_ends_what_goes_on_elsewhere() -> None:
     assert cluster.owner("two") == "a"
 
 
+def test_a_session_that_has_moved_is_where_it_went_last() -> None:
+    cluster = Cluster()
+    cluster.report("a", "one", draining=True)
+    cluster.report("b")
+    assert cluster.begin("one", resumed=True) == "b"
+    assert cluster.owner("one") == "b"
+    cluster.placement.closed("one", cluster.placement.replicas["a"])  # its last viewer there was slow
+    assert cluster.owner("one") == "b"
+    cluster.placement.closed("one", cluster.placement.replicas["b"])
+    assert cluster.owner("one") is None
+
+
 def test_a_draining_replica_keeps_its_sessions_and_takes_none() -> None:
     cluster = Cluster()
     cluster.report("a", "one", draining=True)

@@ -172,7 +172,6 @@ def test_a_closed_session_ends_its_moments_and_takes_nothing() -> None:
     for call in (lambda: live.push_audio(tone(1), 16000), live.end_segment, live.interrupt):
         with pytest.raises(RuntimeError, match="the session is closed"):
             call()
-    assert threading.active_count() < 20
 
 
 def test_two_takers_share_the_moments() -> None:

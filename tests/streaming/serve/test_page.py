@@ -28,6 +28,7 @@ pytestmark = [
 PATIENCE = 90_000  # ms until a page that hangs fails the test
 SMOOTH = 0.8  # share of the frames that come on time where a machine is fast enough
 APART = 0.060  # seconds by which sound and picture may be apart at the viewer
+JSON = "application/json"
 WEB_AUDIO = 0.035  # seconds by which marks are heard late on their way through Web Audio, known to 0.01
 
 
@@ -197,6 +198,191 @@ def test_a_session_that_ends_while_the_page_connects_makes_room_for_another(tmp_
             assert "nobody has spoken" in await page.inner_text("#problem")
             await page.click("#start")  # which waits until it is enabled
             await page.wait_for_selector("body[data-phase=live]")
+
+    run(test())
+
+
+class Network:
+    """Between a page and its server; is broken and mended at will.
+
+    A server that still has the session answers `resume` by 200. Until it does, the answer is made here.
+    """
+
+    def __init__(self, page: Any, serve: Serving) -> None:
+        self.broken, self.kept, self.resumed, self.methods = False, True, 0, list[str]()
+        self._page, self._serve, self._sockets = page, serve, list[Any]()
+
+    async def route(self) -> None:
+        await self._page.route_web_socket("**/ws?ticket=*", self._carry)
+        await self._page.route("**/resume", self._resume)
+        self._page.on("request", lambda request: self.methods.append(request.method))
+
+    async def cut(self, *sockets: int) -> None:
+        """Closes these of the sockets that were opened so far, on both sides."""
+        for client, server in [self._sockets[k] for k in sockets]:
+            await client.close(code=1001)
+            await server.close()
+
+    def _carry(self, socket: Any) -> None:
+        self._sockets.append((socket, socket.connect_to_server()))
+
+    async def _resume(self, route: Any) -> None:
+        if self.broken:
+            await route.abort("internetdisconnected")
+        elif not self.kept:
+            await route.fulfill(status=404, body='{"error": {"code": "not_found"}}', content_type=JSON)
+        else:
+            self.resumed += 1
+            (session,) = self._serve.sessions.open.values()
+            await route.fulfill(status=200, body=self._serve.server._begun(session).text, content_type=JSON)
+
+
+@asynccontextmanager
+async def watched(
+    serve: Serving, folder: Path, query: str, *refusals: str
+) -> AsyncIterator[tuple[Any, Network, Sight]]:
+    """A page whose session is live, its network, and what is seen."""
+    async with page_of(serve, folder, query, refusals) as page:
+        network, sight = Network(page, serve), Sight()
+        await network.route()
+        await page.click("#start")
+        await page.wait_for_selector("body[data-phase=live]")
+        await watch(page, BLOCK)
+        await moves(page, sight, 5)
+        yield page, network, sight
+
+
+def test_the_page_comes_back_after_the_connection_was_lost(tmp_path: Path) -> None:
+    """The session goes on meanwhile, and is neither ended nor begun anew."""
+
+    async def test() -> None:
+        async with serving() as serve, watched(serve, tmp_path, "?video=mp4", "DISCONNECTED") as (page, network, sight):
+            (session,) = serve.sessions.open.values()
+            await page.click("#talk")
+            await page.wait_for_selector("body[data-state=speaking]")
+            network.broken = True
+            await network.cut(0, 1)
+            await page.wait_for_selector("body[data-phase=moving]")
+            assert await page.inner_text("#state-text") == "Reconnecting"
+            assert await page.inner_text("#talk-text") == "Talk"
+            assert await page.is_visible("#live")
+            assert await page.is_disabled("#talk")
+            assert await page.is_disabled("#interrupt")
+            assert await page.is_enabled("#end")
+            await eventually(lambda: not session.listeners)
+            network.broken = False
+            await page.wait_for_selector("body[data-phase=live]")
+            await moves(page, sight, 10)
+            assert await page.is_hidden("#problem")
+            await page.click("#talk")
+            await page.wait_for_selector("body[data-state=speaking]")
+            assert list(serve.sessions.open.values()) == [session]
+            assert sight.numbers == sorted(sight.numbers)
+            assert "DELETE" not in network.methods
+            await page.click("#end")
+            await eventually(lambda: not serve.sessions.open)
+
+    run(test())
+
+
+@pytest.mark.parametrize("way", ["webrtc", "mp4"])
+def test_a_video_whose_connection_fails_comes_again(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_to_loopback(monkeypatch)
+
+    async def test() -> None:
+        query = "?video=mp4" if way == "mp4" else ""
+        async with serving() as serve, watched(serve, tmp_path, query) as (page, network, sight):
+            if way == "mp4":
+                await network.cut(1)
+            else:
+                await page.evaluate(
+                    """() => {
+                        const [peer] = viewer.peers;
+                        Object.defineProperty(peer, "connectionState", {value: "failed"});
+                        peer.dispatchEvent(new Event("connectionstatechange"));
+                    }"""
+                )
+            await eventually(lambda: network.resumed)
+            await page.wait_for_selector("body[data-phase=live]")
+            assert await page.inner_text("#path") == "MP4"
+            await moves(page, sight, 10)
+            assert len(serve.sessions.open) == 1
+            assert await page.is_hidden("#problem")
+
+    run(test())
+
+
+def test_a_session_that_was_not_kept_is_told_and_not_ended_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving() as serve, watched(serve, tmp_path, "?video=mp4", "404") as (page, network, _):
+            network.kept = False
+            await network.cut(0, 1)
+            await page.wait_for_selector("body[data-phase=choose]")
+            assert "connection was lost" in await page.inner_text("#problem")
+            assert "DELETE" not in network.methods
+
+    run(test())
+
+
+def test_a_video_that_is_refused_is_told(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(viewers=0) as serve, page_of(serve, tmp_path, "?video=mp4") as page:
+            await page.click("#start")
+            await page.wait_for_selector("#problem:not([hidden])")
+            assert "viewers" in await page.inner_text("#problem")
+            await page.wait_for_selector("body[data-phase=choose]")
+            await eventually(lambda: not serve.sessions.open)
+
+    run(test())
+
+
+def test_small_things_that_people_do_and_browsers_forbid(tmp_path: Path) -> None:
+    """A browser plays no sound; a key is held; a session ends while much sound waits, and another one begins."""
+
+    async def test() -> None:
+        told = True  # whether the page is told figures
+
+        def carry(socket: Any) -> None:
+            def pass_on(message: str | bytes) -> None:
+                if told or '"stats"' not in str(message):
+                    socket.send(message)
+
+            socket.connect_to_server().on_message(pass_on)
+
+        async with serving() as serve, page_of(serve, tmp_path, "?video=mp4", ("404",)) as page:
+            await page.route_web_socket("**/ws?ticket=*", carry)
+            await page.evaluate(
+                """() => {
+                    const play = HTMLMediaElement.prototype.play;
+                    HTMLMediaElement.prototype.play = function () {
+                        return this.muted ? play.call(this) : Promise.reject(new DOMException("", "NotAllowedError"));
+                    };
+                }"""
+            )
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            assert await page.get_attribute("#sound", "aria-pressed") == "true"
+            assert "Press Sound" in await page.inner_text("#hint")
+            await page.click("#sound")
+            await page.wait_for_selector("#sound[aria-pressed=false]")
+
+            await page.keyboard.down("m")
+            await page.wait_for_selector("#talk[aria-pressed=true]")
+            await page.keyboard.down("m")  # a repetition, as it was not released
+            assert await page.get_attribute("#talk", "aria-pressed") == "true"
+            await page.keyboard.up("m")
+            await page.click("#talk")
+
+            recording = tmp_path / "recording.wav"
+            soundfile.write(recording, speech(30), 16_000, subtype="PCM_16")
+            await page.set_input_files("#file", recording)
+            await becomes(page, "parseFloat(document.getElementById('queue').textContent) > 10")
+            told = False
+            await page.click("#end")
+            await page.click("#start")
+            await page.wait_for_selector("body[data-phase=live]")
+            await page.click("#talk")
+            await page.wait_for_selector("body[data-state=speaking]")
 
     run(test())
 
