@@ -129,8 +129,8 @@ def launch_absorb(
 
 def check_keys_per_frame(keys_per_frame: int) -> None:
     """Raises ValueError unless the kernels can group so many keys."""
-    if keys_per_frame < 16 or keys_per_frame & (keys_per_frame - 1):
-        raise ValueError(f"k: {keys_per_frame} keys a frame, wanted a power of two from 16 on")
+    if keys_per_frame < 1 or keys_per_frame & (keys_per_frame - 1):
+        raise ValueError(f"k: {keys_per_frame} keys a frame, wanted a power of two")
 
 
 def scaled_by_channel(k: Tensor, scale: Tensor | None) -> Tensor:
@@ -175,7 +175,7 @@ def absorb_audio_projections(
 
     Args:
         k: [frames, keys, heads, head_dim], contiguous along head_dim; float32, float16 or bfloat16. On a GPU the number
-            of keys must be a power of two of at least 16.
+            of keys must be a power of two.
         v: like k.
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.

@@ -241,7 +241,7 @@ def absorb_audio_projections_fp8(
 
     Args:
         k: [frames, keys, heads, head_dim], contiguous along head_dim; float32, float16 or bfloat16. On a GPU the number
-            of keys must be a power of two of at least 16.
+            of keys must be a power of two.
         v: like k.
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.

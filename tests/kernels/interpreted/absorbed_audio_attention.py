@@ -18,7 +18,7 @@ EXAMPLES = settings(max_examples=20)
 
 
 @EXAMPLES
-@given(st.integers(1, 3), st.sampled_from([16, 32]), st.integers(1, 3), st.integers(0, 99))
+@given(st.integers(1, 3), st.sampled_from([8, 16, 32]), st.integers(1, 3), st.integers(0, 99))
 def test_absorb(frames, keys, heads, seed):
     head_dim, width, out_width = 16, 40, 24
     k, v = draw((frames, keys, 2, heads, head_dim), seed=seed)[0].unbind(2)
@@ -51,7 +51,7 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 @EXAMPLES
 @given(
-    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(16, 3), (32, 1), (32, 5)]),
+    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(8, 4), (16, 3), (32, 1), (32, 5)]),
     st.integers(1, 30), st.integers(1, 45), st.sampled_from(["", "bias", "residual", "bias residual"]),
     st.sampled_from(["triton", "pointers", "library"]), st.integers(0, 99),
 )  # fmt: skip
