@@ -185,8 +185,8 @@ def dispatch(
 ) -> Tensor:
     """y in `dtype`, or else that of z, with the back-end `tuned`, or else the one that kernels/tuned/ names.
 
-    Shapes that were not tuned use the library in 16 and 32 bits, which is what was measured, and the Triton kernel in
-    FP8. bias is [out width] or [frames, out width].
+    Shapes that were not tuned use the library in 16 and 32 bits, which is nearest to what was measured, a product
+    without addition, and the Triton kernel in FP8. bias is [out width] or [frames, out width].
     """
     name = DTYPE_NAMES[z.dtype] if scales is None else "fp8"
     dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
