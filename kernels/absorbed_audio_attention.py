@@ -281,7 +281,7 @@ def multiply_library(
     _dtype: None,
     _parameters: Mapping[str, Any],
 ) -> Tensor:
-    """residual + (P U + bias) by cuBLAS, in the dtype of p, added to the sum of residual and bias."""
+    """residual + (P U + bias) by cuBLAS, in the dtype of p, added to the rounded sum of residual and bias."""
     y, added = p.new_empty(len(p), values.shape[1]), [x for x in (residual, bias) if x is not None]
     if len(added) == 2:
         torch.add(*added, out=y)
@@ -345,7 +345,7 @@ def absorbed_audio_attention(
 
     For each token of z in latent frame f: y = residual + (softmax(z G[f]^T + g[f]) U[f] + bias), with a softmax over
     the keys of each head. Sums, softmax and epilogue are computed in float32. The weights of the softmax are rounded to
-    the dtype of z, and so is the result.
+    the dtype of z, and so is the result. The library rounds the sum of residual and bias to the dtype of z first.
 
     Args:
         z: [tokens, width], contiguous; float32, float16 or bfloat16. The input of the query projection for consecutive

@@ -18,10 +18,10 @@ from kernels.absorbed_audio_attention import (
     Sizes,
     absorbed_audio_attention,
     absorbed_audio_attention_op,
-    absorbed_reference,
     dispatch,
+    multiply_library,
 )
-from kernels.frame_attention import frame_attention, frame_reference
+from kernels.frame_attention import frame_attention, frame_kv_ranges, frame_reference
 from kernels.linear import dequantize, quantize_rows
 from kernels.tuning import TunedConfig
 from profiling.measure.check import poisoned_memory
@@ -49,15 +49,19 @@ def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys
     assert error(y, residual + (expected + bias)) < 1e-5
 
 
-def test_the_epilogue_is_rounded_once():
-    """In 16 bits the sum of a small output and a large residual is that of float32, rounded."""
-    z, keys, values, residual = (x.bfloat16() for x in draw((6, 24), (2, 32, 24), (2, 8, 32), (6, 8)))
-    key_bias, bias = draw((2, 32), (8,))
-    residual *= 1000
-    y = absorbed_audio_attention(z, keys, key_bias, values, 16, 3, bias=bias, residual=residual)
-    sizes = Sizes(16, 3)
-    exact = absorbed_reference(*(x.double() for x in (z, keys, key_bias, values)), sizes, bias, residual.double())
-    assert torch.equal(y, exact.bfloat16())
+@pytest.mark.parametrize("tokens", [6, 5])  # whole frames, and one that is shorter
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_library_rounds_what_it_adds_and_the_result(tokens, size):
+    """In 16 bits: the sum of residual and bias, then that with the product. Rounding to bfloat16 errs by up to 2^-8."""
+    p, values, residual, bias = (x.bfloat16() for x in draw((tokens, 32), (2, 8, 32), (tokens, 8), (8,)))
+    residual *= size
+    ranges = frame_kv_ranges(tokens, 1, 3, 0)
+    y = multiply_library(p, values, ranges, bias, residual, None, None, {})
+    added = residual.double() + bias.double()
+    for start, end, frame, _ in ranges:
+        exact = added[start:end] + p[start:end].double() @ values[frame].double().T
+        bound = 2**-8 * (added[start:end].abs() + exact.abs())
+        assert ((y[start:end].double() - exact).abs() <= 1.01 * bound).all()
 
 
 def test_absorbs_quantised_weights():
