@@ -31,7 +31,7 @@ from kernels.frame_attention import check_frames, frame_kv_ranges
 from kernels.linear import load_tile
 from kernels.linear_epilogue import Epilogue, check_epilogue, store_tile
 from kernels.scheduler import query_tiles_on
-from kernels.tuning import LaunchConfig, TunedConfig, pipelines_descriptors, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, reads_by_pointers, tuned_config
 
 # Launch parameters where nothing was tuned. Both products have tiles of BLOCK_M tokens; those of the first one have
 # BLOCK_N columns, which are whole heads, those of the second one OUT_BLOCK_N.
@@ -192,7 +192,11 @@ def dispatch(
     dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
     backends = BACKENDS if scales is None else ("triton",)
     tuned = tuned or tuned_config("absorbed_audio_attention", dims, name, z.device, backends=backends)
-    parameters = {"POINTERS": int(_by_pointers(z, keys)), **DEFAULT_CONFIG[name], **(tuned.config if tuned else {})}
+    parameters = {
+        "POINTERS": int(reads_by_pointers(z, keys, values)),
+        **DEFAULT_CONFIG[name],
+        **(tuned.config if tuned else {}),
+    }
     ranges = frame_kv_ranges(len(z), 1, sizes.tokens_per_frame, sizes.first_token)
     p = launch_weights(z, keys, key_bias, sizes.keys_per_frame, ranges, scales, parameters)
     output = BACKENDS[tuned.backend if tuned else "library" if scales is None else "triton"]
@@ -203,12 +207,6 @@ def dims_of(tokens: int, width: int, heads: int, sizes: Sizes) -> dict[str, int]
     """The shape of a layer, under the names that cases and tuned tables use."""
     per_frame = {"tokens_per_frame": sizes.tokens_per_frame, "keys": sizes.keys_per_frame}
     return {"tokens": tokens, **per_frame, "heads": heads, "width": width}
-
-
-def _by_pointers(z: Tensor, keys: Tensor) -> bool:
-    """Whether operands are read by pointers: their rows are not aligned for TMA, or Triton does not pipeline it."""
-    aligned = all(length * z.itemsize % 16 == 0 for length in (z.shape[1], keys.shape[1]))
-    return not aligned or (z.is_cuda and not pipelines_descriptors(z.device))
 
 
 def launch_weights(

@@ -52,7 +52,7 @@ from kernels.linear_epilogue import (
 )
 from kernels.linear_library import TORCHAO, launch_library, launch_torchao, libraries
 from kernels.linear_sm90 import supports
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config, untuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, reads_by_pointers, tuned_config, untuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -206,9 +206,9 @@ def launch_triton(
 ) -> Output:
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
-    pointers = x.is_cuda and not pipelines_descriptors(x.device)
-    default = {"GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers)}
-    parameters: dict[str, Any] = {**default, **(config or _default_config(x, pointers))}
+    by_pointers = reads_by_pointers(x, w)
+    default = {"GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(by_pointers)}
+    parameters: dict[str, Any] = {**default, **(config or _default_config(x, by_pointers))}
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _empty_output(x, n, epilogue, dtype)
     operands = (x, w)
@@ -217,19 +217,19 @@ def launch_triton(
             TensorDescriptor(t, list(t.shape), list(t.stride()), [block, block_k])
             for t, block in ((x, block_m), (w, block_n))
         )
-    pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
+    epilogue_pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
     linear_fwd[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        *operands, *pointers, m, n, k, x.stride(0), w.stride(0), *strides, **flags, INT8=x.dtype == torch.int8,
+        *operands, *epilogue_pointers, m, n, k, x.stride(0), w.stride(0), *strides, **flags, INT8=x.dtype == torch.int8,
         **parameters,
     )  # fmt: skip
     return y, y_scale
 
 
-def _default_config(x: Tensor, pointers: bool) -> LaunchConfig:
+def _default_config(x: Tensor, by_pointers: bool) -> LaunchConfig:
     """Launch parameters of the Triton kernel where nothing was tuned, for operands like x [rows, terms]."""
     if x.dtype in QUANTIZED_NAMES:
         long = x.shape[1] >= FP32_ACCUM_MIN_K and x.dtype == FP8
-        small = x.dtype == torch.int8 or pointers
+        small = x.dtype == torch.int8 or by_pointers
         config = FP8_ACC32_CONFIG if long else SMALL_8BIT_CONFIG if small else FP8_CONFIG
     else:
         config = FP32_CONFIG if x.dtype == torch.float32 else BF16_CONFIG

@@ -73,6 +73,13 @@ def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, 
     assert error(y, absorbed_reference(*doubles, sizes, *epilogue)) < 1e-5
 
 
+def test_addresses_that_tma_cannot_read():
+    *operands, values = draw((20, 24), (3, 32, 24), (3, 32), (1 + 3 * 40 * 32,), seed=0)
+    operands, sizes = (*operands, values[1:].view(3, 40, 32)), Sizes(16, 9, 2)
+    y = dispatch(*operands, sizes, None, None, tuned=TunedConfig("triton", SMALL))
+    assert error(y, absorbed_reference(*(x.double() for x in operands), sizes)) < 1e-5
+
+
 def test_rows_of_the_next_frame_are_left_alone(monkeypatch):
     """By tiles in any order: the interpreter runs them one after the other, here those of the last frame first."""
     module = importlib.import_module("kernels.absorbed_audio_attention")
