@@ -180,15 +180,15 @@ def absorb_audio_projections(
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.
         out_weight: [out width, heads x head_dim], the weight of the output projection as nn.Linear has it.
-        q_scale: None, or float32 [heads x head_dim], the scales of the rows of a float8_e4m3fn q_weight.
-        out_scale: None, or float32 [out width], the scales of the rows of a float8_e4m3fn out_weight.
+        q_scale: None, or float32 [heads x head_dim], contiguous, the scales of the rows of a float8_e4m3fn q_weight.
+        out_scale: None, or float32 [out width], contiguous, the scales of the rows of a float8_e4m3fn out_weight.
 
     Returns:
         G [frames, heads x keys, width] in the dtype of k, g float32 [frames, heads x keys], and U^T
         [frames, out width, heads x keys] in the dtype of k.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device, or requires a gradient.
+        ValueError: an argument has a wrong shape, dtype, device or stride, or requires a gradient.
     """
     check_projections(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
     return absorb_audio_projections_op(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
@@ -199,14 +199,15 @@ def check_projections(
     out_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Raises ValueError unless these are keys, values and projections of one layer."""
-    check("k", k, shape=("frames", "keys", "heads", "head_dim"))
-    check("v", v, shape=k.shape, dtype=k.dtype, device=k.device)
+    check("k", k, shape=("frames", "keys", "heads", "head_dim"), layout="rows")
+    check("v", v, shape=k.shape, dtype=k.dtype, device=k.device, layout="rows")
     channels = k.shape[2] * k.shape[3]
     q_dtype, out_dtype = (k.dtype if scale is None else FP8 for scale in (q_scale, out_scale))
     check("q_weight", q_weight, shape=(channels, "width"), dtype=q_dtype, device=k.device)
     check("q_bias", q_bias, shape=(channels,), dtype=k.dtype, device=k.device)
     check("out_weight", out_weight, shape=("out width", channels), dtype=out_dtype, device=k.device)
     if q_scale is not None:
-        check("q_scale", q_scale, shape=(channels,), dtype=torch.float32, device=k.device)
+        check("q_scale", q_scale, shape=(channels,), dtype=torch.float32, device=k.device, layout="contiguous")
     if out_scale is not None:
-        check("out_scale", out_scale, shape=out_weight.shape[:1], dtype=torch.float32, device=k.device)
+        rows = out_weight.shape[:1]
+        check("out_scale", out_scale, shape=rows, dtype=torch.float32, device=k.device, layout="contiguous")

@@ -246,9 +246,9 @@ def absorb_audio_projections_fp8(
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.
         out_weight: [out width, heads x head_dim], the weight of the output projection as nn.Linear has it.
-        out_bias: [out width], the bias of the output projection; float32, float16 or bfloat16.
-        q_scale: None, or float32 [heads x head_dim], the scales of the rows of a float8_e4m3fn q_weight.
-        out_scale: None, or float32 [out width], the scales of the rows of a float8_e4m3fn out_weight.
+        out_bias: [out width], the bias of the output projection, contiguous; float32, float16 or bfloat16.
+        q_scale: None, or float32 [heads x head_dim], contiguous, the scales of the rows of a float8_e4m3fn q_weight.
+        out_scale: None, or float32 [out width], contiguous, the scales of the rows of a float8_e4m3fn out_weight.
 
     Returns:
         G8, float8_e4m3fn [frames, heads x keys, width], and the scales of its rows, float32 [frames, heads x keys]; g,
@@ -257,8 +257,8 @@ def absorb_audio_projections_fp8(
         [frames, out width].
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device, or requires a gradient.
+        ValueError: an argument has a wrong shape, dtype, device or stride, or requires a gradient.
     """
     check_projections(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
-    check("out_bias", out_bias, shape=out_weight.shape[:1], dtype=DTYPE_NAMES, device=k.device)
+    check("out_bias", out_bias, shape=out_weight.shape[:1], dtype=DTYPE_NAMES, device=k.device, layout="contiguous")
     return absorb_audio_projections_fp8_op(k, v, q_weight, q_bias, out_weight, out_bias, q_scale, out_scale)

@@ -21,6 +21,7 @@ from kernels.absorbed_audio_attention import (
     dispatch,
     multiply_library,
 )
+from kernels.common import FP8
 from kernels.frame_attention import frame_attention, frame_kv_ranges, frame_reference
 from kernels.linear import dequantize, quantize_rows
 from kernels.tuning import TunedConfig
@@ -116,11 +117,18 @@ ABSORBED = Z, KEYS, KEY_BIAS, KEYS.mT.contiguous()
     [
         (absorb_audio_projections, (Q, Q, Q[0], Q, Q), "k: shape [6, 2, 16], wanted [frames, keys, heads, head_dim]"),
         (launch_absorb, (K[:, :3], K[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two"),
+        (absorb_audio_projections, (K.mT, K.mT, WEIGHT, BIAS, Q), "k: strides (512, 32, 1, 16)"),
+        (absorb_audio_projections, (K, K.transpose(1, 3), WEIGHT, BIAS, Q), "v: strides (512, 1, 16, 32)"),
         (absorb_audio_projections, (K, K, WEIGHT[:30], BIAS, Q), "q_weight: shape [30, 5], wanted [32, width]"),
         (
             absorb_audio_projections,
             (K, K, WEIGHT, BIAS, WEIGHT.T, BIAS),
             "q_weight: torch.float32, wanted torch.float8_e4m3fn",
+        ),
+        (
+            absorb_audio_projections,
+            (K, K, WEIGHT, BIAS, WEIGHT.T.to(FP8), None, torch.zeros(5, 2)[:, 0]),
+            "out_scale: strides (2,)",
         ),
         (absorbed_audio_attention, (Z, KEYS[..., :4], Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
         (absorbed_audio_attention, (Z, KEYS[:, :30], Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
