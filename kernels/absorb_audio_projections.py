@@ -104,7 +104,7 @@ def launch_absorb(
     parameters.
     """
     frames, keys_per_frame, heads, head_dim = k.shape
-    check_keys_per_frame(keys_per_frame)
+    check_keys_per_frame("k", keys_per_frame)
     dims = {"frames": frames, "keys": keys_per_frame, "heads": heads, "head_dim": head_dim}
     parameters = launch_config(
         "absorb_audio_projections", dims, DTYPE_NAMES[k.dtype], k.device,
@@ -127,10 +127,10 @@ def launch_absorb(
     return keys, bias_of_keys(k, q_bias), values
 
 
-def check_keys_per_frame(keys_per_frame: int) -> None:
-    """Raises ValueError unless the kernels can group so many keys."""
+def check_keys_per_frame(name: str, keys_per_frame: int) -> None:
+    """Raises ValueError, which begins with `name`, unless the kernels can group so many keys."""
     if keys_per_frame < 1 or keys_per_frame & (keys_per_frame - 1):
-        raise ValueError(f"k: {keys_per_frame} keys a frame, wanted a power of two")
+        raise ValueError(f"{name}: {keys_per_frame} keys a frame, wanted a power of two")
 
 
 def scaled_by_channel(k: Tensor, scale: Tensor | None) -> Tensor:

@@ -182,7 +182,7 @@ def launch_absorb_fp8(
     Triton's interpreter cannot round to e4m3, so on a CPU such results stay float32.
     """
     frames, keys_per_frame, heads, head_dim = k.shape
-    check_keys_per_frame(keys_per_frame)
+    check_keys_per_frame("k", keys_per_frame)
     dims = {"frames": frames, "keys": keys_per_frame, "heads": heads, "head_dim": head_dim}
     parameters = launch_config(
         "absorb_audio_projections_fp8", dims, "fp8", k.device, default=DEFAULT_CONFIG, given=config,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.absorb_audio_projections import check_keys_per_frame
 from kernels.common import DTYPE_NAMES, FP8_MAX, check, define_op, to_e4m3
 from kernels.frame_attention import check_frames, frame_kv_ranges
 from kernels.linear import load_tile
@@ -219,8 +220,9 @@ def launch_weights(
     parameters: Mapping[str, Any],
 ) -> Tensor:
     """P [tokens, heads x keys] in the dtype of z, by the Triton kernel."""
+    check_keys_per_frame("keys_per_frame", keys_per_frame)
     (tokens, width), columns, keys = z.shape, keys.shape[1], keys.flatten(0, 1)
-    launch = _launch_parameters(parameters, parameters["BLOCK_N"])
+    launch = _launch_parameters(parameters, max(parameters["BLOCK_N"], keys_per_frame))
     token_tiles = query_tiles_on(z.device, type(z), ranges, launch["BLOCK_M"])
     p = z.new_empty(tokens, columns)
     z_scale, keys_scale = (key_bias, key_bias) if scales is None else (scales.z, scales.keys)
@@ -351,7 +353,7 @@ def absorbed_audio_attention(
         keys: G [frames, heads x keys_per_frame, width], contiguous; z's dtype and device.
         key_bias: g, float32 [frames, heads x keys_per_frame], contiguous.
         values: U^T [frames, out width, heads x keys_per_frame], contiguous; z's dtype and device.
-        keys_per_frame: number of keys of a frame, a power of two.
+        keys_per_frame: number of keys of a frame; on a GPU a power of two.
         tokens_per_frame: number of tokens of a latent frame.
         first_token: which token of the chunk is the first one of z.
         bias: None, or [out width], the bias of the output projection; float32, float16 or bfloat16.
@@ -373,9 +375,11 @@ def absorbed_audio_attention(
 def check_absorbed(z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, sizes: Sizes) -> None:
     """Raises ValueError unless keys and values are those of the frames that the tokens belong to."""
     keys_per_frame, tokens_per_frame, first_token = sizes
-    frames, columns = keys.shape[:2]
-    if keys.ndim != 3 or columns % keys_per_frame:
+    if keys_per_frame < 1:
+        raise ValueError(f"keys_per_frame: {keys_per_frame}, wanted at least 1")
+    if keys.ndim != 3 or keys.shape[1] % keys_per_frame:
         raise ValueError(f"keys: shape {list(keys.shape)}, wanted [frames, a multiple of {keys_per_frame}, width]")
+    frames, columns = keys.shape[:2]
     check("keys", keys, shape=(frames, columns, z.shape[1]), dtype=z.dtype, device=z.device, layout="contiguous")
     check("key_bias", key_bias, shape=(frames, columns), dtype=torch.float32, device=z.device, layout="contiguous")
     check("values", values, shape=(frames, "out width", columns), dtype=z.dtype, device=z.device, layout="contiguous")

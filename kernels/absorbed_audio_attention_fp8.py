@@ -135,7 +135,7 @@ def absorbed_audio_attention_fp8(
         values: U^T, float8_e4m3fn [frames, out width, heads x keys_per_frame], contiguous.
         values_scale: float32 [frames, out width], the scale of each row of U^T, contiguous.
         value_bias: float32 [frames, out width], contiguous.
-        keys_per_frame: number of keys of a frame, a power of two.
+        keys_per_frame: number of keys of a frame; on a GPU a power of two.
         tokens_per_frame: number of tokens of a latent frame.
         first_token: which token of the chunk is the first one of z.
         residual: None, or [tokens, out width] in `dtype`. The values of a row are adjacent.

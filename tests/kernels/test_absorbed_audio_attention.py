@@ -19,6 +19,7 @@ from kernels.absorbed_audio_attention import (
     absorbed_audio_attention,
     absorbed_audio_attention_op,
     dispatch,
+    launch_absorbed,
     multiply_library,
 )
 from kernels.common import FP8
@@ -131,6 +132,9 @@ ABSORBED = Z, KEYS, KEY_BIAS, KEYS.mT.contiguous()
             "out_scale: strides (2,)",
         ),
         (absorbed_audio_attention, (Z, KEYS[..., :4], Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
+        (absorbed_audio_attention, (Z, KEYS[0, 0], Q, Q, 16, 2), "keys: shape [5], wanted [frames, a multiple of 16"),
+        (absorbed_audio_attention, (*ABSORBED, 0, 2), "keys_per_frame: 0, wanted at least 1"),
+        (launch_absorbed, (Z, KEYS[:, :24], KEY_BIAS, KEYS, 24, 2), "keys_per_frame: 24 keys a frame, wanted a power"),
         (absorbed_audio_attention, (Z, KEYS[:, :30], Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
         (
             absorbed_audio_attention,

@@ -51,12 +51,12 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 @EXAMPLES
 @given(
-    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(8, 4), (16, 3), (32, 1), (32, 5)]),
+    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(8, 4), (16, 3), (32, 5), (64, 1)]),
     st.integers(1, 30), st.integers(1, 45), st.sampled_from(["", "bias", "residual", "bias residual"]),
     st.sampled_from(["triton", "pointers", "library"]), st.integers(0, 99),
 )  # fmt: skip
 def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, out_width, what, backend, seed):
-    """Tokens that begin and end inside frames; widths that blocks do not divide, read by pointers where TMA cannot."""
+    """Tokens that begin and end inside frames; more keys than columns of a tile; widths that blocks do not divide."""
     keys_per_frame, heads = keys
     frames = -(-(first_token + tokens) // tokens_per_frame)
     columns = frames, heads * keys_per_frame
