@@ -32,7 +32,7 @@ from kernels.frame_attention import check_frames, frame_kv_ranges
 from kernels.linear import load_tile
 from kernels.linear_epilogue import Epilogue, check_epilogue, store_tile
 from kernels.scheduler import query_tiles_on
-from kernels.tuning import LaunchConfig, TunedConfig, reads_by_pointers, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, reads_by_pointers, tuned_config, untuned_config
 
 # Launch parameters where nothing was tuned. Both products have tiles of BLOCK_M tokens; those of the first one have
 # BLOCK_N columns, which are whole heads, those of the second one OUT_BLOCK_N.
@@ -196,6 +196,7 @@ def dispatch(
     parameters = {
         "POINTERS": int(reads_by_pointers(z, keys, values)),
         **DEFAULT_CONFIG[name],
+        **untuned_config("absorbed_audio_attention", name, z.device),
         **(tuned.config if tuned else {}),
     }
     ranges = frame_kv_ranges(len(z), 1, sizes.tokens_per_frame, sizes.first_token)

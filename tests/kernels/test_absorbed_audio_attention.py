@@ -5,6 +5,7 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import tuning
 from kernels.absorb_audio_projections import absorb_audio_projections, absorb_audio_projections_op, launch_absorb
 from kernels.absorbed_audio_attention import (
     Sizes,
@@ -25,7 +27,8 @@ from kernels.absorbed_audio_attention import (
 from kernels.common import FP8
 from kernels.frame_attention import frame_attention, frame_kv_ranges, frame_reference
 from kernels.linear import dequantize, quantize_rows
-from kernels.tuning import TunedConfig
+from kernels.tuning import GPU, TunedConfig, assume_gpu
+from profiling.fake_gpu import FakeCudaMode
 from profiling.measure.check import poisoned_memory
 from tests.tensors import draw, error
 
@@ -74,6 +77,19 @@ def test_absorbs_quantised_weights():
     expected = absorb_audio_projections(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
     for x, y in zip(absorbed, expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_parameters_by_compute_capability_replace_defaults(monkeypatch):
+    module, launched = import_module("kernels.absorbed_audio_attention"), []
+    monkeypatch.setattr(tuning, "_untuned", lambda: {("absorbed_audio_attention", "bf16", "8.0"): {"BLOCK_K": 32}})
+    monkeypatch.setattr(module, "launch_weights", lambda *arguments: launched.append(arguments[-1]))
+    monkeypatch.setitem(module.BACKENDS, "library", lambda *_: None)
+    for capability in ("8.0", "8.6"):
+        with assume_gpu(GPU("any", capability, 80)), FakeCudaMode():
+            z, keys = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in ((6, 8), (2, 32, 8)))
+            dispatch(z, keys, keys, keys.mT.contiguous(), Sizes(16, 3), None, None)
+    assert launched[0] == launched[1] | {"BLOCK_K": 32} != launched[1]
 
 
 # --- As torch operators ---------------------------------------------------------------------------------------------
