@@ -101,6 +101,18 @@ def absorbed_reference(
 
 
 @triton.jit
+def frame_product(x, w, row, w_row, rows, w_rows, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, POINTERS: tl.constexpr):  # fmt: skip
+    """The tile of x [rows, terms] times w [w_rows, terms] transposed, from `row` and `w_row` on."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, terms, BLOCK_K):
+        x_tile = load_tile(x, row, k, rows, terms, terms, BLOCK_M, BLOCK_K, POINTERS)
+        w_tile = load_tile(w, w_row, k, w_rows, terms, terms, BLOCK_N, BLOCK_K, POINTERS)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def absorbed_attention_weights(z, keys, z_scale, keys_scale, key_bias, p, token_tiles, tokens, key_rows, columns, width,
                                SCALED: tl.constexpr, KEYS_PER_FRAME: tl.constexpr, BLOCK_M: tl.constexpr,
                                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POINTERS: tl.constexpr):  # fmt: skip
@@ -113,12 +125,8 @@ def absorbed_attention_weights(z, keys, z_scale, keys_scale, key_bias, p, token_
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     first_column = tl.program_id(0) * BLOCK_N
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, width, BLOCK_K):
-        z_tile = load_tile(z, row, k, tokens, width, width, BLOCK_M, BLOCK_K, POINTERS)
-        keys_tile = load_tile(keys, frame * columns + first_column, k, key_rows, width, width, BLOCK_N, BLOCK_K,
-                              POINTERS)  # fmt: skip
-        logits = tl.dot(z_tile, keys_tile.T, logits, input_precision="ieee")
+    logits = frame_product(z, keys, row, frame * columns + first_column, tokens, key_rows, width, BLOCK_M, BLOCK_N,
+                           BLOCK_K, POINTERS)  # fmt: skip
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < row_end, offs_n < columns
     if SCALED:
@@ -147,12 +155,8 @@ def absorbed_attention_output(p, values, values_scale, y, residual, bias, token_
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     first_column = tl.program_id(0) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, columns, BLOCK_K):
-        p_tile = load_tile(p, row, k, tokens, columns, columns, BLOCK_M, BLOCK_K, POINTERS)
-        values_tile = load_tile(values, frame * out_width + first_column, k, value_rows, columns, columns, BLOCK_N,
-                                BLOCK_K, POINTERS)  # fmt: skip
-        acc = tl.dot(p_tile, values_tile.T, acc, input_precision="ieee")
+    acc = frame_product(p, values, row, frame * out_width + first_column, tokens, value_rows, columns, BLOCK_M, BLOCK_N,
+                        BLOCK_K, POINTERS)  # fmt: skip
     # The epilogue runs on one half of the tile after the other; on the whole tile it would run out of registers.
     left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
     offs_m = row + tl.arange(0, BLOCK_M)
