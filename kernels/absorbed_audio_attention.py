@@ -119,8 +119,8 @@ def absorbed_attention_weights(z, keys, z_scale, keys_scale, key_bias, p, token_
     """softmax(z G^T + g) over groups of KEYS_PER_FRAME columns: a tile of tokens of one frame, BLOCK_N columns.
 
     z [tokens, width] and keys G [key_rows = frames x columns, width] are descriptors, or pointers if POINTERS. A tile
-    may reach into the next frame, whose results are not stored. SCALED: the operands are e4m3, and so is the result, of
-    448 times the weights.
+    may reach into the next frame, whose results are not stored. SCALED: the operands are e4m3, and so is the result,
+    which is 448 times the weights.
     """
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
@@ -150,7 +150,7 @@ def absorbed_attention_output(p, values, values_scale, y, residual, bias, token_
     """residual + (P U + bias): a tile of tokens of one frame, BLOCK_N columns.
 
     p [tokens, columns] and values U^T [value_rows = frames x out_width, columns] are descriptors, or pointers if
-    POINTERS. SCALED: both are e4m3, and 448 times the weights.
+    POINTERS. SCALED: both are e4m3, and p holds 448 times the weights.
     """
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import absorbed_audio_attention_sm90 as sm90
 from kernels.absorb_audio_projections import absorb_reference
 from kernels.absorb_audio_projections_fp8 import (
     absorb_audio_projections_fp8,
@@ -161,6 +162,20 @@ def test_the_fastest_measured_form_is_used(seconds: dict[str, float], wanted: bo
         assert not is_tuned(6048, 5120, 40, Sizes(32, 672), torch.device("cpu"))
     finally:
         tuning._tuned_config.cache_clear()
+
+
+def test_hopper_takes_addresses_and_strides_that_tma_can_read():
+    """Of every operand that it reads by TMA."""
+    z, keys, values, residual = (torch.zeros(200, 64).to(FP8) for _ in range(4))
+    residual = residual.half()
+    operands = [z, keys, values[None], residual]
+    assert sm90.supports(*operands[:3], 32, residual, torch.float16)
+    assert not sm90.supports(*operands[:3], 16, residual, torch.float16)
+    assert not sm90.supports(*operands[:3], 32, residual, torch.float32)
+    for i, x in enumerate(operands):
+        shifted = x.flatten()[1 : 1 + 100 * 64].view(*x.shape[:-2], 100, 64)  # contiguous
+        z, keys, values, residual = (shifted if i == j else y for j, y in enumerate(operands))
+        assert not sm90.supports(z, keys, values, 32, residual, torch.float16)
 
 
 # --- As torch operators ---------------------------------------------------------------------------------------------
