@@ -6,9 +6,10 @@
     epilogue       + bias, then tanh-GELU or * gate [n], then + residual [m, n]; every part is optional
 
 Products are accumulated in float32, those of int8 exactly in int32. The epilogue is computed in float32, and the result
-is rounded once. FP8 and INT8 operands come from `kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`,
-`quantize_rows`, and the same of int8): the scale of a row is its largest magnitude / 448 or / 127. A row of w is an
-output channel. kernels/rotation.py says what the rotation of int8 operands is good for.
+is rounded once, except by cuBLAS in 16 bits, which rounds the product first. FP8 and INT8 operands come from
+`kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`, `quantize_rows`, and the same of int8): the scale of
+a row is its largest magnitude / 448 or / 127. A row of w is an output channel. kernels/rotation.py says what the
+rotation of int8 operands is good for.
 
 `linear_fp8_quantized` rounds its output to e4m3 for the next layer. The largest value of an output row is known only
 when all its columns are done, so the scale comes from an upper bound instead, and nothing ever saturates:
@@ -287,7 +288,7 @@ def dispatch(
     bias only; other epilogues cost libraries further passes over the output, so they are not considered for them.
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-    backends = ["gluon", "triton", *libraries(x, w, epilogue)]
+    backends = ["gluon", "triton", *libraries(x, w, epilogue, dtype)]
     name = QUANTIZED_NAMES[x.dtype] if scales else DTYPE_NAMES[x.dtype]
     tuned = tuned or tuned_config("linear", dims, name, x.device, backends=backends)
     backend = tuned.backend if tuned is not None else "triton" if scales else "library"
@@ -359,7 +360,8 @@ def linear(
 ) -> Tensor:
     """A linear layer with its epilogue: residual + gate * activation(x w^T + bias), with every part but x w^T optional.
 
-    Products are accumulated and the epilogue is computed in float32; the result is rounded once.
+    Products are accumulated in float32. The epilogue is computed in float32 and the result is rounded once by our
+    kernels; cuBLAS, which is the default in 16 bits, rounds the product first, and GELU.
 
     Args:
         x: [m, k], float32, float16 or bfloat16. The values of a row are adjacent, rows a multiple of 16 bytes apart.

@@ -148,9 +148,14 @@ def test_int8_products_are_by_a_library_where_a_table_names_it(packages: None, m
 
 def test_what_libraries_multiply(packages: None) -> None:
     x, w = torch.zeros(40, 64, dtype=torch.int8), torch.zeros(24, 64, dtype=torch.int8)
-    assert libraries(x, w, Epilogue()) == ["library", TORCHAO]
-    assert libraries(x[:16], w, Epilogue()) == []
-    assert libraries(x, w[:20], Epilogue()) == []
-    assert libraries(x[:, :36], w[:, :36], Epilogue()) == []
-    assert libraries(x.to(FP8), w.to(FP8), Epilogue()) == ["library"]
-    assert libraries(x.float(), w.float(), Epilogue(gate=torch.ones(24))) == []
+    bf16 = torch.bfloat16
+    assert libraries(x, w, Epilogue(), bf16) == ["library", TORCHAO]
+    assert libraries(x[:16], w, Epilogue(), bf16) == []
+    assert libraries(x, w[:20], Epilogue(), bf16) == []
+    assert libraries(x[:, :36], w[:, :36], Epilogue(), bf16) == []
+    assert libraries(x.float(), w.float(), Epilogue(gate=torch.ones(24)), torch.float32) == []
+    x8, w8 = x.to(FP8), w.to(FP8)
+    assert libraries(x8, w8[:16], Epilogue(), bf16) == ["library"]
+    assert libraries(x8, w8, Epilogue(), bf16) == []
+    assert libraries(x8[:, :40], w8[:16, :40], Epilogue(), bf16) == []
+    assert libraries(x8, w8[:16], Epilogue(), torch.float32) == []
