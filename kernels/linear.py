@@ -162,7 +162,7 @@ def linear_fwd(x, w, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, 
         a = load_tile(x, start_m, start_k, m, k, x_row, BLOCK_M, BLOCK_K, POINTERS)
         b = load_tile(w, start_n, start_k, n, k, w_row, BLOCK_N, BLOCK_K, POINTERS)
         if FP32_ACCUM:
-            acc += tl.dot(a, b.T)
+            acc += tl.dot(a, b.T, input_precision="ieee", out_dtype=SUM)
         else:
             acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=SUM)
     # The epilogue runs on one half of the tile after the other; on the whole tile it would run out of registers.
