@@ -12,7 +12,7 @@ absorption*. For each head:
     logits = (z Wq^T + bq) k^T / sqrt(head_dim) = z G^T + g         G = k Wq / sqrt(head_dim), g = k bq / sqrt(head_dim)
     P v Wo^T = P U                                                  U = v Wo^T
 
-Per frame and head, this is a product with 32 keys instead of head_dim 128: 3/4 fewer operations.
+Per frame and head, this is a product with 32 keys instead of head_dim 128: a quarter of the operations.
 `kernels.absorbed_audio_attention` computes y from G, g and U.
 
 Source of the layer: SingleStreamAttention of SoulX-FlashTalk. Source of the term: DeepSeek-V2 (arXiv 2405.04434).

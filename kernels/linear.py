@@ -436,9 +436,9 @@ def linear_int8(
 ) -> Tensor:
     """A linear layer of int8 operands: residual + gate * activation((x w^T) * x_scale * w_scale + bias).
 
-    Every part but the scaled product is optional. The product is exact, the epilogue is computed in float32, and the
-    result is rounded once. `kernels.layer_norm.quantize_rows_int8` makes rotated int8 operands and their scales; either
-    both operands are rotated, or neither.
+    Every part but the scaled product is optional. Products are summed exactly in int32, then rounded to float32. The
+    epilogue is computed in float32, and the result is rounded once. `kernels.layer_norm.quantize_rows_int8` makes
+    rotated int8 operands and their scales; either both operands are rotated, or neither.
 
     Args:
         x: int8 [m, k], k at most 133,144. The values of a row are adjacent, rows a multiple of 16 bytes apart.

@@ -245,9 +245,9 @@ class AudioAttention(nn.Module):
     def absorb(self, audio: AudioKV, tokens_per_frame: int) -> Absorbed:
         """The query and output projections absorbed into one speaker's keys and values of this block.
 
-        This is the weight absorption of DeepSeek's MLA. It takes a third of the operations and is exact but for
-        rounding. The projections' weights may be e4m3. If both are, the results are e4m3 where that was measured to be
-        faster.
+        This is the weight absorption of DeepSeek's MLA, exact but for rounding. The layer then takes a good quarter of
+        the operations, the absorption included. The projections' weights may be e4m3. If both are, the results are e4m3
+        where that was measured to be faster.
         """
         before, after = self.q_linear, self.proj
         weights = before.weight, before.bias, after.weight
