@@ -18,6 +18,8 @@ once to store it: reading the weights again from the cache costs less than writi
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,16 @@ from kernels.tuning import LaunchConfig, launch_config
 # Launch parameters where nothing was tuned: rows are keys of as many frames as ROWS holds.
 DEFAULT_CONFIG: LaunchConfig = {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
-Absorbed8 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+class AbsorbedFP8(NamedTuple):
+    """The results for a layer, as `absorb_audio_projections_fp8` describes them."""
+
+    keys: Tensor
+    keys_scale: Tensor
+    key_bias: Tensor
+    values: Tensor
+    values_scale: Tensor
+    value_bias: Tensor
 
 
 # --- Reference ------------------------------------------------------------------------------------------------------
@@ -60,7 +71,7 @@ def absorb_fp8_reference(
     out_bias: Tensor,
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """`absorb_audio_projections_fp8` by definition, in float32, with the same arguments."""
     q_weight, out_weight = (
         w if s is not None else w.float() for w, s in ((q_weight, q_scale), (out_weight, out_scale))
@@ -69,7 +80,7 @@ def absorb_fp8_reference(
     keys, key_bias, values = absorb_reference(*operands, q_scale, out_scale)
     keys, values, means = centre(keys, values, k.shape[2])
     (keys8, keys_scale), (values8, values_scale) = (quantize_reference(x.flatten(0, 1)) for x in (keys, values))
-    return (
+    return AbsorbedFP8(
         keys8.contiguous().view(keys.shape), keys_scale.view(keys.shape[:2]), key_bias.contiguous(),
         values8.contiguous().view(values.shape), values_scale.view(values.shape[:2]), means + out_bias.float(),
     )  # fmt: skip
@@ -176,7 +187,7 @@ def launch_absorb_fp8(
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
     config: LaunchConfig | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """`absorb_audio_projections_fp8` by two Triton kernels; `config` replaces default launch parameters.
 
     Triton's interpreter cannot round to e4m3, so on a CPU such results stay float32.
@@ -208,7 +219,7 @@ def launch_absorb_fp8(
         heads, frames, *v.stride()[:3], head_dim * out_weight.stride(1), out_weight.stride(1), out_weight.stride(0),
         SCALED=out_scale is not None, **shape, **parameters,
     )  # fmt: skip
-    return keys, keys_scale, bias_of_keys(k, q_bias), values, values_scale, value_bias
+    return AbsorbedFP8(keys, keys_scale, bias_of_keys(k, q_bias), values, values_scale, value_bias)
 
 
 # --- Operation ------------------------------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def absorb_audio_projections_fp8(
     out_bias: Tensor,
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """Multiplies the projections of an audio attention layer into its keys and values, and rounds the results to e4m3.
 
     For each head: G = k Wq / sqrt(head_dim), g = k bq / sqrt(head_dim), U = v Wo^T. From G and U the means over the
@@ -261,4 +272,6 @@ def absorb_audio_projections_fp8(
     """
     check_projections(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
     check("out_bias", out_bias, shape=out_weight.shape[:1], dtype=DTYPE_NAMES, device=k.device, layout="contiguous")
-    return absorb_audio_projections_fp8_op(k, v, q_weight, q_bias, out_weight, out_bias, q_scale, out_scale)
+    return AbsorbedFP8(
+        *absorb_audio_projections_fp8_op(k, v, q_weight, q_bias, out_weight, out_bias, q_scale, out_scale)
+    )
