@@ -195,10 +195,8 @@ def launch_text_image(
     """`text_image_attention` by the Triton kernel; `config` replaces default launch parameters."""
     text, image = (text_k, text_v), (image_k, image_v)
     tokens, heads, head_dim = q.shape
-    dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "head_dim": head_dim}
-    dims["dedup_padding"] = int(num_text_tokens is not None)
     parameters = launch_config(
-        "text_image_attention", dims, DTYPE_NAMES[q.dtype], q.device,
+        "text_image_attention", _dims(q, text_k, image_k, num_text_tokens), DTYPE_NAMES[q.dtype], q.device,
         default={**DEFAULT_CONFIGS[q.dtype], "POINTERS": int(reads_by_pointers(*(x[:, 0] for x in (*text, *image))))},
         given=config, match_exactly=("head_dim",),
     )  # fmt: skip
@@ -271,10 +269,15 @@ def _runs_on_hopper(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor,
 def _tuned_config(
     operation: str, dtype: str, q: Tensor, text_k: Tensor, image_k: Tensor, num_text_tokens: Tensor | None
 ) -> TunedConfig | None:
+    dims = _dims(q, text_k, image_k, num_text_tokens)
+    return tuned_config(operation, dims, dtype, q.device, BACKENDS[operation], ("head_dim",))
+
+
+def _dims(q: Tensor, text_k: Tensor, image_k: Tensor, num_text_tokens: Tensor | None) -> dict[str, int]:
+    """The shape, under the names that cases and tuned tables use."""
     tokens, heads, head_dim = q.shape
     dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "head_dim": head_dim}
-    dims["dedup_padding"] = int(num_text_tokens is not None)
-    return tuned_config(operation, dims, dtype, q.device, BACKENDS[operation], ("head_dim",))
+    return dims | {"dedup_padding": int(num_text_tokens is not None)}
 
 
 # --- Operation ------------------------------------------------------------------------------------------------------
