@@ -112,18 +112,17 @@ def launch_absorb(
     )  # fmt: skip
     columns, width, out_width = heads * keys_per_frame, q_weight.shape[1], out_weight.shape[0]
 
-    def absorb(x: Tensor, w: Tensor, w_strides: tuple[int, ...], w_scale: Tensor | None, scale: float, out: Tensor):
-        """`w_strides` are those of w as [head, channel of the head, column], `out` is [frame, key, column]."""
+    def absorb(x: Tensor, w: Tensor, w_scale: Tensor | None, scale: float, out: Tensor):
+        """w is [channel, column], `out` is [frame, key, column]."""
         absorb_projection[(triton.cdiv(out.shape[2], parameters["BLOCK_N"]), heads)](
-            x, w, x if w_scale is None else w_scale, out, scale, out.shape[2], frames, *x.stride()[:3], *w_strides,
-            *out.stride(), SCALED=w_scale is not None, KEYS=keys_per_frame, D=head_dim, **parameters,
+            x, w, x if w_scale is None else w_scale, out, scale, out.shape[2], frames, *x.stride()[:3],
+            *channel_strides(w, head_dim), *out.stride(), SCALED=w_scale is not None, KEYS=keys_per_frame, D=head_dim,
+            **parameters,
         )  # fmt: skip
 
-    q_strides = head_dim * q_weight.stride(0), q_weight.stride(0), q_weight.stride(1)
-    out_strides = head_dim * out_weight.stride(1), out_weight.stride(1), out_weight.stride(0)
     keys, values = k.new_empty(frames, columns, width), k.new_empty(frames, out_width, columns)
-    absorb(scaled_by_channel(k, q_scale), q_weight, q_strides, None, head_dim**-0.5, keys)
-    absorb(v, out_weight, out_strides, out_scale, 1.0, values.mT)
+    absorb(scaled_by_channel(k, q_scale), q_weight, None, head_dim**-0.5, keys)
+    absorb(v, out_weight.T, out_scale, 1.0, values.mT)
     return keys, bias_of_keys(k, q_bias), values
 
 
@@ -131,6 +130,11 @@ def check_keys_per_frame(name: str, keys_per_frame: int) -> None:
     """Raises ValueError, which begins with `name`, unless the kernels can group so many keys."""
     if keys_per_frame < 1 or keys_per_frame & (keys_per_frame - 1):
         raise ValueError(f"{name}: {keys_per_frame} keys a frame, wanted a power of two")
+
+
+def channel_strides(w: Tensor, head_dim: int) -> tuple[int, int, int]:
+    """The strides of w [channel, column] as [head, channel of the head, column]."""
+    return head_dim * w.stride(0), w.stride(0), w.stride(1)
 
 
 def scaled_by_channel(k: Tensor, scale: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels.absorb_audio_projections import (
     absorb_reference,
     bias_of_keys,
+    channel_strides,
     check_keys_per_frame,
     check_projections,
     scaled_by_channel,
@@ -212,12 +213,12 @@ def launch_absorb_fp8(
     k_scaled = scaled_by_channel(k, q_scale)
     absorb_keys_fp8[(heads, groups)](
         k_scaled, q_weight, keys, keys_scale, head_dim**-0.5, width, frames, *k_scaled.stride()[:3],
-        head_dim * q_weight.stride(0), *q_weight.stride(), **shape, **parameters,
+        *channel_strides(q_weight, head_dim), **shape, **parameters,
     )  # fmt: skip
     absorb_values_fp8[(triton.cdiv(out_width, block_n), groups)](
         v, out_weight, v if out_scale is None else out_scale, out_bias, values, values_scale, value_bias, out_width,
-        heads, frames, *v.stride()[:3], head_dim * out_weight.stride(1), out_weight.stride(1), out_weight.stride(0),
-        SCALED=out_scale is not None, **shape, **parameters,
+        heads, frames, *v.stride()[:3], *channel_strides(out_weight.T, head_dim), SCALED=out_scale is not None,
+        **shape, **parameters,
     )  # fmt: skip
     return AbsorbedFP8(keys, keys_scale, bias_of_keys(k, q_bias), values, values_scale, value_bias)
 
