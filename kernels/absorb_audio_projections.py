@@ -12,7 +12,7 @@ absorption*. For each head:
     logits = (z Wq^T + bq) k^T / sqrt(head_dim) = z G^T + g         G = k Wq / sqrt(head_dim), g = k bq / sqrt(head_dim)
     P v Wo^T = P U                                                  U = v Wo^T
 
-Per frame and head, this is a product with 32 keys instead of head_dim 128: 3/4 fewer operations.
+Per frame and head, this is a product with 32 keys instead of head_dim 128: a quarter of the operations.
 `kernels.absorbed_audio_attention` computes y from G, g and U.
 
 Source of the layer: SingleStreamAttention of SoulX-FlashTalk. Source of the term: DeepSeek-V2 (arXiv 2405.04434).
@@ -104,7 +104,7 @@ def launch_absorb(
     parameters.
     """
     frames, keys_per_frame, heads, head_dim = k.shape
-    check_keys_per_frame(keys_per_frame)
+    check_keys_per_frame("k", keys_per_frame)
     dims = {"frames": frames, "keys": keys_per_frame, "heads": heads, "head_dim": head_dim}
     parameters = launch_config(
         "absorb_audio_projections", dims, DTYPE_NAMES[k.dtype], k.device,
@@ -112,25 +112,29 @@ def launch_absorb(
     )  # fmt: skip
     columns, width, out_width = heads * keys_per_frame, q_weight.shape[1], out_weight.shape[0]
 
-    def absorb(x: Tensor, w: Tensor, w_strides: tuple[int, ...], w_scale: Tensor | None, scale: float, out: Tensor):
-        """`w_strides` are those of w as [head, channel of the head, column], `out` is [frame, key, column]."""
+    def absorb(x: Tensor, w: Tensor, w_scale: Tensor | None, scale: float, out: Tensor):
+        """w is [channel, column], `out` is [frame, key, column]."""
         absorb_projection[(triton.cdiv(out.shape[2], parameters["BLOCK_N"]), heads)](
-            x, w, x if w_scale is None else w_scale, out, scale, out.shape[2], frames, *x.stride()[:3], *w_strides,
-            *out.stride(), SCALED=w_scale is not None, KEYS=keys_per_frame, D=head_dim, **parameters,
+            x, w, x if w_scale is None else w_scale, out, scale, out.shape[2], frames, *x.stride()[:3],
+            *channel_strides(w, head_dim), *out.stride(), SCALED=w_scale is not None, KEYS=keys_per_frame, D=head_dim,
+            **parameters,
         )  # fmt: skip
 
-    q_strides = head_dim * q_weight.stride(0), q_weight.stride(0), q_weight.stride(1)
-    out_strides = head_dim * out_weight.stride(1), out_weight.stride(1), out_weight.stride(0)
     keys, values = k.new_empty(frames, columns, width), k.new_empty(frames, out_width, columns)
-    absorb(scaled_by_channel(k, q_scale), q_weight, q_strides, None, head_dim**-0.5, keys)
-    absorb(v, out_weight, out_strides, out_scale, 1.0, values.mT)
+    absorb(scaled_by_channel(k, q_scale), q_weight, None, head_dim**-0.5, keys)
+    absorb(v, out_weight.T, out_scale, 1.0, values.mT)
     return keys, bias_of_keys(k, q_bias), values
 
 
-def check_keys_per_frame(keys_per_frame: int) -> None:
-    """Raises ValueError unless the kernels can group so many keys."""
-    if keys_per_frame < 16 or keys_per_frame & (keys_per_frame - 1):
-        raise ValueError(f"k: {keys_per_frame} keys a frame, wanted a power of two from 16 on")
+def check_keys_per_frame(name: str, keys_per_frame: int) -> None:
+    """Raises ValueError, which begins with `name`, unless the kernels can group so many keys."""
+    if keys_per_frame < 1 or keys_per_frame & (keys_per_frame - 1):
+        raise ValueError(f"{name}: {keys_per_frame} keys a frame, wanted a power of two")
+
+
+def channel_strides(w: Tensor, head_dim: int) -> tuple[int, int, int]:
+    """The strides of w [channel, column] as [head, channel of the head, column]."""
+    return head_dim * w.stride(0), w.stride(0), w.stride(1)
 
 
 def scaled_by_channel(k: Tensor, scale: Tensor | None) -> Tensor:
@@ -175,20 +179,20 @@ def absorb_audio_projections(
 
     Args:
         k: [frames, keys, heads, head_dim], contiguous along head_dim; float32, float16 or bfloat16. On a GPU the number
-            of keys must be a power of two of at least 16.
+            of keys must be a power of two.
         v: like k.
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.
         out_weight: [out width, heads x head_dim], the weight of the output projection as nn.Linear has it.
-        q_scale: None, or float32 [heads x head_dim], the scales of the rows of a float8_e4m3fn q_weight.
-        out_scale: None, or float32 [out width], the scales of the rows of a float8_e4m3fn out_weight.
+        q_scale: None, or float32 [heads x head_dim], contiguous, the scales of the rows of a float8_e4m3fn q_weight.
+        out_scale: None, or float32 [out width], contiguous, the scales of the rows of a float8_e4m3fn out_weight.
 
     Returns:
         G [frames, heads x keys, width] in the dtype of k, g float32 [frames, heads x keys], and U^T
         [frames, out width, heads x keys] in the dtype of k.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device, or requires a gradient.
+        ValueError: an argument has a wrong shape, dtype, device or stride, or requires a gradient.
     """
     check_projections(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
     return absorb_audio_projections_op(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
@@ -199,14 +203,15 @@ def check_projections(
     out_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Raises ValueError unless these are keys, values and projections of one layer."""
-    check("k", k, shape=("frames", "keys", "heads", "head_dim"))
-    check("v", v, shape=k.shape, dtype=k.dtype, device=k.device)
+    check("k", k, shape=("frames", "keys", "heads", "head_dim"), layout="rows")
+    check("v", v, shape=k.shape, dtype=k.dtype, device=k.device, layout="rows")
     channels = k.shape[2] * k.shape[3]
     q_dtype, out_dtype = (k.dtype if scale is None else FP8 for scale in (q_scale, out_scale))
     check("q_weight", q_weight, shape=(channels, "width"), dtype=q_dtype, device=k.device)
     check("q_bias", q_bias, shape=(channels,), dtype=k.dtype, device=k.device)
     check("out_weight", out_weight, shape=("out width", channels), dtype=out_dtype, device=k.device)
     if q_scale is not None:
-        check("q_scale", q_scale, shape=(channels,), dtype=torch.float32, device=k.device)
+        check("q_scale", q_scale, shape=(channels,), dtype=torch.float32, device=k.device, layout="contiguous")
     if out_scale is not None:
-        check("out_scale", out_scale, shape=out_weight.shape[:1], dtype=torch.float32, device=k.device)
+        rows = out_weight.shape[:1]
+        check("out_scale", out_scale, shape=rows, dtype=torch.float32, device=k.device, layout="contiguous")

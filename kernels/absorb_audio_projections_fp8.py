@@ -18,6 +18,8 @@ once to store it: reading the weights again from the cache costs less than writi
 # Launch parameters are constants to Triton, plain numbers to Python.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from torch import Tensor
 from kernels.absorb_audio_projections import (
     absorb_reference,
     bias_of_keys,
+    channel_strides,
     check_keys_per_frame,
     check_projections,
     scaled_by_channel,
@@ -37,7 +40,16 @@ from kernels.tuning import LaunchConfig, launch_config
 # Launch parameters where nothing was tuned: rows are keys of as many frames as ROWS holds.
 DEFAULT_CONFIG: LaunchConfig = {"ROWS": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
-Absorbed8 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+class AbsorbedFP8(NamedTuple):
+    """The results for a layer, as `absorb_audio_projections_fp8` describes them."""
+
+    keys: Tensor
+    keys_scale: Tensor
+    key_bias: Tensor
+    values: Tensor
+    values_scale: Tensor
+    value_bias: Tensor
 
 
 # --- Reference ------------------------------------------------------------------------------------------------------
@@ -60,7 +72,7 @@ def absorb_fp8_reference(
     out_bias: Tensor,
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """`absorb_audio_projections_fp8` by definition, in float32, with the same arguments."""
     q_weight, out_weight = (
         w if s is not None else w.float() for w, s in ((q_weight, q_scale), (out_weight, out_scale))
@@ -69,7 +81,7 @@ def absorb_fp8_reference(
     keys, key_bias, values = absorb_reference(*operands, q_scale, out_scale)
     keys, values, means = centre(keys, values, k.shape[2])
     (keys8, keys_scale), (values8, values_scale) = (quantize_reference(x.flatten(0, 1)) for x in (keys, values))
-    return (
+    return AbsorbedFP8(
         keys8.contiguous().view(keys.shape), keys_scale.view(keys.shape[:2]), key_bias.contiguous(),
         values8.contiguous().view(values.shape), values_scale.view(values.shape[:2]), means + out_bias.float(),
     )  # fmt: skip
@@ -176,13 +188,13 @@ def launch_absorb_fp8(
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
     config: LaunchConfig | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """`absorb_audio_projections_fp8` by two Triton kernels; `config` replaces default launch parameters.
 
     Triton's interpreter cannot round to e4m3, so on a CPU such results stay float32.
     """
     frames, keys_per_frame, heads, head_dim = k.shape
-    check_keys_per_frame(keys_per_frame)
+    check_keys_per_frame("k", keys_per_frame)
     dims = {"frames": frames, "keys": keys_per_frame, "heads": heads, "head_dim": head_dim}
     parameters = launch_config(
         "absorb_audio_projections_fp8", dims, "fp8", k.device, default=DEFAULT_CONFIG, given=config,
@@ -201,14 +213,14 @@ def launch_absorb_fp8(
     k_scaled = scaled_by_channel(k, q_scale)
     absorb_keys_fp8[(heads, groups)](
         k_scaled, q_weight, keys, keys_scale, head_dim**-0.5, width, frames, *k_scaled.stride()[:3],
-        head_dim * q_weight.stride(0), *q_weight.stride(), **shape, **parameters,
+        *channel_strides(q_weight, head_dim), **shape, **parameters,
     )  # fmt: skip
     absorb_values_fp8[(triton.cdiv(out_width, block_n), groups)](
         v, out_weight, v if out_scale is None else out_scale, out_bias, values, values_scale, value_bias, out_width,
-        heads, frames, *v.stride()[:3], head_dim * out_weight.stride(1), out_weight.stride(1), out_weight.stride(0),
-        SCALED=out_scale is not None, **shape, **parameters,
+        heads, frames, *v.stride()[:3], *channel_strides(out_weight.T, head_dim), SCALED=out_scale is not None,
+        **shape, **parameters,
     )  # fmt: skip
-    return keys, keys_scale, bias_of_keys(k, q_bias), values, values_scale, value_bias
+    return AbsorbedFP8(keys, keys_scale, bias_of_keys(k, q_bias), values, values_scale, value_bias)
 
 
 # --- Operation ------------------------------------------------------------------------------------------------------
@@ -233,7 +245,7 @@ def absorb_audio_projections_fp8(
     out_bias: Tensor,
     q_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
-) -> Absorbed8:
+) -> AbsorbedFP8:
     """Multiplies the projections of an audio attention layer into its keys and values, and rounds the results to e4m3.
 
     For each head: G = k Wq / sqrt(head_dim), g = k bq / sqrt(head_dim), U = v Wo^T. From G and U the means over the
@@ -241,14 +253,14 @@ def absorb_audio_projections_fp8(
 
     Args:
         k: [frames, keys, heads, head_dim], contiguous along head_dim; float32, float16 or bfloat16. On a GPU the number
-            of keys must be a power of two of at least 16.
+            of keys must be a power of two.
         v: like k.
         q_weight: [heads x head_dim, width], the weight of the query projection as nn.Linear has it.
         q_bias: [heads x head_dim], the bias of the query projection.
         out_weight: [out width, heads x head_dim], the weight of the output projection as nn.Linear has it.
-        out_bias: [out width], the bias of the output projection; float32, float16 or bfloat16.
-        q_scale: None, or float32 [heads x head_dim], the scales of the rows of a float8_e4m3fn q_weight.
-        out_scale: None, or float32 [out width], the scales of the rows of a float8_e4m3fn out_weight.
+        out_bias: [out width], the bias of the output projection, contiguous; float32, float16 or bfloat16.
+        q_scale: None, or float32 [heads x head_dim], contiguous, the scales of the rows of a float8_e4m3fn q_weight.
+        out_scale: None, or float32 [out width], contiguous, the scales of the rows of a float8_e4m3fn out_weight.
 
     Returns:
         G8, float8_e4m3fn [frames, heads x keys, width], and the scales of its rows, float32 [frames, heads x keys]; g,
@@ -257,8 +269,10 @@ def absorb_audio_projections_fp8(
         [frames, out width].
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device, or requires a gradient.
+        ValueError: an argument has a wrong shape, dtype, device or stride, or requires a gradient.
     """
     check_projections(k, v, q_weight, q_bias, out_weight, q_scale, out_scale)
-    check("out_bias", out_bias, shape=out_weight.shape[:1], dtype=DTYPE_NAMES, device=k.device)
-    return absorb_audio_projections_fp8_op(k, v, q_weight, q_bias, out_weight, out_bias, q_scale, out_scale)
+    check("out_bias", out_bias, shape=out_weight.shape[:1], dtype=DTYPE_NAMES, device=k.device, layout="contiguous")
+    return AbsorbedFP8(
+        *absorb_audio_projections_fp8_op(k, v, q_weight, q_bias, out_weight, out_bias, q_scale, out_scale)
+    )

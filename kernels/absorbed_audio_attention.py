@@ -26,12 +26,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.absorb_audio_projections import check_keys_per_frame
 from kernels.common import DTYPE_NAMES, FP8_MAX, check, define_op, to_e4m3
 from kernels.frame_attention import check_frames, frame_kv_ranges
 from kernels.linear import load_tile
 from kernels.linear_epilogue import Epilogue, check_epilogue, store_tile
 from kernels.scheduler import query_tiles_on
-from kernels.tuning import LaunchConfig, TunedConfig, pipelines_descriptors, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, reads_by_pointers, tuned_config, untuned_config
 
 # Launch parameters where nothing was tuned. Both products have tiles of BLOCK_M tokens; those of the first one have
 # BLOCK_N columns, which are whole heads, those of the second one OUT_BLOCK_N.
@@ -100,24 +101,32 @@ def absorbed_reference(
 
 
 @triton.jit
+def frame_product(x, w, row, w_row, rows, w_rows, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, POINTERS: tl.constexpr):  # fmt: skip
+    """The tile of x [rows, terms] times w [w_rows, terms] transposed, from `row` and `w_row` on."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, terms, BLOCK_K):
+        x_tile = load_tile(x, row, k, rows, terms, terms, BLOCK_M, BLOCK_K, POINTERS)
+        w_tile = load_tile(w, w_row, k, w_rows, terms, terms, BLOCK_N, BLOCK_K, POINTERS)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def absorbed_attention_weights(z, keys, z_scale, keys_scale, key_bias, p, token_tiles, tokens, key_rows, columns, width,
                                SCALED: tl.constexpr, KEYS_PER_FRAME: tl.constexpr, BLOCK_M: tl.constexpr,
                                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POINTERS: tl.constexpr):  # fmt: skip
     """softmax(z G^T + g) over groups of KEYS_PER_FRAME columns: a tile of tokens of one frame, BLOCK_N columns.
 
     z [tokens, width] and keys G [key_rows = frames x columns, width] are descriptors, or pointers if POINTERS. A tile
-    may reach into the next frame, whose results are not stored. SCALED: the operands are e4m3, and so is the result, of
-    448 times the weights.
+    may reach into the next frame, whose results are not stored. SCALED: the operands are e4m3, and so is the result,
+    which is 448 times the weights.
     """
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     first_column = tl.program_id(0) * BLOCK_N
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, width, BLOCK_K):
-        z_tile = load_tile(z, row, k, tokens, width, width, BLOCK_M, BLOCK_K, POINTERS)
-        keys_tile = load_tile(keys, frame * columns + first_column, k, key_rows, width, width, BLOCK_N, BLOCK_K,
-                              POINTERS)  # fmt: skip
-        logits = tl.dot(z_tile, keys_tile.T, logits, input_precision="ieee")
+    logits = frame_product(z, keys, row, frame * columns + first_column, tokens, key_rows, width, BLOCK_M, BLOCK_N,
+                           BLOCK_K, POINTERS)  # fmt: skip
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < row_end, offs_n < columns
     if SCALED:
@@ -141,17 +150,13 @@ def absorbed_attention_output(p, values, values_scale, y, residual, bias, token_
     """residual + (P U + bias): a tile of tokens of one frame, BLOCK_N columns.
 
     p [tokens, columns] and values U^T [value_rows = frames x out_width, columns] are descriptors, or pointers if
-    POINTERS. SCALED: both are e4m3, and 448 times the weights.
+    POINTERS. SCALED: both are e4m3, and p holds 448 times the weights.
     """
     tile_ptr = token_tiles + 4 * tl.program_id(1)
     row, row_end, frame = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     first_column = tl.program_id(0) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, columns, BLOCK_K):
-        p_tile = load_tile(p, row, k, tokens, columns, columns, BLOCK_M, BLOCK_K, POINTERS)
-        values_tile = load_tile(values, frame * out_width + first_column, k, value_rows, columns, columns, BLOCK_N,
-                                BLOCK_K, POINTERS)  # fmt: skip
-        acc = tl.dot(p_tile, values_tile.T, acc, input_precision="ieee")
+    acc = frame_product(p, values, row, frame * out_width + first_column, tokens, value_rows, columns, BLOCK_M, BLOCK_N,
+                        BLOCK_K, POINTERS)  # fmt: skip
     # The epilogue runs on one half of the tile after the other; on the whole tile it would run out of registers.
     left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -185,14 +190,19 @@ def dispatch(
 ) -> Tensor:
     """y in `dtype`, or else that of z, with the back-end `tuned`, or else the one that kernels/tuned/ names.
 
-    Shapes that were not tuned use the library in 16 and 32 bits, which is what was measured, and the Triton kernel in
-    FP8. bias is [out width] or [frames, out width].
+    Shapes that were not tuned use the library in 16 and 32 bits, which is nearest to what was measured, a product
+    without addition, and the Triton kernel in FP8. bias is [out width] or [frames, out width].
     """
     name = DTYPE_NAMES[z.dtype] if scales is None else "fp8"
     dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
     backends = BACKENDS if scales is None else ("triton",)
     tuned = tuned or tuned_config("absorbed_audio_attention", dims, name, z.device, backends=backends)
-    parameters = {"POINTERS": int(_by_pointers(z, keys)), **DEFAULT_CONFIG[name], **(tuned.config if tuned else {})}
+    parameters = {
+        "POINTERS": int(reads_by_pointers(z, keys, values)),
+        **DEFAULT_CONFIG[name],
+        **untuned_config("absorbed_audio_attention", name, z.device),
+        **(tuned.config if tuned else {}),
+    }
     ranges = frame_kv_ranges(len(z), 1, sizes.tokens_per_frame, sizes.first_token)
     p = launch_weights(z, keys, key_bias, sizes.keys_per_frame, ranges, scales, parameters)
     output = BACKENDS[tuned.backend if tuned else "library" if scales is None else "triton"]
@@ -205,12 +215,6 @@ def dims_of(tokens: int, width: int, heads: int, sizes: Sizes) -> dict[str, int]
     return {"tokens": tokens, **per_frame, "heads": heads, "width": width}
 
 
-def _by_pointers(z: Tensor, keys: Tensor) -> bool:
-    """Whether operands are read by pointers: their rows are not aligned for TMA, or Triton does not pipeline it."""
-    aligned = all(length * z.itemsize % 16 == 0 for length in (z.shape[1], keys.shape[1]))
-    return not aligned or (z.is_cuda and not pipelines_descriptors(z.device))
-
-
 def launch_weights(
     z: Tensor,
     keys: Tensor,
@@ -221,8 +225,9 @@ def launch_weights(
     parameters: Mapping[str, Any],
 ) -> Tensor:
     """P [tokens, heads x keys] in the dtype of z, by the Triton kernel."""
+    check_keys_per_frame("keys_per_frame", keys_per_frame)
     (tokens, width), columns, keys = z.shape, keys.shape[1], keys.flatten(0, 1)
-    launch = _launch_parameters(parameters, parameters["BLOCK_N"])
+    launch = _launch_parameters(parameters, max(parameters["BLOCK_N"], keys_per_frame))
     token_tiles = query_tiles_on(z.device, type(z), ranges, launch["BLOCK_M"])
     p = z.new_empty(tokens, columns)
     z_scale, keys_scale = (key_bias, key_bias) if scales is None else (scales.z, scales.keys)
@@ -281,7 +286,7 @@ def multiply_library(
     _dtype: None,
     _parameters: Mapping[str, Any],
 ) -> Tensor:
-    """residual + (P U + bias) by cuBLAS, in the dtype of p, added to the sum of residual and bias."""
+    """residual + (P U + bias) by cuBLAS, in the dtype of p, added to the rounded sum of residual and bias."""
     y, added = p.new_empty(len(p), values.shape[1]), [x for x in (residual, bias) if x is not None]
     if len(added) == 2:
         torch.add(*added, out=y)
@@ -345,7 +350,7 @@ def absorbed_audio_attention(
 
     For each token of z in latent frame f: y = residual + (softmax(z G[f]^T + g[f]) U[f] + bias), with a softmax over
     the keys of each head. Sums, softmax and epilogue are computed in float32. The weights of the softmax are rounded to
-    the dtype of z, and so is the result.
+    the dtype of z, and so is the result. The library rounds the sum of residual and bias to the dtype of z first.
 
     Args:
         z: [tokens, width], contiguous; float32, float16 or bfloat16. The input of the query projection for consecutive
@@ -353,7 +358,7 @@ def absorbed_audio_attention(
         keys: G [frames, heads x keys_per_frame, width], contiguous; z's dtype and device.
         key_bias: g, float32 [frames, heads x keys_per_frame], contiguous.
         values: U^T [frames, out width, heads x keys_per_frame], contiguous; z's dtype and device.
-        keys_per_frame: number of keys of a frame, a power of two.
+        keys_per_frame: number of keys of a frame; on a GPU a power of two.
         tokens_per_frame: number of tokens of a latent frame.
         first_token: which token of the chunk is the first one of z.
         bias: None, or [out width], the bias of the output projection; float32, float16 or bfloat16.
@@ -375,9 +380,11 @@ def absorbed_audio_attention(
 def check_absorbed(z: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, sizes: Sizes) -> None:
     """Raises ValueError unless keys and values are those of the frames that the tokens belong to."""
     keys_per_frame, tokens_per_frame, first_token = sizes
-    frames, columns = keys.shape[:2]
-    if keys.ndim != 3 or columns % keys_per_frame:
+    if keys_per_frame < 1:
+        raise ValueError(f"keys_per_frame: {keys_per_frame}, wanted at least 1")
+    if keys.ndim != 3 or keys.shape[1] % keys_per_frame:
         raise ValueError(f"keys: shape {list(keys.shape)}, wanted [frames, a multiple of {keys_per_frame}, width]")
+    frames, columns = keys.shape[:2]
     check("keys", keys, shape=(frames, columns, z.shape[1]), dtype=z.dtype, device=z.device, layout="contiguous")
     check("key_bias", key_bias, shape=(frames, columns), dtype=torch.float32, device=z.device, layout="contiguous")
     check("values", values, shape=(frames, "out width", columns), dtype=z.dtype, device=z.device, layout="contiguous")

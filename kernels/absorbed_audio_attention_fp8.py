@@ -51,7 +51,7 @@ def dispatch(
     dims = dims_of(len(z), z.shape[1], keys.shape[1] // sizes.keys_per_frame, sizes)
     tuned = tuned or tuned_config("absorbed_audio_attention", dims, "fp8", z.device, backends=BACKENDS)
     tuned = tuned or TunedConfig("triton", {})
-    if tuned.backend == "gluon" and not _runs_on_hopper(z, values, sizes, residual, dtype):
+    if tuned.backend == "gluon" and not _runs_on_hopper(z, keys, values, sizes, residual, dtype):
         tuned = TunedConfig("triton", {})
     if tuned.backend == "triton":
         return dispatch_triton(z, keys, key_bias, values, sizes, value_bias, residual, scales, dtype, tuned)
@@ -60,8 +60,10 @@ def dispatch(
     return sm90.launch_output(p, values, scales.values, value_bias, residual, dtype, ranges, tuned.config)
 
 
-def _runs_on_hopper(z: Tensor, values: Tensor, sizes: Sizes, residual: Tensor | None, dtype: torch.dtype) -> bool:
-    supported = sm90.supports(z, values, sizes.keys_per_frame, residual, dtype)
+def _runs_on_hopper(
+    z: Tensor, keys: Tensor, values: Tensor, sizes: Sizes, residual: Tensor | None, dtype: torch.dtype
+) -> bool:
+    supported = sm90.supports(z, keys, values, sizes.keys_per_frame, residual, dtype)
     return supported and gpu_of(z.device).capability == "9.0"
 
 
@@ -135,7 +137,7 @@ def absorbed_audio_attention_fp8(
         values: U^T, float8_e4m3fn [frames, out width, heads x keys_per_frame], contiguous.
         values_scale: float32 [frames, out width], the scale of each row of U^T, contiguous.
         value_bias: float32 [frames, out width], contiguous.
-        keys_per_frame: number of keys of a frame, a power of two.
+        keys_per_frame: number of keys of a frame; on a GPU a power of two.
         tokens_per_frame: number of tokens of a latent frame.
         first_token: which token of the chunk is the first one of z.
         residual: None, or [tokens, out width] in `dtype`. The values of a row are adjacent.

@@ -214,7 +214,10 @@ def frame_product_sm90(
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     SOFTMAX: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """Program p computes the work tiles from work_indptr[p] to work_indptr[p + 1], whose keys are frames."""
+    """Program p computes the work tiles from work_indptr[p] to work_indptr[p + 1].
+
+    The first key of a work tile is its latent frame.
+    """
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CONSUMERS, WGMMA_M, BLOCK_K], x_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
     y_smem = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * 4, WGMMA_M, BLOCK_N // 4], y_desc.layout)
@@ -253,19 +256,23 @@ def frame_product_sm90(
 # --- Launcher -------------------------------------------------------------------------------------------------------
 
 
-def supports(z: Tensor, values: Tensor, keys_per_frame: int, residual: Tensor | None, dtype: torch.dtype) -> bool:
+def supports(
+    z: Tensor, keys: Tensor, values: Tensor, keys_per_frame: int, residual: Tensor | None, dtype: torch.dtype
+) -> bool:
     """Whether the kernel takes these operands: TMA needs addresses and row strides that are multiples of 16 bytes."""
+    residuals = () if residual is None else (residual,)
     strides = [z.shape[1], values.shape[2], values.shape[1] * dtype.itemsize]
-    strides += [] if residual is None else [residual.stride(0) * residual.itemsize, residual.data_ptr()]
+    strides += [x.stride(0) * x.itemsize for x in residuals]
+    addresses = [x.data_ptr() for x in (z, keys, values, *residuals)]
     typed = z.dtype == FP8 and dtype in (torch.bfloat16, torch.float16)
-    return typed and keys_per_frame == KEYS_PER_FRAME and all(x % 16 == 0 for x in strides)
+    return typed and keys_per_frame == KEYS_PER_FRAME and all(x % 16 == 0 for x in (*strides, *addresses))
 
 
 def launch_weights(
     z: Tensor, z_scale: Tensor, keys: Tensor, keys_scale: Tensor, key_bias: Tensor, ranges: KVRanges,
     config: LaunchConfig,
 ) -> Tensor:  # fmt: skip
-    """448 P [tokens, heads x keys] in e4m3; `ranges` has a frame as the first key of its tokens."""
+    """448 P [tokens, heads x keys] in e4m3; the first key of tokens in `ranges` is their latent frame."""
     parameters = {**DEFAULT_CONFIG, **config}
     shape = {"BLOCK_N": 4 * KEYS_PER_FRAME, "CONSUMERS": parameters["CONSUMERS"], "STAGES": parameters["STAGES"]}
     return _launch(z, keys, (z_scale, keys_scale, key_bias), None, FP8, ranges, parameters["GROUP_N"], shape)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunk_attention_library import FLASH_ATTN, flash_attn_lacks, launch_flash_attn
+from kernels.chunk_attention_library import FLASH_ATTN, launch_flash_attn, why_not_flash_attn
 from kernels.chunk_attention_sm90 import launch_sm90, supports
 from kernels.common import DTYPE_NAMES, FP8, check, define_op
 from kernels.scheduler import KVRanges, kv_ranges, query_tiles_on
@@ -285,7 +285,7 @@ def dispatch(
 def _usable(q: Tensor, k: Tensor, v: Tensor, scales: Scales | None, ranges: KVRanges) -> list[str]:
     """The back-ends that take these operands on this GPU; the first is its default."""
     on_hopper = gpu_of(q.device).capability == "9.0" and supports(q, k, v, ranges)
-    by_library = scales is None and not flash_attn_lacks(q)
+    by_library = scales is None and not why_not_flash_attn(q)
     return [*(["gluon"] if on_hopper else []), "triton", *([FLASH_ATTN] if by_library else [])]
 
 

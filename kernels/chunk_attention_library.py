@@ -13,7 +13,7 @@ FLASH_ATTN = "flash-attn"  # the back-end, also as a peer in profiling/cases
 MAX_HEAD_DIM = 256
 
 
-def flash_attn_lacks(q: Tensor) -> str:
+def why_not_flash_attn(q: Tensor) -> str:
     """Why FlashAttention-2 cannot attend with queries [..., head_dim] like these; empty if it can."""
     if not installed("flash_attn"):
         return "flash_attn is not installed"
@@ -36,14 +36,14 @@ def launch_flash_attn(
 ) -> tuple[Tensor, Tensor]:
     """Attention by FlashAttention-2, with the arguments and results of `kernels.chunk_attention.launch_triton`.
 
-    It is called once for each range of queries, which `flash_attn_lacks` has accepted.
+    Calls flash_attn_func once for each range. The operands are those for which `why_not_flash_attn` finds nothing.
     """
     from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
     outputs, lses = [], []
     for q_start, q_end, kv_start, kv_end in ranges:
         keys, values = k[:, kv_start:kv_end], v[:, kv_start:kv_end]
-        # Without dropout, "probs" are the log-sum-exp [batch, heads, queries] and nothing more.
+        # return_attn_probs adds the log-sum-exp [batch, heads, queries] and S_dmask, which is None without dropout.
         o, lse, _ = flash_attn_func(q[:, q_start:q_end], keys, values, softmax_scale=scale, return_attn_probs=True)
         outputs.append(o)
         lses.append(lse.transpose(1, 2))

@@ -62,7 +62,7 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def naming_missing_fp8(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def explaining_missing_fp8(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation, with one line of error in place of Triton's where a GPU lacks e4m3, as an A100 does."""
 
     @functools.wraps(implementation)
@@ -89,7 +89,7 @@ class Op:
         self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
     ) -> None:
         self.name = name
-        self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, naming_missing_fp8(name, cuda), fake or cpu))
+        self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, explaining_missing_fp8(name, cuda), fake or cpu))
         self.library_op = torch.library.custom_op(f"flashtalk::{name}", self.cpu, mutates_args=(), device_types="cpu")
         self.library_op.register_kernel("cuda")(self.cuda)
         self.library_op.register_fake(self.fake)

@@ -6,9 +6,10 @@
     epilogue       + bias, then tanh-GELU or * gate [n], then + residual [m, n]; every part is optional
 
 Products are accumulated in float32, those of int8 exactly in int32. The epilogue is computed in float32, and the result
-is rounded once. FP8 and INT8 operands come from `kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`,
-`quantize_rows`, and the same of int8): the scale of a row is its largest magnitude / 448 or / 127. A row of w is an
-output channel. kernels/rotation.py says what the rotation of int8 operands is good for.
+is rounded once, except by cuBLAS in 16 bits, which rounds the product first. FP8 and INT8 operands come from
+`kernels.layer_norm` (`layer_norm_modulate_fp8`, `layer_norm_fp8`, `quantize_rows`, and the same of int8): the scale of
+a row is its largest magnitude / 448 or / 127. A row of w is an output channel. kernels/rotation.py says what the
+rotation of int8 operands is good for.
 
 `linear_fp8_quantized` rounds its output to e4m3 for the next layer. The largest value of an output row is known only
 when all its columns are done, so the scale comes from an upper bound instead, and nothing ever saturates:
@@ -52,7 +53,7 @@ from kernels.linear_epilogue import (
 )
 from kernels.linear_library import TORCHAO, launch_library, launch_torchao, libraries
 from kernels.linear_sm90 import supports
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, pipelines_descriptors, tuned_config, untuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, reads_by_pointers, tuned_config, untuned_config
 
 # Launch parameters of the Triton kernel for shapes that were not tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -161,7 +162,7 @@ def linear_fwd(x, w, y, residual, x_scale, w_scale, bound, y_scale, bias, gate, 
         a = load_tile(x, start_m, start_k, m, k, x_row, BLOCK_M, BLOCK_K, POINTERS)
         b = load_tile(w, start_n, start_k, n, k, w_row, BLOCK_N, BLOCK_K, POINTERS)
         if FP32_ACCUM:
-            acc += tl.dot(a, b.T)
+            acc += tl.dot(a, b.T, input_precision="ieee", out_dtype=SUM)
         else:
             acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=SUM)
     # The epilogue runs on one half of the tile after the other; on the whole tile it would run out of registers.
@@ -206,9 +207,9 @@ def launch_triton(
 ) -> Output:
     """epilogue(x w^T) by the Triton kernel."""
     (m, k), n = x.shape, len(w)
-    pointers = x.is_cuda and not pipelines_descriptors(x.device)
-    default = {"GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(pointers)}
-    parameters: dict[str, Any] = {**default, **(config or _default_config(x, pointers))}
+    by_pointers = reads_by_pointers(x, w)
+    default = {"GROUP_N": 8, "FP32_ACCUM": 0, "POINTERS": int(by_pointers)}
+    parameters: dict[str, Any] = {**default, **(config or _default_config(x, by_pointers))}
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     y, y_scale = _empty_output(x, n, epilogue, dtype)
     operands = (x, w)
@@ -217,19 +218,19 @@ def launch_triton(
             TensorDescriptor(t, list(t.shape), list(t.stride()), [block, block_k])
             for t, block in ((x, block_m), (w, block_n))
         )
-    pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
+    epilogue_pointers, strides, flags = epilogue_arguments(y, y_scale, scales, epilogue)
     linear_fwd[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        *operands, *pointers, m, n, k, x.stride(0), w.stride(0), *strides, **flags, INT8=x.dtype == torch.int8,
+        *operands, *epilogue_pointers, m, n, k, x.stride(0), w.stride(0), *strides, **flags, INT8=x.dtype == torch.int8,
         **parameters,
     )  # fmt: skip
     return y, y_scale
 
 
-def _default_config(x: Tensor, pointers: bool) -> LaunchConfig:
+def _default_config(x: Tensor, by_pointers: bool) -> LaunchConfig:
     """Launch parameters of the Triton kernel where nothing was tuned, for operands like x [rows, terms]."""
     if x.dtype in QUANTIZED_NAMES:
         long = x.shape[1] >= FP32_ACCUM_MIN_K and x.dtype == FP8
-        small = x.dtype == torch.int8 or pointers
+        small = x.dtype == torch.int8 or by_pointers
         config = FP8_ACC32_CONFIG if long else SMALL_8BIT_CONFIG if small else FP8_CONFIG
     else:
         config = FP32_CONFIG if x.dtype == torch.float32 else BF16_CONFIG
@@ -287,7 +288,7 @@ def dispatch(
     bias only; other epilogues cost libraries further passes over the output, so they are not considered for them.
     """
     dims = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
-    backends = ["gluon", "triton", *libraries(x, w, epilogue)]
+    backends = ["gluon", "triton", *libraries(x, w, epilogue, dtype)]
     name = QUANTIZED_NAMES[x.dtype] if scales else DTYPE_NAMES[x.dtype]
     tuned = tuned or tuned_config("linear", dims, name, x.device, backends=backends)
     backend = tuned.backend if tuned is not None else "triton" if scales else "library"
@@ -359,7 +360,8 @@ def linear(
 ) -> Tensor:
     """A linear layer with its epilogue: residual + gate * activation(x w^T + bias), with every part but x w^T optional.
 
-    Products are accumulated and the epilogue is computed in float32; the result is rounded once.
+    Products are accumulated in float32. The epilogue is computed in float32 and the result is rounded once by our
+    kernels; cuBLAS, which is the default in 16 bits, rounds the product first, and GELU.
 
     Args:
         x: [m, k], float32, float16 or bfloat16. The values of a row are adjacent, rows a multiple of 16 bytes apart.
@@ -434,9 +436,9 @@ def linear_int8(
 ) -> Tensor:
     """A linear layer of int8 operands: residual + gate * activation((x w^T) * x_scale * w_scale + bias).
 
-    Every part but the scaled product is optional. The product is exact, the epilogue is computed in float32, and the
-    result is rounded once. `kernels.layer_norm.quantize_rows_int8` makes rotated int8 operands and their scales; either
-    both operands are rotated, or neither.
+    Every part but the scaled product is optional. Products are summed exactly in int32, then rounded to float32. The
+    epilogue is computed in float32, and the result is rounded once. `kernels.layer_norm.quantize_rows_int8` makes
+    rotated int8 operands and their scales; either both operands are rotated, or neither.
 
     Args:
         x: int8 [m, k], k at most 133,144. The values of a row are adjacent, rows a multiple of 16 bytes apart.

@@ -9,20 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import installed
+from kernels.common import FP8, installed
 from kernels.linear_epilogue import FP32_ACCUM_MIN_K, Epilogue, Output, Scales, apply_epilogue, quantize_output
 from kernels.tuning import LaunchConfig
 
 TORCHAO, TORCHAO_MODULE = "torchao", "torchao.kernel.intmm"  # the back-end, and what it needs
 
 
-def libraries(x: Tensor, w: Tensor, epilogue: Epilogue) -> list[str]:
-    """The back-ends of other packages that are considered for these operands."""
+def libraries(x: Tensor, w: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> list[str]:
+    """The back-ends of other packages that are considered for these operands and a result in `dtype`."""
     if epilogue.gelu or any(part is not None for part in (epilogue.gate, epilogue.residual, epilogue.bound)):
         return []
-    if x.dtype != torch.int8:
-        return ["library"]
-    return ["library", *([TORCHAO] if installed(TORCHAO_MODULE) else [])] if _takes_int8(x, w) else []
+    if x.dtype == torch.int8:
+        return ["library", *([TORCHAO] if installed(TORCHAO_MODULE) else [])] if _takes_int8(x, w) else []
+    return ["library"] if x.dtype != FP8 or _takes_fp8(x, w, dtype) else []
+
+
+def _takes_fp8(x: Tensor, w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS multiplies these e4m3 operands, with scales by row: to bfloat16, of sizes that 16 divides."""
+    return dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and len(w) % 16 == 0
 
 
 def _takes_int8(x: Tensor, w: Tensor) -> bool:

@@ -43,7 +43,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def add_and_subtract(y, WIDTH: tl.constexpr):
+def butterfly(y, WIDTH: tl.constexpr):
     """Replaces every two values (a, b) of y that are WIDTH apart, within groups of 2 WIDTH, by (a + b, a - b)."""
     LENGTH: tl.constexpr = y.shape[0]
     pairs = tl.reshape(y, [LENGTH // (2 * WIDTH), 2, WIDTH])
@@ -56,5 +56,5 @@ def rotate_row(y, BLOCK: tl.constexpr):
     """The values y of a row with every BLOCK of them, a power of two, rotated and divided by sqrt(BLOCK)."""
     y *= 1.0 / BLOCK  # first, so that no sum overflows
     for exponent in tl.static_range(BLOCK.bit_length() - 1):
-        y = add_and_subtract(y, 2**exponent)
+        y = butterfly(y, 2**exponent)
     return y * BLOCK**0.5

@@ -36,7 +36,7 @@ from kernels.chunk_attention import sdpa
 from kernels.common import DTYPE_NAMES, check, define_op
 from kernels.layer_norm import launch_quantize_rows, quantize_reference, quantize_to_bound
 from kernels.text_image_attention_sm90 import launch_sm90, supports
-from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, launch_config, pipelines_descriptors, tuned_config
+from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, launch_config, reads_by_pointers, tuned_config
 
 # Launch parameters where nothing was tuned.
 FP32_CONFIG: LaunchConfig = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, "num_stages": 1}
@@ -193,18 +193,16 @@ def launch_text_image(
     config: LaunchConfig | None = None,
 ) -> Tensor:
     """`text_image_attention` by the Triton kernel; `config` replaces default launch parameters."""
+    text, image = (text_k, text_v), (image_k, image_v)
     tokens, heads, head_dim = q.shape
-    dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "head_dim": head_dim}
-    dims["dedup_padding"] = int(num_text_tokens is not None)
     parameters = launch_config(
-        "text_image_attention", dims, DTYPE_NAMES[q.dtype], q.device,
-        default={**DEFAULT_CONFIGS[q.dtype], "POINTERS": int(q.is_cuda and not pipelines_descriptors(q.device))},
+        "text_image_attention", _dims(q, text_k, image_k, num_text_tokens), DTYPE_NAMES[q.dtype], q.device,
+        default={**DEFAULT_CONFIGS[q.dtype], "POINTERS": int(reads_by_pointers(*(x[:, 0] for x in (*text, *image))))},
         given=config, match_exactly=("head_dim",),
     )  # fmt: skip
     block_t, block_n = parameters["BLOCK_T"], parameters["BLOCK_N"]
     block_tail = max(16, triton.next_power_of_2(len(image_k) % block_n))
     o = q.new_empty(q.shape)
-    text, image = (text_k, text_v), (image_k, image_v)
     operands = [(x, block_t) for x in text] + [(x, block) for block in (block_n, block_tail) for x in image]
     text_image_attention_fwd[(triton.cdiv(tokens, parameters["BLOCK_M"]), heads)](
         q, *(x if parameters["POINTERS"] else make_desc(x, block) for x, block in operands),
@@ -271,10 +269,15 @@ def _runs_on_hopper(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor,
 def _tuned_config(
     operation: str, dtype: str, q: Tensor, text_k: Tensor, image_k: Tensor, num_text_tokens: Tensor | None
 ) -> TunedConfig | None:
+    dims = _dims(q, text_k, image_k, num_text_tokens)
+    return tuned_config(operation, dims, dtype, q.device, BACKENDS[operation], ("head_dim",))
+
+
+def _dims(q: Tensor, text_k: Tensor, image_k: Tensor, num_text_tokens: Tensor | None) -> dict[str, int]:
+    """The shape, under the names that cases and tuned tables use."""
     tokens, heads, head_dim = q.shape
     dims = {"queries": tokens, "text": len(text_k), "image": len(image_k), "heads": heads, "head_dim": head_dim}
-    dims["dedup_padding"] = int(num_text_tokens is not None)
-    return tuned_config(operation, dims, dtype, q.device, BACKENDS[operation], ("head_dim",))
+    return dims | {"dedup_padding": int(num_text_tokens is not None)}
 
 
 # --- Operation ------------------------------------------------------------------------------------------------------

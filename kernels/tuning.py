@@ -104,6 +104,15 @@ def pipelines_descriptors(device: torch.device) -> bool:
     return gpu_of(device).capability.split(".")[0] in ("9", "10")
 
 
+def reads_by_pointers(*operands: torch.Tensor) -> bool:
+    """Whether Triton kernels read these matrices by pointers: TMA cannot, or Triton does not overlap it with products.
+
+    TMA takes addresses and strides that are multiples of 16 bytes.
+    """
+    aligned = all(x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in x.stride()[:-1]) for x in operands)
+    return not aligned or (operands[0].is_cuda and not pipelines_descriptors(operands[0].device))
+
+
 @cache
 def _gpu(index: int) -> GPU:
     properties = torch.cuda.get_device_properties(index)

@@ -8,7 +8,7 @@ show only at times:
     a deadlock           no partition can go on, and no copy is on its way
     a missing wait       a tile in shared memory is NaN from the beginning of a copy until the copy arrives
     a missing release    an operand of a product, or the source of a store, changes before that has ended
-    a missing fence      a store by TMA of what was written without `fence_async_shared`
+    a missing fence      a store by TMA of what a partition wrote without a `fence_async_shared` of its own
 
 Rounding is that of the kernel: products of 16 and of 8 bits are summed in float32, not as the tensor cores do. Layouts
 are ignored, so that nothing is learned about registers or bank conflicts; the audit compiles the same source for that.
@@ -64,7 +64,7 @@ class Value(Tensor):
 
     @property
     def type(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of a tensor in Triton; it has a layout, which is ignored."""
+        """The type of a tensor in Triton, whose layout is ignored."""
         return SimpleNamespace(layout=None)
 
     __iadd__, __isub__, __imul__ = Tensor.__add__, Tensor.__sub__, Tensor.__mul__
@@ -103,16 +103,18 @@ class Pointer:
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
     memory, at = pointer.memory(), torch.as_tensor(pointer.offset)
-    if mask is None:
-        return value(memory[at])
-    mask, at = torch.broadcast_tensors(torch.as_tensor(mask), at)
-    return value(torch.where(mask, memory[torch.where(mask, at, 0)], other).to(memory.dtype))
+    mask, at = torch.broadcast_tensors(torch.as_tensor(True if mask is None else mask), at)
+    at = torch.where(mask, at, 0)
+    assert (at >= 0).all(), "a load before the beginning of its memory"
+    return value(torch.where(mask, memory[at], other).to(memory.dtype))
 
 
 def store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     at, x = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(x).as_subclass(Tensor))
     kept = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand_as(at)
-    pointer.memory()[at[kept].as_subclass(Tensor)] = x[kept].to(pointer.base.dtype)
+    at = at[kept].as_subclass(Tensor)
+    assert (at >= 0).all(), "a store before the beginning of its memory"
+    pointer.memory()[at] = x[kept].to(pointer.base.dtype)
 
 
 # --- Shared memory and what is asynchronous -------------------------------------------------------------------------
@@ -147,20 +149,26 @@ class Shared:
         self.memory, self.state = memory, state  # the state is common to all views
 
     @classmethod
-    def new(cls, dtype: Any, shape: Sequence[int]) -> "Shared":
-        """Allocates it."""
-        shared = cls(torch.zeros([int(n) for n in shape], dtype=torch_dtype(dtype)), {"unfenced": set()})
+    def new(cls, dtype: Any, shape: Sequence[int], program: "FakeProgram") -> "Shared":
+        """A new allocation, filled with NaN, or with the least integer."""
+        state = {"program": program, "unfenced": set()}
+        shared = cls(torch.zeros([int(n) for n in shape], dtype=torch_dtype(dtype)), state)
         shared.poison()
         return shared
 
     @property
     def dtype(self) -> ElementType:
-        """Of its elements."""
+        """The element type of the memory."""
         return ElementType(self.memory.dtype)
 
     @property
+    def shape(self) -> list[int]:
+        """The lengths of the axes."""
+        return list(self.memory.shape)
+
+    @property
     def place(self) -> tuple[int, tuple[int, ...]]:
-        """What tells it from other tiles."""
+        """The key of a tile: address and shape."""
         return self.memory.data_ptr(), tuple(self.memory.shape)
 
     def index(self, i: Any) -> "Shared":
@@ -169,11 +177,11 @@ class Shared:
         return Shared(self.memory[int(i)], self.state)
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
-        """A part of it."""
+        """The part of `length` elements from `start` on."""
         return Shared(self.memory.narrow(dim, start, length), self.state)
 
     def permute(self, order: Sequence[int]) -> "Shared":
-        """With its axes in another order."""
+        """A view with permuted axes."""
         return Shared(self.memory.permute(*order), self.state)
 
     def _reinterpret(self, dtype: Any, shape: Sequence[int], _layout: Any) -> "Shared":
@@ -195,7 +203,7 @@ class Shared:
         assert x.shape == self.memory.shape
         assert x.dtype == self.memory.dtype
         self.memory.copy_(x)
-        self.state["unfenced"].add(self.memory.data_ptr())
+        self.state["unfenced"].add((id(self.state["program"].current), self.memory.data_ptr()))
 
     def poison(self) -> None:
         """Makes it NaN, or the least integer."""
@@ -218,7 +226,7 @@ class Descriptor:
 
     @property
     def dtype(self) -> ElementType:
-        """Of its elements."""
+        """The element type of the memory."""
         return ElementType(self.base.dtype)
 
     @property
@@ -244,7 +252,7 @@ class Product:
 
     @property
     def type(self) -> Any:
-        """As that of a `Value`."""
+        """A type with a layout, as tensors in registers have."""
         return SimpleNamespace(layout=None)
 
     def end(self) -> Value:
@@ -381,7 +389,8 @@ class FakeProgram:
         self.copies.append(arrives)
 
     def copy_to_global(self, desc: Descriptor, coords: Sequence[Any], tile: Shared) -> None:
-        assert tile.memory.data_ptr() not in tile.state["unfenced"], "stored by TMA without a fence"
+        unfenced = {address for _partition, address in tile.state["unfenced"]}
+        assert tile.memory.data_ptr() not in unfenced, "stored by TMA without a fence"
         part, rows, columns = desc.box(coords)
 
         def arrives() -> None:
@@ -400,7 +409,7 @@ class FakeProgram:
 
     def fence(self) -> None:
         for tile in self.tiles:
-            tile.state["unfenced"].clear()
+            tile.state["unfenced"] = {written for written in tile.state["unfenced"] if written[0] != id(self.current)}
 
     # --- Products ---
 
@@ -432,7 +441,7 @@ class FakeProgram:
         return results[0] if len(results) == 1 else results
 
     def allocate(self, dtype: Any, shape: Sequence[int], *_: Any) -> Shared:
-        self.tiles.append(Shared.new(dtype, shape))
+        self.tiles.append(Shared.new(dtype, shape, self))
         return self.tiles[-1]
 
 
@@ -475,7 +484,7 @@ def language(program: FakeProgram) -> SimpleNamespace:
         maximum=lambda x, y: value(torch.maximum(*map(torch.as_tensor, (x, y)))),
         minimum=lambda x, y: value(torch.minimum(*map(torch.as_tensor, (x, y)))),
         max=lambda x, axis: value(x.amax(axis)), sum=lambda x, axis: value(x.sum(axis)),
-        log2=lambda x: value(torch.log2(x)), cdiv=lambda x, y: -(-x // y),
+        log2=lambda x: value(torch.log2(x)), exp2=lambda x: value(torch.exp2(x)), cdiv=lambda x, y: -(-x // y),
         load=load, store=store, allocate_shared_memory=program.allocate, warp_specialize=program.specialize,
     )  # fmt: skip
 

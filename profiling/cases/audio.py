@@ -22,12 +22,11 @@ from kernels.absorbed_audio_attention import (
     dims_of,
     dispatch,
 )
-from kernels.absorbed_audio_attention import launch_absorbed as launch_absorbed_attention
 from kernels.absorbed_audio_attention_fp8 import IN_16_BITS
 from kernels.absorbed_audio_attention_fp8 import dispatch as dispatch_fp8
 from kernels.frame_attention import frame_attention, frame_reference
 from kernels.layer_norm import quantize_rows
-from kernels.tuning import LaunchConfig
+from kernels.tuning import LaunchConfig, TunedConfig
 from profiling.cases.attention import FRAME_ATTENTION, frame_sdpa, num_frames
 from profiling.cases.case import (
     ANYWHERE,
@@ -84,9 +83,9 @@ def absorbed_audio_layer(
 def launch_absorbed_audio_layer(
     z: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, out_weight: Tensor, tokens_per_frame: int
 ) -> Tensor:
-    """The launches of `absorbed_audio_layer`, for the audit."""
-    absorbed = launch_absorb(k, v, q_weight, q_bias, out_weight)
-    return launch_absorbed_attention(z, *absorbed, k.shape[1], tokens_per_frame)
+    """The launches of `absorbed_audio_layer` for the audit, with our kernel for the second product too."""
+    absorbed, sizes = launch_absorb(k, v, q_weight, q_bias, out_weight), Sizes(k.shape[1], tokens_per_frame)
+    return dispatch(z, *absorbed, sizes, None, None, tuned=TunedConfig("triton", {}))
 
 
 AUDIO_ATTENTION = Operation(

@@ -5,6 +5,7 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,17 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import tuning
 from kernels.absorb_audio_projections import absorb_audio_projections, absorb_audio_projections_op, launch_absorb
 from kernels.absorbed_audio_attention import (
     Sizes,
     absorbed_audio_attention,
     absorbed_audio_attention_op,
-    absorbed_reference,
     dispatch,
+    launch_absorbed,
+    multiply_library,
 )
-from kernels.frame_attention import frame_attention, frame_reference
+from kernels.common import FP8
+from kernels.frame_attention import frame_attention, frame_kv_ranges, frame_reference
 from kernels.linear import dequantize, quantize_rows
-from kernels.tuning import TunedConfig
+from kernels.tuning import GPU, TunedConfig, assume_gpu
+from profiling.fake_gpu import FakeCudaMode
 from profiling.measure.check import poisoned_memory
 from tests.tensors import draw, error
 
@@ -31,7 +36,7 @@ from tests.tensors import draw, error
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 45), st.sampled_from([16, 32]))
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 45), st.sampled_from([8, 16, 32]))
 def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys):
     """The layer is projection, attention, projection."""
     heads, head_dim, width = 2, 16, 24
@@ -49,15 +54,19 @@ def test_absorbed_layer_is_the_layer(tokens, tokens_per_frame, first_token, keys
     assert error(y, residual + (expected + bias)) < 1e-5
 
 
-def test_the_epilogue_is_rounded_once():
-    """In 16 bits the sum of a small output and a large residual is that of float32, rounded."""
-    z, keys, values, residual = (x.bfloat16() for x in draw((6, 24), (2, 32, 24), (2, 8, 32), (6, 8)))
-    key_bias, bias = draw((2, 32), (8,))
-    residual *= 1000
-    y = absorbed_audio_attention(z, keys, key_bias, values, 16, 3, bias=bias, residual=residual)
-    sizes = Sizes(16, 3)
-    exact = absorbed_reference(*(x.double() for x in (z, keys, key_bias, values)), sizes, bias, residual.double())
-    assert torch.equal(y, exact.bfloat16())
+@pytest.mark.parametrize("tokens", [6, 5])  # whole frames, and one that is shorter
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_library_rounds_what_it_adds_and_the_result(tokens, size):
+    """In 16 bits: the sum of residual and bias, then that with the product. Rounding to bfloat16 errs by up to 2^-8."""
+    p, values, residual, bias = (x.bfloat16() for x in draw((tokens, 32), (2, 8, 32), (tokens, 8), (8,)))
+    residual *= size
+    ranges = frame_kv_ranges(tokens, 1, 3, 0)
+    y = multiply_library(p, values, ranges, bias, residual, None, None, {})
+    added = residual.double() + bias.double()
+    for start, end, frame, _ in ranges:
+        exact = added[start:end] + p[start:end].double() @ values[frame].double().T
+        bound = 2**-8 * (added[start:end].abs() + exact.abs())
+        assert ((y[start:end].double() - exact).abs() <= 1.01 * bound).all()
 
 
 def test_absorbs_quantised_weights():
@@ -68,6 +77,19 @@ def test_absorbs_quantised_weights():
     expected = absorb_audio_projections(k, v, dequantize(q8, q_scale), q_bias, dequantize(w8, scale))
     for x, y in zip(absorbed, expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_parameters_by_compute_capability_replace_defaults(monkeypatch):
+    module, launched = import_module("kernels.absorbed_audio_attention"), []
+    monkeypatch.setattr(tuning, "_untuned", lambda: {("absorbed_audio_attention", "bf16", "8.0"): {"BLOCK_K": 32}})
+    monkeypatch.setattr(module, "launch_weights", lambda *arguments: launched.append(arguments[-1]))
+    monkeypatch.setitem(module.BACKENDS, "library", lambda *_: None)
+    for capability in ("8.0", "8.6"):
+        with assume_gpu(GPU("any", capability, 80)), FakeCudaMode():
+            z, keys = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in ((6, 8), (2, 32, 8)))
+            dispatch(z, keys, keys, keys.mT.contiguous(), Sizes(16, 3), None, None)
+    assert launched[0] == launched[1] | {"BLOCK_K": 32} != launched[1]
 
 
 # --- As torch operators ---------------------------------------------------------------------------------------------
@@ -111,14 +133,24 @@ ABSORBED = Z, KEYS, KEY_BIAS, KEYS.mT.contiguous()
     ("function", "arguments", "words"),
     [
         (absorb_audio_projections, (Q, Q, Q[0], Q, Q), "k: shape [6, 2, 16], wanted [frames, keys, heads, head_dim]"),
-        (launch_absorb, (K[:, :3], K[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two from 16 on"),
+        (launch_absorb, (K[:, :3], K[:, :3], Q[0], Q, Q), "k: 3 keys a frame, wanted a power of two"),
+        (absorb_audio_projections, (K.mT, K.mT, WEIGHT, BIAS, Q), "k: strides (512, 32, 1, 16)"),
+        (absorb_audio_projections, (K, K.transpose(1, 3), WEIGHT, BIAS, Q), "v: strides (512, 1, 16, 32)"),
         (absorb_audio_projections, (K, K, WEIGHT[:30], BIAS, Q), "q_weight: shape [30, 5], wanted [32, width]"),
         (
             absorb_audio_projections,
             (K, K, WEIGHT, BIAS, WEIGHT.T, BIAS),
             "q_weight: torch.float32, wanted torch.float8_e4m3fn",
         ),
+        (
+            absorb_audio_projections,
+            (K, K, WEIGHT, BIAS, WEIGHT.T.to(FP8), None, torch.zeros(5, 2)[:, 0]),
+            "out_scale: strides (2,)",
+        ),
         (absorbed_audio_attention, (Z, KEYS[..., :4], Q, Q, 16, 2), "keys: shape [3, 32, 4], wanted [3, 32, 5]"),
+        (absorbed_audio_attention, (Z, KEYS[0, 0], Q, Q, 16, 2), "keys: shape [5], wanted [frames, a multiple of 16"),
+        (absorbed_audio_attention, (*ABSORBED, 0, 2), "keys_per_frame: 0, wanted at least 1"),
+        (launch_absorbed, (Z, KEYS[:, :24], KEY_BIAS, KEYS, 24, 2), "keys_per_frame: 24 keys a frame, wanted a power"),
         (absorbed_audio_attention, (Z, KEYS[:, :30], Q, Q, 16, 2), "keys: shape [3, 30, 5], wanted"),
         (
             absorbed_audio_attention,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import absorbed_audio_attention_sm90 as sm90
 from kernels.absorb_audio_projections import absorb_reference
 from kernels.absorb_audio_projections_fp8 import (
     absorb_audio_projections_fp8,
@@ -22,19 +23,22 @@ from kernels.absorb_audio_projections_fp8 import (
     centre,
     launch_absorb_fp8,
 )
-from kernels.absorbed_audio_attention import Sizes
+from kernels.absorbed_audio_attention import Scales, Sizes, absorbed_reference
 from kernels.absorbed_audio_attention_fp8 import (
+    BACKENDS,
     IN_16_BITS,
     absorbed_audio_attention_fp8,
     absorbed_audio_attention_fp8_op,
+    dispatch,
     is_tuned,
 )
 from kernels.common import FP8
-from kernels.frame_attention import frame_reference
+from kernels.frame_attention import frame_kv_ranges, frame_reference
 from kernels.layer_norm import quantize_rows
 from kernels.linear import dequantize
-from kernels.tuning import GPU, TunedEntry, TunedTable, assume_gpu
+from kernels.tuning import GPU, TunedConfig, TunedEntry, TunedTable, assume_gpu
 from profiling.measure.check import poisoned_memory
+from tests.fake_gluon import fake_hopper
 from tests.tensors import draw, error
 
 tuning = importlib.import_module("kernels.tuning")
@@ -163,6 +167,58 @@ def test_the_fastest_measured_form_is_used(seconds: dict[str, float], wanted: bo
         tuning._tuned_config.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "tokens_per_frame", "first_token", "heads", "width", "out_width", "programs", "consumers",
+     "out_consumers", "added", "dtype"),
+    [
+        (200, 70, 30, 2, 144, 48, 2, 2, 2, True, torch.bfloat16),
+        (200, 70, 0, 5, 64, 80, 3, 3, 3, True, torch.float16),
+        (130, 40, 10, 3, 48, 64, 1, 3, 2, False, torch.bfloat16),
+        (64, 64, 0, 1, 16, 16, 4, 2, 3, True, torch.float16),
+    ],
+)  # fmt: skip
+def test_hopper_kernel_on_the_model_of_hopper(
+    tokens, tokens_per_frame, first_token, heads, width, out_width, programs, consumers, out_consumers, added, dtype
+):
+    """Frames that end inside 64 rows, tokens that begin inside a frame, and fewer columns than a tile has."""
+    frames = -(-(first_token + tokens) // tokens_per_frame)
+    columns = frames, heads * 32
+    z, keys, key_bias, values, value_bias, residual = draw(
+        (tokens, width), (*columns, width), columns, (frames, out_width, columns[1]), (frames, out_width),
+        (tokens, out_width),
+    )  # fmt: skip
+    z8, z_scale = quantize_rows(z)
+    (keys8, keys_scale), (values8, values_scale) = (quantize_rows(x.flatten(0, 1)) for x in (keys, values))
+    keys8, values8, residual = keys8.view(keys.shape), values8.view(values.shape), residual.to(dtype) if added else None
+    scales = Scales(z_scale, keys_scale.view(columns) / width**0.5, values_scale.view(frames, -1))
+    ranges = frame_kv_ranges(tokens, 1, tokens_per_frame, first_token)
+    config = {
+        "CONSUMERS": consumers, "STAGES": 2, "OUT_CONSUMERS": out_consumers, "OUT_STAGES": 2, "OUT_BLOCK_N": 64,
+        "GROUP_N": 2,
+    }  # fmt: skip
+    with fake_hopper(sm90, "frame_product_sm90", programs, seed=tokens) as kernel:
+        p = sm90.launch_weights(z8, scales.z, keys8, scales.keys, key_bias, ranges, config)
+        y = sm90.launch_output(p, values8, scales.values, value_bias, residual, dtype, ranges, config)
+    assert kernel.launches == 2
+    sizes = Sizes(32, tokens_per_frame, first_token)
+    expected = absorbed_reference(z8, keys8, key_bias, values8, sizes, value_bias, residual, scales)
+    assert error(y, expected) < 3e-3
+
+
+def test_hopper_takes_addresses_and_strides_that_tma_can_read():
+    """Of every operand that it reads by TMA."""
+    z, keys, values, residual = (torch.zeros(200, 64).to(FP8) for _ in range(4))
+    residual = residual.half()
+    operands = [z, keys, values[None], residual]
+    assert sm90.supports(*operands[:3], 32, residual, torch.float16)
+    assert not sm90.supports(*operands[:3], 16, residual, torch.float16)
+    assert not sm90.supports(*operands[:3], 32, residual, torch.float32)
+    for i, x in enumerate(operands):
+        shifted = x.flatten()[1 : 1 + 100 * 64].view(*x.shape[:-2], 100, 64)  # contiguous
+        z, keys, values, residual = (shifted if i == j else y for j, y in enumerate(operands))
+        assert not sm90.supports(z, keys, values, 32, residual, torch.float16)
+
+
 # --- As torch operators ---------------------------------------------------------------------------------------------
 
 
@@ -216,7 +272,7 @@ def test_bad_arguments_of_the_absorption():
     weights = x["q_weight"], x["q_bias"], x["out_weight"]
     with pytest.raises(ValueError, match=r"^out_bias: shape \[32\], wanted \[24\]$"):
         absorb_audio_projections_fp8(x["k"], x["v"], *weights, x["q_bias"])
-    with pytest.raises(ValueError, match=r"^k: 3 keys a frame, wanted a power of two from 16 on$"):
+    with pytest.raises(ValueError, match=r"^k: 3 keys a frame, wanted a power of two$"):
         launch_absorb_fp8(x["k"][:, :3], x["v"][:, :3], *weights, x["out_bias"])
 
 
@@ -228,15 +284,19 @@ def test_bad_arguments_of_the_absorption():
     ("tokens", "tokens_per_frame", "first_token"), [(1, 1, 0), (700, 336, 100), (1512, 1344, 3024)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_equals_the_reference(tokens, tokens_per_frame, first_token, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_equals_the_reference(tokens, tokens_per_frame, first_token, dtype, backend):
     """The absorption to one step of e4m3, and the attention to that of its weights."""
     x = layer(tokens, tokens_per_frame, first_token, 384, 32, "cuda")
     weights = x["q_weight"], x["q_bias"], x["out_weight"], x["out_bias"]
     with poisoned_memory():
         absorbed = absorb_audio_projections_fp8(x["k"], x["v"], *weights)
-        y = absorbed_audio_attention_fp8(
-            *quantize_rows(x["z"]), *absorbed, 32, tokens_per_frame, first_token, x["residual"].to(dtype), dtype
-        )
+        z8, z_scale = quantize_rows(x["z"])
+        keys, keys_scale, key_bias, values, values_scale, value_bias = absorbed
+        y = dispatch(
+            z8, keys, key_bias, values, Sizes(32, tokens_per_frame, first_token), value_bias, x["residual"].to(dtype),
+            Scales(z_scale, keys_scale, values_scale), dtype, TunedConfig(backend, {}),
+        )  # fmt: skip
     for got, want in zip(absorbed, absorb_fp8_reference(x["k"], x["v"], *weights), strict=True):
         assert error(got.float(), want.float()) < 1e-2
     assert error(y, exact(x, tokens_per_frame, first_token)) < 6e-2

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
-from kernels import resample_conv2d
+from kernels import common, resample_conv2d
 from kernels.common import FP8, OPS, Layout, Op, check, define_op
 from kernels.tuning import GPU, assume_gpu
 from profiling.cases import registry
@@ -540,3 +541,15 @@ def test_surroundings_do_not_change_results(name: str, surroundings: str) -> Non
         assert described(got) == described(expected)
         for x, y in zip(*((r,) if isinstance(r, Tensor) else r for r in (got, expected)), strict=True):
             assert torch.equal(x.float(), y.float())
+
+
+# --- Precision ------------------------------------------------------------------------------------------------------
+
+
+def test_products_of_float32_are_not_rounded_to_tf32() -> None:
+    """Triton's default, which its interpreter does not show."""
+    for file in Path(common.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
+                precision = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert precision.get("input_precision") == "'ieee'", f"{file.name}:{node.lineno}"

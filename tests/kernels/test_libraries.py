@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
-from kernels.chunk_attention_library import FLASH_ATTN, flash_attn_lacks, launch_flash_attn
+from kernels.chunk_attention_library import FLASH_ATTN, launch_flash_attn, why_not_flash_attn
 from kernels.common import FP8, installed
 from kernels.linear_epilogue import Epilogue
 from kernels.linear_library import TORCHAO, launch_library, launch_torchao, libraries
@@ -78,13 +78,13 @@ def test_flash_attn_is_called_once_for_each_range_of_queries(chunks: tuple[int, 
 
 def test_what_flash_attn_lacks(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 20, 2, 128, dtype=torch.bfloat16)
-    assert flash_attn_lacks(q) == ""
-    assert flash_attn_lacks(q.float()) == "torch.float32, wanted float16 or bfloat16"
+    assert why_not_flash_attn(q) == ""
+    assert why_not_flash_attn(q.float()) == "torch.float32, wanted float16 or bfloat16"
     for head_dim in (100, 384):
-        assert flash_attn_lacks(q.new_empty(1, 1, 1, head_dim)).startswith(f"head_dim {head_dim}, wanted a multiple")
+        assert why_not_flash_attn(q.new_empty(1, 1, 1, head_dim)).startswith(f"head_dim {head_dim}, wanted a multiple")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     installed.cache_clear()
-    assert flash_attn_lacks(q) == "flash_attn is not installed"
+    assert why_not_flash_attn(q) == "flash_attn is not installed"
 
 
 def table(operation: str, dtype: str, dims: dict[str, int], seconds: dict[str, float]) -> TunedTable:
@@ -148,9 +148,14 @@ def test_int8_products_are_by_a_library_where_a_table_names_it(packages: None, m
 
 def test_what_libraries_multiply(packages: None) -> None:
     x, w = torch.zeros(40, 64, dtype=torch.int8), torch.zeros(24, 64, dtype=torch.int8)
-    assert libraries(x, w, Epilogue()) == ["library", TORCHAO]
-    assert libraries(x[:16], w, Epilogue()) == []
-    assert libraries(x, w[:20], Epilogue()) == []
-    assert libraries(x[:, :36], w[:, :36], Epilogue()) == []
-    assert libraries(x.to(FP8), w.to(FP8), Epilogue()) == ["library"]
-    assert libraries(x.float(), w.float(), Epilogue(gate=torch.ones(24))) == []
+    bf16 = torch.bfloat16
+    assert libraries(x, w, Epilogue(), bf16) == ["library", TORCHAO]
+    assert libraries(x[:16], w, Epilogue(), bf16) == []
+    assert libraries(x, w[:20], Epilogue(), bf16) == []
+    assert libraries(x[:, :36], w[:, :36], Epilogue(), bf16) == []
+    assert libraries(x.float(), w.float(), Epilogue(gate=torch.ones(24)), torch.float32) == []
+    x8, w8 = x.to(FP8), w.to(FP8)
+    assert libraries(x8, w8[:16], Epilogue(), bf16) == ["library"]
+    assert libraries(x8, w8, Epilogue(), bf16) == []
+    assert libraries(x8[:, :40], w8[:16, :40], Epilogue(), bf16) == []
+    assert libraries(x8, w8[:16], Epilogue(), torch.float32) == []

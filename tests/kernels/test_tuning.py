@@ -25,10 +25,12 @@ from kernels.tuning import (
     launch_config,
     nearest_config,
     read_table,
+    reads_by_pointers,
     table_for,
     to_json,
     tuned_config,
 )
+from profiling.fake_gpu import FakeCudaMode
 
 H100 = "NVIDIA H100 80GB HBM3"
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
@@ -205,6 +207,17 @@ def test_a_cpu_and_an_unmeasured_gpu_have_no_config(h100: list[Path]) -> None:
     assert tuned_config("attention", dims(100), "bf16", "cpu") is None
     assert tuned_config("attention", dims(100), "bf16", "cuda") is None
     assert h100 == []
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_pointers_are_for_what_tma_cannot_read_and_where_triton_does_not_overlap_it() -> None:
+    whole = torch.zeros(9, 132)
+    assert not reads_by_pointers(whole, whole[:, 4:])
+    assert reads_by_pointers(whole, whole[:, 1:])  # the address
+    assert reads_by_pointers(whole, torch.zeros(9, 133)[:, :132])  # the stride
+    for capability, pointers in (("8.0", True), ("9.0", False), ("12.0", True)):
+        with assume_gpu(GPU("any", capability, 80)), FakeCudaMode():
+            assert reads_by_pointers(torch.zeros(9, 132, device="cuda")) is pointers
 
 
 def test_launch_config_takes_the_given_then_the_tuned_then_the_default(tmp_path: Path, h100: list[Path]) -> None:

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.absorb_audio_projections_fp8 import AbsorbedFP8
 from kernels.layer_norm import layer_norm_modulate
-from model.block import AbsorbedAudio, AbsorbedAudioFP8, AudioKV
+from model.block import AbsorbedAudio, AudioKV
 from model.config import DiTConfig, FP8Policy
 from model.dit import DiT, group_audio
 from model.rope import rope_table, rotate
@@ -180,7 +181,7 @@ def test_audio_absorbed_beforehand_gives_the_same_bits(e4m3: bool, monkeypatch: 
     dit.quantize(FP8Policy())
     context, audio = dit.embed_context(x["text"], x["image"]), dit.embed_audio(x["audio"])
     absorbed = dit.absorb_audio(audio, 20)
-    assert all(isinstance(own, AbsorbedAudioFP8 if e4m3 else AbsorbedAudio) for own in absorbed)
+    assert all(isinstance(own, AbsorbedFP8 if e4m3 else AbsorbedAudio) for own in absorbed)
     assert sum(y.nbytes for own in absorbed for y in own) == dit.absorbed_bytes(3, 20)
     rope, modulation = rope_table((3, 4, 5), SMALL.head_dim), dit.modulate(1.0)
     for known in (0, 2):
@@ -205,12 +206,14 @@ def test_fp8_attention_stays_near_float32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("speakers", [1, 2])
+@pytest.mark.parametrize(("speakers", "context_tokens"), [(1, 16), (2, 16), (1, 8)])
 @torch.inference_mode()
-def test_gpu_student_equals_the_cpu_student(dtype: torch.dtype, bound: float, speakers: int) -> None:
+def test_gpu_student_equals_the_cpu_student(
+    dtype: torch.dtype, bound: float, speakers: int, context_tokens: int
+) -> None:
     """Through the GPU's kernels, compiled and not, with motion latents and without."""
     torch.manual_seed(0)
-    config = replace(SMALL, dim=128, num_heads=2, context_tokens=16)
+    config = replace(SMALL, dim=128, num_heads=2, context_tokens=context_tokens)
     dit, x = DiT(config), inputs(config, (3, 4, 5), 9)
     x["audio"] = x["audio"].expand(speakers, -1, -1, -1, -1) + torch.randn(speakers, 1, 1, 1, 1)
     masks = torch.zeros(3, 20)

@@ -18,7 +18,7 @@ EXAMPLES = settings(max_examples=20)
 
 
 @EXAMPLES
-@given(st.integers(1, 3), st.sampled_from([16, 32]), st.integers(1, 3), st.integers(0, 99))
+@given(st.integers(1, 3), st.sampled_from([8, 16, 32]), st.integers(1, 3), st.integers(0, 99))
 def test_absorb(frames, keys, heads, seed):
     head_dim, width, out_width = 16, 40, 24
     k, v = draw((frames, keys, 2, heads, head_dim), seed=seed)[0].unbind(2)
@@ -51,12 +51,12 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 @EXAMPLES
 @given(
-    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(16, 3), (32, 1), (32, 5)]),
+    st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.sampled_from([(8, 4), (16, 3), (32, 5), (64, 1)]),
     st.integers(1, 30), st.integers(1, 45), st.sampled_from(["", "bias", "residual", "bias residual"]),
     st.sampled_from(["triton", "pointers", "library"]), st.integers(0, 99),
 )  # fmt: skip
 def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, out_width, what, backend, seed):
-    """Tokens that begin and end inside frames; widths that blocks do not divide, read by pointers where TMA cannot."""
+    """Tokens that begin and end inside frames; more keys than columns of a tile; widths that blocks do not divide."""
     keys_per_frame, heads = keys
     frames = -(-(first_token + tokens) // tokens_per_frame)
     columns = frames, heads * keys_per_frame
@@ -71,6 +71,13 @@ def test_absorbed_attention(tokens, tokens_per_frame, first_token, keys, width, 
     y = dispatch(*operands, sizes, bias, residual, tuned=tuned)
     doubles, epilogue = wide(*operands), wide(bias, residual)
     assert error(y, absorbed_reference(*doubles, sizes, *epilogue)) < 1e-5
+
+
+def test_addresses_that_tma_cannot_read():
+    *operands, values = draw((20, 24), (3, 32, 24), (3, 32), (1 + 3 * 40 * 32,), seed=0)
+    operands, sizes = (*operands, values[1:].view(3, 40, 32)), Sizes(16, 9, 2)
+    y = dispatch(*operands, sizes, None, None, tuned=TunedConfig("triton", SMALL))
+    assert error(y, absorbed_reference(*(x.double() for x in operands), sizes)) < 1e-5
 
 
 def test_rows_of_the_next_frame_are_left_alone(monkeypatch):

@@ -22,7 +22,7 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "OUT_BLOCK_N": 32, "BLOCK_K": 16, "num_wa
 
 @EXAMPLES
 @given(
-    st.integers(1, 5), st.sampled_from([16, 32]), st.integers(1, 3), st.integers(1, 45), st.integers(1, 45),
+    st.integers(1, 5), st.sampled_from([8, 16, 32]), st.integers(1, 3), st.integers(1, 45), st.integers(1, 45),
     st.booleans(), st.sampled_from([16, 32, 64]), st.integers(0, 99),
 )  # fmt: skip
 def test_absorb(frames, keys, heads, width, out_width, scaled, rows, seed):

@@ -82,6 +82,13 @@ def test_int8_products_and_epilogues(m, groups, n, biased, what, pointers, seed)
     assert error(y, exact(x, w, scales, epilogue)) < 1e-6
 
 
+def test_an_address_that_tma_cannot_read():
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 20)[:, 1:17], torch.randn(9, 16)
+    y, _ = launch_triton(x, w, None, Epilogue(), torch.float32)
+    assert error(y, exact(x, w, None, Epilogue())) < 1e-5
+
+
 def test_the_largest_int8_sums_are_exact():
     x = torch.full((3, 512), 127, dtype=torch.int8)
     y, _ = launch_triton(x, -x, (torch.ones(3), torch.ones(3)), Epilogue(), torch.float32, SMALL)

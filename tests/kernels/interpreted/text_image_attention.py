@@ -56,6 +56,13 @@ def test_views_are_read_without_a_copy(pointers):
     assert error(o, text_image_reference(*(x.double() for x in operands))) < 1e-5
 
 
+def test_rows_that_tma_cannot_read():
+    """Neither the addresses nor the strides between tokens are multiples of 16 bytes."""
+    q, *keys = draw((21, 2, 16), (9, 133), (9, 133), (33, 133), (33, 133), seed=0)
+    operands = q, *(x[:, 1:33].unflatten(1, (2, 16)) for x in keys)
+    assert error(launch_text_image(*operands), text_image_reference(*(x.double() for x in operands))) < 1e-5
+
+
 def test_extreme_logits_stay_finite():
     operands = [x * 100 for x in draw(*[(n, 1, 16) for n in (20, 5, 5, 33, 33)], seed=0)]
     o = launch_text_image(*operands)
