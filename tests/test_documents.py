@@ -5,9 +5,11 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from profiling.__main__ import app as profiling
 from profiling.report.performance import documents
@@ -36,7 +38,8 @@ def test_commands_have_the_options_that_they_need_and_no_others() -> None:
         for package, line in re.findall(r"python -m (profiling|streaming) ([^`\n]*--[^`\n]*)", text):
             words = shlex.split(line, comments=True)
             end = next((k for k, word in enumerate(words) if word in ("|", "&", "&&", ">", "<")), len(words))
-            commands[package].commands[words[0]].make_context(words[0], words[1:end])  # raises what the user is told
+            command = cast(TyperGroup, commands[package]).commands[words[0]]
+            command.make_context(words[0], words[1:end])  # raises what the user is told
 
 
 @pytest.mark.parametrize("name", ["frames", "one_kernel", "to_file"])
