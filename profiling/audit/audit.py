@@ -72,6 +72,7 @@ class Budget:
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
     mma: tuple[str, ...] = ()
+    modelled: bool | None = None
     target: str | None = None
 
 
@@ -120,6 +121,8 @@ def budget_faults(result: AuditResult, budget: Budget, device: Device, tile: ttg
             yield f"{value} {what}, allowed {limit}"
     yield from (f"no {name} in the SASS" for name in budget.needs if name not in result.instructions)
     yield from (f"{name} in the SASS" for name in budget.forbids if name in result.instructions)
+    if budget.modelled not in (None, tile.modelled):
+        yield f"its work is {'' if tile.modelled else 'not '}modelled, and the budget says otherwise"
     for remark in result.warnings:
         if f"({SERIALISED}" in remark:
             yield re.sub(r" (in|for) the function .*", "", remark)

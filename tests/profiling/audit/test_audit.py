@@ -87,6 +87,19 @@ def test_serialised_wgmma_and_a_block_that_cannot_run_are_faults(production: Aud
     ]
 
 
+def test_whether_work_is_modelled_is_a_matter_of_the_budget(production: AuditResult, tmp_path: Path) -> None:
+    path = tmp_path / "budgets.toml"
+    path.write_text("[attention_forward]\nmodelled = true\n[combine]\nmodelled = false\n")
+    known, unknown = (Tile({}, 0, 0, 0, 0, 0, modelled=modelled) for modelled in (True, False))
+    for kernel, right, wrong in (("attention_forward", known, unknown), ("combine", unknown, known)):
+        budget = Budgets(path).of(kernel, "", "sm_90")
+        assert not list(budget_faults(production, budget, H100, right))
+        (fault,) = budget_faults(production, budget, H100, wrong)
+        assert fault == f"its work is {'' if wrong.modelled else 'not '}modelled, and the budget says otherwise"
+    for tile in (known, unknown):
+        assert not list(budget_faults(production, Budgets(path).of("other", "", "sm_90"), H100, tile))
+
+
 def test_budgets_limit_what_matches(production: AuditResult, tmp_path: Path) -> None:
     """Kernel and case names match; later tables win, key by key; a table may be for one target only."""
     path = tmp_path / "budgets.toml"

@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
@@ -135,12 +136,14 @@ def test_an_open_server_without_a_token_does_not_start(
 def test_a_port_that_is_taken_is_found_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(TalkingHeadPipeline, "from_pretrained")
+    load = Mock()
+    monkeypatch.setattr(TalkingHeadPipeline, "from_pretrained", load)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert command.call(monkeypatch, "serve", "--port", str(port), "--quiet") == 2
     problem = f"--host 127.0.0.1 --port {port} cannot be listened at (Address already in use)"
     assert capsys.readouterr().err == f"error: {problem}; name others\n"
+    load.assert_not_called()
 
 
 def test_a_queue_that_no_session_can_have_ends_the_start() -> None:
