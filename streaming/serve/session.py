@@ -119,6 +119,11 @@ class Session:
             with suppress(RefusedError):  # the session has ended, which it tells by itself
                 self.end_segment()
 
+    def release_all(self) -> None:
+        """Ends the segment of whoever speaks: of a connection that is lost, nothing else may tell for a while."""
+        if self._speaker is not None:
+            self.release(self._speaker)
+
     async def say(self, pcm: NDArray, rate: int, segment: int | None) -> bool:
         """Adds samples, [n] or [n, channels], to a segment; while the queue is full, waits.
 

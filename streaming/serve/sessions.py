@@ -117,7 +117,7 @@ class Sessions:
     async def resume(
         self, identifier: str, key: str, position: int | None = None, admit: Callable[[], None] = lambda: None
     ) -> tuple[Session, bool]:
-        """The session with this id and key, and whether it was open: then it simply goes on.
+        """The session with this id and key, and whether it was open: then it goes on, and whoever spoke has stopped.
 
         One that has ended goes on from its snapshot. Its moments count on: `session.live.position` is the next one, the
         one after the last that was handed over, or `position` if that can be shown again. `admit` is called before
@@ -130,6 +130,7 @@ class Sessions:
             if there := self.open.get(identifier):
                 self.find(identifier, key)
                 if not there.ended:
+                    there.release_all()
                     return there, True
                 await there.close(there.ended)
             return await self._go_on(identifier, key, position, admit), False

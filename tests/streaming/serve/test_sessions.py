@@ -306,7 +306,9 @@ def test_two_who_resume_at_once_get_one_session_that_goes_on_when_it_is_resumed_
         assert [was_open for _, was_open in results] == [False, True, True]
         (session,) = {session for session, _ in results}
         assert session is not begun
+        session.claim("a connection that is lost")
         assert await sessions.resume(begun.id, begun.key, position=0) == (session, True)
+        session.claim("another one")
         with pytest.raises(RefusedError) as error:
             await sessions.resume(begun.id, "wrong")
         assert error.value.code == "unauthorised"
