@@ -164,6 +164,7 @@ def test_other_errors_of_the_compiler_stay() -> None:
         op.cuda(torch.zeros(2))
 
 
+@pytest.mark.usefixtures("unregistered")
 def test_a_fake_of_its_own_is_used_where_values_are_not_known() -> None:
     def pad(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.tensor([*x.tolist(), 0.0]), x.clone()

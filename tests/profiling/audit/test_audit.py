@@ -155,6 +155,9 @@ def test_what_triton_compiles_wrongly_when_it_specialises_warps(careful: bool) -
         split_rows[(1,)](q, q_rows, k_rows, v, 16, len(k), **parameters)
 
     (result,) = audited(launcher)
+    if not careful and not result.instructions:  # Triton 3.7 refuses to compile it
+        assert result.faults == ("RuntimeError: PassManager::run failed",)
+        return
     assert result.instructions["USETMAXREG"] > 0
     assert result.warps == 12  # 4 that load, 2 x 4 that multiply
     # Loads stand in one partition, products in two others: together they are one pass.
