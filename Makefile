@@ -26,8 +26,9 @@ install: .venv/installed
 	  echo "There is no NVIDIA GPU, and $(CPU_INDEX) cannot be reached: installing torch from pip's own index."; \
 	  set -- -c constraints-cpu.txt; \
 	fi; \
-	$(PIP) "$$@" --editable '.[dev]' 2>.venv/pip.log || \
-	  { echo "This torch brings a triton of its own: taking that."; $(PIP) --editable '.[dev]' torch==2.13.0; }
+	$(PIP) "$$@" --editable '.[dev]' 2>.venv/pip.log || { \
+	  echo "That index has no CPU build of torch: installing the torch and triton of constraints-gpu.txt."; \
+	  $(PIP) -c constraints-gpu.txt --editable '.[dev]'; }
 	touch $@
 
 demo: install

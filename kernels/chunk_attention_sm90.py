@@ -207,18 +207,19 @@ def epilogue(acc, m_i, l_i, out, work_tiles, i, heads, CONSUMER_ID: gl.constexpr
     offs_m = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, gl.SliceLayout(1, layout))
     offs_lse = CONSUMER_ID * WGMMA_M + gl.arange(0, WGMMA_M, m_i.type.layout)  # the same rows in the layout of lse
     if partial < 0:
-        o_ptrs = out.o + batch.to(gl.int64) * out.o_batch + head.to(gl.int64) * out.o_head
-        o_ptrs = o_ptrs + ((row + offs_m).to(gl.int64) * out.o_row)[:, None] + offs_d[None, :]
+        # What belongs to a row goes first: its registers are free before those of e4m3 output are needed.
         rows = (batch * out.queries + row + offs_lse).to(gl.int64)
+        gl.store(out.lse + rows * heads + head, lse, mask=row + offs_lse < row_end)
         if QUANTIZE:
             scale = gl.load(out.max_v_scale)
-            o = to_e4m3_x4(acc * (1.0 / scale))
             if head == 0:
                 gl.store(out.o_scale + rows, gl.zeros_like(lse) + scale, mask=row + offs_lse < row_end)
+            o = to_e4m3_x4(acc * (1.0 / scale))
         else:
             o = acc.to(out.o.dtype.element_ty)
+        o_ptrs = out.o + batch.to(gl.int64) * out.o_batch + head.to(gl.int64) * out.o_head
+        o_ptrs = o_ptrs + ((row + offs_m).to(gl.int64) * out.o_row)[:, None] + offs_d[None, :]
         gl.store(o_ptrs, o, mask=(row + offs_m < row_end)[:, None])
-        gl.store(out.lse + rows * heads + head, lse, mask=row + offs_lse < row_end)
     else:
         first_row = partial.to(gl.int64) * (CONSUMERS * WGMMA_M)
         gl.store(out.partial_o + first_row * D + (offs_m * D)[:, None] + offs_d[None, :], acc)
