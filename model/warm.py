@@ -1,15 +1,15 @@
 """`python -m model.warm`: compiles everything that a chunk runs, for this machine or for others like it.
 
-    python -m model.warm --preset flashtalk-14b --precision fp8 --pack h100.tar    on one machine
-    python -m model.warm --unpack h100.tar                                         on another of the same kind
+    python -m model.warm --preset flashtalk-14b --precision fp8 --pack h100.zip    on one machine
+    python -m model.warm --unpack h100.zip                                         on another of the same kind
 
 The compiled code is stored in the user's cache (`model.compile`), where `python -m streaming run` finds it.
 """
 
 import json
 import sys
-import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,21 +40,21 @@ def run(preset: str, precision: str, device: torch.device) -> float:
 
 
 def pack(folder: Path, key: str, file: Path) -> None:
-    """Writes a directory of compiled code to a tar file, atomically. `key` is the `cache_key` that it is valid for."""
+    """Writes a directory of compiled code to a zip file, atomically. `key` is the `cache_key` that it is valid for."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps({"key": key}) + "\n")
-        with replacing(file) as temporary, tarfile.open(temporary, "w") as archive:
-            archive.add(folder, arcname=".")
+        with replacing(file) as temporary, zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive:
+            for path in sorted(folder.rglob("*")):
+                archive.write(path, path.relative_to(folder))
     except OSError as error:
         raise UserError(f"--pack {file} cannot be written ({error.strerror}); name another place") from error
 
 
 def check_packed(file: Path, key: str) -> None:
     """Raises `UserError` unless `pack` has written `file` with this `key`: for this device and these versions."""
-    with _reading(file), tarfile.open(file) as archive:
-        member = archive.extractfile(f"./{MANIFEST}")
-        made = json.load(member)["key"] if member else None
+    with _reading(file), zipfile.ZipFile(file) as archive:
+        made = json.loads(archive.read(MANIFEST))["key"]
     if made != key:
         raise UserError(f"--unpack {file}: it was made on {made}, but this machine is {key}")
 
@@ -65,16 +65,16 @@ def unpack(file: Path, folder: Path, key: str) -> None:
     Raises `UserError` if the file cannot be read or was made for another device or other versions.
     """
     check_packed(file, key)
-    with _reading(file), tarfile.open(file) as archive:
+    with _reading(file), zipfile.ZipFile(file) as archive:  # which writes nothing outside of the folder
         folder.mkdir(parents=True, exist_ok=True)
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--unpack {file} cannot be read or is not a packed cache: {error}") from error
 
 

@@ -187,7 +187,7 @@ LINEAR = Operation(
         ),
         "fp8": (
             *(linear_backend(name, "fp8") for name in BACKENDS if name != TORCHAO),
-            Backend("scaled-mm-row", prepare_scaled_mm),
+            Backend("scaled-mm-row", prepare_scaled_mm, devices=CUDA),
         ),
         "int8": (
             *(linear_backend(name, "int8") for name in BACKENDS),

@@ -1,6 +1,6 @@
 """What is compiled, when, and where it is cached. tests/streaming checks that chunks then compile nothing."""
 
-import tarfile
+import zipfile
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_a_second_process_finds_the_compiled_code(cache: Path) -> None:
 
 
 def test_pack_and_unpack(tmp_path: Path) -> None:
-    folder, other, file = tmp_path / "a", tmp_path / "b", tmp_path / "packed" / "a.tar"
+    folder, other, file = tmp_path / "a", tmp_path / "b", tmp_path / "packed" / "a.zip"
     (folder / "triton").mkdir(parents=True)
     (folder / "triton" / "kernel.cubin").write_bytes(b"code")
     pack(folder, "h100", file)
@@ -123,8 +123,7 @@ def test_a_file_that_is_no_packed_cache_is_reported_in_one_line(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").write_text("x")
-    with tarfile.open(tmp_path / "empty", "w"):
-        pass
+    zipfile.ZipFile(tmp_path / "empty", "w").close()
     for name in ("text", "empty", "missing"):
         monkeypatch.setattr("sys.argv", ["warm", "--device", "cpu", "--unpack", str(tmp_path / name)])
         assert main() == 2
@@ -140,7 +139,7 @@ def test_a_file_that_is_no_packed_cache_is_reported_in_one_line(
 def test_the_command_reports_directory_and_time(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "packed.tar"
+    file = tmp_path / "packed.zip"
     monkeypatch.setitem(model.warm.PRESETS, "small", SMALL)
     arguments = ["--preset", "small", "--precision", "fp32", "--pack", str(file), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["warm", *arguments])

@@ -105,8 +105,8 @@ def test_warming_a_cache_that_cannot_be_written_is_refused(
     packed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "compiled").mkdir()
-    warm.pack(tmp_path / "compiled", cache_key(CPU), tmp_path / "packed.tar")
-    options = ["--unpack", str(tmp_path / "packed.tar")] if packed else []
+    warm.pack(tmp_path / "compiled", cache_key(CPU), tmp_path / "packed.zip")
+    options = ["--unpack", str(tmp_path / "packed.zip")] if packed else []
     monkeypatch.setattr("sys.argv", ["warm", "--preset", "tiny", "--device", "cpu", *options])
     assert warm.main() == 2
     error = capsys.readouterr().err
