@@ -1,5 +1,6 @@
 """What a pipeline may be asked for: weights, device, precision and picture, checked before anything is loaded."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -68,9 +69,7 @@ def choose(
     check_choice("noise", noise, ("counter", "torch"))
     if noise == "torch" and (compiled or compiled is None) and device == "cuda":
         raise UserError("noise torch: CUDA graphs cannot hold a generator's draws; do not compile, or take counter")
-    preset_size = (PRESETS[name].chunk.width, PRESETS[name].chunk.height)
-    first = preset_size if size is None or size == "auto" else size
-    config = _configured(PRESETS[name], first, frames, steps, shift, color)
+    config = _configured(PRESETS[name], None if size == "auto" else size, frames, steps, shift, color)
 
     where, speech = torch.device(device), Path(wav2vec) if wav2vec else None
     checkpoint_format = None if folder is None else format_of(folder)
@@ -111,7 +110,10 @@ def _configured(
 ) -> Config:
     """The preset with another picture, chunk or sampling."""
     chunk, stride = preset.chunk, preset.vae.spatial_stride * preset.dit.patch_size[1]
-    width, height = size or (chunk.width, chunk.height)
+    try:
+        width, height = map(operator.index, size or (chunk.width, chunk.height))
+    except (TypeError, ValueError):
+        raise UserError(f"size {size!r}: give width and height, such as (448, 768), or 'auto'") from None
     for name, pixels in (("width", width), ("height", height)):
         if pixels % stride or not stride <= pixels <= MAX_SIDE:
             below = min(max(pixels // stride * stride, stride), MAX_SIDE)

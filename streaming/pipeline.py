@@ -101,7 +101,7 @@ class TalkingHeadPipeline:
         model: str | Path = "tiny",
         *,
         preset: str | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "auto",
         size: tuple[int, int] | Literal["auto"] | None = None,
         frames: int | None = None,
@@ -145,6 +145,7 @@ class TalkingHeadPipeline:
                 too little memory for it, or the checkpoint cannot be loaded, or the ranks that torchrun has started
                 differ. The message is one line that says what fits.
         """
+        device = str(device)
         group = join("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         with nullcontext() if group is None else group.together():
             choice = choose(

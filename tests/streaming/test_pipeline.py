@@ -160,7 +160,7 @@ def test_loudness_as_published_differs_once_the_loudness_changes() -> None:
 
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (32, 32), (128, 16)])
 def test_pictures_of_any_format(size: tuple[int, int]) -> None:
-    with pipeline(size=size) as ours:
+    with pipeline(size=size, device=torch.device("cpu")) as ours:
         video = frames_of(ours.stream(portrait(), (voice(2), RATE)))
         assert ours.portrait(portrait()).shape == (size[1], size[0], 3)
     assert video.shape == (2, size[1], size[0], 3)
@@ -220,6 +220,9 @@ def test_a_checkpoint_and_a_speech_encoder_elsewhere(tmp_path: Path) -> None:
 MISTAKES = {
     "width": ({"size": (50, 32)}, "size 50x32: the width must be a multiple of 16 up to 4096, such as 48 or 64"),
     "height": ({"size": (48, 0)}, "size 48x0: the height must be a multiple of 16 up to 4096, such as 16"),
+    "size in words": ({"size": "48x32"}, "size '48x32': give width and height, such as (448, 768), or 'auto'"),
+    "size in one number": ({"size": 64}, "size 64: give width and height, such as (448, 768), or 'auto'"),
+    "half pixels": ({"size": (48.5, 32)}, "size (48.5, 32): give width and height, such as (448, 768), or 'auto'"),
     "far too wide": ({"size": (8192, 32)}, "size 8192x32: the width must be a multiple of 16 up to 4096, such as 4096"),
     "frames": ({"frames": 10}, "frames 10: a chunk has 9, 13, 17 ... frames, at most 200"),
     "few frames": ({"frames": 5}, "frames 5: a chunk has 9, 13, 17"),
