@@ -72,10 +72,11 @@ class Live(TorchDispatchMode):
 
 
 def conv_then_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None, out_scale: float | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None,
+    out_scale: float | None, tail: Tensor | None,
+) -> Tensor:  # fmt: skip
     """What runs inside the operation unless a table says "fused"; outside of it, it is counted."""
-    return rms_norm_silu(conv.causal_conv3d_op(x, weight, bias, past, None, scale), gamma, True, out_scale)
+    return rms_norm_silu(conv.causal_conv3d_op(x, weight, bias, past, None, scale), gamma, True, out_scale, tail)
 
 
 def parameters(*modules: nn.Module) -> int:
