@@ -57,7 +57,7 @@ def rms_norm_silu_fwd(x, gamma, out, sqrt_channels, out_scale, pixels, channels,
                       PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """PIXELS rows of x [pixels, channels], each in registers. BLOCK channels, a power of two, hold a row.
 
-    `tail`, unless it is None, gets the rows from `tail_start` on as well.
+    `tail`, unless it is None, gets the values from the one at `tail_start`, where a row begins, as well.
     """
     offs_m = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     offs_n = tl.arange(0, BLOCK)
@@ -72,9 +72,8 @@ def rms_norm_silu_fwd(x, gamma, out, sqrt_channels, out_scale, pixels, channels,
         y *= tl.sigmoid(y)
     tl.store(out + offs, (y * out_scale).to(out.dtype.element_ty), mask=mask)
     if tail is not None:
-        rows = offs_m - tail_start
-        offs = rows[:, None] * channels + offs_n[None, :]
-        tl.store(tail + offs, (y * out_scale).to(out.dtype.element_ty), mask=mask & (rows >= 0)[:, None])
+        in_tail = (offs_m * channels >= tail_start)[:, None]
+        tl.store(tail - tail_start + offs, (y * out_scale).to(out.dtype.element_ty), mask=mask & in_tail)
 
 
 # --- Launcher -------------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def launch_rms_norm_silu(
     )  # fmt: skip
     out = torch.empty_like(x, dtype=_result_dtype(x, out_scale))
     pixels = frames * rows * columns
-    tail_start = None if tail is None else (frames - len(tail)) * rows * columns
+    tail_start = None if tail is None else out[: frames - len(tail)].numel()
     rms_norm_silu_fwd[(triton.cdiv(pixels, parameters["PIXELS"]),)](
         x, gamma, out, channels**0.5, out_scale or 1.0, pixels, channels, tail, tail_start, SILU=silu,
         BLOCK=triton.next_power_of_2(channels), **parameters,
