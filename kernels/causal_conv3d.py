@@ -14,7 +14,8 @@ Tensors are frames first, [frame, channel, row, column], in channels-last memory
 Backends: "library" is PyTorch, which is cuDNN on a GPU. "gluon" is the Hopper kernel of kernels/conv_sm90.py: always in
 FP8, in 16 bits where kernels/tuned/ says so. On other GPUs the library computes FP8 too, with widened operands.
 `causal_conv3d_norm` is "separate", which is two kernels, or "fused", which is the norm in the epilogue of the Hopper
-kernel, where kernels/tuned/ says so. Source: the CausalConv3d of Wan2.1's VAE.
+kernel, where kernels/tuned/ says so. With a `tail`, its last frames are stored a second time by the kernel that has the
+norm; it is then a choice of its own, `causal_conv3d_norm_tail`. Source: the CausalConv3d of Wan2.1's VAE.
 """
 
 from collections.abc import Collection
@@ -26,7 +27,7 @@ from torch import Tensor
 from kernels import conv_sm90
 from kernels.common import DTYPE_NAMES, FP8, FP8_MAX, MIN_SCALE, check, define_op
 from kernels.conv_sm90 import supports
-from kernels.rms_norm_silu import launch_rms_norm_silu
+from kernels.rms_norm_silu import check_tail, launch_rms_norm_silu, with_tail
 from kernels.rms_norm_silu import reference as rms_norm_silu_reference
 from kernels.tuning import LaunchConfig, TunedConfig, gpu_of, tuned_config
 
@@ -112,11 +113,12 @@ def launch_sm90(
     config: LaunchConfig | None = None,
     gamma: Tensor | None = None,
     out_scale: float | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """`causal_conv3d` by the Hopper kernel, where `past` has any number of frames from 0 to kt - 1.
 
     Output channels are padded to a multiple of 16 bytes. With gamma [O] it is `causal_conv3d_norm`, and the tile of the
-    launch parameters must hold all output channels.
+    launch parameters must hold all output channels. Where TMA cannot write a `tail`, it is copied.
     """
     frames, _, rows, columns = x.shape
     dtype = FP8 if out_scale is not None else _result_dtype(x, bias)
@@ -130,10 +132,12 @@ def launch_sm90(
     y = x.new_empty(frames, rows, columns, len(weight), dtype=dtype).permute(0, 3, 1, 2)
     tap_offset = -(weight.shape[3] // 2)
     norm = None if gamma is None else (gamma, outputs**0.5, out_scale or 1.0)
+    stored = tail if tail is not None and not padding and tail.data_ptr() % 16 == 0 else None
     conv_sm90.launch_conv(
-        x, weight, bias, past, residual, scale, y, (tap_offset, tap_offset), config=config, norm=norm
+        x, weight, bias, past, residual, scale, y, (tap_offset, tap_offset), config=config, norm=norm, tail=stored
     )  # fmt: skip
-    return y[:, :outputs].contiguous(memory_format=torch.channels_last)
+    y = y[:, :outputs].contiguous(memory_format=torch.channels_last)
+    return y if stored is not None else with_tail(y, tail)
 
 
 def dispatch(
@@ -165,14 +169,16 @@ def dispatch_norm(
     past: Tensor,
     scale: Tensor | None,
     out_scale: float | None,
+    tail: Tensor | None,
     tuned: TunedConfig | None = None,
 ) -> Tensor:
     """`causal_conv3d_norm` on a GPU: "fused" where measurements or `tuned` say so, else the two operations."""
-    tuned = tuned or tuned_conv_config("causal_conv3d_norm", x, weight, NORM_BACKENDS, ("kt", "k"))
+    operation = "causal_conv3d_norm" if tail is None else "causal_conv3d_norm_tail"
+    tuned = tuned or tuned_conv_config(operation, x, weight, NORM_BACKENDS, ("kt", "k"))
     dtype = FP8 if out_scale is not None else _result_dtype(x, bias)
     if tuned is None or tuned.backend != "fused" or not _on_hopper(x, past, weight, dtype):
-        return launch_rms_norm_silu(dispatch(x, weight, bias, past, None, scale), gamma, True, out_scale)
-    return launch_sm90(x, weight, bias, past, None, scale, tuned.config, gamma, out_scale)
+        return launch_rms_norm_silu(dispatch(x, weight, bias, past, None, scale), gamma, True, out_scale, tail)
+    return launch_sm90(x, weight, bias, past, None, scale, tuned.config, gamma, out_scale, tail)
 
 
 def _on_hopper(x: Tensor, past: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -212,13 +218,16 @@ def _causal_conv3d_norm_cpu(
     past: Tensor,
     scale: Tensor | None,
     out_scale: float | None,
+    tail: Tensor | None,
 ) -> Tensor:
     y = launch_library(x, weight, bias, past, None, scale)
-    return rms_norm_silu_reference(y, gamma, True, out_scale)
+    return with_tail(rms_norm_silu_reference(y, gamma, True, out_scale), tail)
 
 
 causal_conv3d_op = define_op("causal_conv3d", cpu=launch_library, cuda=dispatch)
-causal_conv3d_norm_op = define_op("causal_conv3d_norm", cpu=_causal_conv3d_norm_cpu, cuda=dispatch_norm)
+causal_conv3d_norm_op = define_op(
+    "causal_conv3d_norm", cpu=_causal_conv3d_norm_cpu, cuda=dispatch_norm, mutates_args=("tail",)
+)
 
 
 def causal_conv3d(
@@ -265,6 +274,7 @@ def causal_conv3d_norm(
     past: Tensor | None = None,
     scale: Tensor | None = None,
     out_scale: float | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Causal convolution, then RMS norm over the channels of every pixel, then SiLU.
 
@@ -287,6 +297,8 @@ def causal_conv3d_norm(
             `quantize_conv_weight` returns it.
         out_scale: what an e4m3 result is multiplied by; at most 448 / (max |gamma| sqrt(O)), or it may saturate. None
             for a result that is not e4m3.
+        tail: [n, O, H, W] in channels-last memory, of the result's dtype, is overwritten with the last n frames of the
+            result. None if they are wanted once only.
 
     Returns:
         [T, O, H, W] in channels-last memory: e4m3 with `out_scale`, else in x's dtype, or, of e4m3 operands, in the
@@ -297,7 +309,9 @@ def causal_conv3d_norm(
     """
     past = _check_operands(x, weight, bias, past, None, scale, len(x))
     check("gamma", gamma, shape=(len(weight), *[1] * (gamma.ndim - 1)), device=x.device, layout="contiguous")
-    return causal_conv3d_norm_op(x, weight, bias, gamma, past, scale, out_scale)
+    dtype = FP8 if out_scale is not None else _result_dtype(x, bias)
+    check_tail(tail, (len(x), len(weight), *x.shape[2:]), dtype, x.device)
+    return causal_conv3d_norm_op(x, weight, bias, gamma, past, scale, out_scale, tail)
 
 
 def conv3d(

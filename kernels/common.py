@@ -86,11 +86,18 @@ class Op:
     """A `torch.library` operation `flashtalk::NAME`: one node to `torch.compile`, without a gradient."""
 
     def __init__(
-        self, name: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None
+        self,
+        name: str,
+        cpu: Callable[..., Any],
+        cuda: Callable[..., Any],
+        fake: Callable[..., Any] | None,
+        mutates_args: Sequence[str],
     ) -> None:
         self.name = name
         self.cpu, self.cuda, self.fake = map(without_autocast, (cpu, explaining_missing_fp8(name, cuda), fake or cpu))
-        self.library_op = torch.library.custom_op(f"flashtalk::{name}", self.cpu, mutates_args=(), device_types="cpu")
+        self.library_op = torch.library.custom_op(
+            f"flashtalk::{name}", self.cpu, mutates_args=mutates_args, device_types="cpu"
+        )
         self.library_op.register_kernel("cuda")(self.cuda)
         self.library_op.register_fake(self.fake)
 
@@ -100,7 +107,12 @@ class Op:
 
 
 def define_op(
-    name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any] | None = None
+    name: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    mutates_args: Sequence[str] = (),
 ) -> Op:
     """Registers the op `flashtalk::NAME`, with the schema that the annotations of `cpu` give.
 
@@ -111,11 +123,12 @@ def define_op(
             strides.
         fake: returns results without values under `FakeTensorMode`. None uses `cpu`; pass another where `cpu` reads
             values, makes tensors from host data, or costs too much to trace.
+        mutates_args: the arguments that are written to.
 
     Returns:
         The operation, to be called with positional arguments.
     """
-    OPS[name] = Op(name, cpu, cuda, fake)
+    OPS[name] = Op(name, cpu, cuda, fake, mutates_args)
     return OPS[name]
 
 

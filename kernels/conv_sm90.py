@@ -19,7 +19,11 @@ With few output channels, copies from the L2 cache limit the kernel, and 3 x 3 t
 
 NORM. The epilogue stores SiLU(RMSNorm(y)) over a pixel's channels instead of y, as e4m3 if the next convolution wants
 that, and so saves the norm's own two passes over memory. A tile must hold all output channels: then the channels of a
-pixel are in the registers of four threads. NORM and a TILE_H of 16 are on trial until a GPU has measured them.
+pixel are in the registers of four threads.
+
+TAIL. The epilogue stores the tiles of the last frames a second time, to `tail`, from the same shared memory.
+
+NORM, TAIL and a TILE_H of 16 are on trial until a GPU has measured them.
 
 FP8 sums stay in the tensor cores, which align products to the largest term and keep 13 fraction bits of it.
 """
@@ -77,6 +81,7 @@ class ConvConfig:
     BIAS: gl.constexpr
     RESIDUAL: gl.constexpr
     NORM: gl.constexpr
+    TAIL: gl.constexpr
     STRIDE: gl.constexpr
     BLOCK_N0: gl.constexpr
     BLOCK_N1: gl.constexpr
@@ -91,7 +96,7 @@ class ConvConfig:
 
     @gluon.constexpr_function
     def __init__(
-        self, KT, K, SCALED, BIAS, RESIDUAL, NORM, STRIDE, BLOCK_N0, BLOCK_N1, BLOCK_K, STAGES, REUSE_ROWS, TILE_H
+        self, KT, K, SCALED, BIAS, RESIDUAL, NORM, TAIL, STRIDE, BLOCK_N0, BLOCK_N1, BLOCK_K, STAGES, REUSE_ROWS, TILE_H
     ):
         self.KT = gl.constexpr(KT)
         self.K = gl.constexpr(K)
@@ -99,6 +104,7 @@ class ConvConfig:
         self.BIAS = gl.constexpr(BIAS)
         self.RESIDUAL = gl.constexpr(RESIDUAL)
         self.NORM = gl.constexpr(NORM)
+        self.TAIL = gl.constexpr(TAIL)
         self.STRIDE = gl.constexpr(STRIDE)
         self.BLOCK_N0 = gl.constexpr(BLOCK_N0)
         self.BLOCK_N1 = gl.constexpr(BLOCK_N1)
@@ -216,7 +222,7 @@ def rms_norm_silu(y, out_channel, inv_norm, gamma, sqrt_channels, out_scale, out
 @gluon.jit
 def mma_partition(operands, CONSUMER_ID: gl.constexpr, cfg):
     """Multiplies, finishes and stores the pixels that belong to one consumer, in all tiles of the program."""
-    descs, buffers, stage_bars, residual_bars, sizes, num_tiles, scale, bias, norm, out_channels = operands
+    descs, buffers, stage_bars, residual_bars, sizes, num_tiles, scale, bias, norm, tail, out_channels = operands
     x_smem, w0_smem, w1_smem, y_smem = buffers
     full, empty = stage_bars
     residual_full, residual_empty = residual_bars
@@ -293,6 +299,13 @@ def mma_partition(operands, CONSUMER_ID: gl.constexpr, cfg):
         for i in gl.static_range(cfg.SUBTILES):
             coords = [frame, row + CONSUMER_ID * cfg.TILE_H, column, out_channel + i * (cfg.BLOCK_N0 // 2)]
             tma.async_copy_shared_to_global(y_desc, coords, y_smem.index(CONSUMER_ID * cfg.SUBTILES + i))
+        if cfg.TAIL:
+            tail_desc, tail_start = tail
+            if frame >= tail_start:
+                for i in gl.static_range(cfg.SUBTILES):
+                    coords = [frame - tail_start, row + CONSUMER_ID * cfg.TILE_H, column,
+                              out_channel + i * (cfg.BLOCK_N0 // 2)]  # fmt: skip
+                    tma.async_copy_shared_to_global(tail_desc, coords, y_smem.index(CONSUMER_ID * cfg.SUBTILES + i))
         if cfg.RESIDUAL:
             tma.store_wait(0)
             mbarrier.arrive(residual_empty.index(CONSUMER_ID))
@@ -300,17 +313,17 @@ def mma_partition(operands, CONSUMER_ID: gl.constexpr, cfg):
 
 
 @gluon.jit(do_not_specialize=["frames", "past_frames", "tiles_h", "tiles_w", "tiles_n", "blocks_k", "in_channels",
-                              "out_channels", "offset_h", "offset_w"])  # fmt: skip
+                              "out_channels", "offset_h", "offset_w", "tail_start"])  # fmt: skip
 def implicit_gemm_conv_sm90(
     x_desc, past_desc, w0_desc, w1_desc, y_desc, residual_desc, scale, bias, gamma, sqrt_channels, out_scale, frames,
-    past_frames, tiles_h, tiles_w, tiles_n, blocks_k, in_channels, out_channels, offset_h, offset_w, KT: gl.constexpr,
-    K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, NORM: gl.constexpr,
-    BLOCK_N0: gl.constexpr, BLOCK_N1: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    REUSE_ROWS: gl.constexpr, TILE_H: gl.constexpr, STRIDE: gl.constexpr,
+    past_frames, tiles_h, tiles_w, tiles_n, blocks_k, in_channels, out_channels, offset_h, offset_w, tail_desc,
+    tail_start, KT: gl.constexpr, K: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    NORM: gl.constexpr, TAIL: gl.constexpr, BLOCK_N0: gl.constexpr, BLOCK_N1: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, REUSE_ROWS: gl.constexpr, TILE_H: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """A persistent convolution kernel: one load partition, three MMA partitions. `launch_conv` gives the arguments."""
     cfg = ConvConfig(
-        KT, K, SCALED, BIAS, RESIDUAL, NORM, STRIDE, BLOCK_N0, BLOCK_N1, BLOCK_K, STAGES, REUSE_ROWS, TILE_H
+        KT, K, SCALED, BIAS, RESIDUAL, NORM, TAIL, STRIDE, BLOCK_N0, BLOCK_N1, BLOCK_K, STAGES, REUSE_ROWS, TILE_H
     )  # fmt: skip
     X_BOX: gl.constexpr = [1, BOX_SIZE, 1, BOX_SIZE, BLOCK_K] if STRIDE == 2 else [1, BOX_SIZE, BOX_SIZE, BLOCK_K]
     W1_ROWS: gl.constexpr = BLOCK_N1 if BLOCK_N1 else 8
@@ -328,7 +341,8 @@ def implicit_gemm_conv_sm90(
     sizes = frames, past_frames, tiles_h, tiles_w, tiles_n, blocks_k, in_channels
     num_tiles = frames * tiles_h * tiles_w * tiles_n
     norm = gamma, sqrt_channels, out_scale
-    operands = descs, buffers, stage_bars, residual_bars, sizes, num_tiles, scale, bias, norm, out_channels
+    tail = tail_desc, tail_start
+    operands = descs, buffers, stage_bars, residual_bars, sizes, num_tiles, scale, bias, norm, tail, out_channels
     # Registers a thread: the groups of four warps share 65,536 registers; the first group gets what the others leave.
     gl.warp_specialize([
         (mma_partition, (operands, 0, cfg)),
@@ -373,6 +387,7 @@ def launch_conv(
     stride: int = 1,
     config: LaunchConfig | None = None,
     norm: tuple[Tensor, float, float] | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """Writes the convolution of x, whose operands `supports` must accept, into y.
 
@@ -390,6 +405,7 @@ def launch_conv(
         config: launch parameters, in place of those of `default_config`.
         norm: (gamma [O], the square root of the number of channels, out_scale). y is then `out_scale` times SiLU of the
             RMS norm of the result; BLOCK_N0 + BLOCK_N1 must be at least O, and there is no residual.
+        tail: also gets the last frames of y, of which it has as many as it has room for; like y, or None.
     """
     channels, (frames, _, rows, columns) = x.shape[1], y.shape
     outputs, _, kt, k, _ = weight.shape
@@ -402,14 +418,15 @@ def launch_conv(
     tiles_h, tiles_w = -(-rows // (tile_h * CONSUMERS.value)), -(-columns // size)
     tiles_n = -(-outputs // (block_n0 + block_n1))
     gamma, sqrt_channels, out_scale = norm or (y, 1.0, 1.0)
+    tail_desc, tail_start = (None, None) if tail is None else (make_desc(tail, y_box), frames - len(tail))
     programs = min(gpu_of(x.device).multiprocessors, frames * tiles_h * tiles_w * tiles_n)
     implicit_gemm_conv_sm90[(programs,)](
         x_desc, make_desc(past, x_box) if len(past) else x_desc, make_desc(matrix, [block_n0, block_k]),
         make_desc(matrix, [block_n1 or 8, block_k]), y_desc, y_desc if residual is None else make_desc(residual, y_box),
         y if scale is None else scale, y if bias is None else bias, gamma, sqrt_channels, out_scale, frames, len(past),
-        tiles_h, tiles_w, tiles_n, -(-channels // block_k), channels, outputs, *tap_offset, KT=kt, K=k,
-        SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, NORM=norm is not None,
-        STRIDE=stride, num_warps=4, **parameters,
+        tiles_h, tiles_w, tiles_n, -(-channels // block_k), channels, outputs, *tap_offset, tail_desc, tail_start,
+        KT=kt, K=k, SCALED=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+        NORM=norm is not None, TAIL=tail is not None, STRIDE=stride, num_warps=4, **parameters,
     )  # fmt: skip
 
 

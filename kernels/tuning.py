@@ -128,6 +128,7 @@ def launch_config(
     default: LaunchConfig,
     given: LaunchConfig | None = None,
     match_exactly: Collection[str] = (),
+    backend: str = "triton",
 ) -> dict[str, Any]:
     """The launch parameters of an operation with a single kernel: `default`, updated by `given` or the tuned ones.
 
@@ -139,11 +140,12 @@ def launch_config(
         default: parameters for shapes that were not tuned; all that the kernel needs.
         given: the caller's parameters. None or empty uses the tuned ones.
         match_exactly: dimensions that must equal the entry's.
+        backend: the kernel's name in the tuned tables.
     """
     default = {**default, **untuned_config(operation, dtype, device)}
     if given:
         return {**default, **given}
-    tuned = tuned_config(operation, dims, dtype, device, ("triton",), match_exactly)
+    tuned = tuned_config(operation, dims, dtype, device, (backend,), match_exactly)
     return {**default, **(tuned.config if tuned else {})}
 
 

@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from kernels.tuning import GPU, assume_gpu
 from model.audio import SpeechEncoder
 from model.config import (
     FP8_CAPABILITY,
@@ -35,7 +36,7 @@ from model.dit import DiT
 from model.errors import UserError
 from model.image import ImageEncoder
 from model.text import TextEncoder
-from model.vae import VAE
+from model.vae import VAE, writes_past_frames
 
 GIB = 2**30
 GRAPHS_FACTOR = 1.5  # of a chunk in CUDA graphs: memory of their pools and workspaces of libraries, over its tensors
@@ -99,7 +100,15 @@ class MemoryPlan:
         return max(self.loading, self.weights + self.keys_values + rest)
 
 
-def memory_plan(config: Config, precision: Precision, graphs: bool, random_weights: bool = False) -> MemoryPlan:
+def pairs_caches(config: Config, precision: Precision, card: Card) -> bool:
+    """Whether the VAE's caches are in pairs on a card, by what was measured on it or one like it."""
+    with assume_gpu(GPU(card.name, ".".join(map(str, card.capability)), multiprocessors=0)):
+        return writes_past_frames(config, precision.vae, torch.device("cuda"))
+
+
+def memory_plan(
+    config: Config, precision: Precision, graphs: bool, random_weights: bool = False, paired: bool = False
+) -> MemoryPlan:
     """What a system of these dimensions needs in a precision.
 
     Args:
@@ -107,10 +116,11 @@ def memory_plan(config: Config, precision: Precision, graphs: bool, random_weigh
         precision: dtypes of the networks.
         graphs: whether stages are captured as CUDA graphs. Student and VAE then have memory of their own each.
         random_weights: whether the weights are drawn: on the card, the whole student before it is quantised.
+        paired: whether the caches of the VAE's decoder are in pairs.
     """
     frames, dit = config.latent_shape[0], config.dit
     keys = 2 * (dit.text_len + dit.img_tokens + frames * dit.context_tokens)
-    state, decode = _coder_bytes(config, precision, decoder=True)
+    state, decode = _coder_bytes(config, precision, decoder=True, paired=paired)
     encode = sum(_coder_bytes(config, precision, decoder=False))
     pictures = config.chunk.frame_num * 3 * config.chunk.height * config.chunk.width
     coder = max(state + decode, state + encode) if graphs else state + decode
@@ -142,15 +152,20 @@ class Fit:
 
 
 def fit_precision(
-    config: Config, precision: str, graphs: Sequence[bool], free: int, random_weights: bool = False
+    config: Config,
+    precision: str,
+    graphs: Sequence[bool],
+    free: int,
+    random_weights: bool = False,
+    paired: bool = False,
 ) -> Fit | None:
     """How a system runs in a precision in `free` bytes: with the first of `graphs` that fits; None if nothing does.
 
     The text encoder is on the card if it fits beside everything else, so that a new prompt never wants memory.
-    `random_weights` is as in `memory_plan`.
+    `random_weights` and `paired` are as in `memory_plan`.
     """
     for graphed in graphs:
-        plan = memory_plan(config, PRECISIONS[precision], graphed, random_weights)
+        plan = memory_plan(config, PRECISIONS[precision], graphed, random_weights, paired)
         for on_card in (True, False):
             spare = free - plan.peak(on_card)
             if spare >= 0:
@@ -164,7 +179,8 @@ def all_fits(
     """How a system runs on a card, in every precision that the card can multiply in and has the memory for."""
     for name, precision in PRECISIONS.items():
         if card.has_fp8 or not precision.needs_fp8:
-            found = fit_precision(config, name, graphs, card.free, random_weights)
+            paired = pairs_caches(config, precision, card)
+            found = fit_precision(config, name, graphs, card.free, random_weights, paired)
             if found is not None:
                 yield found
 
@@ -195,26 +211,27 @@ def _block_bytes(config: Config, precision: Precision) -> int:
     return round(max((e + normed + attention) * values, (e + feed_forward) * values, (e + audio) * values + absorbed))
 
 
-def _coder_bytes(config: Config, precision: Precision, decoder: bool) -> tuple[int, int]:
+def _coder_bytes(config: Config, precision: Precision, decoder: bool, paired: bool = False) -> tuple[int, int]:
     """Bytes of the caches of the VAE's decoder or encoder, and of the activations of one step.
 
-    A cache is two input frames of a convolution in time. Activations are largest in the last level, or the encoder's
+    A cache is two input frames of a convolution in time, or two times two where caches are in pairs, but of those that
+    double or halve frames. Activations are largest in the last level, or the encoder's
     first, which works on the frames of one latent: a residual block holds its input and three more tensors. The decoder
     also has the result of the levels before, for two latents, which is as large as one of these.
     """
     vae, e, (_, _, rows, columns) = config.vae, precision.vae.itemsize, config.latent_shape
     widths, blocks = [vae.dim * mult for mult in vae.dim_mult], vae.num_res_blocks + decoder
-    cached, area = 4 * widths[-1] * rows * columns, rows * columns  # of the two blocks in the middle
+    cached, area, in_time = 4 * widths[-1] * rows * columns, rows * columns, 0  # of the two blocks in the middle
     for level in reversed(range(len(widths))):
         area = rows * columns * 4 ** (len(widths) - 1 - level)
         before = widths[min(level + 1, len(widths) - 1)] // (2 if level + 1 < len(widths) else 1)
         first = before if decoder else widths[max(level - 1, 0)]
         cached += (first + (2 * blocks - 1) * widths[level]) * area
         if level and vae.temperal_downsample[level - 1]:
-            cached += widths[level] * area  # of the convolution that doubles or halves frames
+            in_time += widths[level] * area  # of the convolution that doubles or halves frames
     cached += widths[0] * area  # of the last convolution, or the first
     held = 5 if decoder else 4
-    return 2 * e * cached, held * vae.temporal_stride * widths[0] * area * e
+    return 2 * e * ((2 if paired else 1) * cached + in_time), held * vae.temporal_stride * widths[0] * area * e
 
 
 @cache

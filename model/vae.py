@@ -8,8 +8,13 @@ A step overwrites the state that it is given, because the decoder's caches take 
 used once, and is lost if the step fails: copy it to continue from it twice. A state made under
 `torch.inference_mode()` can only be used there.
 
+After its step a convolution copies its last input frames into its cache. After `VAE.pair_caches` the decoder's norms
+write them there instead, to the second of two buffers (`PastPair`). That moves half the bytes, and takes as much
+memory again. It is for GPUs whose table in kernels/tuned/ names it (`writes_past_frames`); none does, as no GPU has run
+it.
+
 With `rows`, a rank encodes or decodes its slab of the rows only (model/parallel/rows.py). A convolution that looks at
-other rows then has two caches: of the slab, and of the strip around its edges.
+other rows then has two caches: of the slab, and of the strip around its edges, which is always copied.
 
 State-dict keys and shapes are the official ones. Tensors are [frame, channel, row, column] in channels-last memory, in
 the dtype of the parameters; norms and SiLU are computed in float32 or wider. In the shapes below, T is the number of
@@ -27,17 +32,24 @@ from torch import Tensor, nn
 
 from kernels.causal_conv3d import causal_conv3d, causal_conv3d_norm, conv3d, quantize_conv_weight
 from kernels.chunk_attention import chunk_attention
+from kernels.common import FP8
 from kernels.resample_conv2d import downsample_conv2d, fold_upsampling, upsample_conv2d
-from kernels.rms_norm_silu import fp8_out_scale, rms_norm_silu
-from model.config import VAEConfig
+from kernels.rms_norm_silu import fp8_out_scale, rms_norm_silu, tail_is_tuned
+from model.config import Config, VAEConfig
 from model.parallel.rows import RowSplit
 
 LATENTS_PER_STEP = 2  # decoded in one step once the first frames are out: fewer and larger launches
 
 State: TypeAlias = tuple[Any, ...]  # of caches, which are tensors, and of further such tuples
-Cache: TypeAlias = (
-    Any  # the last input frames of a convolution, or None at the start of a clip; a pair of them for a slab
-)
+# The last input frames of a convolution, as a tensor or a `PastPair`; None at the start of a clip; a pair for a slab.
+Cache: TypeAlias = Any
+
+
+class PastPair(NamedTuple):
+    """The cache of a convolution whose input frames are kept by the norm that makes them; the two take turns."""
+
+    past: Tensor | None  # what the next step reads; None at the start of a clip
+    spare: Tensor  # where the norm of that step writes what the step after it reads
 
 
 class CausalConv3d(nn.Module):
@@ -49,6 +61,7 @@ class CausalConv3d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kt, k, k).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
         self.in_scale: float | None = None  # in FP8: what its e4m3 input is multiplied by
+        self.paired = False  # whether its cache is a `PastPair`
         self.register_buffer("scale", None, persistent=False)  # in FP8: [out channels], undoes all scales
 
     def quantize(self, in_scale: float) -> None:
@@ -64,41 +77,81 @@ class CausalConv3d(nn.Module):
         The cache is updated in place. With `rows` there are two of them.
         """
 
-        def convolve(x: Tensor, past: Tensor | None, residual: Tensor | None) -> Tensor:
+        def convolve(x: Tensor, past: Tensor | None, residual: Tensor | None, _tail: None) -> Tensor:
             return causal_conv3d(x, self.weight, self.bias, past, residual, self.scale)
 
-        return self._run(convolve, x, cache, residual, rows)
+        return self._run(convolve, x, cache, residual, None, rows)
 
     def forward_norm(
-        self, x: Tensor, cache: Cache, gamma: Tensor, out_scale: float | None, rows: RowSplit | None = None
+        self,
+        x: Tensor,
+        cache: Cache,
+        gamma: Tensor,
+        out_scale: float | None,
+        tail: Tensor | None = None,
+        rows: RowSplit | None = None,
     ) -> tuple[Tensor, Cache]:
-        """`forward`, then RMS norm and SiLU; the result is e4m3 and multiplied by `out_scale` if there is one."""
+        """`forward`, then RMS norm and SiLU; the result is e4m3 and multiplied by `out_scale` if there is one.
 
-        def convolve(x: Tensor, past: Tensor | None, _residual: None) -> Tensor:
-            return causal_conv3d_norm(x, self.weight, self.bias, gamma, past, self.scale, out_scale)
+        `tail`, if there is one, gets the last frames of the result as well.
+        """
 
-        return self._run(convolve, x, cache, None, rows)
+        def convolve(x: Tensor, past: Tensor | None, _residual: None, tail: Tensor | None) -> Tensor:
+            return causal_conv3d_norm(x, self.weight, self.bias, gamma, past, self.scale, out_scale, tail)
+
+        return self._run(convolve, x, cache, None, tail, rows)
 
     def _run(
         self,
-        convolve: Callable[[Tensor, Tensor | None, Any], Tensor],
+        convolve: Callable[[Tensor, Tensor | None, Any, Any], Tensor],
         x: Tensor,
         cache: Cache,
         residual: Tensor | None,
+        tail: Tensor | None,
         rows: RowSplit | None,
     ) -> tuple[Tensor, Cache]:
-        """`convolve`, a function of input, cache and residual, on the whole picture or on a slab and its strip."""
+        """`convolve`, a function of input, past, residual and tail, on the whole picture or on a slab and its strip."""
         if rows is None:
-            return convolve(x, cache, residual), self.update_cache(x, cache)
+            return convolve(x, _past(cache), residual, tail), self.update_cache(x, cache)
         slab, edges = cache or (None, None)
         halo = rows.start_halo(x)
-        y = convolve(x, slab, residual)
+        y = convolve(x, _past(slab), residual, tail)
         strip = rows.strip(x, halo)
-        rows.replace_edges(y, convolve(strip, edges, None if residual is None else rows.repeat_edges(residual)))
+        right = convolve(strip, edges, None if residual is None else rows.repeat_edges(residual), None)
+        rows.replace_edges(y, right)
+        if tail is not None:
+            rows.replace_edges(tail, right[-len(tail) :])
         return y, (self.update_cache(x, slab), self.update_cache(strip, edges))
 
-    def update_cache(self, x: Tensor, cache: Tensor | None) -> Tensor:
-        """The cache after the input x. Overwrites `cache`, or makes one at the start of a clip."""
+    def open_cache(self, cache: Cache, x: Tensor, rows: RowSplit | None) -> tuple[Tensor | None, Cache]:
+        """The tail for the norm that makes the input, and the cache that the convolution takes after it.
+
+        x [T, any, H, W] has the input's frames, rows and columns. Without `paired` there is no tail. In a step of fewer
+        than kt - 1 frames, the tail has no more either, and the frames before them are copied.
+        """
+        if not self.paired:
+            return None, cache
+        slab, edges = (cache, None) if rows is None else cache or (None, None)
+        pair = slab or PastPair(None, self._buffer(x).zero_())
+        keep = len(pair.spare)
+        written = min(len(x), keep)
+        if pair.past is not None and written < keep:
+            pair.spare[: keep - written] = pair.past[written:]
+        return pair.spare[keep - written :], pair if rows is None else (pair, edges)
+
+    def _buffer(self, x: Tensor) -> Tensor:
+        """Memory for kt - 1 input frames of the rows and columns of x."""
+        (_, channels, kt, _, _), (*_, rows, columns) = self.weight.shape, x.shape
+        dtype = x.dtype if self.in_scale is None else FP8
+        return x.new_empty(kt - 1, rows, columns, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+    def update_cache(self, x: Tensor, cache: Tensor | PastPair | None) -> Tensor | PastPair:
+        """The cache after the input x. Overwrites `cache`, or makes one at the start of a clip.
+
+        Of a pair the other buffer is next: the norm that made x has written it.
+        """
+        if isinstance(cache, PastPair):
+            return PastPair(cache.spare, self._buffer(x) if cache.past is None else cache.past)
         keep = self.weight.shape[2] - 1
         if cache is None:
             return torch.cat([_zeros(max(0, keep - len(x)), x), x[-keep:]])
@@ -126,7 +179,8 @@ class Head(nn.ModuleDict):
     def forward(self, x: Tensor, cache: Cache, emit: bool = True, rows: RowSplit | None = None) -> tuple[Tensor, Cache]:
         """x [T, C, H, W], cache [2, C, H, W] -> y [T, O, H, W], or [0, O, H, W] without `emit`, and the next cache."""
         norm, conv = cast(RMSNorm, self["0"]), cast(CausalConv3d, self["2"])
-        x = rms_norm_silu(x, norm.gamma)
+        tail, cache = conv.open_cache(cache, x, rows)
+        x = rms_norm_silu(x, norm.gamma, True, None, tail)
         if emit:
             return conv(x, cache, rows=rows)
         nothing = x[:0, : len(conv.weight)]
@@ -135,6 +189,10 @@ class Head(nn.ModuleDict):
         slab, edges = cache or (None, None)
         strip = rows.strip(x, rows.start_halo(x))
         return nothing, (conv.update_cache(x, slab), conv.update_cache(strip, edges))
+
+    def pair_caches(self) -> None:
+        """Makes the norm keep the convolution's past frames."""
+        cast(CausalConv3d, self["2"]).paired = True
 
 
 class ResidualBlock(nn.Module):
@@ -157,12 +215,18 @@ class ResidualBlock(nn.Module):
         for norm, conv in zip(*self._layers(), strict=True):
             conv.quantize(fp8_out_scale(norm.gamma))
 
+    def pair_caches(self) -> None:
+        """Makes both norms keep the past frames of the convolutions after them."""
+        for conv in self._layers()[1]:
+            conv.paired = True
+
     def forward(self, x: Tensor, state: State | None, rows: RowSplit | None = None) -> tuple[Tensor, State]:
         """x [T, C, H, W], state of two caches -> y [T, O, H, W], next state."""
         cache1, cache2 = state or (None, None)
         (norm1, norm2), (conv1, conv2) = self._layers()
-        y = rms_norm_silu(x, norm1.gamma, True, conv1.in_scale)
-        y, cache1 = conv1.forward_norm(y, cache1, norm2.gamma, conv2.in_scale, rows)
+        (tail1, cache1), (tail2, cache2) = conv1.open_cache(cache1, x, rows), conv2.open_cache(cache2, x, rows)
+        y = rms_norm_silu(x, norm1.gamma, True, conv1.in_scale, tail1)
+        y, cache1 = conv1.forward_norm(y, cache1, norm2.gamma, conv2.in_scale, tail2, rows)
         residual = x if self.shortcut is None else conv3d(x, self.shortcut.weight, self.shortcut.bias)
         y, cache2 = conv2(y, cache2, residual, rows)
         return y, (cache1, cache2)
@@ -382,6 +446,7 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1, 1)
         self.decoder = Decoder(config)
+        self.paired = False  # whether `pair_caches` was called
         self._statistics_cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.requires_grad_(False)  # or a state would hold the graph of its whole clip
 
@@ -406,6 +471,16 @@ class VAE(nn.Module):
                 level += 1
             elif level in levels:
                 cast(ResidualBlock, module).quantize()
+
+    def pair_caches(self) -> None:
+        """Makes the decoder's norms keep the past frames of the convolutions after them, in states yet to come.
+
+        Results stay the same. The encoder copies: a chunk's clip has two steps there, and nothing reads the last state.
+        """
+        for module in self.decoder.modules():
+            if isinstance(module, ResidualBlock | Head):
+                module.pair_caches()
+        self.paired = True
 
     def encode_step(
         self, frames: Tensor, state: State | None = None, rows: RowSplit | None = None
@@ -505,6 +580,21 @@ class VAE(nn.Module):
             shift, deviation = like.new_tensor(self.config.latent_mean), like.new_tensor(self.config.latent_std)
             self._statistics_cache[key] = shift.view(-1, 1, 1), deviation.reciprocal().view(-1, 1, 1)
         return self._statistics_cache[key]
+
+
+def writes_past_frames(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a VAE in this dtype on this device is to have its caches in pairs: where that was measured to be faster.
+
+    What decides is the decoder's last level, where most bytes are.
+    """
+    vae, chunk = config.vae, config.chunk
+    rows, columns = (size // vae.patch for size in (chunk.height, chunk.width))
+    return tail_is_tuned(vae.temporal_stride, vae.dim, rows, columns, dtype, device)
+
+
+def _past(cache: Tensor | PastPair | None) -> Tensor | None:
+    """The past frames in a cache."""
+    return cache.past if isinstance(cache, PastPair) else cache
 
 
 def _middle(channels: int) -> nn.ModuleList:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.rms_norm_silu import with_tail
 from model import block, dit, linear, vae
 from model.rope import rotate
 
@@ -80,11 +81,13 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
-def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None) -> Tensor:
-    """As `kernels.rms_norm_silu.rms_norm_silu`, not in FP8."""
+def rms_norm_silu(
+    x: Tensor, gamma: Tensor, silu: bool = True, out_scale: float | None = None, tail: Tensor | None = None
+) -> Tensor:
+    """As `kernels.rms_norm_silu.rms_norm_silu`, not in FP8; a tail is copied."""
     assert out_scale is None
     y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma.view(-1, 1, 1)
-    return F.silu(y) if silu else y
+    return with_tail(F.silu(y) if silu else y, tail)
 
 
 def conv3d(
@@ -124,9 +127,10 @@ def causal_conv3d_norm(
     past: Tensor | None = None,
     scale: Tensor | None = None,
     out_scale: float | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """As `kernels.causal_conv3d.causal_conv3d_norm`, not in FP8."""
-    return rms_norm_silu(causal_conv3d(x, weight, bias, past, None, scale), gamma, True, out_scale)
+    return rms_norm_silu(causal_conv3d(x, weight, bias, past, None, scale), gamma, True, out_scale, tail)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

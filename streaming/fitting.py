@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from model.config import PRECISIONS, Config, precisions_of
 from model.errors import UserError
-from model.memory import GIB, Card, Fit, all_fits, fit_precision, memory_plan, require_fp8
+from model.memory import GIB, Card, Fit, all_fits, fit_precision, memory_plan, pairs_caches, require_fp8
 
 GRAPHS = {None: (True, False), True: (True,), False: (False,)}  # what is tried, by the choice of --compile
 MAX_NAMED = 3  # alternatives that an error names
@@ -35,7 +35,8 @@ def choose_fit(
         require_fp8(precision, card)
     wanted = _candidates(checkpoint_format, card) if precision == "auto" else (precision,)
     for name in wanted:
-        found = fit_precision(config, name, GRAPHS[compiled], card.free, random_weights)
+        paired = pairs_caches(config, PRECISIONS[name], card)
+        found = fit_precision(config, name, GRAPHS[compiled], card.free, random_weights, paired)
         if found is not None:
             return found, tuple(_notes(found, precision, wanted[0], checkpoint_format, card))
     raise UserError(_too_little(config, precision, wanted, checkpoint_format, compiled, card, random_weights))
@@ -64,7 +65,7 @@ def _too_little(
 ) -> str:  # fmt: skip
     """What is needed, what there is, and what fits."""
     plans = [
-        memory_plan(config, PRECISIONS[name], graphs, random_weights=random_weights)
+        memory_plan(config, PRECISIONS[name], graphs, random_weights, pairs_caches(config, PRECISIONS[name], card))
         for name in wanted
         for graphs in GRAPHS[compiled]
     ]

@@ -30,7 +30,7 @@ from model.image import ImageEncoder, is_unused_key
 from model.param_map import ParamMapping, identity_map, load_parameters, without_prefixes
 from model.text import TextEncoder
 from model.text_cache import CachedTextEncoder, cache_dir_for
-from model.vae import VAE
+from model.vae import VAE, writes_past_frames
 from model.weights import quantize
 from model.weights.shards import ShardReader, find_student_shards, iter_safetensors, read_json
 from model.weights.trained import FOLDER, fill, load_trained
@@ -137,8 +137,7 @@ def random_models(
         )
     for module in (models.text.encoder, models.image, *models.dit.offloadable_modules().values()):
         module.to(offload_device)
-    models.vae.prepare_weights()
-    models.vae.quantize(precision.fp8_vae)
+    _prepare_vae(models.vae, config, precision, device)
     return models
 
 
@@ -190,8 +189,7 @@ def load_models(
     speech = ((name, t) for raw, t in _speech_tensors(audio_folder) if (name := official_name(raw)) is not None)
     pixels = ((name, t) for name, t in _pth_tensors(folder / IMAGE_FILE) if not is_unused_key(name, config.image))
     load(vae, identity_map(vae), _pth_tensors(folder / VAE_FILE), folder / VAE_FILE, device, precision.vae)
-    vae.prepare_weights()
-    vae.quantize(precision.fp8_vae)
+    _prepare_vae(vae, config, precision, device)
     return Models(
         config,
         dit,
@@ -202,6 +200,14 @@ def load_models(
         device,
         folder,
     )
+
+
+def _prepare_vae(vae: VAE, config: Config, precision: Precision, device: torch.device) -> None:
+    """Makes a loaded VAE as it runs in this precision on this device."""
+    vae.prepare_weights()
+    vae.quantize(precision.fp8_vae)
+    if writes_past_frames(config, precision.vae, device):
+        vae.pair_caches()
 
 
 def load_student(

@@ -22,6 +22,7 @@ from profiling.cases.elementwise import (
     RMS_NORM_ROPE,
     RMS_NORM_ROPE_FP8,
     RMS_NORM_SILU,
+    RMS_NORM_SILU_TAIL,
 )
 from profiling.cases.linear import LINEAR
 
@@ -36,7 +37,8 @@ _OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         SELF_ATTENTION, TEXT_IMAGE_ATTENTION, FRAME_ATTENTION, LINEAR, LAYER_NORM_MODULATE, RMS_NORM_ROPE,
-        RMS_NORM_ROPE_FP8, RMS_NORM_SILU, QUANTIZE_ROWS, LAB_TRANSFER, UPSAMPLE_CONV2D, DOWNSAMPLE_CONV2D,
+        RMS_NORM_ROPE_FP8, RMS_NORM_SILU, RMS_NORM_SILU_TAIL, QUANTIZE_ROWS, LAB_TRANSFER, UPSAMPLE_CONV2D,
+        DOWNSAMPLE_CONV2D,
     )
 }  # fmt: skip
 
@@ -183,7 +185,11 @@ def _pixels(x: Tensor) -> dict[str, int]:
 
 
 def _rms_norm_silu(a: Mapping[str, Any]) -> Iterator[Call]:
-    yield call("rms_norm_silu", dtype_of(a["x"]), **_pixels(a["x"]))
+    yield _norm_silu(a, dtype_of(a["x"]), **_pixels(a["x"]))
+
+
+def _norm_silu(a: Mapping[str, Any], dtype: str, **dims: int) -> Call:
+    return call("rms_norm_silu" if a.get("tail") is None else "rms_norm_silu_tail", dtype, **dims)
 
 
 def _convolution(a: Mapping[str, Any]) -> Iterator[Call]:
@@ -205,7 +211,7 @@ def _convolution_norm(a: Mapping[str, Any]) -> Iterator[Call]:
     yield from _convolution(a)
     frames, _, rows, columns = a["x"].shape
     dtype = dtype_of(a["bias"])
-    yield call("rms_norm_silu", dtype, frames=frames, channels=len(a["weight"]), rows=rows, columns=columns)
+    yield _norm_silu(a, dtype, frames=frames, channels=len(a["weight"]), rows=rows, columns=columns)
 
 
 def _upsample(a: Mapping[str, Any]) -> Iterator[Call]:

@@ -30,8 +30,19 @@ from kernels.resample_conv2d import (
 )
 from kernels.rms_norm_silu import fp8_out_scale
 from kernels.tuning import LaunchConfig, TunedConfig
-from profiling.cases.case import ANYWHERE, CUDA, Backend, Call, Dims, Operation, compiled, kernel_backend, no_setup
-from profiling.cases.elementwise import pixels, rms_norm_silu_library
+from profiling.cases.case import (
+    ANYWHERE,
+    CUDA,
+    Backend,
+    Call,
+    Dims,
+    Operation,
+    Output,
+    compiled,
+    kernel_backend,
+    no_setup,
+)
+from profiling.cases.elementwise import PAST_FRAMES, pixels, rms_norm_silu_library, with_last_frames
 
 
 def conv3d_official(x: Tensor, w: Tensor, bias: Tensor, past: Tensor) -> Tensor:
@@ -158,37 +169,43 @@ def conv_then_norm(x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tens
     return rms_norm_silu_library(causal_conv3d_reference(x, w, bias, past), gamma)
 
 
-def ours_conv_norm(backend: str, fp8: bool) -> Backend:
+def ours_conv_norm(backend: str, fp8: bool, has_tail: bool = False) -> Backend:
     """One backend of `causal_conv3d_norm`; "eager" is the public function, for CPUs.
 
-    In FP8 the result is e4m3, together with the reciprocal of its scale.
+    With a tail the result comes with its last frames. In FP8 it is e4m3, together with the reciprocal of its scale.
     """
 
     def run(
         x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None, out_scale: float | None,
-        config: LaunchConfig | None = None,
+        tail: Tensor | None, config: LaunchConfig | None = None,
     ) -> Tensor:  # fmt: skip
         if backend == "eager":
-            return causal_conv3d_norm(x, w, bias, gamma, past, scale, out_scale)
-        tuned = config_of("causal_conv3d_norm", backend, x, w, config, ("kt", "k"))
-        return dispatch_norm(x, w, bias, gamma, past, scale, out_scale, tuned)
+            return causal_conv3d_norm(x, w, bias, gamma, past, scale, out_scale, tail)
+        operation = CAUSAL_CONV3D_NORM_TAIL if has_tail else CAUSAL_CONV3D_NORM
+        tuned = config_of(operation.name, backend, x, w, config, ("kt", "k"))
+        return dispatch_norm(x, w, bias, gamma, past, scale, out_scale, tail, tuned)
+
+    def new_tail(x: Tensor, w: Tensor, bias: Tensor) -> Tensor | None:
+        frames, _, rows, columns = x.shape
+        shape, dtype = (min(PAST_FRAMES, frames), rows, columns, len(w)), FP8 if fp8 else bias.dtype
+        return bias.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2) if has_tail else None
 
     def prepare(
         x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Call:  # fmt: skip
+        tail, out_scale = new_tail(x, w, bias), fp8_out_scale(gamma) if fp8 else None
         x, w, past, scale = conv_operands(x, w, past, fp8)
-        out_scale = fp8_out_scale(gamma) if fp8 else None
-        call = partial(run, x, w, bias, gamma, past, scale, out_scale, config)
-        if out_scale is None:
-            return call
-        undo = torch.tensor(1 / out_scale)
-        return lambda: (call(), undo)
+        call = partial(run, x, w, bias, gamma, past, scale, out_scale, tail, config)
+        undo = None if out_scale is None else torch.tensor(1 / out_scale)
+        more = tuple(value for value in (tail, undo) if value is not None)
+        return (lambda: (call(), *more)) if more else call
 
     def launcher(
         x: Tensor, w: Tensor, bias: Tensor, past: Tensor, gamma: Tensor, config: LaunchConfig | None = None
     ) -> Tensor:  # fmt: skip
+        tail = new_tail(x, w, bias)
         x, w, past, scale = conv_shapes(x, w, past, fp8)
-        return run(x, w, bias, gamma, past, scale, 1.0 if fp8 else None, config)
+        return run(x, w, bias, gamma, past, scale, 1.0 if fp8 else None, tail, config)
 
     if backend != "fused":
         return Backend(backend, prepare, ours=True, devices=CUDA if backend == "separate" else ("cpu",))
@@ -203,6 +220,15 @@ def conv_norm_configs(fp8: bool, dims: Dims) -> Iterator[dict[str, Any]]:
     )
 
 
+def without_scale(output: Any) -> Output:
+    """The values that the output of a back-end of `ours_conv_norm` stands for."""
+    if isinstance(output, Tensor) or output[-1].ndim:
+        return output
+    y, *tail, undo = output
+    values = [value.float() * undo for value in (y, *tail)]
+    return tuple(values) if tail else values[0]
+
+
 CAUSAL_CONV3D_NORM = replace(
     CAUSAL_CONV3D,
     name="causal_conv3d_norm",
@@ -215,8 +241,18 @@ CAUSAL_CONV3D_NORM = replace(
         ),
         "fp8": tuple(ours_conv_norm(backend, fp8=True) for backend in ("fused", "separate", "eager")),
     },
-    result=lambda output: output if isinstance(output, Tensor) else output[0].float() * output[1],
+    result=without_scale,
     tolerances={"fp8": 6e-2},  # of e4m3 in and out
+)
+
+CAUSAL_CONV3D_NORM_TAIL = replace(
+    CAUSAL_CONV3D_NORM,
+    name="causal_conv3d_norm_tail",
+    reference=lambda *inputs: with_last_frames(conv_then_norm(*inputs)),
+    backends={
+        dtype: tuple(ours_conv_norm(name, dtype == "fp8", has_tail=True) for name in ("fused", "separate", "eager"))
+        for dtype in ("bf16", "fp8")
+    },
 )
 
 

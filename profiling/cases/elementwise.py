@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from kernels.rms_norm_rope import (
     sample_tokens,
 )
 from kernels.rms_norm_rope import reference as rms_norm_rope_reference
-from kernels.rms_norm_silu import launch_rms_norm_silu, rms_norm_silu
+from kernels.rms_norm_silu import TAIL_OPERATION, launch_rms_norm_silu, rms_norm_silu, with_tail
 from kernels.rms_norm_silu import reference as rms_norm_silu_reference
 from kernels.tuning import LaunchConfig
 from profiling import official_baseline
@@ -361,6 +362,59 @@ RMS_NORM_SILU = Operation(
     bytes=lambda d, item: 2.0 * item * d["frames"] * d["channels"] * d["rows"] * d["columns"],
     backends=kernel_and_library(rms_norm_silu, launch_rms_norm_silu, norm_silu_configs, rms_norm_silu_library),
     is_matmul=False,
+)
+
+PAST_FRAMES = 2  # that a convolution of the VAE in time keeps of its input
+
+
+def tail_like(y: Tensor) -> Tensor:
+    """Memory for the last frames of y."""
+    return torch.empty_like(y[-PAST_FRAMES:])
+
+
+def with_last_frames(y: Tensor) -> tuple[Tensor, Tensor]:
+    """y, and its last frames again."""
+    return y, y[-PAST_FRAMES:]
+
+
+def norm_silu_tail_ours(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The VAE's norm and SiLU by this repository's operation, which writes the last frames twice."""
+    tail = tail_like(x)
+    return rms_norm_silu(x, gamma, tail=tail), tail
+
+
+def norm_silu_tail_launch(
+    x: Tensor, gamma: Tensor, tail: Tensor, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same by this repository's kernel."""
+    return launch_rms_norm_silu(x, gamma, tail=tail, config=config), tail
+
+
+def norm_silu_tail_copied(x: Tensor, gamma: Tensor) -> Call:
+    """The kernel without a tail, and then a copy of the last frames."""
+    tail = tail_like(x)
+    return lambda: (with_tail(launch_rms_norm_silu(x, gamma), tail), tail)
+
+
+RMS_NORM_SILU_TAIL = replace(
+    RMS_NORM_SILU,
+    name=TAIL_OPERATION,
+    reference=lambda x, gamma: with_last_frames(rms_norm_silu_library(x, gamma)),
+    bytes=lambda d, item: RMS_NORM_SILU.bytes(d, item) * (1 + min(PAST_FRAMES, d["frames"]) / (2 * d["frames"])),
+    backends={
+        dtype: (
+            Backend("eager", no_setup(norm_silu_tail_ours), ours=True, devices=("cpu",)),
+            kernel_backend(
+                "fused",
+                norm_silu_tail_launch,
+                norm_silu_configs,
+                operands=lambda x, gamma: (x, gamma, tail_like(x)),
+                audited=dtype != "fp32",
+            ),
+            Backend("separate", norm_silu_tail_copied, ours=True, devices=CUDA),
+        )
+        for dtype in ("fp32", "bf16")
+    },
 )
 
 

@@ -16,7 +16,14 @@ from profiling.cases.attention import (
 )
 from profiling.cases.audio import ABSORB, ABSORB_FP8, ABSORBED_AUDIO_ATTENTION, AUDIO_ATTENTION
 from profiling.cases.case import Operation, Shape
-from profiling.cases.convolution import CAUSAL_CONV3D, CAUSAL_CONV3D_NORM, DOWNSAMPLE_CONV2D, TIME_CONV, UPSAMPLE_CONV2D
+from profiling.cases.convolution import (
+    CAUSAL_CONV3D,
+    CAUSAL_CONV3D_NORM,
+    CAUSAL_CONV3D_NORM_TAIL,
+    DOWNSAMPLE_CONV2D,
+    TIME_CONV,
+    UPSAMPLE_CONV2D,
+)
 from profiling.cases.elementwise import (
     LAB_TRANSFER,
     LAYER_NORM_MODULATE,
@@ -25,6 +32,7 @@ from profiling.cases.elementwise import (
     RMS_NORM_ROPE,
     RMS_NORM_ROPE_FP8,
     RMS_NORM_SILU,
+    RMS_NORM_SILU_TAIL,
 )
 from profiling.cases.linear import LINEAR, LINEAR_RESIDUAL, NORM_LINEAR
 from profiling.cases.vae import whole_vae
@@ -120,8 +128,10 @@ def vae_shapes(config: Config, world: int, tag: str) -> Iterator[tuple[Operation
             pair = dims | SPACE_TIME | {"frames": LATENTS_PER_STEP * frames, "outputs": width}
             yield CAUSAL_CONV3D, Shape(f"{name}-pair", pair, world, in_pairs)
         yield RMS_NORM_SILU, Shape(name, dims, world, convolutions)
-        if width <= MAX_FUSED_CHANNELS:  # a sequence of the two above, no calls of its own
-            yield CAUSAL_CONV3D_NORM, Shape(name, dims | SPACE_TIME | {"outputs": width}, world)
+        yield RMS_NORM_SILU_TAIL, Shape(name, dims, world)  # in place of the one above, where it was chosen
+        if width <= MAX_FUSED_CHANNELS:  # a sequence of two of the above, no calls of its own
+            for conv_norm in (CAUSAL_CONV3D_NORM, CAUSAL_CONV3D_NORM_TAIL):
+                yield conv_norm, Shape(name, dims | SPACE_TIME | {"outputs": width}, world)
         if level == 0:
             tokens = dims["rows"] * dims["columns"]
             one = {"queries": tokens, "keys": tokens, "heads": 1, "head_dim": width}

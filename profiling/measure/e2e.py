@@ -193,7 +193,8 @@ def _spare_bytes(variant: Variant, models: "Models") -> int:
 
     if models.device.type != "cuda":
         return SPARE_BYTES
-    plan = memory_plan(models.config, PRECISIONS[variant.precision], variant.mode == "graphs")
+    graphs, paired = variant.mode == "graphs", models.vae.paired
+    plan = memory_plan(models.config, PRECISIONS[variant.precision], graphs, paired=paired)
     return card_of(models.device).free - (plan.running - plan.weights)
 
 

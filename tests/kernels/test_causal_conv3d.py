@@ -266,6 +266,38 @@ def test_norm_and_activation_of_the_convolution(kernel, frames, inputs, outputs,
     assert z.dtype == FP8
 
 
+@settings(max_examples=30)
+@given(SIZES, SIZES, CHANNELS, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+def test_the_tail_has_the_last_frames_again(frames, kept, outputs, rows, columns, fp8, seed):
+    """Bit for bit; memory before and after it stays as it was."""
+    torch.manual_seed(seed)
+    kept = min(kept, frames)
+    (weight, bias), gamma = parameters(3, outputs, 3, 3), torch.randn(outputs, dtype=torch.float64)
+    x, past, out_scale = channels_last(frames, 3, rows, columns), channels_last(2, 3, rows, columns), None
+    memory = channels_last(kept + 2, outputs, rows, columns).fill_(torch.nan)
+    if fp8:
+        out_scale, memory = fp8_out_scale(gamma), memory.to(FP8)
+    given = x, weight, bias, gamma, past, None, out_scale
+    with poisoned_memory():
+        y = causal_conv3d_norm(*given, tail=memory[1:-1])
+    assert torch.equal(y.double(), causal_conv3d_norm(*given).double())
+    assert torch.equal(memory[1:-1].double(), y[-kept:].double())
+    assert memory.double()[[0, -1]].isnan().all()
+
+
+def test_says_what_is_wrong_with_the_tail():
+    x, (weight, bias), gamma = channels_last(2, 4, 3, 5), parameters(4, 3, 3, 3), torch.ones(3).double()
+    for tail, words in (
+        (channels_last(1, 4, 3, 5), r"tail: shape \[1, 4, 3, 5\], wanted \[frames, 3, 3, 5\]"),
+        (channels_last(3, 3, 3, 5), r"tail: shape \[3, 3, 3, 5\], wanted 2 frames or fewer"),
+        (channels_last(1, 3, 3, 5).float(), r"tail: torch.float32, wanted torch.float64"),
+        (torch.zeros(1, 3, 3, 5).double(), r"tail: strides .* wanted channels-last memory"),
+    ):
+        with pytest.raises(ValueError, match=words) as raised:
+            causal_conv3d_norm(x, weight, bias, gamma, tail=tail)
+        assert "\n" not in str(raised.value)
+
+
 def test_says_what_is_wrong_with_gamma():
     x, (weight, bias) = channels_last(1, 4, 3, 3), parameters(4, 2, 1, 1)
     with pytest.raises(ValueError, match=r"gamma: shape \[3\], wanted \[2\]"):
@@ -291,8 +323,8 @@ def test_opcheck_and_compilation():
     clip, residual = channels_last(4, 3, 5, 6).float(), channels_last(2, 4, 5, 6).float()
     for arguments in ((clip[2:], weight, bias, clip[:2], residual, None), (clip, weight, None, clip[:0], None, None)):
         torch.library.opcheck(causal_conv3d_op.library_op, arguments)
-    for out_scale in (None, 2.0):
-        arguments = (clip[2:], weight, bias, bias + 1, clip[:2], None, out_scale)
+    for out_scale, tail in ((None, None), (2.0, None), (None, channels_last(1, 4, 5, 6).float())):
+        arguments = (clip[2:], weight, bias, bias + 1, clip[:2], None, out_scale, tail)
         torch.library.opcheck(causal_conv3d_norm_op.library_op, arguments)
     whole = torch.compile(conv3d, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(clip, weight, bias, 1, residual), conv3d(clip, weight, bias, 1, residual))
@@ -340,11 +372,18 @@ def test_dispatch_follows_the_tuned_tables(monkeypatch):
 
 
 def test_dispatch_of_the_norm_follows_the_tuned_tables(monkeypatch):
-    """The norm is fused only where measurements say so, and only on Hopper."""
+    """The norm is fused only where measurements say so, and only on Hopper; with a tail, under a name of its own."""
     taken: list[tuple[str, object]] = []
+    tails: list[Tensor | None] = []
+    names: list[str] = []
+
+    def took(name: str, config: object, tail: Tensor | None) -> None:
+        taken.append((name, config))
+        tails.append(tail)
+
     monkeypatch.setattr(conv, "dispatch", lambda *_: None)
-    monkeypatch.setattr(conv, "launch_rms_norm_silu", lambda *_: taken.append(("separate", None)))
-    monkeypatch.setattr(conv, "launch_sm90", lambda *arguments: taken.append(("fused", arguments[6])))
+    monkeypatch.setattr(conv, "launch_rms_norm_silu", lambda *arguments: took("separate", None, arguments[4]))
+    monkeypatch.setattr(conv, "launch_sm90", lambda *arguments: took("fused", arguments[6], arguments[9]))
     x, weight = channels_last(2, 16, 4, 4).bfloat16(), torch.zeros(8, 16, 3, 3, 3).bfloat16()
     gamma, fused = torch.ones(8), TunedConfig("fused", {"STAGES": 3})
     for capability, found, expected in (
@@ -353,16 +392,40 @@ def test_dispatch_of_the_norm_follows_the_tuned_tables(monkeypatch):
         ("9.0", TunedConfig("separate", {}), ("separate", None)),
         ("8.9", fused, ("separate", None)),
     ):
-        monkeypatch.setattr(conv, "tuned_conv_config", lambda *_, found=found: found)
+        monkeypatch.setattr(conv, "tuned_conv_config", lambda name, *_, found=found: names.append(name) or found)
         with assume_gpu(GPU("any", capability, 132)):
-            conv.dispatch_norm(x, weight, gamma, gamma, x[:0], None, None)
-        assert taken.pop() == expected
+            for tail in (None, x[:1, :8]):
+                conv.dispatch_norm(x, weight, gamma, gamma, x[:0], None, None, tail)
+                assert taken.pop() == expected
+                assert tails.pop() is tail
+    assert names == ["causal_conv3d_norm", "causal_conv3d_norm_tail"] * 4
     monkeypatch.setattr(conv, "tuned_conv_config", lambda *_: fused)
     x8, weight8 = x.to(FP8), weight.to(FP8)
     with assume_gpu(GPU("any", "9.0", 132)):
-        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, None)  # a result in float32, as its bias
-        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, 2.0)  # in e4m3
+        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, None, None)  # a result in float32, as its bias
+        conv.dispatch_norm(x8, weight8, gamma, gamma, x8[:0], gamma, 2.0, None)  # in e4m3
     assert taken == [("separate", None), ("fused", fused.config)]
+
+
+@pytest.mark.parametrize("outputs", [24, 20])
+def test_a_tail_that_tma_cannot_write_is_copied(outputs, monkeypatch):
+    """Where output channels are padded, or its memory begins anywhere."""
+    stored = []
+
+    def launch(*arguments: Any, tail: Tensor | None, **_: object) -> None:
+        y = arguments[6].fill_(1)
+        stored.append(tail is not None)
+        if tail is not None:
+            tail.copy_(y[-len(tail) :])
+
+    monkeypatch.setattr(conv.conv_sm90, "launch_conv", launch)
+    x, weight, bias = channels_last(3, 16, 4, 5).bfloat16(), torch.zeros(outputs, 16, 3, 3, 3).bfloat16(), None
+    memory = torch.zeros(2 * outputs * 20 + 8).bfloat16()
+    for start in (0, 1):
+        tail = memory[start:][: 2 * outputs * 20].view(2, 4, 5, outputs).permute(0, 3, 1, 2).fill_(torch.nan)
+        y = conv.launch_sm90(x, weight, bias, x[:0], None, None, None, torch.ones(outputs), None, tail)
+        assert torch.equal(tail, y[1:])
+    assert stored == [outputs == 24, False]
 
 
 def sm90_config(
@@ -471,6 +534,10 @@ def test_gpu_norm_in_the_epilogue(channels, config, past_frames, fp8_output, fp8
     given = (x, weight, bias, past, None, scale, config, gamma, out_scale)
     with poisoned_memory():
         y = conv.launch_sm90(*given)
+    memory = channels_last(4, channels, 21, 19).fill_(torch.nan).to("cuda", y.dtype)
+    assert torch.equal(conv.launch_sm90(*given, tail=memory[1:-1]).view(torch.uint8), y.view(torch.uint8))
+    assert torch.equal(memory[1:-1].view(torch.uint8), y[1:].view(torch.uint8))
+    assert memory.float()[[0, -1]].isnan().all()
     zeros = wide.new_zeros(2 - past_frames, *wide.shape[1:])
     padded = torch.cat([zeros, wide[:past_frames]])
     expected = causal_conv3d_reference(wide[past_frames:], filters, bias.double(), padded)

@@ -30,6 +30,7 @@ from model.memory import (
     GRAPHS_FACTOR,
     LAUNCHED_FACTOR,
     Card,
+    Fit,
     all_fits,
     card_of,
     fit_precision,
@@ -39,6 +40,7 @@ from model.memory import (
 from model.offload import on_device
 from model.rope import rope_table
 from model.vae import VAE, State, decode_schedule
+from streaming.fitting import choose_fit
 
 conv = importlib.import_module("kernels.causal_conv3d")  # the module; `kernels.causal_conv3d` is its function
 
@@ -72,10 +74,11 @@ class Live(TorchDispatchMode):
 
 
 def conv_then_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None, out_scale: float | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, past: Tensor, scale: Tensor | None,
+    out_scale: float | None, tail: Tensor | None,
+) -> Tensor:  # fmt: skip
     """What runs inside the operation unless a table says "fused"; outside of it, it is counted."""
-    return rms_norm_silu(conv.causal_conv3d_op(x, weight, bias, past, None, scale), gamma, True, out_scale)
+    return rms_norm_silu(conv.causal_conv3d_op(x, weight, bias, past, None, scale), gamma, True, out_scale, tail)
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -256,6 +259,34 @@ def test_the_plan_is_what_runs(config: Config, precision: str, counted: dict[str
     assert 0.95 < launched.chunk / LAUNCHED_FACTOR / (found["denoise"] + found["decode"]) < 1.25
     assert 0.95 < graphs.chunk / GRAPHS_FACTOR / (found["denoise"] + coder) < 1.25
     assert 1 <= launched.portrait / LAUNCHED_FACTOR / found["motion"] < 1.5
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_pairs_of_caches_are_counted(graphs: bool) -> None:
+    """The plan for the 14B picture grows by what the decoder's second buffers take."""
+    precision = PRECISIONS["fp32"]
+    one, two = (memory_plan(CONFIG, precision, graphs, paired=paired) for paired in (False, True))
+    with FakeTensorMode(), torch.inference_mode():
+        vae, latents = VAE(CONFIG.vae), torch.empty(2, *CONFIG.latent_shape[1:])
+        caches = sum(x.nbytes for x in tree_leaves(decode(vae, latents)))
+        vae.pair_caches()
+        more = sum(x.nbytes for x in tree_leaves(decode(vae, latents))) - caches
+    assert round(more / 1e9, 1) == 3.2  # in float32; of 16 bits half
+    assert math.isclose((two.chunk - one.chunk) / (GRAPHS_FACTOR if graphs else LAUNCHED_FACTOR), more, rel_tol=0.02)
+    assert (two.weights, two.keys_values) == (one.weights, one.keys_values)
+
+
+def test_a_card_whose_table_names_pairs_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(card: Card) -> Fit:
+        fit = next(fit for fit in all_fits(CONFIG, card) if fit.precision == "fp8-vae")
+        assert choose_fit(CONFIG, "fp8-vae", None, None, card, random_weights=False)[0] == fit
+        return fit
+
+    card = Card("NVIDIA H100 80GB HBM3", (9, 0), 78 * GIB)
+    before = found(card)
+    monkeypatch.setattr("model.vae.tail_is_tuned", lambda *_: True)
+    assert round((found(card).plan.chunk - before.plan.chunk) / GRAPHS_FACTOR / GIB, 1) == 1.5
+    assert before.spare - found(card).spare == found(card).plan.chunk - before.plan.chunk
 
 
 def test_the_plan_reaches_the_peak_that_an_h100_had() -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model.vae
-from model.config import PRECISIONS, VAEConfig, from_official
+from kernels.tuning import GPU, assume_gpu
+from model.config import FLASHTALK_14B, PRECISIONS, VAEConfig, from_official
 from model.image import to_pixels
-from model.vae import VAE
+from model.vae import VAE, PastPair, writes_past_frames
 from profiling.cases.vae import vae_of, vae_size
+from profiling.measure.check import poisoned_memory
 from profiling.official_baseline import official_baseline
 
 # The formulas of the whole clip, [channel, frame, row, column], on a state dict `p` with a layer at `key`.
@@ -471,6 +473,77 @@ def test_fp8_of_one_level_keeps_38_db():
     video = torch.cat(list(vae.decode(latents)))
     psnr = 10 * math.log10((expected.max() - expected.min()).item() ** 2 / F.mse_loss(video, expected).item())
     assert 38 < psnr < 60
+
+
+def paired(vae: VAE) -> VAE:
+    """The same VAE, whose norms write past frames."""
+    copied = copy.deepcopy(vae)
+    copied.pair_caches()
+    return copied
+
+
+@settings(max_examples=20)
+@given(
+    CONFIGS, st.lists(st.integers(1, 2), max_size=4), st.integers(1, 2), st.integers(1, 3), st.integers(0, 31),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_past_frames_that_norms_write_are_those_that_are_copied(values, sizes, rows, columns, silent, seed):
+    """Bit for bit, whatever the number of steps and of their latents, also where some steps emit nothing."""
+    vae = random_vae(seed, **values).float()
+    config, pairs = vae.config, paired(vae)
+    latents = torch.randn(1 + sum(sizes), config.z_dim, rows, columns)
+    state = state_of_pairs = None
+    with poisoned_memory():
+        for i, part in enumerate(latents.split([1, *sizes])):
+            emit = config.patch > 1 or not silent >> i & 1  # of patches, a small VAE cannot go without
+            frames, state = vae.decode_step(part, state, emit)
+            same, state_of_pairs = pairs.decode_step(part, state_of_pairs, emit)
+            assert torch.equal(frames, same)
+            assert past_frames(state_of_pairs) == past_frames(state)
+
+
+def past_frames(state: Any) -> list[bytes]:
+    """The frames of a state that the next step reads."""
+    caches = tree_leaves(state, is_leaf=lambda x: isinstance(x, PastPair))
+    return [cast(Tensor, x.past if isinstance(x, PastPair) else x).numpy().tobytes() for x in caches]
+
+
+def test_pairs_of_caches_take_turns():
+    """In the memory of the first step; a copy of a state is a place to go on from."""
+    vae = paired(random_vae(1, dim=4).float())
+    _, state = vae.decode_step(torch.randn(1, 4, 2, 3))
+    places = [leaf.data_ptr() for leaf in tree_leaves(state)]
+    assert len(places) == len(set(places)) == 32 + 29  # not of the first convolution, nor of the two in time
+    for step in (1, 2):
+        latent, kept = torch.randn(1, 4, 2, 3), copy.deepcopy(state)
+        (once, state), (again, _) = vae.decode_step(latent, state), vae.decode_step(latent, kept)
+        assert torch.equal(once, again)
+        moved = [leaf.data_ptr() for leaf in tree_leaves(state)]
+        assert set(moved) == set(places)
+        assert (moved == places) == (step == 2)
+
+
+def test_a_level_in_fp8_has_e4m3_pairs():
+    vae = random_vae(2, dim=4).float()
+    vae.quantize([1])
+    pairs, latents = paired(vae), torch.randn(4, 4, 2, 3)
+    assert all(map(torch.equal, pairs.decode(latents), vae.decode(latents)))
+    _, state = pairs.decode_step(latents[:1])
+    assert sum(leaf.dtype == torch.float8_e4m3fn for leaf in tree_leaves(state)) == 2 * 2 * 3
+
+
+def test_the_published_vae_takes_pairs_too():
+    pairs = paired(random_vae(3, dim=4))
+    latents = torch.randn(3, 4, 2, 3).double()
+    with official_baseline():
+        theirs = torch.cat(list(pairs.decode(latents)))
+    torch.testing.assert_close(theirs, torch.cat(list(pairs.decode(latents))), rtol=1e-10, atol=1e-10)
+
+
+def test_no_device_has_measured_pairs():
+    with assume_gpu(GPU("NVIDIA H100 80GB HBM3", "9.0", 132)):
+        assert not writes_past_frames(FLASHTALK_14B, torch.bfloat16, torch.device("cuda"))
+    assert not writes_past_frames(FLASHTALK_14B, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 3], [1, 2, 2], [1, 4]])

@@ -1,5 +1,6 @@
 """Functions that run once as they are, are then captured, and then replayed."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import VAEConfig
+from model.vae import VAE
 from streaming.cuda_graphs import GraphPool, StaticInput
 from streaming.timers import StageTimer
 from tests.fake_graphs import FakeGraphs
@@ -106,6 +109,26 @@ def test_a_first_run_that_fails_is_no_first_run() -> None:
     with pytest.raises(MemoryError):
         graphed()
     assert [float(graphed()) for _ in range(3)] == [1, 2, 2]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [[1], [1, 1], [1, 2, 2], [1, 1, 2, 1], [1, 1, 1, 1, 1]])
+def test_clips_with_pairs_of_caches_are_repeated(sizes: list[int]) -> None:
+    """Whatever the number of steps, odd or even: a clip's first step begins with the same buffers in the same roles."""
+    torch.manual_seed(0)
+    copied = VAE(VAEConfig(dim=2, z_dim=2, num_res_blocks=1, latent_mean=(0.0, 0.1), latent_std=(1.0, 1.1)))
+    pairs, static = copy.deepcopy(copied), StaticInput(CPU)
+    pairs.pair_caches()
+    step, calls = counted(lambda _, latents, state: pairs.decode_step(latents, state))
+    graphed = GraphPool(StageTimer(CPU), FakeGraphs()).graphed(step, timer="decode")
+    for _ in range(5):
+        clip = torch.randn(sum(sizes), 2, 2, 3)
+        latents, wanted, state = static(clip).split(sizes), None, None
+        for i, part in enumerate(clip.split(sizes)):
+            want, wanted = copied.decode_step(part, wanted)
+            got, state = graphed(i, latents[i], state)
+            assert torch.equal(got, want)
+    assert len(calls) == 2 * len(sizes)
 
 
 def test_inputs_of_the_same_shapes_share_memory() -> None:

@@ -80,28 +80,38 @@ def test_a_chunk_is_a_function_of_its_state(generator: ChunkGenerator, condition
     assert not torch.equal(second, collect(generator.chunk(conditions, after, window(3)))[0])
 
 
-def test_recorded_chunks_are_those_that_are_not(models: Models, conditions: Conditions) -> None:
+def with_pairs(models: Models) -> Models:
+    """The models with a VAE whose norms write past frames."""
+    vae = copy.deepcopy(models.vae)
+    vae.pair_caches()
+    return replace(models, vae=vae)
+
+
+@pytest.mark.parametrize(("paired", "frame_num"), [(False, 17), (True, 17), (True, 21)])  # four and five decode steps
+def test_recorded_chunks_are_those_that_are_not(models: Models, paired: bool, frame_num: int) -> None:
     """Bit for bit, whatever changes between chunks: state, sound, portrait and prompt, seed, session."""
-    eager = ChunkGenerator(models, StageTimer(CPU))
-    recorded = ChunkGenerator(models, StageTimer(CPU), new_capture=FakeGraphs)
+    models = replace(models, config=replace(CONFIG, chunk=replace(CHUNK, frame_num=frame_num)))
+    eager, voice = ChunkGenerator(models, StageTimer(CPU)), partial(window, config=models.config)
+    conditions = eager.prepare(IMAGE, IDS)
+    recorded = ChunkGenerator(with_pairs(models) if paired else models, StageTimer(CPU), new_capture=FakeGraphs)
     other = eager.prepare(IMAGE.flip(2), IDS[1:])
     state = eager.start(conditions, seed=2**63 + 5)
     states, kept = [state], []
     for c in range(6):
         portrait = other if c > 3 else conditions
-        want, after = collect(eager.chunk(portrait, state, window(c)))
-        got, same = collect(recorded.chunk(portrait, state, window(c)))
+        want, after = collect(eager.chunk(portrait, state, voice(c)))
+        got, same = collect(recorded.chunk(portrait, state, voice(c)))
         assert torch.equal(got, want)
         kept.append((same.motion, after.motion))
         state = replace(after, seed=8) if c == 2 else after
         states.append(state)
     assert all(torch.equal(*motion) for motion in kept)  # still, as a state is a value
-    assert torch.equal(states[1].motion, collect(eager.chunk(conditions, states[0], window(0)))[1].motion)
+    assert torch.equal(states[1].motion, collect(eager.chunk(conditions, states[0], voice(0)))[1].motion)
     # A session that begins, or stops inside a chunk, leaves what was recorded as it is.
     for c in (0, 0, 0, 5):
-        next(recorded.chunk(conditions, states[c], window(c)))
-        want, _ = collect(eager.chunk(conditions, states[c], window(c)))
-        assert torch.equal(collect(recorded.chunk(conditions, states[c], window(c)))[0], want)
+        next(recorded.chunk(conditions, states[c], voice(c)))
+        want, _ = collect(eager.chunk(conditions, states[c], voice(c)))
+        assert torch.equal(collect(recorded.chunk(conditions, states[c], voice(c)))[0], want)
 
 
 def test_audio_is_absorbed_once_a_chunk_or_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +150,12 @@ def drawn_in(chunk: Generator[Frames, None, State]) -> tuple[list[Tensor], State
 
 
 @torch.inference_mode()
-def test_any_order_that_waits_allow_gives_the_same(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_any_order_that_waits_allow_gives_the_same(
+    models: Models, paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of what recorded chunks give to streams, also where the portrait, the seed or the session changes."""
+    models = with_pairs(models) if paired else models
     orders = EveryOrder()
     monkeypatch.setattr("streaming.generator.SideStream", orders.new_stream)
     generator = ChunkGenerator(models, StageTimer(CPU), new_capture=FakeGraphs)
@@ -161,10 +175,12 @@ def test_any_order_that_waits_allow_gives_the_same(models: Models, monkeypatch: 
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("paired", [False, True])
 def test_no_memory_is_given_away_while_another_lane_may_read_it(
-    models: Models, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+    models: Models, conditions: Conditions, paired: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stages are launched, not recorded, and sound is heard beside them."""
+    models = with_pairs(models) if paired else models
     streams = MemoryReuse()
     monkeypatch.setattr("streaming.generator.SideStream", streams.new_stream)
     generator = ChunkGenerator(models, StageTimer(CPU))

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.rms_norm_silu import launch_rms_norm_silu, reference
+from kernels.common import FP8
+from kernels.rms_norm_silu import fp8_out_scale, launch_rms_norm_silu, reference
+from profiling.measure.check import poisoned_memory
 
 
 def pixels(*shape: int) -> Tensor:
@@ -45,3 +47,31 @@ def test_half_precision():
     y = launch_rms_norm_silu(x, gamma)
     expected = reference(x.double(), gamma.double())
     torch.testing.assert_close(y, expected.half(), rtol=2e-3, atol=1e-3)
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.sampled_from([2, 3, 24, 96]), st.integers(1, 5), st.integers(1, 5),
+    st.booleans(), st.sampled_from([1, 4, 16]), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99),
+)  # fmt: skip
+def test_the_tail_has_the_last_frames_again(frames, kept, channels, rows, columns, silu, block, dtype, seed):
+    """Bit for bit, from programs that have pixels before and in the tail; nothing beside the tail is written."""
+    torch.manual_seed(seed)
+    kept = min(kept, frames)
+    x, gamma = pixels(frames, channels, rows, columns).to(dtype), (1 + torch.randn(channels) / 4).to(dtype)
+    memory = torch.full((kept + 2, rows, columns, channels), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+    config = {"PIXELS": block, "num_warps": 4}
+    with poisoned_memory():
+        y = launch_rms_norm_silu(x, gamma, silu, tail=memory[1:-1], config=config)
+    assert torch.equal(y, launch_rms_norm_silu(x, gamma, silu, config=config))
+    assert torch.equal(memory[1:-1], y[-kept:])
+    assert memory[0].isnan().all()
+    assert memory[-1].isnan().all()
+
+
+def test_an_e4m3_tail_is_the_result_again():
+    """The interpreter rounds to e4m3 in its own way, but twice the same."""
+    x, gamma = pixels(3, 12, 3, 4), torch.randn(12)
+    tail = torch.full_like(x[:2], torch.nan).to(FP8)
+    y = launch_rms_norm_silu(x, gamma, True, fp8_out_scale(gamma), tail)
+    assert torch.equal(tail.view(torch.uint8), y[1:].view(torch.uint8))

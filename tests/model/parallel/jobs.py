@@ -1,5 +1,6 @@
 """What ranks compute in the tests of model/parallel, and what one rank computes: the same functions without ranks."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -138,9 +139,12 @@ def _window(config: Config) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def decoded(ranks: Ranks | None, name: str) -> Tensor:
-    """The frames of a chunk, of all rows or of the rank's."""
+def decoded(ranks: Ranks | None, name: str, paired: bool = False) -> Tensor:
+    """The frames of a chunk, of all rows or of the rank's; with `paired`, norms write the past frames."""
     config, vae, random = CONFIGS[name], models(name).vae, torch.Generator().manual_seed(1)
+    if paired:
+        vae = copy.deepcopy(vae)
+        vae.pair_caches()
     latents = torch.randn(config.latent_shape, generator=random)
     rows = None if ranks is None else RowSplit.of_rows(ranks, config.latent_shape[2])
     state, frames = None, []

@@ -83,6 +83,16 @@ def test_decoder_and_encoder(pool: RankPool, world: int, name: str) -> None:
         assert error(latents, jobs.encoded(None, name)) < EXACT
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_past_frames_that_norms_write_are_right_at_the_edges_too(pool: RankPool, world: int) -> None:
+    """Bit for bit as they are copied, on every rank; and with the bytes that are sent for that."""
+    layout = world, jobs.degree("odd", world)
+    assert all(map(torch.equal, pool.run(*layout, jobs.decoded, "odd", True), pool.run(*layout, jobs.decoded, "odd")))
+    assert pool.run(*layout, jobs.counted, jobs.decoded, "odd", True) == pool.run(
+        *layout, jobs.counted, jobs.decoded, "odd"
+    )
+
+
 @pytest.mark.parametrize(("world", "ulysses"), [(2, 2), (3, 1), (4, 2)])
 def test_bytes_of_attention(pool: RankPool, world: int, ulysses: int) -> None:
     """q, k, v go out and the output comes back: (U - 1) / U of them; keys and values go round the ring."""
