@@ -183,7 +183,7 @@ class Head(nn.ModuleDict):
         x = rms_norm_silu(x, norm.gamma, True, None, tail)
         if emit:
             return conv(x, cache, rows=rows)
-        nothing = x[:0, : len(conv.weight)]
+        nothing = x.new_empty(0, len(conv.weight), *x.shape[2:])
         if rows is None:
             return nothing, conv.update_cache(x, cache)
         slab, edges = cache or (None, None)
