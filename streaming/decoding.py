@@ -4,6 +4,7 @@ libsndfile reads the files that it knows, to the very sample. FFmpeg reads every
 channels, because it knows which of them is the centre.
 """
 
+import codecs
 import os
 import re
 import stat
@@ -27,6 +28,7 @@ from model.files import placeholder
 LOUDEST = 100  # in units of full scale; a file with larger samples does not hold sound in [-1, 1]
 FILE_RATES = range(1_000, 768_001)  # Hz, that recordings may have
 SNIFFED = 4096  # bytes that `is_container` needs to know every kind
+_FEWEST_CHARACTERS = 8  # different ones that a text has
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 _FIVE_CHANNELS = 1 + 2 * 0.5**0.5  # what ITU-R BS.775 adds up in a channel of the stereo mix
 _KNOWN = "give WAV, FLAC, OGG, MP3, M4A or WebM"
@@ -99,8 +101,11 @@ class SndfileDecoder(Decoder):
         """Whether no other decoder might make more of the file.
 
         The header of an unfinished recording may tell of no samples though there are some, channels of surround sound
-        have unknown places, and libsndfile takes the padding of WAV files in GSM 6.10 for a block of samples.
+        have unknown places, and libsndfile takes the padding of WAV files in GSM 6.10 for a block of samples. But of
+        big-endian WAV files FFmpeg makes noise.
         """
+        if (self.file.format, self.file.endian) == ("WAV", "BIG"):
+            return True
         padded = (self.file.format, self.file.subtype) == ("WAV", "GSM610")
         whole = self.file.frames > 0 or _is_whole_riff(self._path)
         return whole and self.file.channels <= 2 and not padded
@@ -245,12 +250,26 @@ def open_decoder(path: str) -> Decoder:
     except UserError as error:
         file.close()
         if known is None:
-            instead = placeholder(Path(path))
+            instead = placeholder(Path(path)) or _without_index(Path(path))
             raise (UserError(f"{path!r} {instead}") if instead else error) from error.__cause__
         return known
     if known is not None:
         known.close()
     return decoder
+
+
+def _without_index(path: Path) -> str | None:
+    """What is wrong with an MP4 or QuickTime file whose index is missing, as the end of a sentence; None for others."""
+    with path.open("rb") as file:
+        found = []
+        while len(head := file.read(8)) == 8 and head[4:] in _BOXES:
+            found.append(head[4:])
+            size = int.from_bytes(head[:4], "big")
+            size = int.from_bytes(file.read(8), "big") - 8 if size == 1 else size
+            file.seek(size - 8 if size >= 8 else 0, os.SEEK_CUR if size >= 8 else os.SEEK_END)
+    if not found or b"moov" in found:
+        return None
+    return "is a film or M4A file without its index, as after an interrupted copy; copy or record it again"
 
 
 def _known_to_libsndfile(path: str) -> SndfileDecoder | None:
@@ -259,15 +278,24 @@ def _known_to_libsndfile(path: str) -> SndfileDecoder | None:
     return None
 
 
+BIG_ENDIAN_WAV = b"RIFX"  # its first bytes
 # First bytes of RIFF, RF64, W64, FLAC, Ogg, tagged MP3, AU, AIFF, CAF, AMR, Matroska and WebM, ASF, WavPack, FLV, and
 # of MPEG program streams.
 _MAGIC = (
-    *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b".snd", b"FORM", b"caff", b"#!AMR"),
+    *(b"RIFF", b"RF64", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b".snd", b"FORM", b"caff", b"#!AMR"),
     *(b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvpk", b"FLV", b"\0\0\1\xba"),
 )
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # that MP4 and QuickTime begin with, after their size
 _PACKET = 188  # bytes, of an MPEG transport stream; each packet begins with a "G"
 _MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe5\xf0-\xf5\xf8-\xfd][^\xff]")  # of MP2, MP3, or AAC in ADTS
+_AAC, _LAYER_3, _LAYER_2, _MPEG_1 = 0, 1, 2, 3  # in a frame's header
+_HALVINGS = {3: 0, 2: 1, 0: 2}  # of the sampling rate, in MPEG 1, 2 and 2.5
+_MPEG_RATES = (44_100, 48_000, 32_000)
+_MPEG_KBITS = {  # kbit/s by the number in the header: in layers of MPEG 1, and in both layers of the others
+    _LAYER_2: (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 0),
+    _LAYER_3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
+    None: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
+}
 
 
 # First bytes, longer than chance would make raw samples have, of files without sound.
@@ -286,7 +314,15 @@ _SOUNDLESS = {
 
 def soundless_kind(head: bytes) -> str | None:
     """The kind of file without sound that a stream with this beginning is, such as "a PNG picture"; None if of none."""
-    return next((kind for magic, kind in _SOUNDLESS.items() if head.startswith(magic)), None)
+    kind = next((kind for magic, kind in _SOUNDLESS.items() if head.startswith(magic)), None)
+    return kind or ("text" if _is_text(head) else None)
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether these bytes are some different characters of UTF-8: as raw samples, all would be far from zero."""
+    characters = set(codecs.getincrementaldecoder("utf-8")("replace").decode(head))  # the last may be cut off
+    readable = all((c.isprintable() and c != "\ufffd") or c.isspace() for c in characters)
+    return readable and len(characters) >= _FEWEST_CHARACTERS
 
 
 def is_container(head: bytes) -> bool:
@@ -296,10 +332,29 @@ def is_container(head: bytes) -> bool:
     packets = {head[k : k + _PACKET] for k in range(0, len(head), _PACKET)}
     if len(packets) >= 3 and all(packet.startswith(b"G") for packet in packets):  # a steady tone has equal packets
         return True
-    # Raw samples may look like one frame of MPEG audio, but not like three of the same kind.
-    return bool(_MPEG_FRAME.match(head)) and sum(_kind(head[k:]) == _kind(head) for k in range(len(head) - 3)) >= 3
+    return _begins_with_mpeg_frames(head)
 
 
-def _kind(frame: bytes) -> bytes:
-    """What is the same in the headers of all frames of a stream: layer, sampling rate, channels."""
-    return bytes(byte & mask for byte, mask in zip(frame[:4], b"\xff\xff\x0c\xc0", strict=True))
+def _begins_with_mpeg_frames(head: bytes) -> bool:
+    """Whether three frames of MPEG audio follow each other. Raw samples may look like one, or like equal ones."""
+    at = 0
+    for _ in range(3):
+        size = _frame_size(head[at : at + 6])
+        if not size:
+            return False
+        at += size
+    return True
+
+
+def _frame_size(header: bytes) -> int:
+    """Bytes of the frame of MP2, MP3 or AAC in ADTS whose first six bytes these are; 0 if there is none."""
+    if len(header) < 6 or not _MPEG_FRAME.match(header):
+        return 0
+    version, layer, rate = header[1] >> 3 & 3, header[1] >> 1 & 3, header[2] >> 2 & 3
+    if layer == _AAC:
+        return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
+    if rate == len(_MPEG_RATES):
+        return 0
+    kbits = _MPEG_KBITS[layer if version == _MPEG_1 else None][header[2] >> 4]
+    samples = 576 if layer == _LAYER_3 and version != _MPEG_1 else 1152
+    return samples * 125 * kbits // (_MPEG_RATES[rate] >> _HALVINGS[version]) + (header[2] >> 1 & 1)

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from model.config import ChunkConfig
 from model.errors import UserError
-from streaming.decoding import FILE_RATES, SNIFFED, Block, FFmpegDecoder, is_container, open_decoder, soundless_kind
+from streaming.decoding import (
+    BIG_ENDIAN_WAV,
+    FILE_RATES,
+    SNIFFED,
+    Block,
+    FFmpegDecoder,
+    is_container,
+    open_decoder,
+    soundless_kind,
+)
 
 SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
 CANCELLED = 0.1  # power of two channels' sum over that of their difference, below which they cancel each other out
@@ -168,6 +177,8 @@ class StdinSource(Source):
             raise UserError(
                 f"standard input is {kind}, not sound; pipe in a recording, or 16-bit little-endian mono PCM"
             )
+        if head.startswith(BIG_ENDIAN_WAV):
+            raise UserError("a big-endian WAV file on standard input cannot be read as a stream; name the file")
         if is_container(head):
             yield from self._decoded(head)
             return
@@ -189,6 +200,8 @@ class StdinSource(Source):
         try:
             decoder = FFmpegDecoder(self._file, "standard input", head)
         except UserError as error:
+            if error.__cause__ is None:  # it was read, and holds no sound
+                raise
             raise UserError("the recording on standard input cannot be read as a stream; name its file") from error
         yield from _slices(decoder.blocks(), decoder.rate, self.chunk, self.rate, self.channels)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from model.config import ChunkConfig
 from model.errors import UserError
-from streaming.decoding import SndfileDecoder, is_container
+from streaming.decoding import SndfileDecoder, is_container, soundless_kind
 from streaming.sources import SOUND_RATE, FileSource, Slice, Source, StdinSource, open_source
 
 CHUNK = ChunkConfig()
@@ -481,10 +481,12 @@ def test_containers_on_stdin(tmp_path: Path, name: str) -> None:
     assert level(speech[4000:20000]) == pytest.approx(level(voice(1.5, rate, channels).mean(axis=1)), abs=2)
 
 
-def test_mp3_on_stdin_without_any_tag(tmp_path: Path) -> None:
-    path = Path(recorded(tmp_path / "a.mp3", "mp3", "libmp3lame", voice(1, 44100), 44100, id3v2_version="0"))
+@pytest.mark.parametrize(("codec", "rate"), [*(("libmp3lame", r) for r in (44100, 32000, 24000, 8000)), ("mp2", 22050)])
+def test_mpeg_audio_on_stdin_without_any_tag(tmp_path: Path, codec: str, rate: int) -> None:
+    form, options = ("mp2", {}) if codec == "mp2" else ("mp3", {"id3v2_version": "0"})
+    path = Path(recorded(tmp_path / "a.mp3", form, codec, voice(1, rate), rate, **options))
     assert path.read_bytes()[0] == 0xFF
-    assert 1 <= len(joined(StdinSource(piped(path.read_bytes()), CHUNK))[0]) / 16000 < 1.1
+    assert 1 <= len(joined(StdinSource(piped(path.read_bytes()), CHUNK))[0]) / 16000 < 1.3
 
 
 @pytest.mark.parametrize("box", [b"wide", b"free", b"skip"])
@@ -522,6 +524,7 @@ def test_bad_samples_in_a_stream() -> None:
 @example(value=-3585, kind="tone", seed=0)  # 0xF1FF, as AAC begins
 @example(value=0x4747, kind="still", seed=0)  # "G", as packets of MPEG-TS begin
 @example(value=0x47, kind="steady", seed=0)
+@example(value=-1281, kind="steady", seed=0)  # 0xFAFF, as MP3 begins, again and again
 @given(
     value=st.integers(-(2**15), 2**15 - 1),
     kind=st.sampled_from(["still", "noise", "tone", "steady"]),
@@ -535,7 +538,9 @@ def test_raw_samples_are_no_container(value: int, kind: str, seed: int) -> None:
         "tone": np.concatenate([[value], 9000 * np.sin(np.arange(2047) / 5)]),
         "steady": np.resize([value, *range(93)], 2048),  # with the period of packets of MPEG-TS
     }[kind]
-    assert not is_container(samples.astype("<i2").tobytes())
+    data = samples.astype("<i2").tobytes()
+    assert not is_container(data)
+    assert soundless_kind(data) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
@@ -545,6 +550,45 @@ def test_a_picture_on_standard_input_is_no_sound(kind: str) -> None:
     file.seek(0)
     with pytest.raises(UserError, match=f"standard input is a {kind} picture, not sound"):
         next(iter(StdinSource(file, CHUNK)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html>\n<html><head><title>Not found</title></head></html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 465658\n",
+        ("Ein Gru\u00df, der nicht klingt.\r\n" * 300).encode()[:-1],
+    ],
+)
+def test_text_on_standard_input_is_no_sound(content: bytes) -> None:
+    with pytest.raises(UserError, match="standard input is text, not sound; pipe in a recording"):
+        next(iter(StdinSource(piped(content), CHUNK)))
+
+
+def test_big_endian_wav(tmp_path: Path) -> None:
+    """FFmpeg takes its samples for little-endian ones, so that libsndfile reads it, if it can be sought in."""
+    for channels in (1, 2, 3):
+        path = tmp_path / f"{channels}.wav"
+        signal = voice(1, 16000, channels)
+        soundfile.write(path, signal, 16000, endian="BIG")
+        assert path.read_bytes()[:4] == b"RIFX"
+        with open_source(str(path), CHUNK) as source:
+            np.testing.assert_allclose(joined(source)[0], signal.reshape(len(signal), -1).mean(axis=1), atol=1e-4)
+        with pytest.raises(UserError, match="big-endian WAV file on standard input cannot be read as a stream"):
+            next(iter(StdinSource(piped(path.read_bytes()), CHUNK)))
+
+
+def test_a_film_without_its_index_is_told_so(tmp_path: Path) -> None:
+    path = Path(recorded(tmp_path / "a.m4a", "ipod", "aac", voice(1, 48000), 48000))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"moov") - 4])
+    with pytest.raises(UserError, match=r"a\.m4a' is a film or M4A file without its index"):
+        open_source(str(path), CHUNK)
+
+
+def test_an_empty_recording_on_standard_input_holds_no_sound() -> None:
+    with pytest.raises(UserError, match="standard input holds no sound that can be decoded"):
+        next(iter(StdinSource(piped(wav_header(0)), CHUNK)))
 
 
 @pytest.mark.parametrize("buffering", [0, -1])
