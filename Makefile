@@ -55,7 +55,7 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint audit
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2 --dist worksteal
 	$(BIN)/python -m pytest -m gpu
 
 clean:
