@@ -8,7 +8,7 @@ public function checks its arguments with `check` and calls the op.
 import functools
 import importlib.util
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -23,6 +23,8 @@ MIN_SCALE = 1e-12  # the smallest quantisation scale, so that rows of zeros can 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as in cases and tuned tables
 QUANTIZED_NAMES = {FP8: "fp8", torch.int8: "int8"}  # of operands with scales
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Layout = Literal["rows", "tokens", "contiguous", "channels_last"]
 
 OPS: dict[str, "Op"] = {}  # all operations that `define_op` has made, by name
@@ -49,15 +51,15 @@ def installed(module: str) -> bool:
         return False
 
 
-def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(implementation: Callable[P, T]) -> Callable[P, T]:
     """The implementation with the same results under `torch.autocast`, which would change dtypes inside it."""
 
     @functools.wraps(implementation)
-    def run(*args: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):  # 1 us; disabling takes 16 us
-            return implementation(*args)
+            return implementation(*args, **kwargs)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return implementation(*args)
+            return implementation(*args, **kwargs)
 
     return run
 

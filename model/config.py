@@ -397,6 +397,7 @@ _FIXED: dict[str, Any] = {
     "activation": "gelu",
     "attn_scales": [],
 }
+_JSON_TYPES = {tuple: (list, tuple), float: (float, int)}  # where they differ from the type of the field
 _UNUSED = {"dropout", "embed_dim", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"}
 
 
@@ -414,10 +415,12 @@ def from_official(cls: type[C], values: Mapping[str, Any]) -> C:
     Keys that begin with `_` (notes by diffusers) and settings of unused parts are dropped. Raises `UserError` for a
     setting that is not implemented, so none is ignored silently.
     """
-    names = {f.name for f in dataclasses.fields(cls)}
+    types = {f.name: type(getattr(cls(), f.name)) for f in dataclasses.fields(cls)}
     kept = {}
     for key, value in values.items():
-        if key in names:
+        if key in types:
+            if type(value) not in _JSON_TYPES.get(types[key], (types[key],)):
+                raise UserError(f"{key} = {value!r} is no value of this setting, whose type is {types[key].__name__}")
             kept[key] = tuple(value) if isinstance(value, list) else value
         elif key in _FIXED:
             if value != _FIXED[key]:

@@ -28,7 +28,7 @@ def replacing(path: Path, temporary_name: str | None = None) -> Iterator[Path]:
     block raises, the temporary file is removed and `path` keeps its content.
 
     The temporary file lies beside the file that is replaced, as `.NAME.tmp` unless `temporary_name` is given. A killed
-    process leaves it behind, and the next writer overwrites it. For what is written into, it lies in the system's
+    process leaves it behind, and the next writer deletes it. For what is written into, it lies in the system's
     folder for temporary files.
     """
     if _is_stream(path):
@@ -40,6 +40,7 @@ def replacing(path: Path, temporary_name: str | None = None) -> Iterator[Path]:
         return
     target = path.resolve()
     temporary = target.with_name(temporary_name or f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link that somebody else has put there
     try:
         yield temporary
         _copy_permissions(target, temporary)
@@ -54,9 +55,22 @@ def check_replaceable(path: Path) -> None:
     """Raises the OSError that `replacing` would meet at `path`; writes nothing there."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if path.is_socket():
+        raise OSError(errno.ENXIO, "it is a socket")
     if not _is_stream(path):
-        with tempfile.NamedTemporaryFile(dir=path.resolve().parent):
-            pass
+        target = path.resolve()
+        temporary = target.with_name(f".{target.name}.tmp")  # whose name may be too long, where that of the file is not
+        with suppress(FileExistsError), temporary.open("xb"):
+            temporary.unlink()
+
+
+def refuse_to_replace(out: str | Path, **inputs: object) -> None:
+    """Raises `UserError` if `out` leads to a file among the inputs, which are named by what they are."""
+    for kind, path in inputs.items():
+        if isinstance(path, str | Path) and Path(path).is_file() and Path(out).exists() and Path(out).samefile(path):
+            raise UserError(
+                f"{str(out)!r} is the {kind} itself, which would be lost; name another place for what is made"
+            )
 
 
 def _is_stream(path: Path) -> bool:

@@ -3,6 +3,7 @@
 What the converted checkpoint holds is described in `model.weights.quantize`.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def run(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: PyTorch sees no such device here; use cpu")
     paths = find_student_shards(checkpoint)
-    if out.resolve() == checkpoint.resolve():
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
         raise UserError(f"--out {out}: this is the checkpoint itself; name another folder")
     values = read_json(checkpoint / "config.json")
     try:

@@ -47,6 +47,14 @@ def parse(content: bytes, source: str) -> Run:
 
 def from_json(values: Any, source: str) -> Run:
     """The run that JSON values describe, see `load`; `source` is what errors call them by."""
+    run = _run_of(values, source)
+    for case in run.cases:
+        if (least := min((x for m in case.measurements for x in m.samples), default=0.0)) < 0:
+            raise UserError(f"{source} is damaged: {case.case} took {least} s, wanted no negative time")
+    return run
+
+
+def _run_of(values: Any, source: str) -> Run:
     if (run := from_own_json(values, source)) is not None:
         return as_peers(run) if of_another_program(run) else run
     try:

@@ -18,7 +18,7 @@ import typer
 try:
     from model.command import spell_what_cannot_be_printed
     from model.errors import UserError
-    from model.files import check_replaceable, replacing
+    from model.files import check_replaceable, refuse_to_replace, replacing
     from streaming.options import (
         CheckpointOption,
         CompiledOption,
@@ -131,8 +131,10 @@ def run(
         from streaming.sources import open_source
 
         load = _loader(checkpoint, preset, size, device, precision, steps, compiled, wav2vec, random_weights)
+    if _leads():
+        refuse_to_replace(out, portrait=image, voice=audio)
     if report is not None and _leads():
-        if report.resolve() in {Path(name).resolve() for name in (image, audio, out)}:
+        if os.path.realpath(report) in map(os.path.realpath, (image, audio, out)):
             raise UserError(f"--report {report}: that is another of the files named; name a new one")
         _write_whole(report, None)
     pipeline = load(frames=frames, shift=shift, color=color, noise=noise, lazy=True)
@@ -222,7 +224,9 @@ def live(
         raise UserError(f"--audio {audio}: a live session hears standard input, '-'; `run` takes files")
     if rate not in FILE_RATES:
         raise UserError(f"--rate {rate}: name {FILE_RATES.start} to {FILE_RATES.stop - 1} samples a second")
+    refuse_to_replace(out, portrait=image)
     if report is not None:
+        refuse_to_replace(report, portrait=image)
         _write_whole(report, None)
     pipeline = load(lazy=True)
     facts = {"prompt": prompt, "seed": seed}

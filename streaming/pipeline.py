@@ -29,9 +29,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from kernels.common import without_autocast
 from model.command import check_choice
 from model.config import DEFAULT_PROMPT
 from model.errors import UserError
+from model.files import refuse_to_replace
 from model.image import load_image, resize_center_crop
 from model.parallel.ranks import Ranks
 from model.parallel.rows import RowSplit
@@ -174,6 +176,7 @@ class TalkingHeadPipeline:
         TokenSplit.of_grid(self._ranks, self.config.grid, self.device)
         RowSplit.of_rows(self._ranks, self.config.latent_shape[2])
 
+    @without_autocast
     def load(self) -> Models:
         """The networks, which the first call loads. Sets cuDNN's float32 convolutions to full precision."""
         if self._models is None:
@@ -231,6 +234,7 @@ class TalkingHeadPipeline:
                     following[key] = FollowingGenerator(self._generator(*key), self._group)
                 following[key].repeat(kind, *inputs)
 
+    @without_autocast
     def portrait(self, image: Picture) -> NDArray[np.uint8]:
         """The portrait in the size of the video, RGB bytes [height, width, 3].
 
@@ -250,6 +254,7 @@ class TalkingHeadPipeline:
             resize_center_crop(keep_face(picture.convert("RGB"), height, width), height, width).permute(1, 2, 0).numpy()
         )
 
+    @without_autocast
     def stream(
         self,
         image: Picture,
@@ -289,6 +294,7 @@ class TalkingHeadPipeline:
             groups = play(*run_of, self.config.chunk, self.timer)
             return VideoStream(groups, source, self.config.chunk.tgt_fps, stack.pop_all().close)
 
+    @without_autocast
     def generate(
         self,
         image: Picture,
@@ -316,6 +322,7 @@ class TalkingHeadPipeline:
             stack.enter_context(self.leading())
             source = self._open(audio, stack)
             if not isinstance(out, Sink):
+                refuse_to_replace(out, portrait=image, voice=audio)
                 geometry = (chunk.width, chunk.height, chunk.tgt_fps, source.rate, source.channels)
                 out = stack.enter_context(open_sink(str(out), *geometry))
             stack.enter_context(self._exclusive())
@@ -325,6 +332,7 @@ class TalkingHeadPipeline:
                 on_progress(progress)
             return progress
 
+    @without_autocast
     def live(
         self,
         image: Picture,
@@ -455,6 +463,7 @@ class TalkingHeadPipeline:
         self.settings["chunk"] = asdict(self.config.chunk)
         self._generators.clear()
 
+    @without_autocast
     def _chunk_seconds(self, size: Size) -> float:
         """Seconds that a chunk takes in this size, infinity if there is too little memory."""
         self._resize(size)

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.common import without_autocast
 from streaming.session import Group
 from streaming.sources import SOUND_RATE, Source
 from streaming.writer import check_finite
@@ -49,6 +50,7 @@ class VideoStream:
     def __iter__(self) -> Self:
         return self
 
+    @without_autocast
     def __next__(self) -> VideoFrames:
         try:
             group = next(self._groups)

@@ -97,6 +97,10 @@ class ShardReader:
             if stored.dtype not in FLOATS:
                 raise UserError(f"{stored.path}: tensor {name} is {stored.dtype}; give weights in bf16, fp32 or fp8")
             scale = self._scales.get(name)
+            if scale is None and self._scales and stored.dtype.startswith("F8") and len(stored.shape) == 2:
+                raise UserError(f"{stored.path}: tensor {name} has no scale, though others do; download the file again")
+            if scale is not None and scale.dtype not in FLOATS:
+                raise UserError(f"{scale.path}: the scale of {name} is {scale.dtype}; give scales in fp32 or bf16")
             if scale is not None and math.prod(scale.shape) not in (1, stored.shape[0]):
                 shape = list(scale.shape)
                 raise UserError(f"{scale.path}: {name} has scales {shape}, expected one, or one for each row")
@@ -201,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises `UserError`, which names the file, if it holds none."""
     try:
         values = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object")

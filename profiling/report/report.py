@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from model.errors import UserError
+from model.files import refuse_to_replace
 from profiling.analyse.targets import MISSED, TargetResult, read_targets
 from profiling.analyse.verdicts import Comparison
 from profiling.ceilings import with_launched_copy
@@ -84,6 +85,8 @@ class Evidence:
 def report_command(run: Path, out: Path | None, png: Path | None, results: Path, targets: Path, json: bool) -> int:
     """Implements `python -m profiling report`: writes the requested page and figures, or else prints tables."""
     found = gather_evidence(run, results, targets)
+    if out:
+        refuse_to_replace(out, run=run)
     if out or png:
         drawn = draw_figures(found)
         files: dict[Path, str | bytes] = {out: render_page(found, drawn)} if out else {}

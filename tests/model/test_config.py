@@ -69,5 +69,9 @@ def test_official_settings_that_are_not_implemented_are_refused() -> None:
     assert from_official(DiTConfig, {"_class_name": "x", "qk_norm": True, "patch_size": [1, 2, 2]}) == DiTConfig()
     with pytest.raises(UserError, match="qk_norm"):
         from_official(DiTConfig, {"qk_norm": False})
+    for wrong in ("64", [64], 64.0, True, None):
+        with pytest.raises(UserError, match=r"^dim = .* is no value of this setting, whose type is int$"):
+            from_official(DiTConfig, {"dim": wrong})
+    assert from_official(DiTConfig, {"eps": 1}).eps == 1
     with pytest.raises(UserError, match="mystery"):
         from_official(DiTConfig, {"mystery": 1})

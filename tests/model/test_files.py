@@ -3,17 +3,20 @@
 import os
 import pty
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.files import check_replaceable, replacing, unreadable
+from model.errors import UserError
+from model.files import check_replaceable, refuse_to_replace, replacing, unreadable
 
 
 def names(folder: Path) -> list[str]:
@@ -103,6 +106,16 @@ def test_a_killed_process_leaves_a_file_that_the_next_writer_overwrites(tmp_path
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a.json"]
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "another").write_text("kept")
+    (tmp_path / ".a.json.tmp").symlink_to("another")
+    with replacing(tmp_path / "a.json") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "another").read_text() == "kept"
+    assert (tmp_path / "a.json").read_text() == "new"
+    assert not (tmp_path / "a.json").is_symlink()
 
 
 # --- What is replaced, and what is written into ---------------------------------------------------------------------
@@ -218,6 +231,31 @@ def test_what_cannot_be_replaced_is_known_beforehand(tmp_path: Path, name: str) 
     check_replaceable(tmp_path / "file")
     check_replaceable(tmp_path / "new")
     assert names(tmp_path) == before
+
+
+def test_names_too_long_for_a_temporary_file_and_sockets_are_known_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too long"):
+        check_replaceable(tmp_path / ("n" * 252))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        with pytest.raises(OSError, match="it is a socket"):
+            check_replaceable(tmp_path / "s")
+    (tmp_path / ".file.tmp").write_text("of a killed process")
+    check_replaceable(tmp_path / "file")
+    assert names(tmp_path) == [".file.tmp", "s"]
+
+
+@pytest.mark.parametrize("name", ["file", "link", "hard link", "folder/../file"])
+def test_what_is_read_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "hard link").hardlink_to(tmp_path / "file")
+    with pytest.raises(UserError, match="is the voice itself, which would be lost; name another place"):
+        refuse_to_replace(tmp_path / name, portrait=np.zeros(3), voice=str(tmp_path / "file"))
+    refuse_to_replace(tmp_path / "new", voice=tmp_path / "file")
+    refuse_to_replace("-", voice="-")
+    refuse_to_replace("/dev/null", voice="/dev/null")
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------------

@@ -160,6 +160,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "NaN": (with_q(last_row_nan), "holds NaN or infinite numbers: download it again"),
     "NaN in e4m3": (with_q(lambda x: last_row_nan(x).to(E4M3)), "holds NaN or infinite numbers: download it again"),
+    "scales of some": (
+        lambda name, x: {name: x.to(E4M3)} if name == Q else scaled(name, x, E4M3, "scale_weight"),
+        f"tensor {Q} has no scale, though others do; download the file again",
+    ),
+    "scales of integers": (
+        with_q(lambda x: x.to(E4M3), scale_weight=torch.tensor(127, dtype=torch.uint8)),
+        f"the scale of {Q} is U8; give scales in fp32 or bf16",
+    ),
     "an infinite scale": (
         with_q(lambda x: x.to(E4M3), scale_weight=torch.tensor(torch.inf)),
         "holds NaN or infinite numbers: download it again",

@@ -124,6 +124,13 @@ def test_what_is_no_number_of_seconds_is_refused(benchmark_file: Path, bad: obje
     assert str(caught.value) == f"file is damaged: {name} is {bad!r}, wanted a finite number"
 
 
+def test_a_negative_time_is_refused(benchmark_file: Path) -> None:
+    values = json.loads(benchmark_file.read_text())
+    values["benchmarks"][0]["stats"]["data"][3] = -1e-3
+    with pytest.raises(UserError, match=r"^file is damaged: norm/tiny/fp32 took -0\.001 s, wanted no negative time$"):
+        from_json(values, "file")
+
+
 @pytest.mark.parametrize("spoil", ["stats", "fullname"])
 def test_a_damaged_pytest_benchmark_file_is_refused(benchmark_file: Path, spoil: str) -> None:
     values = json.loads(benchmark_file.read_text())

@@ -190,6 +190,9 @@ MISTAKES = {
     "two lines in a name": ["--image", "{}/a\nb.png"],
     "no name": ["--out", "{}/.mp4"],
     "report over the voice": ["--report", "{}/voice.wav"],
+    "video over the voice": ["--out", "{}/voice.wav"],
+    "video over the portrait": ["--out", "{}/portrait.png"],
+    "report at links in a circle": ["--report", "{}/circle"],
     "steps in words": ["--steps", "four"],
     "unknown option": ["--quality", "high"],
     "14B without weights": ["--preset", "flashtalk-14b"],
@@ -224,6 +227,7 @@ def bad_files(tmp_path: Path) -> None:
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "other.png").write_text("mine")
+    (tmp_path / "circle").symlink_to("circle")
 
 
 @pytest.mark.usefixtures("bad_files")
@@ -237,7 +241,7 @@ def test_a_mistake_costs_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     option, value = MISTAKES[mistake]
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
     good = {"--image": portrait, "--audio": voice, "--out": tmp_path / "out.mp4"}
     arguments = good | {option: value.format(tmp_path)}
     assert call(monkeypatch, *[x for pair in arguments.items() for x in pair]) == 2
@@ -246,7 +250,13 @@ def test_a_mistake_costs_one_line(
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
     assert "Traceback" not in err
-    assert sorted(tmp_path.rglob("*")) == before
+    after = {path: path.lstat() for path in tmp_path.rglob("*")}
+    assert after.keys() == before.keys()
+    assert all(
+        (s.st_ino, s.st_mtime_ns) == (after[path].st_ino, after[path].st_mtime_ns)
+        for path, s in before.items()
+        if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("fault", ["truncated shard", "missing tensor"])

@@ -269,6 +269,30 @@ def test_a_call_that_does_not_fit_is_one_line() -> None:
         assert len(frames_of(ours.stream(portrait(), (voice(1), RATE)))) == 1  # and the pipeline is as before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_it_changes_nothing(dtype: torch.dtype) -> None:
+    def video() -> np.ndarray:
+        with pipeline() as ours:
+            return frames_of(ours.stream(portrait(), (voice(NEW), RATE)))
+
+    plain = video()
+    with torch.autocast("cpu", dtype):
+        assert (video() == plain).all()
+    with pipeline() as ours:
+        stream = ours.stream(portrait(), (voice(NEW), RATE))
+        with torch.autocast("cpu", dtype):
+            first = next(stream).rgb
+    assert (first == plain[: len(first)]).all()
+
+
+def test_a_recording_is_not_replaced_by_its_video(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "voice.wav", voice(2), RATE)
+    before = (tmp_path / "voice.wav").read_bytes()
+    with pipeline() as ours, pytest.raises(UserError, match="is the voice itself, which would be lost"):
+        ours.generate(portrait(), tmp_path / "voice.wav", tmp_path / "voice.wav")
+    assert (tmp_path / "voice.wav").read_bytes() == before
+
+
 class Kept(Sink):
     """Keeps frames, and takes only so many writes."""
 

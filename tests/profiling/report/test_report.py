@@ -283,5 +283,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     for out, png in ((taken, None), (saved / "report.html", None), (None, saved)):
         with pytest.raises(UserError, match="cannot be written"):
             report.report_command(saved, out, png, tmp_path, TARGETS, False)
+    before = saved.read_bytes()
+    with pytest.raises(UserError, match="is the run itself, which would be lost"):
+        report.report_command(saved, saved, None, tmp_path, TARGETS, False)
+    assert saved.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [saved, taken]
     assert not list(taken.iterdir())
