@@ -358,7 +358,9 @@ def implicit_gemm_conv_sm90(
 def make_desc(x: Tensor, block: list[int]) -> TensorDescriptor:
     """A TMA descriptor of x, of frames as [frame, row, column, channel]. Loads beyond x are 0, stores are dropped."""
     x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, smem_layout(tuple(block), x.dtype))
+    # The stride of an axis of length 1 is anything, which TMA need not accept.
+    strides = [stride if length > 1 else x.shape[-1] for length, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), strides, block, smem_layout(tuple(block), x.dtype))
 
 
 def make_pair_desc(x: Tensor, block_k: int) -> TensorDescriptor:

@@ -12,6 +12,7 @@ show only at times:
 
 Rounding is that of the kernel: products of 16 and of 8 bits are summed in float32, not as the tensor cores do. Layouts
 are ignored, so that nothing is learned about registers or bank conflicts; the audit compiles the same source for that.
+Only where a kernel sees shared memory as a tile of another shape, the swizzles must agree.
 """
 
 import math
@@ -142,17 +143,31 @@ class Barrier:
         return self.phases % 2 != parity
 
 
+SWIZZLE_ROWS = 8  # after so many rows, the pattern of a swizzle begins again
+
+
+def swizzle(shape: Sequence[int], layout: Any) -> tuple[int, int]:
+    """What says where the bytes of a tile are: the bytes of a swizzled row, and how many such rows are a panel.
+
+    A tile with longer rows consists of several panels, one behind the other. Where there is one panel, its rows do not
+    matter, and 0 stands for them.
+    """
+    width = max(layout.swizzle_byte_width, 16)
+    panels = shape[-1] * layout.element_bitwidth // 8 // width
+    return width, math.prod(shape[-layout.rank : -1]) if panels > 1 else 0
+
+
 class Shared:
     """A tile in shared memory, or a stack of them; NaN at first."""
 
-    def __init__(self, memory: Tensor, state: dict[Any, Any]) -> None:
-        self.memory, self.state = memory, state  # the state is common to all views
+    def __init__(self, memory: Tensor, state: dict[Any, Any], layout: Any = None) -> None:
+        self.memory, self.state, self.layout = memory, state, layout  # the state is common to all views
 
     @classmethod
-    def new(cls, dtype: Any, shape: Sequence[int], program: "FakeProgram") -> "Shared":
+    def new(cls, dtype: Any, shape: Sequence[int], layout: Any, program: "FakeProgram") -> "Shared":
         """A new allocation, filled with NaN, or with the least integer."""
         state = {"program": program, "unfenced": set()}
-        shared = cls(torch.zeros([int(n) for n in shape], dtype=torch_dtype(dtype)), state)
+        shared = cls(torch.zeros([int(n) for n in shape], dtype=torch_dtype(dtype)), state, layout)
         shared.poison()
         return shared
 
@@ -174,7 +189,7 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         """Tile i."""
         assert 0 <= int(i) < len(self.memory)
-        return Shared(self.memory[int(i)], self.state)
+        return Shared(self.memory[int(i)], self.state, self.layout)
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         """The part of `length` elements from `start` on."""
@@ -184,11 +199,20 @@ class Shared:
         """A view with permuted axes."""
         return Shared(self.memory.permute(*order), self.state)
 
-    def _reinterpret(self, dtype: Any, shape: Sequence[int], _layout: Any) -> "Shared":
-        """The beginning of its memory as a tile of another dtype."""
-        dtype, elements = torch_dtype(dtype), math.prod(int(n) for n in shape)
-        raw = self.memory.view(-1).view(torch.uint8)[: elements * dtype.itemsize]
-        return Shared(raw.view(dtype).view([int(n) for n in shape]), self.state)
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> "Shared":
+        """A tile of any dtype and shape that begins where this one does, and may end behind it.
+
+        One of the same dtype has the same contents: for that, the bytes must be swizzled alike.
+        """
+        dtype, shape = torch_dtype(dtype), [int(n) for n in shape]
+        start, rest = divmod(self.memory.storage_offset() * self.memory.itemsize, dtype.itemsize)
+        assert not rest, "a tile that begins within an element"
+        if dtype == self.memory.dtype:
+            assert swizzle(shape, layout) == swizzle(self.shape, self.layout), "a view with another swizzle"
+            pattern = SWIZZLE_ROWS * swizzle(shape, layout)[0]
+            assert start * dtype.itemsize % pattern == 0, "a view that begins within the pattern of its swizzle"
+        whole = torch.empty(0, dtype=dtype).set_(self.memory.untyped_storage())
+        return Shared(whole[start : start + math.prod(shape)].view(shape), self.state, layout)
 
     def bits(self) -> Tensor:
         """A copy of its bytes."""
@@ -216,13 +240,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A TMA descriptor of a matrix."""
+    """A TMA descriptor of a tensor."""
 
     base: Tensor
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    block: tuple[int, int]
-    layout: None = None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    layout: Any = None
 
     @property
     def dtype(self) -> ElementType:
@@ -232,15 +256,17 @@ class Descriptor:
     @property
     def block_type(self) -> Any:
         """Shape and bytes of a box."""
-        return SimpleNamespace(shape=list(self.block), nbytes=self.block[0] * self.block[1] * self.base.itemsize)
+        return SimpleNamespace(shape=list(self.block), nbytes=math.prod(self.block) * self.base.itemsize)
 
-    def box(self, coords: Sequence[Any]) -> tuple[Tensor, int, int]:
-        """The part of the matrix that a box covers, and its rows and columns."""
-        (row, column), matrix = map(int, coords), self.base.as_strided(self.shape, self.strides)
-        assert row >= 0
-        assert column >= 0
-        part = matrix[row : row + self.block[0], column : column + self.block[1]]
-        return part, part.shape[0], part.shape[1]
+    def box(self, coords: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...]]:
+        """The part of a box that lies in the tensor, and where in the box that is."""
+        covered, inside = [], []
+        for start, length, size in zip(map(int, coords), self.block, self.shape, strict=True):
+            begin = max(start, 0)
+            end = max(begin, min(start + length, size))
+            covered.append(slice(begin, end))
+            inside.append(slice(begin - start, end - start))
+        return self.base.as_strided(self.shape, self.strides)[tuple(covered)], tuple(inside)
 
 
 @dataclass
@@ -378,12 +404,12 @@ class FakeProgram:
 
     def copy_to_shared(self, desc: Descriptor, coords: Sequence[Any], bar: Shared, tile: Shared) -> None:
         assert tuple(tile.memory.shape) == desc.block
-        part, rows, columns = desc.box(coords)
+        part, inside = desc.box(coords)
         tile.poison()
 
         def arrives() -> None:
             tile.memory.zero_()
-            tile.memory[:rows, :columns] = part
+            tile.memory[inside] = part
             self.barriers[bar.place].change(nbytes=-desc.block_type.nbytes)
 
         self.copies.append(arrives)
@@ -391,10 +417,10 @@ class FakeProgram:
     def copy_to_global(self, desc: Descriptor, coords: Sequence[Any], tile: Shared) -> None:
         unfenced = {address for _partition, address in tile.state["unfenced"]}
         assert tile.memory.data_ptr() not in unfenced, "stored by TMA without a fence"
-        part, rows, columns = desc.box(coords)
+        part, inside = desc.box(coords)
 
         def arrives() -> None:
-            part.copy_(tile.memory[:rows, :columns])
+            part.copy_(tile.memory[inside])
 
         assert self.current is not None
         self.current.stores.append((tile, tile.bits(), arrives))
@@ -440,8 +466,8 @@ class FakeProgram:
         results = tuple(dep if any(dep is product for product in products) else dep.end() for dep in deps)
         return results[0] if len(results) == 1 else results
 
-    def allocate(self, dtype: Any, shape: Sequence[int], *_: Any) -> Shared:
-        self.tiles.append(Shared.new(dtype, shape, self))
+    def allocate(self, dtype: Any, shape: Sequence[int], layout: Any = None) -> Shared:
+        self.tiles.append(Shared.new(dtype, shape, layout, self))
         return self.tiles[-1]
 
 
@@ -462,6 +488,11 @@ def to_e4m3(x: Tensor) -> Value:
 def split_columns(x: Tensor) -> tuple[Value, ...]:
     """The left and the right half of the columns."""
     return tuple(value(half.clone()) for half in x.chunk(2, 1))
+
+
+def default_layout(shape: Sequence[int], dtype: Any) -> Any:
+    """The layout in shared memory of a tile of that shape."""
+    return sm90.smem_layout(tuple(shape), torch_dtype(dtype))
 
 
 def language(program: FakeProgram) -> SimpleNamespace:
@@ -485,6 +516,7 @@ def language(program: FakeProgram) -> SimpleNamespace:
         minimum=lambda x, y: value(torch.minimum(*map(torch.as_tensor, (x, y)))),
         max=lambda x, axis: value(x.amax(axis)), sum=lambda x, axis: value(x.sum(axis)),
         log2=lambda x: value(torch.log2(x)), exp2=lambda x: value(torch.exp2(x)), cdiv=lambda x, y: -(-x // y),
+        exp=torch.exp, sqrt=torch.sqrt, NVMMASharedLayout=SimpleNamespace(get_default_for=default_layout),
         load=load, store=store, allocate_shared_memory=program.allocate, warp_specialize=program.specialize,
     )  # fmt: skip
 
@@ -520,22 +552,26 @@ def namespace(module: ModuleType, program: FakeProgram) -> dict[str, Any]:
 
 
 def _aggregate(aggregate: Any) -> Callable[..., SimpleNamespace]:
-    """Makes what stands for an aggregate, whose fields `kernels.sm90.aggregate` has noted in its constructor."""
+    """Makes what stands for an aggregate, with the fields that its constructor sets."""
     init = aggregate.hash_attrs[0]
     function = getattr(init, "fn", init)
-    closure = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-    fields = closure["fields"].cell_contents
-    return lambda *values: SimpleNamespace(**dict(zip(fields, values, strict=True)))
+
+    def construct(*values: Any) -> SimpleNamespace:
+        fields = SimpleNamespace()
+        function(fields, *values)
+        return SimpleNamespace(**{k: x.value if isinstance(x, constexpr) else x for k, x in vars(fields).items()})
+
+    return construct
 
 
 def argument(x: Any) -> Any:
     """An argument of a launch as the kernel sees it."""
     if isinstance(x, TensorDescriptor):
-        rows, columns = map(int, x.shape)
-        return Descriptor(x.base, (rows, columns), (int(x.strides[0]), 1), (x.block_shape[0], x.block_shape[1]))
+        shape, strides, block = (tuple(map(int, numbers)) for numbers in (x.shape, x.strides, x.block_shape))
+        return Descriptor(x.base, shape, strides, block, x.layout)
     if isinstance(x, Tensor):
         return Pointer(x)
-    return value(x, torch.float32 if isinstance(x, float) else None)
+    return None if x is None else value(x, torch.float32 if isinstance(x, float) else None)
 
 
 class FakeKernel:
