@@ -452,6 +452,14 @@ def test_stdin_without_a_sample(data: bytes) -> None:
         list(StdinSource(io.BytesIO(data), CHUNK))
 
 
+def test_stdin_that_is_not_open_for_reading(tmp_path: Path) -> None:
+    """As `nohup` leaves it."""
+    file = os.fdopen(os.open(tmp_path / "written", os.O_WRONLY | os.O_CREAT), "rb")
+    with file, pytest.raises(UserError, match=r"input cannot be read \(Bad file descriptor\); pipe in") as told:
+        next(iter(StdinSource(file, CHUNK)))
+    assert "\n" not in str(told.value)
+
+
 class Pipe(io.RawIOBase):
     """Gives no more than 999 bytes at once."""
 
