@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
@@ -21,6 +22,7 @@ from model.param_map import ParamMapping, pattern_map
 
 # Limits the memory for an elongated image, which is scaled by its short side: 32 Mpx take 128 MiB.
 MAX_RESIZED_PIXELS = 2**25
+WHITE_IS_ZERO = 0  # in TIFF's tag of that name: the photometric interpretation
 LARGE, ENOUGH = 2**25, 2048  # pixels of an image, and of its shorter side: larger ones are read at a part of their size
 
 
@@ -28,9 +30,9 @@ def load_image(path: Path) -> Image.Image:
     """The image file at `path` as 8-bit RGB, as an image viewer shows it.
 
     EXIF orientation is applied, colours are converted from the file's colour profile to sRGB, transparent pixels are
-    blended with white, 16-bit channels are scaled to 8 bits, and only the first frame of an animation is used. A colour
-    profile that is damaged or belongs to other channels is ignored. Images of more than `LARGE` pixels are made
-    smaller, to `ENOUGH` pixels a side or more. Raises `UserError` if the file cannot be read as an image or is
+    blended with white, channels of more than 8 bits are scaled to 8, and only the first frame of an animation is used.
+    A colour profile that is damaged or belongs to other channels is ignored. Images of more than `LARGE` pixels are
+    made smaller, to `ENOUGH` pixels a side or more. Raises `UserError` if the file cannot be read as an image or is
     unreasonably large.
     """
     try:
@@ -71,10 +73,22 @@ def _to_rgb(file: ImageFile.ImageFile) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The image without its transparency, in a mode of 8 bits a channel."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        return Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    if image.mode.startswith("I"):  # grey of more than 8 bits; Pillow's own conversion would clip at 255
+        white, inverted = _grey_scale(image)
+        levels = (np.clip(np.asarray(image), 0, white) / (white / 255)).round().astype(np.uint8)
+        return Image.fromarray(255 - levels if inverted else levels)
     mode = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """The largest level of grey of more than 8 bits, and whether 0 is white, which Pillow applies only to fewer."""
+    if not isinstance(image, TiffImageFile):
+        return 65535, False
+    tags = image.tag_v2
+    return 2 ** min(tags[BITSPERSAMPLE][0], 16) - 1, tags.get(
+        PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO
+    ) == WHITE_IS_ZERO
 
 
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # levels from one shade to the next

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 import soundfile
+from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
 from av.error import FFmpegError
+from av.packet import Packet
 from numpy.typing import NDArray
 
 from model.errors import UserError
@@ -173,7 +175,7 @@ class FFmpegDecoder(Decoder):
                 try:
                     frames = packet.decode()
                 except FFmpegError as error:
-                    failure = error
+                    failure = failure if _is_part_of_a_sample(packet) else error
                     continue
                 if frames and packet.size:  # not what the decoder still held
                     failure = None
@@ -199,6 +201,14 @@ class FFmpegDecoder(Decoder):
                 came += part.samples
                 block = part.to_ndarray().reshape(part.samples, -1)
                 yield _at_most_two(block / _FIVE_CHANNELS if mixed else block)
+
+
+def _is_part_of_a_sample(packet: Packet) -> bool:
+    """Whether a packet is smaller than one sample of all channels: the recording was cut there, and lacks nothing."""
+    codec = packet.stream.codec_context
+    if not isinstance(codec, AudioCodecContext) or not codec.name.startswith("pcm_"):
+        return False
+    return packet.size < codec.layout.nb_channels * codec.format.bytes
 
 
 class _Nameless:

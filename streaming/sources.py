@@ -9,6 +9,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
@@ -159,8 +160,8 @@ class StdinSource(Source):
 
     A slice is yielded as soon as its last sample has arrived; the viewer hears the samples as they are. An odd byte at
     the end is ignored. A pipe that begins as an audio file does (WAV, MP3, WebM, ...) is decoded instead, and becomes
-    mono at the same rate. Raises `UserError` if the pipe ends before the first sample, is a file without sound, or
-    cannot be decoded.
+    mono at the same rate. Raises `UserError` if the pipe cannot be read, ends before the first sample, is a file
+    without sound, or cannot be decoded.
     """
 
     channels = 1
@@ -208,9 +209,20 @@ class StdinSource(Source):
     def _read(self, size: int) -> bytes:
         """The next `size` bytes, waiting for these but for no more; fewer at the end, whole samples only."""
         data = b""
-        while len(data) < size and (more := self._file.read(size - len(data))):
-            data += more
+        with telling_of_stdin():
+            while len(data) < size and (more := self._file.read(size - len(data))):
+                data += more
         return data[: len(data) // 2 * 2]
+
+
+@contextmanager
+def telling_of_stdin() -> Iterator[None]:
+    """Raises `UserError` where standard input cannot be read, as where it is open for writing only."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"standard input cannot be read ({error.strerror})"
+        raise UserError(f"{reason}; pipe in signed 16-bit little-endian mono PCM") from error
 
 
 def open_source(audio: str, chunk: ChunkConfig) -> Source:

@@ -12,6 +12,7 @@ from streaming.live.session import LiveSession
 from streaming.live.states import State
 from streaming.live.timeline import Moment
 from streaming.sinks import Sink
+from streaming.sources import telling_of_stdin
 
 PIECE = 0.02  # seconds of sound that are read at a time, at most
 
@@ -54,17 +55,22 @@ class PipeReader:
 def _pieces(pipe: Pipe, size: int) -> Iterator[NDArray[np.int16]]:
     """Samples as they come, at most so many at a time; an odd byte at the end is ignored."""
     rest = b""
-    while data := pipe.read1(2 * size):
+    while data := _read(pipe, 2 * size):
         data = rest + data
         rest = data[len(data) // 2 * 2 :]
         if samples := data[: len(data) // 2 * 2]:
             yield np.frombuffer(samples, "<i2")
 
 
+def _read(pipe: Pipe, size: int) -> bytes:
+    with telling_of_stdin():
+        return pipe.read1(size)
+
+
 def moments_of_pipe(session: LiveSession, pipe: Pipe, rate: int, sink: Sink) -> Iterator[Moment]:
     """Writes the session's moments into the sink, until the pipe has ended and everything was said; yields each.
 
-    Raises `UserError` if the pipe ends before the first sample, or if the sink takes no more.
+    Raises `UserError` if the pipe cannot be read or ends before the first sample, or if the sink takes no more.
     """
     resumed = session.state != State.IDLE  # it has something to say as it is
     reader = PipeReader(session, pipe, rate)

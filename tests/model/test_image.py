@@ -223,6 +223,33 @@ def test_sixteen_bit_channels_are_scaled(tmp_path: Path) -> None:
         assert loaded(tmp_path / "image.tif") == [[(v, v, v) for v in (0, 2, 128, 255)]]
 
 
+@pytest.mark.parametrize(
+    ("bits", "inverted", "row"),
+    [
+        *((8, inverted, bytes([0, 64, 200, 255])) for inverted in (False, True)),
+        *((16, inverted, struct.pack("<4H", 0, 64 * 257, 200 * 257, 65535)) for inverted in (False, True)),
+        (12, False, bytes.fromhex("000400c8bfff")),  # Pillow does not know 12 bits whose 0 is white
+    ],
+)
+def test_grey_tiff_of_scanners(tmp_path: Path, bits: int, inverted: bool, row: bytes) -> None:
+    tags = [
+        (256, 4),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, not inverted),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, len(row)),
+    ]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    path = tmp_path / "scan.tif"
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(row)) + row + struct.pack("<H", 9) + entries + bytes(4))
+    wanted = [255, 191, 55, 0] if inverted else [0, 64, 200, 255]
+    assert loaded(path) == [[(v, v, v) for v in wanted]]
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
     for name in ("cut.png", "cut.jpg"):

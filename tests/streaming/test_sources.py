@@ -230,6 +230,19 @@ def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
             np.testing.assert_allclose(joined(source)[0], signal, atol=1e-4)
 
 
+@pytest.mark.parametrize(("channels", "width"), [(1, 2), (2, 3), (2, 4)])
+def test_a_recording_cut_within_a_sample_is_read_up_to_it(tmp_path: Path, channels: int, width: int) -> None:
+    """FFmpeg cuts plain samples into packets of whole samples; only the last one may be smaller than a sample."""
+    block, samples = channels * width, 8192  # whole packets
+    form = struct.pack("<IHHIIHH", 16, 1, channels, 16000, 16000 * block, block, 8 * width)
+    content = b"RIFF" + bytes(4) + b"WAVEfmt " + form + b"data" + bytes(4) + b"\1" * (samples * block + 1)
+    (tmp_path / "cut.wav").write_bytes(content)
+    with open_source(str(tmp_path / "cut.wav"), CHUNK) as source:
+        assert source.duration == samples / 16000
+        assert len(joined(source)[0]) == samples
+    assert len(joined(StdinSource(piped(content), CHUNK))[0]) == samples
+
+
 def test_channels_that_cancel_each_other_out_are_heard(tmp_path: Path) -> None:
     x = voice(2, 48000)[:, 0]
     for name, pair in {"inverted": (x, -x), "weaker": (x, -0.7 * x), "hum": (x + 0.01, 0.01 - x)}.items():
@@ -437,6 +450,14 @@ def test_stdin_gives_every_sample(length: int, odd: bool, seed: int) -> None:
 def test_stdin_without_a_sample(data: bytes) -> None:
     with pytest.raises(UserError, match="no sound came on stdin"):
         list(StdinSource(io.BytesIO(data), CHUNK))
+
+
+def test_stdin_that_is_not_open_for_reading(tmp_path: Path) -> None:
+    """As `nohup` leaves it."""
+    file = os.fdopen(os.open(tmp_path / "written", os.O_WRONLY | os.O_CREAT), "rb")
+    with file, pytest.raises(UserError, match=r"input cannot be read \(Bad file descriptor\); pipe in") as told:
+        next(iter(StdinSource(file, CHUNK)))
+    assert "\n" not in str(told.value)
 
 
 class Pipe(io.RawIOBase):

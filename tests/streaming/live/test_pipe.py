@@ -1,6 +1,8 @@
 """A session that hears a pipe: everything is said, and the pipe's faults are told."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +38,12 @@ def test_everything_that_comes_is_said() -> None:
     assert sum(map(len, written.sounds)) == 1920 * len(moments)
     heard = np.concatenate([m.sound[::3] for m in moments if m.segment == 0])
     assert np.abs(heard).mean() == pytest.approx(np.abs(tone(70)).mean(), abs=0.01)
+
+
+def test_a_pipe_that_is_not_open_for_reading_is_told(tmp_path: Path) -> None:
+    file = os.fdopen(os.open(tmp_path / "written", os.O_WRONLY | os.O_CREAT), "rb")
+    with file, session() as live, pytest.raises(UserError, match=r"cannot be read \(Bad file descriptor\); pipe in"):
+        list(moments_of_pipe(live, file, 16000, sink()))
 
 
 def test_an_empty_pipe_and_a_wrong_rate_are_told() -> None:
