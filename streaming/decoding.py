@@ -32,6 +32,8 @@ LOUDEST = 100  # in units of full scale; a file with larger samples does not hol
 FILE_RATES = range(1_000, 768_001)  # Hz, that recordings may have
 SNIFFED = 4096  # bytes that `is_container` needs to know every kind
 _FEWEST_CHARACTERS = 8  # different ones that a text has
+_RF64 = (b"RF64", b"BW64")  # first bytes of WAV that may be larger than 4 GiB
+_UNCOUNTED = 2**32 - 1  # size of a chunk that stands elsewhere, or is not known yet
 _SUBWOOFER = "LFE"  # how FFmpeg calls its channel
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 _FIVE_CHANNELS = 1 + 2 * 0.5**0.5  # what ITU-R BS.775 adds up in a channel of the stereo mix
@@ -115,7 +117,7 @@ class SndfileDecoder(Decoder):
         if (self.file.format, self.file.endian) == ("WAV", "BIG"):
             return True
         padded = (self.file.format, self.file.subtype) == ("WAV", "GSM610")
-        whole = self.file.frames > 0 or _is_whole_riff(self._path)
+        whole = self.file.frames > 0 or _is_empty_riff(self._path)
         return whole and self.file.channels <= 2 and not padded
 
     def _blocks(self) -> Iterator[Block]:
@@ -132,11 +134,20 @@ class SndfileDecoder(Decoder):
         self.file.close()
 
 
-def _is_whole_riff(path: str) -> bool:
-    """Whether the file is as long as its header says: then a recording without samples is empty, and not unfinished."""
+def _is_empty_riff(path: str) -> bool:
+    """Whether the chunks of a WAV file without samples end where the file does: then none were left uncounted."""
     with Path(path).open("rb") as file:
-        name, size = file.read(4), int.from_bytes(file.read(4), "little")
-        return name == b"RIFF" and size + 8 == file.seek(0, os.SEEK_END)
+        end, at = file.seek(0, os.SEEK_END), 12
+        file.seek(0)
+        if file.read(4) not in (b"RIFF", *_RF64):
+            return False
+        while at < end:
+            file.seek(at)
+            name, size = file.read(4), int.from_bytes(file.read(4), "little")
+            if not all(ord(" ") <= letter <= ord("~") for letter in name):
+                return False
+            at += 8 + (0 if size == _UNCOUNTED else size + size % 2)
+        return at - end <= 1  # the last may lack what pads it to an even size
 
 
 class FFmpegDecoder(Decoder):
@@ -230,9 +241,15 @@ class _Nameless:
     def read(self, size: int) -> bytes:
         """The next bytes, `size` at most; none at the end."""
         if not self._head:
-            return self._read(size)
+            return _with_known_end(self._read(size))
         data, self._head = self._head[:size], self._head[size:]
-        return data
+        return _with_known_end(data)
+
+
+def _with_known_end(data: bytes) -> bytes:
+    """The data, but RF64 whose size was never filled in begins as WAV does, which FFmpeg reads up to the file's end."""
+    unfinished = data.startswith(_RF64) and data[12:16] == b"ds64" and data[28:36] == bytes(8)
+    return b"RIFF" + data[4:] if unfinished else data
 
 
 def _at_most_two(block: NDArray[Any]) -> Block:

@@ -211,9 +211,15 @@ def wav_header(data: int, rate: int = 16000, channels: int = 1, riff: int | None
     return b"RIFF" + struct.pack("<I", riff) + b"WAVEfmt " + form + b"data" + struct.pack("<I", data)
 
 
+def rf64_header(data: int, name: bytes = b"RF64") -> bytes:
+    """Of 16 kHz mono, before its 64-bit sizes are filled in."""
+    return name + b"\xff" * 4 + b"WAVEds64" + struct.pack("<I28x", 28) + wav_header(data)[12:]
+
+
 def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
     """Their recorder was killed, or wrote to a pipe, so that sizes in the header were never filled in."""
     signal = noise(6, 16000)
+    signal[:4] = 0
     data = pcm(signal)
     flac, caf = io.BytesIO(), io.BytesIO()
     soundfile.write(flac, signal, 16000, format="FLAC")
@@ -222,6 +228,11 @@ def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
     files = {
         "nothing.wav": wav_header(0) + data,
         "nothing, no file.wav": wav_header(0, riff=0) + data,
+        "nothing, whole file.wav": wav_header(0, riff=36 + len(data)) + data,
+        "nothing, silence first.wav": wav_header(0, riff=36 + len(data)) + bytes(8) + data[8:],
+        "nothing.rf64": rf64_header(0) + data,
+        "endless.rf64": rf64_header(2**32 - 1) + data,
+        "endless.bw64": rf64_header(2**32 - 1, b"BW64") + data,
         "nothing, endless file.wav": wav_header(0, riff=2**32 - 1) + data,
         "endless.wav": wav_header(2**32 - 1) + data,
         "endless.caf": caf.getvalue()[:at] + b"\xff" * 8 + caf.getvalue()[at + 8 :],
@@ -232,6 +243,9 @@ def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
         with open_source(str(tmp_path / name), CHUNK) as source:
             assert source.duration == 1, name
             np.testing.assert_allclose(joined(source)[0], signal, atol=1e-4)
+        if "caf" not in name:
+            for file in (piped(content), io.BytesIO(content)):
+                np.testing.assert_allclose(joined(StdinSource(file, CHUNK))[0], signal, atol=1e-4)
 
 
 @pytest.mark.parametrize(("channels", "width"), [(1, 2), (2, 3), (2, 4)])
@@ -362,6 +376,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
         stream.width = stream.height = 32
         film.mux([*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode(None)])
     (tmp_path / "header.wav").write_bytes(wav_header(0))
+    (tmp_path / "header.rf64").write_bytes(rf64_header(2**32 - 1) + b"LIST\4\0\0\0INFO")
+    (tmp_path / "odd title only.wav").write_bytes(wav_header(0, riff=49) + b"LIST\5\0\0\0INFO!")
     (tmp_path / "title only.wav").write_bytes(wav_header(0, riff=48) + b"LIST\4\0\0\0INFO")
     os.mkfifo(tmp_path / "pipe")
     for name, word in {
@@ -377,6 +393,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
         "list.m3u": "not audio",
         "mute.mp4": "no sound that can be decoded; give WAV",
         "header.wav": "no sound",
+        "header.rf64": "no sound",
+        "odd title only.wav": "no sound",
         "title only.wav": "no sound",
         "no samples.wav": "no sound",
         "slow.wav": "999 samples a second",
