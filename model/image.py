@@ -86,9 +86,8 @@ def _grey_scale(image: Image.Image) -> tuple[int, bool]:
     if not isinstance(image, TiffImageFile):
         return 65535, False
     tags = image.tag_v2
-    return 2 ** min(tags[BITSPERSAMPLE][0], 16) - 1, tags.get(
-        PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO
-    ) == WHITE_IS_ZERO
+    bits, zero = tags[BITSPERSAMPLE][0], tags.get(PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO)
+    return 2 ** min(bits, 16) - 1, zero == WHITE_IS_ZERO
 
 
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # levels from one shade to the next

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
+from av.audio.layout import AudioLayout
 from av.error import FFmpegError
 from av.packet import Packet
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ LOUDEST = 100  # in units of full scale; a file with larger samples does not hol
 FILE_RATES = range(1_000, 768_001)  # Hz, that recordings may have
 SNIFFED = 4096  # bytes that `is_container` needs to know every kind
 _FEWEST_CHARACTERS = 8  # different ones that a text has
+_RF64 = (b"RF64", b"BW64")  # first bytes of WAV that may be larger than 4 GiB
+_UNCOUNTED = 2**32 - 1  # size of a chunk that stands elsewhere, or is not known yet
+_SUBWOOFER = "LFE"  # how FFmpeg calls its channel
 _BLOCK = 1 << 12  # frames of a file decoded at once: its memory, however long the file
 _FIVE_CHANNELS = 1 + 2 * 0.5**0.5  # what ITU-R BS.775 adds up in a channel of the stereo mix
 _KNOWN = "give WAV, FLAC, OGG, MP3, M4A or WebM"
@@ -39,11 +43,15 @@ Block = NDArray[np.float32]  # [sample, channel], 1 or 2 channels
 
 
 class Decoder(ABC):
-    """An open recording. `rate` is in Hz, `channels` is 1 or 2, and `name` is how messages call it."""
+    """An open recording. `rate` is in Hz, `channels` is 1 or 2, and `name` is how messages call it.
+
+    `unheard` names the recording's channel that is not heard, such as "channel 4 of 6"; None if all are.
+    """
 
     name: str
     rate: int
     channels: int
+    unheard: str | None = None
 
     def blocks(self) -> Iterator[Block]:
         """Yields the samples from the start.
@@ -109,7 +117,7 @@ class SndfileDecoder(Decoder):
         if (self.file.format, self.file.endian) == ("WAV", "BIG"):
             return True
         padded = (self.file.format, self.file.subtype) == ("WAV", "GSM610")
-        whole = self.file.frames > 0 or _is_whole_riff(self._path)
+        whole = self.file.frames > 0 or _is_empty_riff(self._path)
         return whole and self.file.channels <= 2 and not padded
 
     def _blocks(self) -> Iterator[Block]:
@@ -126,19 +134,28 @@ class SndfileDecoder(Decoder):
         self.file.close()
 
 
-def _is_whole_riff(path: str) -> bool:
-    """Whether the file is as long as its header says: then a recording without samples is empty, and not unfinished."""
+def _is_empty_riff(path: str) -> bool:
+    """Whether the chunks of a WAV file without samples end where the file does: then none were left uncounted."""
     with Path(path).open("rb") as file:
-        name, size = file.read(4), int.from_bytes(file.read(4), "little")
-        return name == b"RIFF" and size + 8 == file.seek(0, os.SEEK_END)
+        end, at = file.seek(0, os.SEEK_END), 12
+        file.seek(0)
+        if file.read(4) not in (b"RIFF", *_RF64):
+            return False
+        while at < end:
+            file.seek(at)
+            name, size = file.read(4), int.from_bytes(file.read(4), "little")
+            if not all(ord(" ") <= letter <= ord("~") for letter in name):
+                return False
+            at += 8 + (0 if size == _UNCOUNTED else size + size % 2)
+        return at - end <= 1  # the last may lack what pads it to an even size
 
 
 class FFmpegDecoder(Decoder):
     """A recording that FFmpeg reads from a binary file or pipe; of a film, its sound.
 
     Surround sound is mixed down to stereo with the weights of ITU-R BS.775, scaled so that five full channels do not
-    clip. More than eight channels become their mean. Packets that cannot be decoded are skipped, as players do, unless
-    nothing comes after them.
+    clip. More than eight channels, or more than two whose places are not known, become their mean. Packets that cannot
+    be decoded are skipped, as players do, unless nothing comes after them.
 
     Construction decodes the first packet, and raises `UserError` if there is none. `head` is what was already read of
     a pipe, which can be decoded only once.
@@ -155,8 +172,11 @@ class FFmpegDecoder(Decoder):
             raise UserError(f"{name} holds no sound that can be decoded; {_KNOWN}")
         self._ahead: Iterator[AudioFrame] | None = chain([first], frames)
         self.rate = first.sample_rate
-        self._places = first.layout.nb_channels
-        self.channels = 2 if 2 <= self._places <= 8 else 1
+        self._is_surround = _is_surround(first.layout)
+        self.channels = 2 if self._is_surround or first.layout.nb_channels == 2 else 1
+        places = [channel.name for channel in first.layout.channels]
+        if self._is_surround and _SUBWOOFER in places:
+            self.unheard = f"channel {places.index(_SUBWOOFER) + 1} of {len(places)}"
 
     def close(self) -> None:
         """Closes the file."""
@@ -188,19 +208,18 @@ class FFmpegDecoder(Decoder):
         if frames is None:
             self._file.seek(0)
             frames = self._frames()
-        mixed = 2 < self._places <= 8
-        to_float = av.AudioResampler("flt", "stereo" if mixed else None)
+        to_float = av.AudioResampler("flt", "stereo" if self._is_surround else None)
         came = 0
         for frame in frames:
             try:
-                parts = to_float.resample(_placed(frame))
+                parts = to_float.resample(frame)
             except ValueError as error:
                 second = came / self.rate
                 raise UserError(f"{self.name} changes its rate or channels at {second:.2f} s; convert it") from error
             for part in parts:
                 came += part.samples
                 block = part.to_ndarray().reshape(part.samples, -1)
-                yield _at_most_two(block / _FIVE_CHANNELS if mixed else block)
+                yield _at_most_two(block / _FIVE_CHANNELS if self._is_surround else block)
 
 
 def _is_part_of_a_sample(packet: Packet) -> bool:
@@ -222,9 +241,15 @@ class _Nameless:
     def read(self, size: int) -> bytes:
         """The next bytes, `size` at most; none at the end."""
         if not self._head:
-            return self._read(size)
+            return _with_known_end(self._read(size))
         data, self._head = self._head[:size], self._head[size:]
-        return data
+        return _with_known_end(data)
+
+
+def _with_known_end(data: bytes) -> bytes:
+    """The data, but RF64 whose size was never filled in begins as WAV does, which FFmpeg reads up to the file's end."""
+    unfinished = data.startswith(_RF64) and data[12:16] == b"ds64" and data[28:36] == bytes(8)
+    return b"RIFF" + data[4:] if unfinished else data
 
 
 def _at_most_two(block: NDArray[Any]) -> Block:
@@ -233,13 +258,9 @@ def _at_most_two(block: NDArray[Any]) -> Block:
     return block.astype(np.float32, copy=False)
 
 
-def _placed(frame: AudioFrame) -> AudioFrame:
-    """The frame, but three channels of unknown places are left, right and centre; FFmpeg would drop the third."""
-    if frame.layout.name != "3 channels":
-        return frame
-    placed = AudioFrame.from_ndarray(frame.to_ndarray(), frame.format.name, "3.0")
-    placed.sample_rate = frame.sample_rate
-    return placed
+def _is_surround(layout: AudioLayout) -> bool:
+    """Whether a recording has three to eight channels whose places are known. Others are such as a field recorder's."""
+    return 2 < layout.nb_channels <= 8 and all(channel.name != "NONE" for channel in layout.channels)
 
 
 def open_decoder(path: str) -> Decoder:

@@ -32,6 +32,7 @@ from streaming.decoding import (
 
 SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
 CANCELLED = 0.1  # power of two channels' sum over that of their difference, below which they cancel each other out
+SILENCE = 1e-7  # power of a channel that counts as silent, -70 dB as in ITU-R BS.1770
 MEMORY = 0.1  # seconds in which what was heard of two channels fades to 1 / e when they are compared
 
 
@@ -75,10 +76,10 @@ class Source(ABC):
 class FileSource(Source):
     """An audio file, or the sound of a film: anything that libsndfile or FFmpeg reads, 1 to 768 kHz.
 
-    The sound keeps one or two channels as they are; more are mixed down to two. The speech is their mean, but where two
-    channels cancel each other out, it is half of their difference. n samples at r Hz become
-    max(1, floor(n * sample_rate / r + 1/2)) samples of speech, and three times that number of sound. At the very end,
-    resampled samples beyond these numbers are cut, and missing ones are zero.
+    The sound keeps one or two channels as they are; surround sound is mixed down to two, and other channels to one. The
+    speech is their mean, but where two channels cancel each other out, it is half of their difference. n samples at
+    r Hz become max(1, floor(n * sample_rate / r + 1/2)) samples of speech, and three times that number of sound. At the
+    very end, resampled samples beyond these numbers are cut, and missing ones are zero.
 
     Construction reads the whole file once, so that its faults are known before anything is generated. Raises
     `UserError` if the file is missing, is not readable audio, is empty, or holds samples that are not finite. Iteration
@@ -91,12 +92,10 @@ class FileSource(Source):
         self.chunk, self.rate = chunk, SOUND_RATE
         self._decoder = open_decoder(audio)
         try:
-            self._samples, cancelled = self._heard()
+            self._samples, self.warning = self._heard()
         except BaseException:
             self.close()
             raise
-        if cancelled:
-            self.warning = f"the two channels of {audio!r} cancel each other out; on one loudspeaker they are silent"
         self.channels = self._decoder.channels
         self.duration = self._samples / self._decoder.rate
 
@@ -107,16 +106,21 @@ class FileSource(Source):
         """Closes the file; nothing can be read afterwards."""
         self._decoder.close()
 
-    def _heard(self) -> tuple[int, bool]:
-        """Samples in the file, all of which were read and are good, and whether its channels cancel each other out."""
-        samples, sums, differences = 0, 0.0, 0.0
+    def _heard(self) -> tuple[int, str | None]:
+        """Samples in the file, all of which were read and are good, and what the user should know of their sound."""
+        samples, sums, differences, name = 0, 0.0, 0.0, self._decoder.name
         for block in self._decoder.blocks():
             samples += len(block)
             one, other = _powers(block)
             sums, differences = sums + one, differences + other
         if not samples:
-            raise UserError(f"{self._decoder.name} holds no sound; give a recording of at least one sample")
-        return samples, sums < CANCELLED * differences
+            raise UserError(f"{name} holds no sound; give a recording of at least one sample")
+        if self._decoder.unheard and (sums + differences) / 4 < SILENCE * samples:
+            lost = f"{self._decoder.unheard} is a subwoofer's, which is left out"
+            return samples, f"nothing is heard of {name}: {lost}; if the voice is there, give that channel alone"
+        if sums < CANCELLED * differences:
+            return samples, f"the two channels of {name} cancel each other out; on one loudspeaker they are silent"
+        return samples, None
 
     def _blocks(self) -> Iterator[Block]:
         came = 0

@@ -30,8 +30,9 @@ MIX = np.array([[1, 0], [0, 1], [0.5**0.5] * 2, [0, 0], [0.5**0.5, 0], [0, 0.5**
 SMALL = ChunkConfig(frame_num=9, motion_frames_num=5)  # 4 new frames: 2560 samples a slice
 
 
-def written(path: Path, signal: np.ndarray, rate: int, subtype: str | None = None) -> str:
-    soundfile.write(path, signal, rate, subtype)
+def written(path: Path, signal: np.ndarray, rate: int, subtype: str | None = None, form: str | None = None) -> str:
+    """A file. Of more than two channels, WAV does not know the places, WAVEX knows those of 4, 6 and 8, FLAC all."""
+    soundfile.write(path, signal, rate, subtype, format=form)
     return str(path)
 
 
@@ -72,13 +73,16 @@ def test_slices_join_to_a_resampling_of_the_whole(
     length = max(1, int(seconds * rate))
     signal = np.abs(noise(seed, length, channels))  # so that no two channels cancel each other out
     path = tmp_path_factory.mktemp("audio") / "voice.wav"
-    with open_source(written(path, signal, rate, subtype="FLOAT"), SMALL) as source:
-        assert source.channels == (1 if channels == 1 else 2)
+    form = "WAVEX" if channels == 6 else "WAV"
+    with open_source(written(path, signal, rate, "FLOAT", form), SMALL) as source:
+        assert source.channels == (2 if channels in (2, 6) else 1)
         assert source.duration == length / rate
         speech, sound = joined(source)
         again, _ = joined(source)
     assert len(speech) == max(1, np.floor(length * 16000 / rate + 0.5))
-    heard = signal if channels <= 2 else signal @ MIX[:channels] / MIX.sum(axis=0)[0]
+    heard = signal
+    if channels > 2:
+        heard = signal @ MIX / MIX.sum(axis=0) if channels == 6 else signal.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(speech, expected(heard.mean(axis=1), rate, 16000, len(speech)), atol=1e-3)
     np.testing.assert_allclose(sound, expected(heard, rate, SOUND_RATE, len(sound)), atol=1e-3)
     np.testing.assert_array_equal(again, speech)
@@ -207,9 +211,15 @@ def wav_header(data: int, rate: int = 16000, channels: int = 1, riff: int | None
     return b"RIFF" + struct.pack("<I", riff) + b"WAVEfmt " + form + b"data" + struct.pack("<I", data)
 
 
+def rf64_header(data: int, name: bytes = b"RF64") -> bytes:
+    """Of 16 kHz mono, before its 64-bit sizes are filled in."""
+    return name + b"\xff" * 4 + b"WAVEds64" + struct.pack("<I28x", 28) + wav_header(data)[12:]
+
+
 def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
     """Their recorder was killed, or wrote to a pipe, so that sizes in the header were never filled in."""
     signal = noise(6, 16000)
+    signal[:4] = 0
     data = pcm(signal)
     flac, caf = io.BytesIO(), io.BytesIO()
     soundfile.write(flac, signal, 16000, format="FLAC")
@@ -218,6 +228,11 @@ def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
     files = {
         "nothing.wav": wav_header(0) + data,
         "nothing, no file.wav": wav_header(0, riff=0) + data,
+        "nothing, whole file.wav": wav_header(0, riff=36 + len(data)) + data,
+        "nothing, silence first.wav": wav_header(0, riff=36 + len(data)) + bytes(8) + data[8:],
+        "nothing.rf64": rf64_header(0) + data,
+        "endless.rf64": rf64_header(2**32 - 1) + data,
+        "endless.bw64": rf64_header(2**32 - 1, b"BW64") + data,
         "nothing, endless file.wav": wav_header(0, riff=2**32 - 1) + data,
         "endless.wav": wav_header(2**32 - 1) + data,
         "endless.caf": caf.getvalue()[:at] + b"\xff" * 8 + caf.getvalue()[at + 8 :],
@@ -228,6 +243,9 @@ def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
         with open_source(str(tmp_path / name), CHUNK) as source:
             assert source.duration == 1, name
             np.testing.assert_allclose(joined(source)[0], signal, atol=1e-4)
+        if "caf" not in name:
+            for file in (piped(content), io.BytesIO(content)):
+                np.testing.assert_allclose(joined(StdinSource(file, CHUNK))[0], signal, atol=1e-4)
 
 
 @pytest.mark.parametrize(("channels", "width"), [(1, 2), (2, 3), (2, 4)])
@@ -276,8 +294,9 @@ def test_surround_sound_keeps_the_voice(tmp_path: Path, channels: int) -> None:
     for place in set(range(channels)) - ({3} if channels >= 6 else set()):
         signal = np.zeros((len(x), channels), np.float32)
         signal[:, place] = x
-        with open_source(written(tmp_path / "s.wav", signal, 48000, "FLOAT"), CHUNK) as source:
+        with open_source(written(tmp_path / "s.flac", signal, 48000, "PCM_24"), CHUNK) as source:
             speech, sound = joined(source)
+        assert source.warning is None
         assert source.channels == 2
         assert level(sound * 2**0.5) > level(x) - 12  # of both channels together
         assert level(speech) > level(x) - 18  # its loudness is levelled later
@@ -285,8 +304,30 @@ def test_surround_sound_keeps_the_voice(tmp_path: Path, channels: int) -> None:
 
 def test_surround_sound_of_full_scale_does_not_clip(tmp_path: Path) -> None:
     signal = np.ones((4800, 6), np.float32)
-    with open_source(written(tmp_path / "s.wav", signal, 48000, "FLOAT"), CHUNK) as source:
+    with open_source(written(tmp_path / "s.wav", signal, 48000, "FLOAT", "WAVEX"), CHUNK) as source:
         np.testing.assert_allclose(joined(source)[1][100:-100], 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [6, 7, 8])
+def test_a_voice_in_the_subwoofer_is_not_heard_but_told(tmp_path: Path, channels: int) -> None:
+    signal = 1e-4 * noise(9, 16000, channels)
+    for place, told in {3: f"channel 4 of {channels} is a subwoofer's", 2: None}.items():
+        signal[:, place] = voice(1, 16000)[:, 0]
+        with open_source(written(tmp_path / "s.flac", signal, 16000, "PCM_24"), CHUNK) as source:
+            assert (told in (source.warning or "")) if told else source.warning is None
+            assert "\n" not in (source.warning or "")
+
+
+@pytest.mark.parametrize("channels", range(3, 9))
+def test_channels_whose_places_are_not_known_count_alike(tmp_path: Path, channels: int) -> None:
+    """A field recorder's, one microphone each."""
+    x = voice(1, 16000)[:, 0]
+    for place in range(channels):
+        signal = np.zeros((len(x), channels), np.float32)
+        signal[:, place] = x
+        with open_source(written(tmp_path / "s.wav", signal, 16000, "FLOAT"), CHUNK) as source:
+            assert source.channels == 1
+            np.testing.assert_allclose(joined(source)[0], x / channels, atol=1e-6)
 
 
 def test_twenty_channels_become_their_mean(tmp_path: Path) -> None:
@@ -335,6 +376,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
         stream.width = stream.height = 32
         film.mux([*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode(None)])
     (tmp_path / "header.wav").write_bytes(wav_header(0))
+    (tmp_path / "header.rf64").write_bytes(rf64_header(2**32 - 1) + b"LIST\4\0\0\0INFO")
+    (tmp_path / "odd title only.wav").write_bytes(wav_header(0, riff=49) + b"LIST\5\0\0\0INFO!")
     (tmp_path / "title only.wav").write_bytes(wav_header(0, riff=48) + b"LIST\4\0\0\0INFO")
     os.mkfifo(tmp_path / "pipe")
     for name, word in {
@@ -350,6 +393,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
         "list.m3u": "not audio",
         "mute.mp4": "no sound that can be decoded; give WAV",
         "header.wav": "no sound",
+        "header.rf64": "no sound",
+        "odd title only.wav": "no sound",
         "title only.wav": "no sound",
         "no samples.wav": "no sound",
         "slow.wav": "999 samples a second",
