@@ -93,7 +93,7 @@ def _grey_scale(image: Image.Image) -> tuple[int, bool]:
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # levels from one shade to the next
 
 
-def _opacity(image: Image.Image, written: object) -> Image.Image | None:
+def _opacity(image: ImageFile.ImageFile, written: object) -> Image.Image | None:
     """How opaque each pixel is, mode L, or None where all are. `written` are the channels of a PNG file."""
     if not image.has_transparency_data:
         return None
@@ -103,8 +103,17 @@ def _opacity(image: Image.Image, written: object) -> Image.Image | None:
     if isinstance(shade, int) and isinstance(written, str) and written in _GREY_STEPS:
         image.info["transparency"] = shade * _GREY_STEPS[written]
     elif isinstance(shade, tuple) and written == "RGB;16B":
-        image.info["transparency"] = tuple(channel >> 8 for channel in shade)
+        upper, lower = ([channel >> shift & 255 for channel in shade] for shift in (8, 0))
+        clear = (np.asarray(image) == upper).all(axis=2) & (np.asarray(_lower_bytes(image)) == lower).all(axis=2)
+        return Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
     return image.convert("RGBA").getchannel("A")
+
+
+def _lower_bytes(image: ImageFile.ImageFile) -> Image.Image:
+    """The lower bytes of the 16-bit channels of an RGB PNG file, of which Pillow keeps the upper ones."""
+    with Image.open(image.filename) as file:
+        file.tile = [tile._replace(args="RGB;16L") for tile in file.tile]  # little-endian, so that it takes the others
+        return ImageOps.exif_transpose(file)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

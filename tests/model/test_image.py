@@ -94,9 +94,17 @@ def test_a_transparent_shade_of_grey(tmp_path: Path, depth: int, row: bytes, key
 
 def test_a_transparent_colour_of_16_bits(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
-    row = struct.pack(">6H", 6000, 7000, 8000, 60000, 7000, 8000)
-    png(path, (2, 1), 16, 2, b"\0" + row, struct.pack(">3H", 6000, 7000, 8000))
-    assert loaded(path) == [[(255, 255, 255), (234, 27, 31)]]
+    row = struct.pack(">9H", 6000, 7000, 8000, 60000, 7000, 8000, 6000, 7000, 8001)
+    png(path, (3, 1), 16, 2, b"\0" + row, struct.pack(">3H", 6000, 7000, 8000))
+    assert loaded(path) == [[(255, 255, 255), (234, 27, 31), (23, 27, 31)]]
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 3  # turn by 180 degrees
+    content = path.read_bytes()
+    part = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+    path.write_bytes(content[:33] + chunk + content[33:])
+    assert loaded(path) == [[(23, 27, 31), (234, 27, 31), (255, 255, 255)]]
 
 
 def swapped() -> bytes:
