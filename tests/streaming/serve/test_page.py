@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aioice.ice
+import numpy as np
 import pytest
 import soundfile
 
@@ -172,7 +173,31 @@ def check_together(sight: Sight, way: str, possible: float) -> None:
     if way != "mp4" and smooth < SMOOTH and possible < SMOOTH:
         pytest.skip(f"the machine is too busy: even without a server, only {possible:.0%} of the frames are on time")
     assert way == "mp4" or smooth >= SMOOTH
+    if way != "mp4" and catches_up(offsets):
+        pytest.skip("the machine was too busy: the browser had fallen behind with the sound, and was catching up")
     assert abs(middle) < APART
+
+
+def catches_up(offsets: Sequence[float]) -> bool:
+    """Whether sound and picture were apart and come together again; what a server sends apart stays so, or gets worse.
+
+    A browser that had no processor for a while holds sound back, and takes seconds to play it sooner again.
+    """
+    quarters = [abs(statistics.median(part)) for part in np.array_split(np.array(offsets), 4) if len(part)]
+    return quarters[-1] + APART / 2 < max(quarters) and quarters[-1] == min(quarters[quarters.index(max(quarters)) :])
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(0.2, 0.2), (-0.2, -0.2), (0.05, 0.3), (0.3, 0.05), (0.0, 0.0)])
+def test_sound_that_stays_apart_from_the_picture_fails(begins: float, ends: float) -> None:
+    sight = Sight(frames=[(0.04 * k, k) for k in range(50)], behind=list(np.linspace(begins, ends, 40)))
+    if begins > ends:
+        with pytest.raises(pytest.skip.Exception, match="catching up"):
+            check_together(sight, "webrtc", possible=1.0)
+    elif begins:
+        with pytest.raises(AssertionError):
+            check_together(sight, "webrtc", possible=1.0)
+    else:
+        check_together(sight, "webrtc", possible=1.0)
 
 
 def test_a_picture_that_stutters_fails_where_the_browser_could_do_better() -> None:
