@@ -67,10 +67,17 @@ def check_replaceable(path: Path) -> None:
 def refuse_to_replace(out: str | Path, **inputs: object) -> None:
     """Raises `UserError` if `out` leads to a file among the inputs, which are named by what they are."""
     for kind, path in inputs.items():
-        if isinstance(path, str | Path) and Path(path).is_file() and Path(out).exists() and Path(out).samefile(path):
+        if isinstance(path, str | Path) and _same_file(Path(path), Path(out)):
             raise UserError(
                 f"{str(out)!r} is the {kind} itself, which would be lost; name another place for what is made"
             )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.is_file() and one.samefile(other)
+    except OSError:  # one of them is not there, or cannot be
+        return False
 
 
 def _is_stream(path: Path) -> bool:

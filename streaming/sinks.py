@@ -94,8 +94,6 @@ class Mp4Sink(Sink):
             raise ValueError(f"width, height: {width} x {height}, wanted even numbers (4:2:0 halves both)")
         if rate % fps:
             raise ValueError(f"fps: {fps}, wanted a divisor of the sound's {rate} Hz")
-        if path.is_dir():
-            raise UserError(f"{str(path)!r} is a directory; name a file, or end it in / for a folder of PNG files")
         self._path, self._layout = path, _LAYOUTS[channels]
         self._rate, self._tick = rate, Fraction(1, rate)  # the unit of all times is one sample
         self._period = rate // fps  # ticks from frame to frame
@@ -107,6 +105,8 @@ class Mp4Sink(Sink):
         self._fragments = Fragments((self._video, self._audio))
         self._part = path.with_name(path.stem + ".part.mp4")
         try:
+            if path.is_dir():
+                raise UserError(f"{str(path)!r} is a directory; name a file, or end it in / for a folder of PNG files")
             check_replaceable(path)  # a link may lead elsewhere than to the folder of the part file
             self._file = self._part.open("xb", buffering=0)
         except FileExistsError as error:
@@ -179,13 +179,14 @@ class FolderSink(Sink):
 
     def __init__(self, path: Path, width: int, height: int, rate: int, channels: int) -> None:
         super().__init__(width, height, channels)
-        self._path, self._made = path, not path.exists()
+        self._path = path
         self._rate, self._channels = rate, channels
         self._sound = path / "sound.wav"
         self._size = 0  # bytes of samples
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{str(path)!r} exists and is no folder; give {_KINDS}")
         try:
+            self._made = not path.exists()
+            if not self._made and not path.is_dir():
+                raise UserError(f"{str(path)!r} exists and is no folder; give {_KINDS}")
             path.mkdir(exist_ok=True)
             if any(path.iterdir()):
                 raise UserError(f"{str(path)!r} is not empty; name a new folder")

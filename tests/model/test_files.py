@@ -255,6 +255,8 @@ def test_what_is_read_is_not_replaced(tmp_path: Path, name: str) -> None:
         refuse_to_replace(tmp_path / name, portrait=np.zeros(3), voice=str(tmp_path / "file"))
     refuse_to_replace(tmp_path / "new", voice=tmp_path / "file")
     refuse_to_replace("-", voice="-")
+    refuse_to_replace(tmp_path / ("n" * 300), voice=tmp_path / "file")
+    refuse_to_replace(tmp_path / "file", voice=tmp_path / ("n" * 300))
     refuse_to_replace("/dev/null", voice="/dev/null")
 
 
