@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 import model.compile
 import model.warm
 from model.compile import compile_student, load_compiled, stand_in_models, use_compile_cache, warm_up
-from model.config import PRECISIONS
+from model.config import PRECISIONS, TINY_RANDOM
 from model.dit import DiT
 from model.errors import UserError
 from model.machine import CACHE_ENV, cache_key
@@ -23,6 +24,9 @@ from model.warm import main, pack, unpack
 from tests.small import SMALL, write_checkpoint
 
 CPU = torch.device("cpu")
+# Two latents per chunk, one of them known: as few shapes as there can be, and each takes seconds to compile.
+SHORT = replace(SMALL, chunk=replace(SMALL.chunk, frame_num=5, motion_frames_num=1))
+ONE_LAYER = replace(SHORT, dit=replace(SHORT.dit, num_layers=1), vae=TINY_RANDOM.vae)
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_a_stand_in_compiles_everything_while_a_checkpoint_loads(
 ) -> None:
     monkeypatch.setattr(model.compile, "FAIL_FAST_SECONDS", 0)
     folder = write_checkpoint(tmp_path / "checkpoint")
-    models = load_compiled(SMALL, folder, CPU, PRECISIONS["fp32"])
+    models = load_compiled(SHORT, folder, CPU, PRECISIONS["fp32"])
     assert models.folder == folder
     seen = len(compilations)
     assert seen
@@ -93,8 +97,8 @@ def test_errors_of_a_checkpoint_are_reported(tmp_path: Path) -> None:
 
 
 def test_a_second_process_finds_the_compiled_code(cache: Path) -> None:
-    """Inductor code of the student's blocks; resetting torch.compile stands for a new process."""
-    models = stand_in_models(SMALL, CPU, PRECISIONS["fp32"])
+    """Inductor code of a student's block; resetting torch.compile stands for a new process."""
+    models = stand_in_models(ONE_LAYER, CPU, PRECISIONS["fp32"])
     assert str(cache) in str(use_compile_cache(CPU))
     found = []
     for _ in range(2):
@@ -103,7 +107,7 @@ def test_a_second_process_finds_the_compiled_code(cache: Path) -> None:
         before = counters["inductor"]["fxgraph_cache_hit"]
         warm_up(models)
         found.append(counters["inductor"]["fxgraph_cache_hit"] - before)
-    assert found == [0, 3]
+    assert found == [0, 1]
     assert any((cache / cache_key(CPU) / "inductor").iterdir())
 
 
@@ -140,7 +144,7 @@ def test_the_command_reports_directory_and_time(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "packed.zip"
-    monkeypatch.setitem(model.warm.PRESETS, "small", SMALL)
+    monkeypatch.setitem(model.warm.PRESETS, "small", ONE_LAYER)
     arguments = ["--preset", "small", "--precision", "fp32", "--pack", str(file), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["warm", *arguments])
     assert main() == 0
