@@ -396,8 +396,8 @@ def test_compiled_frames_are_the_same(
     report, stages = tmp_path / "report.json", Mock(return_value=nullcontext())
     monkeypatch.setattr(command_line, "stage", stages)
     for option in ("--compile", "--no-compile"):
-        arguments = ("--image", portrait, "--audio", voice, "--out", tmp_path / f"{option}.mp4", "--steps", 1)
-        assert call(monkeypatch, *arguments, option, "--report", report) == 0
+        arguments = ("--image", portrait, "--audio", voice, "--out", tmp_path / f"{option}.mp4", "--report", report)
+        assert call(monkeypatch, *arguments, option, "--steps", 1, "--frames", 9) == 0
         assert json.loads(report.read_text())["settings"]["compiled"] == (option == "--compile")
     said = [given.args[0] for given in stages.call_args_list if "loading" in given.args[0]]
     assert said == ["loading the models, compiling for 128 x 128", "loading the models"]
