@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 import soxr
 from numpy.typing import NDArray
+from scipy.signal import butter, sosfilt, sosfilt_zi
 
 from model.config import ChunkConfig
 from model.errors import UserError
@@ -32,6 +33,7 @@ from streaming.decoding import (
 
 SOUND_RATE = 48_000  # Hz, of the sound that the viewer of a file hears
 CANCELLED = 0.1  # power of two channels' sum over that of their difference, below which they cancel each other out
+HUM = 200.0  # Hz; hum of the mains and offsets are below, and most of a voice's power is above
 SILENCE = 1e-7  # power of a channel that counts as silent, -70 dB as in ITU-R BS.1770
 MEMORY = 0.1  # seconds in which what was heard of two channels fades to 1 / e when they are compared
 
@@ -109,9 +111,10 @@ class FileSource(Source):
     def _heard(self) -> tuple[int, str | None]:
         """Samples in the file, all of which were read and are good, and what the user should know of their sound."""
         samples, sums, differences, name = 0, 0.0, 0.0, self._decoder.name
+        powers = _Powers(self._decoder.rate)
         for block in self._decoder.blocks():
             samples += len(block)
-            one, other = _powers(block)
+            one, other = powers(block)
             sums, differences = sums + one, differences + other
         if not samples:
             raise UserError(f"{name} holds no sound; give a recording of at least one sample")
@@ -282,11 +285,12 @@ class _Mono:
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
+        self._powers = _Powers(rate)
         self._sums = self._differences = 0.0  # power, fading
 
     def __call__(self, block: Block) -> NDArray[np.float32]:
         kept = math.exp(-len(block) / (MEMORY * self._rate))
-        sums, differences = _powers(block)
+        sums, differences = self._powers(block)
         self._sums = kept * self._sums + sums
         self._differences = kept * self._differences + differences
         if self._sums < CANCELLED * self._differences:
@@ -294,12 +298,28 @@ class _Mono:
         return block.mean(axis=1, dtype=np.float32)
 
 
-def _powers(block: Block) -> tuple[float, float]:
-    """The power of the sum of a block's channels, and of their difference."""
-    if block.shape[1] == 1:
-        return float((block.astype(np.float64) ** 2).sum()), 0.0
-    left, right = block.T.astype(np.float64)
-    return float(((left + right) ** 2).sum()), float(((left - right) ** 2).sum())
+class _Powers:
+    """The power of the sum of two channels, and of their difference, for one block after the other.
+
+    Hum is usually the same in both channels, and would hide that the voices cancel each other out, so it is filtered.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._filter = butter(4, HUM, "highpass", fs=rate, output="sos")
+        self._state: NDArray[np.float64] | None = None
+
+    def __call__(self, block: Block) -> tuple[float, float]:
+        if block.shape[1] == 1:
+            return float((block.astype(np.float64) ** 2).sum()), 0.0
+        if not len(block):
+            return 0.0, 0.0
+        left, right = block.T.astype(np.float64)
+        both = np.stack([left + right, left - right])
+        if self._state is None:  # as if the first sample had lasted forever, so that an offset does not click
+            self._state = sosfilt_zi(self._filter)[:, None] * both[:, :1]
+        both, self._state = sosfilt(self._filter, both, zi=self._state)
+        sums, differences = (both**2).sum(axis=1)
+        return float(sums), float(differences)
 
 
 def _fitted(signal: NDArray[np.float32], length: int) -> NDArray[np.float32]:
