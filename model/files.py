@@ -62,6 +62,11 @@ def check_replaceable(path: Path) -> None:
         temporary = target.with_name(f".{target.name}.tmp")  # whose name may be too long, where that of the file is not
         with suppress(FileExistsError), temporary.open("xb"):
             temporary.unlink()
+        folder = target.parent.stat()
+        if folder.st_mode & stat.S_ISVTX and target.exists():  # a sticky folder, as /tmp is
+            owners = {folder.st_uid, target.stat().st_uid}
+            if os.geteuid() not in owners | {0}:
+                raise PermissionError(errno.EPERM, "it is another user's file")
 
 
 def refuse_to_replace(out: str | Path, **inputs: object) -> None:

@@ -165,6 +165,20 @@ def test_mode_and_owner_are_kept(tmp_path: Path, mode: int) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_file_of_another_user_in_a_sticky_folder_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").touch()
+    tmp_path.chmod(0o1777)
+    check_replaceable(tmp_path / "theirs")  # by its owner
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="another user's file"):
+        check_replaceable(tmp_path / "theirs")
+    check_replaceable(tmp_path / "new")
+    tmp_path.chmod(0o777)
+    check_replaceable(tmp_path / "theirs")
+
+
 def test_a_fifo_is_written_into(tmp_path: Path) -> None:
     path, heard = tmp_path / "pipe", []
     os.mkfifo(path)
