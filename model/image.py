@@ -22,6 +22,7 @@ from model.param_map import ParamMapping, pattern_map
 
 # Limits the memory for an elongated image, which is scaled by its short side: 32 Mpx take 128 MiB.
 MAX_RESIZED_PIXELS = 2**25
+SRGB_GAMMA, GAMMA_TOLERANCE = 1 / 2.2, 0.05  # of a PNG file; and how far another one is the same, as in libpng
 WHITE_IS_ZERO = 0  # in TIFF's tag of that name: the photometric interpretation
 LARGE, ENOUGH = 2**25, 2048  # pixels of an image, and of its shorter side: larger ones are read at a part of their size
 
@@ -29,11 +30,11 @@ LARGE, ENOUGH = 2**25, 2048  # pixels of an image, and of its shorter side: larg
 def load_image(path: Path) -> Image.Image:
     """The image file at `path` as 8-bit RGB, as an image viewer shows it.
 
-    EXIF orientation is applied, colours are converted from the file's colour profile to sRGB, transparent pixels are
-    blended with white, channels of more than 8 bits are scaled to 8, and only the first frame of an animation is used.
-    A colour profile that is damaged or belongs to other channels is ignored. Images of more than `LARGE` pixels are
-    made smaller, to `ENOUGH` pixels a side or more. Raises `UserError` if the file cannot be read as an image or is
-    unreasonably large.
+    EXIF orientation is applied, colours are converted from the file's colour profile or gamma to sRGB, transparent
+    pixels are blended with white, channels of more than 8 bits are scaled to 8, and only the first frame of an
+    animation is used. A colour profile that is damaged or belongs to other channels is ignored. Images of more than
+    `LARGE` pixels are made smaller, to `ENOUGH` pixels a side or more. Raises `UserError` if the file cannot be read as
+    an image or is unreasonably large.
     """
     try:
         with (
@@ -68,6 +69,8 @@ def _to_rgb(file: ImageFile.ImageFile) -> Image.Image:
     if factor > 1:
         image, opacity = image.reduce(factor), opacity and opacity.reduce(factor)
     image = _to_srgb(image, file.info.get("icc_profile"))
+    if not file.info.keys() & {"icc_profile", "srgb"}:  # which come before it
+        image = _gamma_to_srgb(image, file.info.get("gamma", SRGB_GAMMA))
     return Image.composite(image, Image.new("RGB", image.size, "white"), opacity) if opacity else image
 
 
@@ -126,6 +129,15 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
     return image.convert("RGB")
+
+
+def _gamma_to_srgb(image: Image.Image, gamma: float) -> Image.Image:
+    """The RGB image in sRGB; a level in the PNG file is (level of light)**gamma. Values near sRGB's change nothing."""
+    if gamma <= 0 or abs(gamma / SRGB_GAMMA - 1) < GAMMA_TOLERANCE:
+        return image
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+    return image.point((255 * levels).round().astype(int).tolist() * 3)
 
 
 def resize_center_crop(image: Image.Image, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from model import image as images
@@ -139,6 +140,35 @@ def test_colour_profiles_of_other_modes(tmp_path: Path) -> None:
     for mode in ("L", "1", "LA"):
         Image.new("L", (1, 1), 255).convert(mode).save(path, icc_profile=swapped())
         np.testing.assert_allclose(loaded(path)[0][0], 255, atol=1)
+
+
+def chunks(**content: bytes) -> PngInfo:
+    info = PngInfo()
+    for name, data in content.items():
+        info.add(name.encode(), data)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("gamma", "seen"),  # (v / 255)**(1 / gamma) is light, which sRGB's curve makes a level again
+    [
+        (1.0, (229, 110, 110)),
+        (1 / 1.8, (210, 53, 53)),
+        (1 / 2.2, (200, 40, 40)),
+        (0.45, (200, 40, 40)),
+        (0, (200, 40, 40)),
+    ],
+)
+def test_gamma_of_png_is_honoured(tmp_path: Path, gamma: float, seen: tuple[int, int, int]) -> None:
+    """Unless the file says that it is in sRGB, or has a colour profile."""
+    path, image, number = tmp_path / "image.png", Image.new("RGB", (1, 1), (200, 40, 40)), round(gamma * 1e5)
+    gama = number.to_bytes(4, "big")
+    image.save(path, pnginfo=chunks(gAMA=gama))
+    assert loaded(path) == [[seen]]
+    image.save(path, pnginfo=chunks(gAMA=gama, sRGB=b"\0"))
+    assert loaded(path) == [[(200, 40, 40)]]
+    image.save(path, pnginfo=chunks(gAMA=gama), icc_profile=swapped())
+    assert loaded(path) == [[(40, 40, 200)]]
 
 
 def test_srgb_stays_as_it_is(tmp_path: Path) -> None:
