@@ -1,56 +1,42 @@
-"""Sources: nothing dropped, nothing shifted, nothing read that is not needed, and every bad input told in one line."""
+"""Voices in files: nothing dropped, nothing shifted, nothing read without need, and every fault told in one line."""
 
 import io
 import os
 import struct
-import subprocess
-import sys
-import threading
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import av
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from model.config import ChunkConfig
 from model.errors import UserError
-from streaming.decoding import SndfileDecoder, is_container, soundless_kind
-from streaming.sources import SOUND_RATE, FileSource, Slice, Source, StdinSource, open_source
+from streaming.decoding import SndfileDecoder
+from streaming.sources import SOUND_RATE, FileSource, Slice, StdinSource, open_source
+from tests.streaming.recordings import (
+    CHUNK,
+    RECORDED,
+    SIZE,
+    SMALL,
+    joined,
+    level,
+    noise,
+    pcm,
+    piped,
+    recorded,
+    rf64_header,
+    voice,
+    wav_header,
+    written,
+)
 
-CHUNK = ChunkConfig()
-SIZE = CHUNK.slice_samples
 # Left, right, centre, subwoofer, left and right surround in the two channels of the stereo mix, by ITU-R BS.775.
 MIX = np.array([[1, 0], [0, 1], [0.5**0.5] * 2, [0, 0], [0.5**0.5, 0], [0, 0.5**0.5]])
-SMALL = ChunkConfig(frame_num=9, motion_frames_num=5)  # 4 new frames: 2560 samples a slice
-
-
-def written(path: Path, signal: np.ndarray, rate: int, subtype: str | None = None, form: str | None = None) -> str:
-    """A file. Of more than two channels, WAV does not know the places, WAVEX knows those of 4, 6 and 8, FLAC all."""
-    soundfile.write(path, signal, rate, subtype, format=form)
-    return str(path)
-
-
-def noise(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-0.5, 0.5, shape).astype(np.float32)
-
-
-def joined(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """The whole speech and sound, after checking every slice's shape."""
-    slices = list(source)
-    assert isinstance(source, FileSource | StdinSource)
-    size = source.chunk.slice_samples
-    assert [len(piece.speech) for piece in slices[:-1]] == [size] * (len(slices) - 1)
-    assert 1 <= len(slices[-1].speech) <= size
-    for speech, sound in slices:
-        assert speech.dtype == sound.dtype == np.float32
-        assert sound.shape == (source.rate // 16000 * len(speech), source.channels)
-    return np.concatenate([s.speech for s in slices]), np.concatenate([s.sound for s in slices])
 
 
 def expected(signal: np.ndarray, rate: int, to: int, length: int) -> np.ndarray:
@@ -118,47 +104,6 @@ def test_file_formats(tmp_path: Path, suffix: str) -> None:
     assert source.duration == len(decoded) / 44100 == 3
 
 
-def recorded(path: Path, form: str, codec: str, signal: np.ndarray, rate: int, **options: str) -> str:
-    """A file as phones, browsers and cameras write it. `signal` is [sample, channel]."""
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[signal.shape[1]]
-    with av.open(str(path), "w", format=form, options=options) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout)
-        assert isinstance(stream, av.AudioStream)
-        stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(signal.T), "fltp", layout)
-        frame.sample_rate, frame.pts = rate, 0
-        resampler = av.AudioResampler(stream.codec_context.format, layout, rate, stream.codec_context.frame_size)
-        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(part))
-    return str(path)
-
-
-def voice(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
-    """A tone of 440 Hz, [sample, channel], each channel weaker than the one before."""
-    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
-    return (wave[:, None] / np.arange(1, channels + 1)).astype(np.float32)
-
-
-def level(signal: np.ndarray) -> float:
-    """Power in dB."""
-    return float(10 * np.log10((signal.astype(np.float64) ** 2).mean() + 1e-20))
-
-
-RECORDED = {  # name: format, codec, rate, channels
-    "phone.m4a": ("ipod", "aac", 44100, 2),
-    "lossless.m4a": ("ipod", "alac", 48000, 2),
-    "browser.webm": ("webm", "libopus", 48000, 1),
-    "film.mp4": ("mp4", "aac", 48000, 1),
-    "film.mka": ("matroska", "aac", 22050, 1),
-    "radio.aac": ("adts", "aac", 48000, 2),
-    "old phone.amr": ("amr", "libopencore_amrnb", 8000, 1),
-    "camera.ts": ("mpegts", "aac", 48000, 2),
-    "radio.mp2": ("mp2", "mp2", 48000, 2),
-    "disc.mpg": ("mpeg", "mp2", 48000, 2),
-    "editor.mov": ("mov", "pcm_s16le", 48000, 2),
-}
-
-
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_phones_and_browsers_record(tmp_path: Path, name: str) -> None:
     form, codec, rate, channels = RECORDED[name]
@@ -203,17 +148,6 @@ def test_a_telephone_recording_does_not_end_in_noise(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "voice.wav", voice(3 * 320 / 8000, 8000), 8000, "GSM610")
     with open_source(str(tmp_path / "voice.wav"), CHUNK) as source:
         assert source.duration == 3 * 320 / 8000
-
-
-def wav_header(data: int, rate: int = 16000, channels: int = 1, riff: int | None = None) -> bytes:
-    form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * 2 * channels, 2 * channels, 16)
-    riff = min(data + 36, 2**32 - 1) if riff is None else riff
-    return b"RIFF" + struct.pack("<I", riff) + b"WAVEfmt " + form + b"data" + struct.pack("<I", data)
-
-
-def rf64_header(data: int, name: bytes = b"RF64") -> bytes:
-    """Of 16 kHz mono, before its 64-bit sizes are filled in."""
-    return name + b"\xff" * 4 + b"WAVEds64" + struct.pack("<I28x", 28) + wav_header(data)[12:]
 
 
 def test_unfinished_recordings_are_read(tmp_path: Path) -> None:
@@ -479,161 +413,6 @@ def test_tags_in_another_encoding(tmp_path: Path) -> None:
         assert len(joined(source)[0]) > 16000
 
 
-def pcm(signal: np.ndarray) -> bytes:
-    return (signal * 32767).astype("<i2").tobytes()
-
-
-@settings(max_examples=30)
-@given(length=st.integers(1, 4 * SMALL.slice_samples), odd=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_stdin_gives_every_sample(length: int, odd: bool, seed: int) -> None:
-    data = pcm(noise(seed, length))
-    source = StdinSource(io.BytesIO(data + b"\x7f" * odd), SMALL)
-    speech, sound = joined(source)
-    np.testing.assert_array_equal((speech * 32768).astype("<i2"), np.frombuffer(data, "<i2"))
-    np.testing.assert_array_equal(sound[:, 0], speech)
-    assert (source.channels, source.rate, source.duration) == (1, 16000, None)
-
-
-@pytest.mark.parametrize("data", [b"", b"\x01"])
-def test_stdin_without_a_sample(data: bytes) -> None:
-    with pytest.raises(UserError, match="no sound came on stdin"):
-        list(StdinSource(io.BytesIO(data), CHUNK))
-
-
-def test_stdin_that_is_not_open_for_reading(tmp_path: Path) -> None:
-    """As `nohup` leaves it."""
-    file = os.fdopen(os.open(tmp_path / "written", os.O_WRONLY | os.O_CREAT), "rb")
-    with file, pytest.raises(UserError, match=r"input cannot be read \(Bad file descriptor\); pipe in") as told:
-        next(iter(StdinSource(file, CHUNK)))
-    assert "\n" not in str(told.value)
-
-
-class Pipe(io.RawIOBase):
-    """Gives no more than 999 bytes at once."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = io.BytesIO(content)
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1, /) -> bytes:
-        return self._content.read(min(size, 999))
-
-
-def piped(content: bytes) -> BinaryIO:
-    return cast("BinaryIO", Pipe(content))
-
-
-def test_wav_on_stdin_is_no_raw_pcm() -> None:
-    """48 kHz stereo, as `ffmpeg -f wav -` writes it: without a length."""
-    signal = voice(1, 48000, 2)
-    content = wav_header(2**32 - 1, 48000, 2) + pcm(signal)
-    for file in (piped(content), io.BytesIO(content)):
-        speech, sound = joined(StdinSource(file, CHUNK))
-        np.testing.assert_allclose(speech, soxr.resample(signal.mean(axis=1), 48000, 16000), atol=1e-3)
-        np.testing.assert_array_equal(sound[:, 0], speech)
-
-
-@pytest.mark.parametrize("name", [*RECORDED, "a.mp3", "a.flac", "a.ogg", "a.aiff", "a.au", "a.rf64", "a.w64"])
-def test_containers_on_stdin(tmp_path: Path, name: str) -> None:
-    if name in RECORDED:
-        form, codec, rate, channels = RECORDED[name]
-        options = {"movflags": "faststart"} if form in ("ipod", "mp4", "mov") else {}
-        recorded(tmp_path / name, form, codec, voice(1.5, rate, channels), rate, **options)
-    else:
-        rate, channels = 44100, 2
-        written(tmp_path / name, voice(1.5, rate, channels), rate)
-    content = (tmp_path / name).read_bytes()
-    speech, _ = joined(StdinSource(piped(content), CHUNK))
-    assert 1.5 <= len(speech) / 16000 <= 1.5 + 4 * 1152 / rate
-    assert level(speech[4000:20000]) == pytest.approx(level(voice(1.5, rate, channels).mean(axis=1)), abs=2)
-
-
-@pytest.mark.parametrize(("codec", "rate"), [*(("libmp3lame", r) for r in (44100, 32000, 24000, 8000)), ("mp2", 22050)])
-def test_mpeg_audio_on_stdin_without_any_tag(tmp_path: Path, codec: str, rate: int) -> None:
-    form, options = ("mp2", {}) if codec == "mp2" else ("mp3", {"id3v2_version": "0"})
-    path = Path(recorded(tmp_path / "a.mp3", form, codec, voice(1, rate), rate, **options))
-    assert path.read_bytes()[0] == 0xFF
-    assert 1 <= len(joined(StdinSource(piped(path.read_bytes()), CHUNK))[0]) / 16000 < 1.3
-
-
-@pytest.mark.parametrize("box", [b"wide", b"free", b"skip"])
-def test_quicktime_on_stdin_that_begins_with_another_box(tmp_path: Path, box: bytes) -> None:
-    path = recorded(tmp_path / "a.mov", "mov", "aac", voice(1, 48000), 48000, movflags="faststart")
-    content = Path(path).read_bytes()
-    assert len(joined(StdinSource(piped(content[:4] + box + content[8:]), CHUNK))[0]) >= 16000
-
-
-def test_containers_on_stdin_that_are_no_streams(tmp_path: Path) -> None:
-    """The index of an M4A file stands at its end, unless it was made to be played while it loads."""
-    content = Path(recorded(tmp_path / "a.m4a", "ipod", "aac", voice(1, 48000), 48000)).read_bytes()
-    soundfile.write(tmp_path / "a.caf", voice(1, 16000), 16000)
-    caf = (tmp_path / "a.caf").read_bytes()
-    for file in (piped(content), piped(caf), piped(b"RIFF" + bytes(10000)), piped(b"ID3\3" + b"words " * 2000)):
-        with pytest.raises(UserError, match="recording on standard input cannot be read as a stream; name its file"):
-            list(StdinSource(file, CHUNK))
-    assert len(joined(StdinSource(io.BytesIO(content), CHUNK))[0]) > 16000  # from a file, as in `< a.m4a`
-
-
-def test_bad_samples_in_a_stream() -> None:
-    content = io.BytesIO()
-    bad = voice(2, 16000)
-    bad[20000] = np.nan
-    soundfile.write(content, bad, 16000, "FLOAT", format="WAV")
-    slices: list[Slice] = []
-    with pytest.raises(UserError, match=r"standard input holds a sample that is no finite number at 1\.250 s"):
-        slices.extend(StdinSource(piped(content.getvalue()), CHUNK))
-    assert len(slices) == 2  # a whole one, and what could be read of the second
-
-
-@settings(max_examples=100)
-@example(value=-1025, kind="still", seed=0)  # 0xFBFF, as MP3 begins
-@example(value=-1025, kind="noise", seed=0)
-@example(value=-3585, kind="tone", seed=0)  # 0xF1FF, as AAC begins
-@example(value=0x4747, kind="still", seed=0)  # "G", as packets of MPEG-TS begin
-@example(value=0x47, kind="steady", seed=0)
-@example(value=-1281, kind="steady", seed=0)  # 0xFAFF, as MP3 begins, again and again
-@given(
-    value=st.integers(-(2**15), 2**15 - 1),
-    kind=st.sampled_from(["still", "noise", "tone", "steady"]),
-    seed=st.integers(0, 1000),
-)
-def test_raw_samples_are_no_container(value: int, kind: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    samples = {
-        "still": np.full(2048, value),
-        "noise": np.concatenate([[value], rng.integers(-3, 4, 2047)]),
-        "tone": np.concatenate([[value], 9000 * np.sin(np.arange(2047) / 5)]),
-        "steady": np.resize([value, *range(93)], 2048),  # with the period of packets of MPEG-TS
-    }[kind]
-    data = samples.astype("<i2").tobytes()
-    assert not is_container(data)
-    assert soundless_kind(data) is None
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
-def test_a_picture_on_standard_input_is_no_sound(kind: str) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "teal").save(file, kind)
-    file.seek(0)
-    with pytest.raises(UserError, match=f"standard input is a {kind} picture, not sound"):
-        next(iter(StdinSource(file, CHUNK)))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"<!DOCTYPE html>\n<html><head><title>Not found</title></head></html>",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 465658\n",
-        ("Ein Gru\u00df, der nicht klingt.\r\n" * 300).encode()[:-1],
-    ],
-)
-def test_text_on_standard_input_is_no_sound(content: bytes) -> None:
-    with pytest.raises(UserError, match="standard input is text, not sound; pipe in a recording"):
-        next(iter(StdinSource(piped(content), CHUNK)))
-
-
 def test_big_endian_wav(tmp_path: Path) -> None:
     """FFmpeg takes its samples for little-endian ones, so that libsndfile reads it, if it can be sought in."""
     for channels in (1, 2, 3):
@@ -653,48 +432,6 @@ def test_a_film_without_its_index_is_told_so(tmp_path: Path) -> None:
     path.write_bytes(content[: content.index(b"moov") - 4])
     with pytest.raises(UserError, match=r"a\.m4a' is a film or M4A file without its index"):
         open_source(str(path), CHUNK)
-
-
-def test_an_empty_recording_on_standard_input_holds_no_sound() -> None:
-    with pytest.raises(UserError, match="standard input holds no sound that can be decoded"):
-        next(iter(StdinSource(piped(wav_header(0)), CHUNK)))
-
-
-@pytest.mark.parametrize("buffering", [0, -1])
-def test_a_slice_comes_as_soon_as_its_samples_have(buffering: int) -> None:
-    reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", buffering) as file, os.fdopen(writer, "wb", 0) as pipe:
-        signal = noise(5, 2 * SIZE + 100)
-        data = pcm(signal)
-        thread = threading.Thread(target=lambda: [pipe.write(data[i : i + 999]) for i in range(0, 2 * SIZE, 999)])
-        slices = iter(StdinSource(file, CHUNK))
-        thread.start()
-        first = next(slices)  # the second slice is not there yet: 99 bytes more, and then the pipe stalls
-        thread.join()
-        assert len(first.speech) == SIZE
-        sent = -(-2 * SIZE // 999) * 999
-        pipe.write(data[sent : 4 * SIZE])
-        assert len(next(slices).speech) == SIZE
-        pipe.write(data[4 * SIZE :])
-        pipe.close()
-        assert [len(piece.speech) for piece in slices] == [100]
-
-
-def test_dash_is_the_standard_input_of_the_process() -> None:
-    program = (
-        "from model.config import ChunkConfig; from streaming.sources import open_source\n"
-        "for piece in open_source('-', ChunkConfig()): print(len(piece.speech), flush=True)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdin.write(bytes(2 * SIZE))
-        process.stdin.flush()
-        assert process.stdout.readline() == b"17920\n"  # while stdin stays open and silent
-        process.stdin.write(bytes(6))
-        process.stdin.close()
-        assert process.stdout.read() == b"3\n"
-    assert process.returncode == 0
 
 
 def test_another_rate_is_a_programming_mistake(tmp_path: Path) -> None:
