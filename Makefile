@@ -54,6 +54,7 @@ lint: install
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
+test: export PYTHONDONTWRITEBYTECODE :=  # hundreds of processes would compile our modules again
 test: lint audit
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses=2 --dist worksteal
 	$(BIN)/python -m pytest -m gpu

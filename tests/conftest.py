@@ -18,6 +18,7 @@ from tests.processes import Interpreter, interpreter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads that wait for each other only burn time
     os.environ["OMP_NUM_THREADS"] = "1"  # also in what tests start
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # g++ knows this CPU, which Inductor takes 8 seconds a cache to find out
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 settings.register_profile("tests", deadline=None)  # a verdict must not depend on the machine's load
 settings.register_profile("tests-of-seed-0", settings.get_profile("tests"), derandomize=True)
