@@ -5,7 +5,7 @@ stopped goes on where it was.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ SMOKE = Effort(
     takes=1,
     held_out_takes=2,
     options={
+        **{stage: {"config": replace(teacher.CONFIG, num_layers=1)} for stage in ("lips", "teacher")},
         "reader": {"clips": 4},
         "audio": {"batch": 1, "pool": 2, "scale_tracks": 2, "evaluation_tracks": 1},
         "codec": {"start_clips": 2, "evaluation_clips": 1},

@@ -3,6 +3,7 @@
 import io
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,13 +29,32 @@ def test_what_a_character_set_lacks_is_spelled(charset: str, wanted: str, monkey
     assert printed.getvalue().decode(charset) == wanted
 
 
+GOALS = """
+[[target]]
+name = "at least"
+cases = ["chunk_attention/14b-w1/bf16"]
+tflops = 620
+
+[[target]]
+name = "at most"
+cases = ["text_image_attention/14b-w1-prompt/bf16"]
+seconds = 0.00014
+"""
+
+
 @pytest.mark.parametrize("charset", ["ascii", "latin-1", "cp437"])
-def test_tables_on_terminals_of_other_character_sets(charset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_on_terminals_of_other_character_sets(
+    charset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    goals = tmp_path / "goals.toml"
+    goals.write_text(GOALS)
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, charset))
-    monkeypatch.setattr(sys, "argv", ["profiling", "targets"])
+    monkeypatch.setattr(sys, "argv", ["profiling", "targets", "--file", str(goals)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command line's handlers are not for tests
     assert profiling.main() in (0, 1)
     sys.stdout.flush()
     text = printed.getvalue().decode(charset)
-    assert "≥" in text if charset == "cp437" else ">=" in text
+    at_least, at_most = ("≥", "≤") if charset == "cp437" else (">=", "<=")
+    assert f"{at_least} 620 TFLOP/s" in text
+    assert f"{at_most} 140 {'us' if charset == 'ascii' else 'µs'}" in text

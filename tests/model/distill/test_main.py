@@ -1,5 +1,6 @@
 """The command line: clips with their truth, every stage end to end, and mistakes in one line."""
 
+import json
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from model.command import run_app
 from model.distill.__main__ import app
 from model.distill.face import MOTION
+from model.distill.student_network import load_network
 from tests.model.distill.conditions import needs_espeak
 from tests.processes import Interpreter
 
@@ -37,6 +39,16 @@ def test_smoke_runs_every_stage(python: Interpreter, tmp_path):
         name = {"dmd": "student", "lips": "teacher"}.get(folder, folder)
         assert {"checkpoint.pt", "curves.png", f"{name}.safetensors"} <= {p.name for p in (tmp_path / folder).iterdir()}
         assert f"{name} step" in done.stdout
+    measured = {
+        "teacher": {"r open", "gain at 0.97", "mouth psnr"},
+        "student": {"loss at 1", "loss at 0.4", "r open"},
+    }
+    for folder, numbers in measured.items():
+        (*_, last) = json.loads((tmp_path / folder / "history.json").read_text())
+        assert numbers <= last.keys()
+    shape = load_network(tmp_path / "lips" / "teacher.safetensors").config
+    for file in ("teacher/teacher.safetensors", "student/student.safetensors", "dmd/student.safetensors"):
+        assert load_network(tmp_path / file).config == shape
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.distill.student_network import UNUSED, Context, new_student, velocities
+from model.distill.student_network import UNUSED, Context, load_network, new_student, velocities
 from model.dit import DiT
+from model.errors import UserError
 from model.rope import rope_table
 
 CONFIG = DiTConfig(
@@ -96,3 +97,9 @@ def test_it_begins_by_copying_noise():
 def test_patches_must_fit():
     with pytest.raises(ValueError, match="64 numbers of a patch do not fit into 48 channels"):
         new_student(dataclasses.replace(CONFIG, out_dim=16, in_dim=36))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "damaged").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a trained network"):
+        load_network(tmp_path / "damaged")
