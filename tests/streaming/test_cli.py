@@ -40,7 +40,7 @@ def tone(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
 
 @pytest.fixture
 def portrait(tmp_path: Path) -> Path:
-    """A square, as most videos here: in pictures of other formats a face is looked for, which takes longer than them."""
+    """A square, as most videos here: in pictures of other formats a face is looked for, which takes longer."""
     path = tmp_path / "portrait.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 120, 3), np.uint8)).save(path)
     return path

@@ -46,7 +46,7 @@ def pipeline(**options: Any) -> TalkingHeadPipeline:
 
 
 def portrait(width: int = 60, height: int = 40) -> Image.Image:
-    """A gradient. In one of another format than the video's, a face is looked for, which takes longer than the video."""
+    """A gradient. Where it has another format than the video, a face is looked for, which takes longer than all."""
     rows, columns = np.mgrid[:height, :width]
     pixels = np.stack([255 * rows / height, 255 * columns / width, 60 + 0 * rows], axis=2)
     return Image.fromarray(pixels.astype(np.uint8))
