@@ -1,6 +1,7 @@
 """`python -m streaming run` from end to end: what is accepted, what is refused and how, and what a kill leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -439,7 +440,8 @@ def test_pcm_in_and_raw_frames_out(python: Interpreter, portrait: Path, tmp_path
     arguments = ["--image", portrait, "--audio", "-", "--out", "-", "--steps", "1"]
     with (tmp_path / "pcm").open() as pcm:
         process = python.start(*COMMAND[1:], *arguments, stdin=pcm.fileno())
-    assert len(process.stdout.buffer.read()) == 13 * 128 * 128 * 3  # ceil(0.5 s x 25) frames
+    with os.fdopen(process.stdout.fileno(), "rb", closefd=False) as frames:
+        assert len(frames.read()) == 13 * 128 * 128 * 3  # ceil(0.5 s x 25) frames
     assert process.wait() == 0
 
 

@@ -452,7 +452,7 @@ def test_stdout_whose_reader_goes(python: Interpreter) -> None:
         "except UserError as error: raise SystemExit(str(error))"
     )
     process = python.start("-c", program)
-    process.stdout.buffer.read(10)
+    os.read(process.stdout.fileno(), 10)
     process.stdout.close()
     told = process.stderr.read()
     assert process.wait() == 1
