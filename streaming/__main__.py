@@ -1,6 +1,7 @@
 """`python -m streaming run`, `live`, `serve` and `cluster`: a portrait and a voice in, a talking video out."""
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -47,7 +48,7 @@ try:
         ViewersOption,
         Wav2vecOption,
     )
-    from streaming.progress import progress_line, stage
+    from streaming.progress import progress_line, stage, starting
 except ImportError as error:  # a package of the same name as one of ours came first
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -125,7 +126,9 @@ def run(
     """Generates a video of the portrait speaking the voice, as long as the voice."""
     _keep_memory()
     quiet = quiet or not _leads()
-    with stage("starting", quiet):  # what takes seconds to import waits until there is something to do
+    if audio == "-" and sys.stdin is None and _leads():
+        raise UserError("standard input is closed; pipe in signed 16-bit little-endian mono PCM")
+    with starting(quiet):  # what takes seconds to import waits until there is something to do
         from streaming.session import report as report_of
         from streaming.sinks import open_sink
         from streaming.sources import open_source
@@ -213,7 +216,7 @@ def live(
     """Generates a video while its sound comes: the portrait listens, speaks and idles, until standard input ends."""
     _keep_memory()
     quiet = quiet or not _leads()
-    with stage("starting", quiet):
+    with starting(quiet):
         from streaming.decoding import FILE_RATES
         from streaming.live.pipe import moments_of_pipe
         from streaming.sinks import open_sink
@@ -296,7 +299,7 @@ def serve(
     """
     _keep_memory()
     quiet = quiet or not _leads()
-    with stage("starting", quiet):
+    with starting(quiet):
         try:
             from streaming.serve.server import Settings, check_port, run, warm
         except ModuleNotFoundError as error:
@@ -397,7 +400,7 @@ def cluster(
     config: ConfigOption = None,  # noqa: ARG001  (read before the other options are)
 ) -> None:
     """Serves live sessions by many replicas on many machines, behind one address. Ends at Ctrl-C or SIGTERM."""
-    with stage("starting", quiet):
+    with starting(quiet):
         try:
             from streaming.cluster.command import run
             from streaming.serve.server import Settings
@@ -568,7 +571,9 @@ def _fail(message: str) -> int:
 
 def console() -> None:
     """The console script `flashtalk`."""
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # at its end Python would look through all modules for garbage, for more than a second
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # what the annotations name would take seconds to import
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -24,6 +25,17 @@ def stage(name: str, quiet: bool = False) -> AbstractContextManager[object]:
     """Shows on a terminal, for as long as the body runs, what is being done."""
     console = Console(stderr=True)
     return console.status(name) if console.is_terminal and not quiet else nullcontext()
+
+
+@contextmanager
+def starting(quiet: bool = False) -> Iterator[None]:
+    """`stage` for imports that take seconds, a tenth of them if garbage is looked for, which they do not leave."""
+    gc.disable()
+    try:
+        with stage("starting", quiet):
+            yield
+    finally:
+        gc.enable()
 
 
 def line(progress: Progress, stage: str, fps: int, duration: float | None) -> str:

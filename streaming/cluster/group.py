@@ -4,6 +4,7 @@ The replica is rank 0. It starts the other ranks on its machine. They load the s
 no more to do, or until it dies, which closes their standard input.
 """
 
+import gc
 import os
 import pickle
 import subprocess
@@ -18,7 +19,7 @@ from streaming.ranks import EXIT_LOST, environments
 
 Load = Callable[[], TalkingHeadPipeline]  # with networks, on a machine of a replica
 
-FOLLOWER = "from streaming.cluster.group import follow; follow()"
+FOLLOWER = "import gc; gc.disable(); from streaming.cluster.group import follow; follow()"
 GRACE = 2.0  # seconds in which rank 0 may end by itself, for the same reason as another rank
 
 
@@ -66,6 +67,8 @@ def _watch(follower: subprocess.Popen[bytes], rank: int, done: Event) -> None:
 def follow() -> None:
     """What another rank does: loads what standard input names, and follows rank 0."""
     sys.path, load = pickle.load(sys.stdin.buffer)
+    gc.freeze()  # to look for garbage while modules are imported, and among them at the end, takes seconds
+    gc.enable()
     Thread(target=_end_with_rank_0, daemon=True, name="rank 0").start()
     try:
         load().follow()

@@ -1,9 +1,7 @@
 """Several ranks generate the video of one, agree beforehand, and end in one line when one of them is lost."""
 
-import os
+import functools
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from torch import Tensor
 
 from model.parallel.ranks import ulysses_degree
 from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, environments, noticing_losses
@@ -20,8 +19,6 @@ from tests.processes import Interpreter, Process
 from tests.ranks import MAX_WORLD, RankPool, rank_pool
 from tests.streaming import rank_jobs as jobs
 from tests.tensors import error
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +30,17 @@ def pool(python: Interpreter):
 # --- The video of one rank ------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def of_one_rank(name: str) -> Tensor:
+    """The bytes of two chunks' frames."""
+    return jobs.chunks(None, name, 2)[0]
+
+
 @pytest.mark.parametrize(("name", "world"), [("odd", 2), ("odd", 3), ("odd", 4), ("tiny-random", 3)])
-def test_three_chunks(pool: RankPool, name: str, world: int) -> None:
-    whole, _ = jobs.chunks(None, name, 3)
-    results = pool.run(world, ulysses_degree(world, CONFIGS[name].dit.num_heads), jobs.chunks, name, 3)
+def test_two_chunks(pool: RankPool, name: str, world: int) -> None:
+    """The second one goes on from the motion of the first one."""
+    whole = of_one_rank(name)
+    results = pool.run(world, ulysses_degree(world, CONFIGS[name].dit.num_heads), jobs.chunks, name, 2)
     frames = results[0][0]
     assert (frames.int() - whole.int()).abs().max() <= 1
     assert (frames != whole).float().mean() < 1e-3  # roundings of a few of all bytes
@@ -50,7 +54,7 @@ def test_three_chunks(pool: RankPool, name: str, world: int) -> None:
 def test_a_chunk_that_is_given_up_is_given_up_by_all(pool: RankPool) -> None:
     degree = ulysses_degree(MAX_WORLD, CONFIGS["odd"].dit.num_heads)
     motion, frames = pool.run(MAX_WORLD, degree, jobs.led, "odd")[0]
-    assert (frames.int() - jobs.chunks(None, "odd", 2)[0].int()).abs().max() <= 1
+    assert (frames.int() - of_one_rank("odd").int()).abs().max() <= 1
     alone = jobs.new_generator(None, "odd")
     assert error(motion, alone.motion_of(jobs.still("odd"))) < 1e-5
 
@@ -146,12 +150,11 @@ def frames_of(folder: Path) -> list[np.ndarray]:
 
 def test_torchrun_makes_the_video_of_one_process(python: Interpreter, tmp_path: Path) -> None:
     sound = sound_of(tmp_path / "voice.wav", 1.5)
-    arguments = ["--image", "examples/portraits/amara.jpg", "--audio", str(sound), "--size", "64x64"]
+    arguments = ["--image", "examples/portraits/amara.jpg", "--audio", sound, "--size", "64x64", "--steps", "2"]
     run = ["-m", "streaming", "run", *arguments, "--out"]
     python.run(*run, f"{tmp_path}/one/").check_returncode()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *run, f"{tmp_path}/two/"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(launcher, cwd=ROOT, env=environment, check=True, stderr=subprocess.PIPE)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    python.run(*launcher, *run, f"{tmp_path}/two/").check_returncode()
     one, two = frames_of(tmp_path / "one"), frames_of(tmp_path / "two")
     assert len(one) == len(two) == 38
     assert all(np.abs(x - y).max() <= 1 for x, y in zip(one, two, strict=True))
@@ -179,7 +182,9 @@ def test_what_cannot_be_is_one_line_on_rank_0(
 def test_a_lost_rank_ends_the_others_and_keeps_their_frames(
     python: Interpreter, tmp_path: Path, how: signal.Signals
 ) -> None:
-    ranks = start(python, 3, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 300.0))
+    ranks = start(
+        python, 3, str(tmp_path / "out.mp4"), sound_of(tmp_path / "voice.wav", 300.0), *[("--steps", "1")] * 3
+    )
     try:
         shown = iter(ranks[0].stderr.readline, "")
         assert any(line.startswith("chunk 2") for line in shown)

@@ -5,7 +5,6 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +23,7 @@ from model.errors import UserError
 from streaming import sinks
 from streaming.sinks import Sink, open_sink
 from streaming.sources import SOUND_RATE
+from tests.processes import Interpreter
 
 FPS = 25
 PERIOD = SOUND_RATE // FPS
@@ -252,32 +252,28 @@ def test_mp4_of_an_exception(tmp_path: Path) -> None:
 
 
 CHILD = """
-import sys
+import signal, sys
 from tests.streaming.test_sinks import marked, silence, written
 sink = written(sys.argv[1])
 for count in map(int, sys.argv[2:]):
     sink.write(marked(sink.frames, count), silence(count))
     print(sink.frames, flush=True)
-sys.stdin.read()
+signal.pause()
 """
 
 
-def killed(out: Path, *counts: int) -> int:
+def killed(python: Interpreter, out: Path, *counts: int) -> int:
     """Frames of the last `write` that returned before the process that made it was killed."""
-    command = [sys.executable, "-c", CHILD, str(out), *map(str, counts)]
-    pipe = subprocess.PIPE
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=root) as process:
-        assert process.stdout
-        lines = [process.stdout.readline() for _ in counts]
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = python.start("-c", CHILD, out, *counts)
+    lines = [process.stdout.readline() for _ in counts]
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     return int(lines[-1])
 
 
-def test_mp4_survives_sigkill(tmp_path: Path) -> None:
+def test_mp4_survives_sigkill(python: Interpreter, tmp_path: Path) -> None:
     counts = (28, 1, 28, 3, 28)
-    assert killed(tmp_path / "film.mp4", *counts) == sum(counts)
+    assert killed(python, tmp_path / "film.mp4", *counts) == sum(counts)
     assert names(tmp_path) == ["film.part.mp4"]
     film = played(tmp_path / "film.part.mp4")
     assert film.numbers == list(range(sum(counts)))
@@ -287,8 +283,8 @@ def test_mp4_survives_sigkill(tmp_path: Path) -> None:
     assert played(tmp_path / "film.part.mp4").numbers == film.numbers
 
 
-def test_folder_survives_sigkill(tmp_path: Path) -> None:
-    assert killed(tmp_path / "film", 3, 4) == 7
+def test_folder_survives_sigkill(python: Interpreter, tmp_path: Path) -> None:
+    assert killed(python, tmp_path / "film", 3, 4) == 7
     assert names(tmp_path / "film") == [*(f"{k:06d}.png" for k in range(7)), "sound.wav"]
     assert soundfile.info(tmp_path / "film" / "sound.wav").frames == 7 * PERIOD
 
@@ -449,20 +445,17 @@ def test_stdout_gets_the_bytes_at_once(capfdbinary: pytest.CaptureFixture[bytes]
     assert capfdbinary.readouterr().out == marked(0, 6)[::2].tobytes()
 
 
-def test_stdout_whose_reader_goes() -> None:
+def test_stdout_whose_reader_goes(python: Interpreter) -> None:
     program = (
         "from tests.streaming.test_sinks import written; from model.errors import UserError\n"
         "try: written('-', *[28] * 100)\n"
         "except UserError as error: raise SystemExit(str(error))"
     )
-    pipe, root = subprocess.PIPE, Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, cwd=root) as process:
-        assert process.stdout
-        assert process.stderr
-        process.stdout.read(10)
-        process.stdout.close()
-        told = process.stderr.read().decode()
-    assert process.returncode == 1
+    process = python.start("-c", program)
+    os.read(process.stdout.fileno(), 10)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 1
     assert told.startswith("stdout takes no more after ")
     assert told.endswith("(Broken pipe); keep its reader running\n")
     assert told.count("\n") == 1

@@ -166,11 +166,10 @@ def encoded(ranks: Ranks | None, name: str) -> Tensor:
     return rows.gather(torch.cat(list(vae.encode(rows.own(clip), rows))))
 
 
-def counted(ranks: Ranks, function: Any, *args: Any) -> dict[str, int]:
-    """The bytes that a rank sends while it runs `function`."""
+def counted(ranks: Ranks, function: Any, *args: Any) -> tuple[Any, dict[str, int]]:
+    """What `function` gives, and the bytes that a rank sends while it runs."""
     transport = CountedTransport(ranks.transport, ranks)
-    function(dataclasses.replace(ranks, transport=transport), *args)
-    return transport.sent
+    return function(dataclasses.replace(ranks, transport=transport), *args), transport.sent
 
 
 def degree(name: str, world: int) -> int:

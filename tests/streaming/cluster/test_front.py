@@ -158,7 +158,8 @@ def test_a_socket_and_a_film_pass(tmp_path: Path) -> None:
             headers = bearing(facts["key"])
             async with cluster.client.get(f"/v1/sessions/{facts['id']}/stream.mp4", headers=headers) as response:
                 assert response.headers["Content-Type"] == "video/mp4"
-                numbers, _, _ = film(await response.content.readexactly(30_000))
+                numbers, _, _ = film(await response.content.readexactly(10_000))
+                assert len(numbers) > 10
                 assert numbers == sorted(numbers)
             await cluster.client.delete(f"/v1/sessions/{facts['id']}", headers=headers)
             messages = await talk.rest()
@@ -213,7 +214,7 @@ def test_a_draining_replica_hands_its_sessions_on(tmp_path: Path) -> None:
             before, talk = cluster.of(facts), await cluster.socket(facts, video="fmp4")
             status, _ = await cluster.post(facts, "snapshot")
             assert status == 200
-            await talk.read_media(30)
+            await talk.read_media(15)
             ending = asyncio.create_task(cluster.end(before))
             messages = await talk.rest()
             bye = messages[-1]
@@ -224,7 +225,7 @@ def test_a_draining_replica_hands_its_sessions_on(tmp_path: Path) -> None:
             assert (status, body["position"]) == (201, bye.position)
             assert cluster.of(facts) is not before
             again = await cluster.socket(facts, video="fmp4")
-            await again.read_media(20)
+            await again.read_media(10)
             assert_continued(talk.media, again.media)
 
     run(test())
