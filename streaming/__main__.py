@@ -126,8 +126,6 @@ def run(
     """Generates a video of the portrait speaking the voice, as long as the voice."""
     _keep_memory()
     quiet = quiet or not _leads()
-    if audio == "-" and sys.stdin is None and _leads():
-        raise UserError("standard input is closed; pipe in signed 16-bit little-endian mono PCM")
     with starting(quiet):  # what takes seconds to import waits until there is something to do
         from streaming.session import report as report_of
         from streaming.sinks import open_sink

@@ -186,10 +186,14 @@ def noticing_losses() -> Iterator[None]:
         reason = str(error)
         if not isinstance(error, dist.DistError) and not any(sign in reason for sign in _SIGNS_OF_LOSS):
             raise
+        with _ending:
+            _noticed.set()
         rank = os.environ.get("RANK")
         raise RankLostError(f"rank {rank}: another rank has ended; what was made so far is kept") from error
 
 
+_ending = threading.Lock()  # kept by a thread that says why this process ends, so that no other one says it too
+_noticed = threading.Event()  # a loss, which the error that is on its way will say
 _SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "gloo/transport", "NCCL error", "Broken pipe")
 
 
@@ -366,12 +370,16 @@ class SignsOfLife:
 
 
 def _end_process(lost: Sequence[int]) -> None:
-    """Ends this process, whose main thread may wait for ever for the lost ranks."""
+    """Ends this process, whose main thread may wait for ever for the lost ranks, even once it has noticed the loss."""
     names, seconds = ", ".join(map(str, lost)), LOST_AFTER * BEAT
-    print(
-        f"error: rank {os.environ.get('RANK')}: no sign of life from rank {names} for {seconds:g} s; stopped. The"
-        " frames made so far are kept; an unfinished video is NAME.part.mp4",
-        file=sys.stderr,
-        flush=True,
-    )
+    with _ending:
+        if not _noticed.is_set():
+            print(
+                f"error: rank {os.environ.get('RANK')}: no sign of life from rank {names} for {seconds:g} s; stopped."
+                " The frames made so far are kept; an unfinished video is NAME.part.mp4",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_LOST)
+    threading.Event().wait(seconds)
     os._exit(EXIT_LOST)

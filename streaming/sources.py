@@ -239,6 +239,8 @@ def open_source(audio: str, chunk: ChunkConfig) -> Source:
     """
     if audio != "-":
         return FileSource(audio, chunk)
+    if sys.stdin is None:
+        raise UserError("standard input is closed; pipe in signed 16-bit little-endian mono PCM")
     return StdinSource(sys.stdin.buffer, chunk)
 
 

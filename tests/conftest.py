@@ -1,5 +1,6 @@
 """Setup of all tests: threads, options, seeds, skipped markers, no deadlines for property tests; benchmark files."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -16,6 +17,7 @@ from hypothesis import settings
 from model.machine import CACHE_ENV
 from tests.processes import Interpreter, interpreter
 
+gc.disable()  # until all tests are collected; they and what they import are no garbage
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads that wait for each other only burn time
     os.environ["OMP_NUM_THREADS"] = "1"  # also in what tests start
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # g++ knows this CPU, which Inductor takes 8 seconds a cache to find out
@@ -93,6 +95,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if "benchmark" in item.keywords and not config.getoption("benchmark_only"):
             item.add_marker(pytest.mark.skip(reason="a benchmark: run it with --benchmark-only"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

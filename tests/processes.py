@@ -127,9 +127,11 @@ def interpreter(*modules: str, **environment: str) -> Iterator[Interpreter]:
 
 def serve(descriptor: int, modules: tuple[str, ...]) -> None:
     """Imports, then forks for each program that comes and waits for each process whose number comes."""
+    gc.disable()
     for module in modules:
         import_module(module)
     gc.freeze()  # a collection in a fork would copy the memory of all that is imported
+    gc.enable()
     server = Connection(descriptor)
     while True:
         try:

@@ -311,10 +311,11 @@ def test_no_space_left(python: Interpreter, portrait: Path, tmp_path: Path) -> N
     assert len(decode(tmp_path / "out.part.mp4")[0]) > 0
 
 
-def test_standard_input_that_is_closed(portrait: Path, tmp_path: Path) -> None:
-    arguments = ["--image", portrait, "--audio", "-", "--out", tmp_path / "out.mp4"]
-    line = " ".join([*COMMAND, *map(str, arguments), "<&-"])
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+def test_standard_input_that_is_closed(python: Interpreter, portrait: Path, tmp_path: Path) -> None:
+    closed = "import os, sys; os.close(0); sys.stdin = None"  # as Python begins with `<&-`
+    program = f"{closed}; from streaming.__main__ import console; console()"
+    arguments = ["--device", "cpu", "--image", portrait, "--audio", "-", "--out", tmp_path / "out.mp4"]
+    done = python.run("-c", program, "run", *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: standard input is closed")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.parallel.ranks import ulysses_degree
-from streaming.ranks import LOST_AFTER, RankLostError, SignsOfLife, environments, noticing_losses
+from streaming.ranks import EXIT_LOST, LOST_AFTER, RankLostError, SignsOfLife, environments, noticing_losses
 from tests.model.parallel.jobs import CONFIGS
 from tests.processes import Interpreter, Process
 from tests.ranks import MAX_WORLD, RankPool, rank_pool
@@ -201,3 +201,24 @@ def test_a_lost_rank_ends_the_others_and_keeps_their_frames(
     finally:
         for rank in ranks:
             rank.kill()
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_loss_is_told_once(python: Interpreter, noticed: bool) -> None:
+    """By the thread that has noticed it, or else by the one that looks for signs of life."""
+    program = """if True:
+        import os, sys
+        from streaming import ranks
+        ranks.LOST_AFTER = 0
+        if sys.argv[1] == "True":
+            try:
+                with ranks.noticing_losses():
+                    raise RuntimeError("Connection closed by peer")
+            except ranks.RankLostError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+        ranks._end_process([1])
+    """
+    done = python.run("-c", program, noticed)
+    assert done.returncode == EXIT_LOST
+    (line,) = done.stderr.splitlines()
+    assert ("another rank has ended" if noticed else "no sign of life from rank 1") in line

@@ -77,7 +77,7 @@ def test_a_resumed_session_goes_on_to_the_bit_from_any_moment(face: PortraitFace
 
 
 def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path) -> None:
-    """Kills by SIGKILL at 8 random moments; what was written before and after is the video of one that lived."""
+    """Kills by SIGKILL at 20 random moments; what was written before and after is the video of one that lived."""
     whole: list[Moment] = []
     stage = staged(face)
     follow_script(stage, whole)
@@ -85,7 +85,7 @@ def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path)
     video = np.stack([m.rgb for m in whole])
     random, path, frames = np.random.default_rng(1), tmp_path / "session", tmp_path / "frames"
     positions = set()
-    for _ in range(8):
+    for _ in range(20):
         path.unlink(missing_ok=True)
         frames.write_bytes(b"")
         child = os.fork()
