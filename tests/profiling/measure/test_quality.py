@@ -60,9 +60,7 @@ def shortened(voice: Voice, chunks: int) -> Voice:
 
 @needs_espeak
 def test_the_truth_has_the_measures_of_the_data() -> None:
-    voices = [
-        shortened(voice, chunks) for voice, chunks in zip(held_out_voices(4, 8 * SIZE), (5, 6, 7, 8), strict=True)
-    ]
+    voices = list(map(shortened, held_out_voices(4, 8 * SIZE), (5, 6, 7, 8)))
     pipeline = cast(TalkingHeadPipeline, Truth({len(voice.wave): voice.mouth for voice in voices}))
     streams: list[int] = []
     found = dict(
