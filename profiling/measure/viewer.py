@@ -72,6 +72,15 @@ def _stamping(moments: Moments, block: int) -> Moments:
     return Moments(lambda: stamp(next(moments, None)), following)
 
 
+def serve_stamped(block: int) -> None:
+    """The command line of `streaming`, whose sessions hand over stamped moments."""
+    from streaming.__main__ import console
+    from streaming.pipeline import TalkingHeadPipeline
+
+    TalkingHeadPipeline.live = with_stamps(TalkingHeadPipeline.live, block)
+    console()
+
+
 # --- What was seen ---------------------------------------------------------------------------------------------------
 
 
