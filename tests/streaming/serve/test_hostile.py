@@ -45,7 +45,7 @@ async def undisturbed(**options: Any) -> AsyncIterator[tuple[Serving, Facts]]:
 
 
 async def say(talk: Talk, segment: int) -> None:
-    await talk.say(segment, speech(0.1))
+    await talk.say(segment, speech(0.3))
     await talk.tell("end")
     await eventually(
         lambda: any(isinstance(m, PlaybackFinishedMessage) and m.segment == segment for m in talk.messages)
