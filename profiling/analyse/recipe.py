@@ -7,15 +7,19 @@ What is recorded, and how, is in recorder.py. The student's blocks are compiled 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from model.block import ContextKV
 from model.config import PRECISIONS, TINY, Config
+from model.dit import DiT
 from model.parallel.ranks import Group, Ranks, sizes, ulysses_degree
 from model.parallel.tokens import TokenSplit
+from model.vae import Downsample, ResidualBlock, Upsample
 from model.weights.checkpoint import Models, random_models
 from profiling.analyse.calls import Call
 from profiling.analyse.recorder import META, Exchange, Recorded, Recorder, WithoutValues
@@ -58,8 +62,11 @@ def record(models: Models, rank: int = 0, world: int = 1) -> Recipe:
         generator = ChunkGenerator(models, RecordingTimer(recorder), ranks=ranks)
         conditions, window = _inputs(models)
         state = replace(generator.start(conditions, seed=0), chunk=1, motion=_motion(models.config))
-        blocks, decoder = list(models.dit.blocks), models.vae.decoder
-        with recorder, recorder.repeating(blocks, compiled=True), recorder.repeating([decoder], compiled=False):
+        with recorder, ExitStack() as repeating:
+            repeating.enter_context(recorder.repeating(list(models.dit.blocks), compiled=True))
+            for network in (models.dit, models.vae.encoder, models.vae.decoder):
+                layers = [m for m in network.modules() if isinstance(m, (ResidualBlock, Upsample, Downsample))]
+                repeating.enter_context(recorder.repeating([network, *layers], compiled=False))
             for _ in generator.chunk(conditions, state, window):
                 pass
     return _beside(recorder.recorded())
@@ -85,14 +92,19 @@ def _inputs(models: Models) -> tuple[Conditions, Tensor]:
     """Conditions and window of features of a chunk, with the shapes and dtypes that a session has."""
     config, dit = models.config, models.dit
     frames, channels, rows, columns = config.latent_shape
-    text = torch.empty(PROMPT_TOKENS, config.dit.text_dim, device=META)
-    context = dit.embed_context(text, torch.empty(config.dit.img_tokens, config.dit.img_dim, device=META))
     dtype = next(models.vae.parameters()).dtype
     condition = torch.empty(frames, config.dit.in_dim - channels, rows, columns, device=META, dtype=dtype)
     statistics = torch.empty(1, 3, 1, 1, device=META)
-    conditions = Conditions(context, condition, (statistics, statistics), condition[:1, :channels])
+    conditions = Conditions(_context(dit), condition, (statistics, statistics), condition[:1, :channels])
     window = (config.chunk.frame_num, config.dit.audio_window, config.dit.audio_blocks, config.dit.audio_channels)
     return conditions, torch.empty(window, device=META)
+
+
+@cache  # which many pictures share
+def _context(dit: DiT) -> ContextKV:
+    """Keys and values of prompt and portrait."""
+    text = torch.empty(PROMPT_TOKENS, dit.config.text_dim, device=META)
+    return dit.embed_context(text, torch.empty(dit.config.img_tokens, dit.config.img_dim, device=META))
 
 
 def _motion(config: Config) -> Tensor:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _NO_KERNEL = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_RESULTS: dict[Hashable, Any] = {}  # of operations of kernels/ by their arguments, without values as those
+_RESULTS: dict[Hashable, Any] = {}  # of functions by their arguments, without values as those
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ class Recorder(TorchDispatchMode):
         self.begin("")
         self._fusing = False
         self._alive: list[Any] = []  # all tensors, as a storage's number may be used again once it is freed
-        self._modules: dict[Hashable, tuple[list[Call | _Event], Any]] = {}  # calls and results, by arguments
 
     def begin(self, stage: str) -> None:
         """All that follows belongs to this call of a stage."""
@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
-        out = _results_of(func, args, kwargs) if own else func(*args, **kwargs)
+        out = _results_of(func, args, kwargs) if own or _makes_new(func) else func(*args, **kwargs)
         self._alive.append((args, kwargs, out))
         reads, writes = _memory_of(args[1:] if func in _OVERWRITES else (args, kwargs)), _memory_of(out)
         is_view = not func._schema.is_mutable and writes.keys() <= reads.keys()
@@ -124,25 +124,26 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def repeating(self, modules: Sequence[nn.Module], compiled: bool) -> Iterator[None]:
-        """A module that is called like another one or itself before is not run, but repeats what happened then.
+        """A module that is called like one of these was before is not run, but repeats what happened then.
 
         If they are compiled, operations in one call of a module are fused.
         """
+        happened: dict[Hashable, tuple[list[Call | _Event], Any]] = {}  # calls and results, by arguments
         for module in modules:
-            module.forward = self._repeating_forward(module, compiled)
+            module.forward = self._repeating_forward(module, compiled, happened)
         try:
             yield
         finally:
             for module in modules:
                 del module.forward  # the class has it
 
-    def _repeating_forward(self, module: nn.Module, compiled: bool) -> Any:
+    def _repeating_forward(self, module: nn.Module, compiled: bool, happened: dict[Hashable, Any]) -> Any:
         forward, own = module.forward, _like([*module.parameters(), *module.buffers()])
 
         def run(*args: Any, **kwargs: Any) -> Any:
             key = type(module), own, _like((args, kwargs))
-            if key in self._modules:
-                calls, out = self._modules[key]
+            if key in happened:
+                calls, out = happened[key]
                 self._events.append(_Event(calls, {}, {}))
                 return _empty(out)
             before, self._fusing = len(self._events), compiled
@@ -150,7 +151,7 @@ class Recorder(TorchDispatchMode):
             out = forward(*args, **kwargs)
             self._events.append(_Event((), _memory_of(out), {}))  # and its results are used outside
             self._fusing = False
-            self._modules[key] = list(_fused(self._events[before:])), out
+            happened[key] = list(_fused(self._events[before:])), out
             return out
 
         return run
@@ -168,11 +169,21 @@ class Recorder(TorchDispatchMode):
         self._events.append(_Event((), _memory_of(received), {}, ticket=id(received)))
 
 
-def _results_of(operation: Any, args: Any, kwargs: Any) -> Any:
-    """Results of an operation of kernels/: new ones, like those that it had for such arguments."""
-    key = operation, _like((args, kwargs))
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether the function overwrites nothing and makes no views."""
+    return not func._schema.is_mutable and all(result.alias_info is None for result in func._schema.returns)
+
+
+def _results_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """Results of a function: if they are new meta tensors, then like those that it had for such arguments."""
+    key = func, _like((args, kwargs))
     if key not in _RESULTS:
-        _RESULTS[key] = operation(*args, **kwargs)
+        out = func(*args, **kwargs)
+        memory = _memory_of(out).keys()
+        if not memory or memory & _memory_of((args, kwargs)).keys():  # values, or an argument as it was
+            return out
+        _RESULTS[key] = out
     return _empty(_RESULTS[key])
 
 
@@ -191,16 +202,17 @@ def _calls(func: Any, args: Any, kwargs: Any, out: Any, moved: float) -> Sequenc
 
 def _like(tree: Any) -> Hashable:
     """What decides about the shapes that a function of these arguments returns."""
-    leaves = tree_leaves(tree)
-    return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else _plain(x) for x in leaves)
-
-
-def _plain(value: Any) -> Hashable:
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, (tuple, list)):
+        return tuple(_like(x) for x in tree)
+    if isinstance(tree, dict):
+        return tuple((name, _like(x)) for name, x in tree.items())
     try:
-        hash(value)
+        hash(tree)
     except TypeError:
-        return id(value)
-    return value
+        return id(tree)
+    return type(tree), tree  # 1 and 1.0 are equal, but results differ
 
 
 def _empty(tree: Any) -> Any:
@@ -211,7 +223,7 @@ def _empty(tree: Any) -> Any:
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
 
-    return tree_map(empty, tree)
+    return empty(tree) if isinstance(tree, Tensor) else tree_map(empty, tree)
 
 
 def _memory_of(tree: Any) -> dict[int, int]:

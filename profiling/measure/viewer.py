@@ -72,6 +72,15 @@ def _stamping(moments: Moments, block: int) -> Moments:
     return Moments(lambda: stamp(next(moments, None)), following)
 
 
+def serve_stamped(block: int) -> None:
+    """The command line of `streaming`, whose sessions hand over stamped moments."""
+    from streaming.__main__ import console
+    from streaming.pipeline import TalkingHeadPipeline
+
+    TalkingHeadPipeline.live = with_stamps(TalkingHeadPipeline.live, block)
+    console()
+
+
 # --- What was seen ---------------------------------------------------------------------------------------------------
 
 
@@ -138,10 +147,14 @@ def mark_offsets(frames: Sequence[tuple[float, int]], marks: Sequence[float]) ->
 
 @asynccontextmanager
 async def viewer_of(url: str, microphone: Path) -> AsyncIterator[tuple[Any, list[str]]]:
-    """A page at `url` in a headless Chromium, and what it complains of in its console, which grows.
+    """`page_in` a browser of its own. Raises `UserError` as `browser_with` does."""
+    async with browser_with(microphone) as browser, page_in(browser, url) as viewer:
+        yield viewer
 
-    `watch(page, block)` begins to watch it. Raises `UserError` if there is no Chromium, or no playwright to drive it.
-    """
+
+@asynccontextmanager
+async def browser_with(microphone: Path) -> AsyncIterator[Any]:
+    """A headless Chromium. Raises `UserError` if there is none, or no playwright to drive it."""
     try:
         from playwright.async_api import async_playwright
     except ModuleNotFoundError as error:
@@ -155,15 +168,27 @@ async def viewer_of(url: str, microphone: Path) -> AsyncIterator[tuple[Any, list
     ]  # fmt: skip
     async with async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=chromium, headless=True, args=flags)
-        page = await browser.new_page(viewport={"width": 1180, "height": 800})
-        complaints: list[str] = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        await page.add_init_script(path=_SCRIPT)
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def page_in(browser: Any, url: str) -> AsyncIterator[tuple[Any, list[str]]]:
+    """A page at `url` with storage of its own, and what it complains of in its console, which grows.
+
+    `watch(page, block)` begins to watch it.
+    """
+    page = await browser.new_page(viewport={"width": 1180, "height": 800})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    await page.add_init_script(path=_SCRIPT)
+    try:
         await page.goto(url)
         await page.wait_for_selector(".faces img")
         yield page, complaints
-        await browser.close()
+    finally:
+        await page.close()
 
 
 def chromium_path() -> str | None:

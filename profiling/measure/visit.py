@@ -26,7 +26,7 @@ import soundfile
 from model.errors import UserError
 from profiling.machine import describe_machine, resolve_device
 from profiling.measure.soak import VOICE, WARM, growth, thinned
-from profiling.measure.viewer import NUMBERS, Sight, first_sights, mark_offsets, viewer_of, watch, with_stamps
+from profiling.measure.viewer import NUMBERS, Sight, first_sights, mark_offsets, viewer_of, watch
 from profiling.results import Run, as_json_text, now, save, to_json
 from profiling.soak import STALL, Spread, Visit, visit_lines
 
@@ -34,20 +34,11 @@ BLOCK = 8  # pixels of the numbers' blocks: 32 x 32 of the picture
 ARRIVES = 0.5  # seconds from a click until the last picture before the interruption is shown, at most
 PATIENCE = 30_000  # ms until a page that does not answer ends the visit
 ENDS = 30.0  # seconds in which a server ends that is asked to
-SERVER = "from profiling.measure.visit import serve_stamped; serve_stamped()"
+SERVER = f"from profiling.measure.viewer import serve_stamped; serve_stamped({BLOCK})"
 TOKEN = "token-of-a-visit"
 WAYS = {"webrtc": "WebRTC", "mp4": "MP4"}
 
 # --- The server ------------------------------------------------------------------------------------------------------
-
-
-def serve_stamped() -> None:
-    """The command line of `streaming`, whose sessions hand over stamped moments."""
-    from streaming.__main__ import console
-    from streaming.pipeline import TalkingHeadPipeline
-
-    TalkingHeadPipeline.live = with_stamps(TalkingHeadPipeline.live, BLOCK)
-    console()
 
 
 @contextmanager

@@ -56,6 +56,11 @@ def test_a_copy_reads_only_its_source() -> None:
     assert [c.bytes for c in calls.elements()] == [4e3 + 2e3]
 
 
+def test_results_are_of_the_type_that_a_number_makes_them() -> None:
+    calls = recorded(lambda x: (x * 2, x * 2.0), empty(1000, dtype=torch.int64))
+    assert [c.bytes for c in calls.elements()] == [8e3 + 8e3, 8e3 + 4e3]
+
+
 def test_what_happens_on_the_host_is_not_recorded() -> None:
     assert not recorded(lambda x: x + 1, torch.zeros(3))
 
@@ -89,6 +94,17 @@ def test_a_block_like_another_repeats_what_that_one_did() -> None:
         (MATMUL, 2 * 400e3 + 40e3): 3,
     }
     assert sum(together.values()) == 3 + 4  # a block's last pass and the next one's first are one
+
+
+def test_a_module_of_another_group_repeats_nothing() -> None:
+    recorder, x = Recorder(), empty(1000)
+    double, twice = Block(lambda x: x * 2), Block(lambda x: x * 2 * 2)
+    groups = (recorder.repeating([block], compiled=False) for block in (double, twice))
+    with torch.inference_mode(), recorder, next(groups), next(groups):
+        for block in (double, twice, double, twice):
+            block(x)
+    (found,) = recorder.recorded()
+    assert list(found.calls.values()) == [6]
 
 
 def test_the_modules_are_as_before_afterwards() -> None:

@@ -165,7 +165,7 @@ def test_a_short_visit_is_seen_and_kept(tmp_path: Path) -> None:
         pytest.importorskip(package, reason=f"{package} is missing")
     if chromium_path() is None:
         pytest.skip("no chromium or google-chrome on the PATH")
-    visit.visit_command(0.1, 0, "64x64", 1, "tiny", "mp4", tmp_path / "visit.json", json=False)
+    visit.visit_command(0.05, 0, "64x64", 1, "tiny", "mp4", tmp_path / "visit.json", json=False)
     (result,) = load(tmp_path / "visit.json").visits
     assert result.setting == "tiny, 64 x 64, 1 steps, MP4"
     assert result.frames > 0

@@ -80,7 +80,7 @@ def each(change: Callable[[Measurement], Measurement], run: Run) -> Run:
 VARIATIONS: dict[str, Callable[[Run], Run]] = {
     "nothing": lambda run: Run(run.command, run.started, run.machine),
     "quality alone": lambda run: Run(run.command, run.started, run.machine, quality=runs.quality()),
-    "quality without long streams": lambda run: replace(run, quality=runs.quality()[:4]),
+    "quality without long streams": lambda run: Run(run.command, run.started, run.machine, quality=runs.quality()[:4]),
     "a soak alone": lambda run: Run(run.command, run.started, run.machine, soak=(runs.soak(),)),
     "a visit alone": lambda run: Run(run.command, run.started, run.machine, visits=(runs.visit(),)),
     "cases alone": cases_alone,

@@ -59,14 +59,19 @@ def measured(script: str, text: str, folder: Path) -> Any:
     return json.loads(html.unescape(title[1]))
 
 
+@pytest.fixture(scope="module")
+def without_cases(whole: Run, earlier: list[Run]) -> str:
+    return page_of(replace(whole, cases=()), earlier)
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_opens_in_a_browser(scheme: str, whole: Run, earlier: list[Run], tmp_path: Path) -> None:
+def test_the_page_opens_in_a_browser(scheme: str, without_cases: str, tmp_path: Path) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
-    page.write_text(page_of(replace(whole, cases=()), earlier))
+    page.write_text(without_cases)
     prefers = f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"
     shown = checked(browse(page, tmp_path, "--window-size=1000,4000", prefers, f"--screenshot={picture}"))
-    assert shown.headings == checked(page.read_text()).headings
+    assert shown.headings == checked(without_cases).headings
     assert shown.pictures == ["figure-timeline", "figure-history", "figure-gauges"]
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels.shape == (4000, 1000, 3)

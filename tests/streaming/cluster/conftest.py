@@ -1,6 +1,5 @@
-"""Tests of the front and of replicas need what it needs."""
+"""Tests of the front and of replicas need what it needs; those of the page share a browser."""
 
-import pytest
+from tests.streaming.serve.conftest import browser
 
-for _package in ("aiohttp", "aiortc", "msgspec", "prometheus_client"):
-    pytest.importorskip(_package, reason=f"{_package} is missing: pip install 'flashtalk-triton[live]'")
+__all__ = ["browser"]

@@ -7,7 +7,8 @@ import soundfile
 
 from profiling.measure.viewer import Sight, chromium_path, watch, with_stamps
 from tests.streaming.cluster.kit import clustered
-from tests.streaming.serve.kit import BLOCK, NumberedPipeline, eventually, run, speech
+from tests.streaming.serve.browser import Browser
+from tests.streaming.serve.kit import BLOCK, NumberedPipeline, eventually, speech
 from tests.streaming.serve.test_page import keep_to_loopback, moves, page_of
 
 pytestmark = [
@@ -17,17 +18,19 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("way", ["webrtc", "mp4"])
-def test_the_page_moves_with_its_session(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_moves_with_its_session(
+    way: str, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep_to_loopback(monkeypatch)
     monkeypatch.setattr(NumberedPipeline, "live", with_stamps(NumberedPipeline.live, BLOCK))
     recording = tmp_path / "recording.wav"
-    soundfile.write(recording, speech(12), 16_000, subtype="PCM_16")
+    soundfile.write(recording, speech(8), 16_000, subtype="PCM_16")
     sight = Sight()
 
     async def test() -> None:
         async with (
             clustered(tmp_path / "kept", 1, 1) as cluster,
-            page_of(cluster, tmp_path, "?video=mp4" if way == "mp4" else "") as page,
+            page_of(cluster, browser, "?video=mp4" if way == "mp4" else "") as page,
         ):
             await page.click("#start")
             await page.wait_for_selector("body[data-phase=live]")
@@ -49,9 +52,9 @@ def test_the_page_moves_with_its_session(way: str, tmp_path: Path, monkeypatch: 
             assert numbers == sorted(numbers), "no frame comes again"
             (session,) = after.sessions.open.values()
             await page.wait_for_selector("body[data-state=idle]")
-            assert session.live.position > 12 * 25, "all of the recording was said"
+            assert session.live.position > 8 * 25, "all of the recording was said"
             await page.click("#end")
             await eventually(lambda: not after.sessions.open)
 
     (tmp_path / "kept").mkdir()
-    run(test())
+    browser.run(test())
