@@ -10,4 +10,4 @@ out = sys.argv[1] if len(sys.argv) > 1 else "talk.mp4"
 
 with TalkingHeadPipeline.from_pretrained("tiny") as pipeline:
     progress = pipeline.generate(HERE / "portrait.jpg", HERE / "voice.wav", out)
-print(f"{out}: {progress.frames} frames at {progress.fps:.1f} frames a second")
+print(f"{out}: {progress.frames} frames, the first after {progress.startup:.1f} s")

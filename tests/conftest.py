@@ -90,6 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("benchmark_only"):  # other tests are no part of this run, so they are not skipped one by one
         config.hook.pytest_deselected(items=[item for item in items if "benchmark" not in item.keywords])
         items[:] = [item for item in items if "benchmark" in item.keywords]
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that no worker is left with one at the end
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

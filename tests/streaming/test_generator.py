@@ -237,6 +237,7 @@ def test_nothing_in_a_chunk_waits_for_its_values(models: Models, conditions: Con
             _, state = collect(generator.chunk(conditions, state, window(c)))
 
 
+@pytest.mark.slow
 def test_once_warm_nothing_compiles_any_more(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for 20 chunks, another portrait, prompt, seed or session; another geometry once."""
     compiled = []

@@ -28,6 +28,7 @@ def test_data_writes_clips_with_their_truth(python: Interpreter, tmp_path):
     assert np.load(folder / "truth.npz")["motion"].shape == (10, len(MOTION))
 
 
+@pytest.mark.slow
 @needs_espeak
 def test_smoke_runs_every_stage(python: Interpreter, tmp_path):
     done = python.run("-m", "model.distill", "smoke", "--out", tmp_path)

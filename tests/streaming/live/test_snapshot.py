@@ -76,6 +76,7 @@ def test_a_resumed_session_goes_on_to_the_bit_from_any_moment(face: PortraitFace
         assert len(again) >= 6
 
 
+@pytest.mark.slow
 def test_a_killed_session_goes_on_to_the_bit(face: PortraitFace, tmp_path: Path) -> None:
     """Kills by SIGKILL at 20 random moments; what was written before and after is the video of one that lived."""
     whole: list[Moment] = []
