@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.config import AudioConfig, ChunkConfig
 from model.errors import UserError
@@ -147,6 +146,8 @@ class SpeechEncoder(nn.Module):
     """
 
     def __init__(self, config: AudioConfig) -> None:
+        from transformers import Wav2Vec2Config, Wav2Vec2Model  # which takes seconds
+
         super().__init__()
         if config.do_stable_layer_norm:
             raise UserError("do_stable_layer_norm = True is not supported: use a speech encoder such as wav2vec2-base")

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from model.config import ImageConfig
 from model.errors import UserError
@@ -212,6 +210,9 @@ class ImageEncoder(nn.Module):
     """Vision tower of CLIP ViT-H/14 without its last block: features of all patches rather than one pooled vector."""
 
     def __init__(self, config: ImageConfig) -> None:
+        from transformers import CLIPVisionConfig  # which takes seconds, and most of what we measure needs no encoder
+        from transformers.models.clip.modeling_clip import CLIPEncoder
+
         super().__init__()
         self.config = config
         dim, patch = config.vision_dim, config.patch_size

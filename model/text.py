@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model.config import TextConfig
 from model.errors import UserError
@@ -46,6 +45,8 @@ def tokenize(text: str, config: TextConfig, text_len: int, folder: Path | None) 
     Nothing is downloaded. Raises `UserError` if the tokenizer is missing or cannot be read.
     """
     if config.tokenizer == "bytes":
+        from transformers import ByT5Tokenizer
+
         tokenizer = ByT5Tokenizer()
     else:
         tokenizer = _load_tokenizer((folder or Path()) / config.tokenizer)
@@ -54,6 +55,8 @@ def tokenize(text: str, config: TextConfig, text_len: int, folder: Path | None) 
 
 
 def _load_tokenizer(path: Path):
+    from transformers import AutoTokenizer
+
     if not path.is_dir():
         raise UserError(f"no tokenizer folder {path}: download it with the checkpoint")
     try:
@@ -66,6 +69,8 @@ class TextEncoder(nn.Module):
     """umT5 encoder: RMS norms, unscaled attention with position biases in each layer, tanh-GELU gated FFN."""
 
     def __init__(self, config: TextConfig) -> None:
+        from transformers import UMT5Config, UMT5EncoderModel  # which takes seconds
+
         super().__init__()
         self.config = config
         # Only the encoder stack is kept, because the whole model holds the embedding under two names.

@@ -74,7 +74,9 @@ def _seed(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def python() -> Iterator[Interpreter]:
     """Starts Python processes with the command lines' packages imported."""
-    with interpreter("streaming.pipeline", "model.distill.stages", "profiling.measure.campaign") as python:
+    ours = "streaming.pipeline", "model.distill.stages", "profiling.measure.campaign"
+    encoders = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "umt5", "wav2vec2"))
+    with interpreter(*ours, *encoders) as python:
         yield python
 
 
