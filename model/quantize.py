@@ -4,7 +4,6 @@ What the converted checkpoint holds is described in `model.weights.quantize`.
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

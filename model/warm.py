@@ -7,7 +7,6 @@ The compiled code is stored in the user's cache (`model.compile`), where `python
 """
 
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -128,4 +127,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(main())

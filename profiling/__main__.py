@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 try:
-    from model.command import spell_what_cannot_be_printed
+    from model.command import leave, spell_what_cannot_be_printed
     from model.errors import UserError
 except ImportError as error:  # another package named like one of ours came first
     print(f"error: {error}", file=sys.stderr)
@@ -393,4 +393,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,7 +1,6 @@
 """`python -m streaming run`, `live`, `serve` and `cluster`: a portrait and a voice in, a talking video out."""
 
 import ctypes
-import gc
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 try:
-    from model.command import spell_what_cannot_be_printed
+    from model.command import leave, spell_what_cannot_be_printed
     from model.errors import UserError
     from model.files import check_replaceable, refuse_to_replace, replacing
     from streaming.options import (
@@ -569,9 +568,7 @@ def _fail(message: str) -> int:
 
 def console() -> None:
     """The console script `flashtalk`."""
-    code = main()
-    gc.freeze()  # at its end Python would look through all modules for garbage, for more than a second
-    sys.exit(code)
+    leave(main())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`python -m model.distill COMMAND`: synthetic talking heads, and the small networks that are trained on them."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -272,4 +271,4 @@ def smoke(out: Out, seed: Seed = 0) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run_app(app, "the checkpoint is kept; --resume continues"))
+    command.leave(command.run_app(app, "the checkpoint is kept; --resume continues"))
